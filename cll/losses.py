@@ -1,0 +1,289 @@
+"""Losses of Lipschitz-certified classification: pure functions of (logits, targets, K).
+
+Notation, used throughout:
+
+* ``logits`` f, shape (N, C), floating point; ``targets`` y, shape (N,), int64 in 0..C-1.
+* ``K[i, j]`` bounds the Lipschitz constant of f_i - f_j in the L2 norm of the un-normalised input;
+  shape (C, C) for a global bound, (N, C, C) for one bound per sample. The diagonal is never used.
+  A zero off the diagonal (a margin that cannot change) counts as 1: nothing is divided by 0.
+* ``epsilon`` is the margin in input units; ``p`` in (0, 1) is the total probability mass that the
+  calibrated logistic leaves outside the margin, p/2 on each side.
+* ``reduction`` is "mean", "sum" or "none", over the samples.
+
+Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
+Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
+Everything works under ``torch.func.vmap`` with epsilon, p, K, logits and targets stacked, reads no
+tensor value on the host, and allocates nothing larger than (N, C) unless K itself is per sample.
+
+Source: Losch, Stutz, Schiele, Fritz, "Certified Robust Models with Slack Control and Large
+Lipschitz Constants", GCPR 2023, arXiv 2309.06166 (CLL). Equation numbers are that paper's.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OFFSETS = ("two-sided", "one-sided", "none")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+# ------------------------------------------------------------------ calibrated Lipschitz margin
+
+
+def cll_scale(epsilon, p):
+    """Calibrated scale of the logistic, eq. 5: sigma_eps(p) = epsilon / ln((2 - p) / p).
+
+    The logistic with this scale has cdf p/2 at -epsilon and 1 - p/2 at +epsilon. Its inverse
+    1 / sigma is the Lipschitz constant K^(h o f) that the paper's tables print. The paper writes
+    2 epsilon / (h^-1(1 - p) - h^-1(p)), with p the mass of ONE tail, but every number it prints
+    follows the form above, with p the mass of both.
+
+    epsilon and p: floats, in input units and in (0, 1); or tensors, which make the result a tensor.
+    Raises ValueError for a float epsilon <= 0 or a float p outside (0, 1); tensors are not checked.
+    """
+    _check_epsilon(epsilon, zero=False)
+    if not isinstance(p, Tensor) and not 0 < p < 1:
+        raise ValueError(f"p = {p} is out of range: the mass outside the margin lies in (0, 1)")
+    # (2 - p) / p = 1 + 2 (1 - p) / p: exact to the last digits both for p -> 0 and for p -> 1
+    odds = 2 * (1 - p) / p
+    return epsilon / (torch.log1p(odds) if isinstance(odds, Tensor) else math.log1p(odds))
+
+
+def cll_loss(logits, targets, K, *, epsilon, p, offset="two-sided", reduction="mean"):
+    """Multinomial calibrated Lipschitz-margin loss: CE(z, y), without the term lambda K^2.
+
+        pairwise,  K (C, C) or (N, C, C):  z_j = ((f_j - f_y) / K_yj + delta_j) / sigma_eps(p)
+        per-logit, K (C,):                 z_j = ( f_j / K_j         + delta_j) / sigma_eps(p)
+
+    offset: "two-sided" (delta_y = -epsilon, the others +epsilon; the paper's image runs),
+    "one-sided" (delta_y = 0, the others +epsilon; two-moons; for C = 2 equal to eqs. 3-5, see
+    ``binary_cll_loss``) or "none". For C = 2 and pairwise K, with d = (f_y - f_j) / K_yj, the loss
+    is softplus((m - d) / sigma), m = 2 epsilon, epsilon, 0.
+
+    K is used as given: the paper detaches it here and lets lambda K^2 (``lipschitz_penalty``) alone
+    act on it. The value is invariant under (f, K) -> (c f, c K).
+
+    Raises ValueError on wrong shapes, an unknown offset or reduction, epsilon or p out of range,
+    and (CPU) on a label outside 0..C-1.
+    """
+    if offset not in OFFSETS:
+        raise ValueError(f"offset = {offset!r} is not one of {', '.join(map(repr, OFFSETS))}")
+    f, K = _prepare(logits, targets, K, reduction, per_logit=True)
+    sigma = _as(f, cll_scale(epsilon, p))
+    epsilon = _as(f, epsilon)
+    is_target = _one_hot(targets, f)  # (N, C)
+    if K.ndim == 1:
+        distance = f / K.masked_fill(K == 0, 1)
+    else:
+        distance = (f - _at(f, targets)) / _rows(K, targets, is_target)  # (N, C), 0 at the target
+    if offset != "none":
+        at_target = distance - epsilon if offset == "two-sided" else distance
+        distance = torch.where(is_target, at_target, distance + epsilon)
+    return _reduce(_cross_entropy(distance / sigma, targets), reduction)
+
+
+def binary_cll_loss(scores, targets, K, *, epsilon, p, reduction="mean"):
+    """Binary calibrated Lipschitz-margin loss, eqs. 3-5: softplus((epsilon - d) / sigma_eps(p)).
+
+    d = y f(x) / K, y = 2 target - 1, is the signed distance to the boundary that K guarantees. The
+    loss is ln 2 at d = epsilon, on the margin, and -ln(p/2) at d = 0: p is the price of slack.
+
+    scores f: (N,); targets: (N,) in {0, 1}; K > 0: Lipschitz constant of f, scalar or (N,).
+    Raises ValueError as ``cll_loss`` does, and for a float K <= 0.
+    """
+    if scores.ndim != 1 or targets.shape != scores.shape:
+        raise ValueError(
+            f"scores and targets must both have shape (N,), got {tuple(scores.shape)} and "
+            f"{tuple(targets.shape)}; for logits (N, C) use cll_loss"
+        )
+    if not isinstance(K, Tensor) and not K > 0:
+        raise ValueError(f"K = {K} is out of range: the Lipschitz constant of the scores is > 0")
+    _check_reduction(reduction)
+    f = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    sigma = _as(f, cll_scale(epsilon, p))
+    distance = _at(torch.stack([-f, f], dim=1), targets.to(torch.int64))[:, 0] / _as(f, K)
+    return _reduce(_softplus((_as(f, epsilon) - distance) / sigma), reduction)
+
+
+# ------------------------------------------------------------------------------ compared losses
+
+
+def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
+    """GloRo (Leino, Wang, Fredrikson, ICML 2021): cross-entropy with an extra logit "not robust".
+
+        f_bot = max_{i != j} (f_i + epsilon K_ji),  j = argmax f
+        loss  = CE([f_1, ..., f_C, f_bot], y)
+
+    The gradient flows through K. Only the index j is left out of the maximum: a class that ties
+    with j stays in, so that f_bot wins over a tie (blanking every logit equal to the maximum, as
+    published code does, calls the decision boundary robust).
+
+    trades: weight lambda of the TRADES form (``trades_kl`` of github.com/klasleino/gloro):
+    CE(f, y) + lambda KL([softmax(f), 0] || softmax([f, f_bot])). On the C classes the two
+    distributions differ by one common factor, so the divergence is softplus(f_bot - logsumexp(f))
+    = -ln(1 - P(bot)), with the same gradient whether softmax(f) is detached or not.
+
+    K: (C, C) or (N, C, C). epsilon >= 0 (0 while annealed). Raises ValueError as ``cll_loss`` does.
+    """
+    _check_epsilon(epsilon, zero=True)
+    f, K = _prepare(logits, targets, K, reduction)
+    j = f.detach().argmax(dim=1)  # (N,)
+    is_j = _one_hot(j, f)
+    # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
+    f_bot = f + _as(f, epsilon) * _gather_rows(K, j).masked_fill(is_j, 0)
+    f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=1, keepdim=True)  # (N, 1)
+    if trades is None:
+        log_probability = torch.cat([f, f_bot], dim=1).log_softmax(dim=1)
+        # without its last column, so that no label can ask for the extra logit
+        values = -_at(log_probability[:, :-1], targets)[:, 0]
+    else:
+        values = _cross_entropy(f, targets)
+        values = values + _as(f, trades) * _softplus(f_bot[:, 0] - f.logsumexp(dim=1))
+    return _reduce(values, reduction)
+
+
+def aol_loss(logits, targets, *, offset=2**0.5 * 1.5, temperature=0.25, reduction="mean"):
+    """AOL loss (Prach & Lampert, ECCV 2022): t CE((f - u e_y) / t, y), offset u, temperature t.
+
+    The defaults are those of SLL and LBDN; AOL itself has u = sqrt(2). Where all pairs have the
+    bound kappa, this is t times two-sided ``cll_loss`` with epsilon = u / (2 kappa) and p such that
+    sigma = t / kappa, i.e. p = 2 / (1 + exp(epsilon / sigma)).
+    Raises ValueError on wrong shapes, an unknown reduction or a float temperature <= 0.
+    """
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature = {temperature} must be > 0")
+    f, _ = _prepare(logits, targets, None, reduction)
+    t = _as(f, temperature)
+    shifted = torch.where(_one_hot(targets, f), f - _as(f, offset), f)
+    return _reduce(t * _cross_entropy(shifted / t, targets), reduction)
+
+
+def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean"):
+    """Cross-entropy with certificate regularisation (Singla, Singla, Feizi, ICLR 2022, "SOC"):
+
+        CE(f, y) - gamma relu(r),  r = min_{j != y} (f_y - f_j) / K_yj,
+
+    where relu(r) is the certified radius of a correct prediction and 0 otherwise.
+
+    K: (C, C) or (N, C, C). Raises ValueError as ``cll_loss`` does.
+    """
+    f, K = _prepare(logits, targets, K, reduction)
+    is_target = _one_hot(targets, f)
+    distance = (_at(f, targets) - f) / _rows(K, targets, is_target)
+    radius = distance.masked_fill(is_target, math.inf).amin(dim=1)  # (N,)
+    return _reduce(_cross_entropy(f, targets) - _as(f, gamma) * F.relu(radius), reduction)
+
+
+# ----------------------------------------------------------------------- regulariser, schedules
+
+
+def lipschitz_penalty(K, lam):
+    """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
+
+    Without it K grows without limit under ``cll_loss``, which is scale-invariant in (f, K).
+    """
+    return lam * K.amax() ** 2
+
+
+def polynomial_schedule(start, end, power, progress):
+    """end + (start - end) (1 - progress)^power; exactly ``start`` at progress 0 and ``end`` at 1.
+
+    The paper's uses: p of two-moons (1e-3, 1e-15, power 50), the factor on K of 8C2F (0.01, 1, 10),
+    epsilon of GloRo (0, epsilon, 5). progress: fraction of all iterations done; clipped to [0, 1].
+    start, end, power, progress: floats, or tensors (a stack of runs).
+    """
+    progress = progress.clamp(0, 1) if isinstance(progress, Tensor) else min(max(progress, 0), 1)
+    weight = (1 - progress) ** power
+    # not end + (start - end) * weight: that misses `start` by a rounding error
+    return start * weight + end * (1 - weight)
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def _prepare(logits, targets, K, reduction, per_logit=False):
+    """Check shapes (never values) and return logits and K in the type the loss is computed in."""
+    _check_reduction(reduction)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must have shape (N, C) with C >= 2, got {tuple(logits.shape)}; "
+            "for one score per sample use binary_cll_loss"
+        )
+    N, C = logits.shape
+    if targets.shape != (N,) or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be int64 of shape ({N},), one label per row of logits, "
+            f"got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    f = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if K is None:
+        return f, None
+    shapes = [(C,), (C, C), (N, C, C)] if per_logit else [(C, C), (N, C, C)]
+    if not isinstance(K, Tensor) or tuple(K.shape) not in shapes:
+        got = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
+        raise ValueError(f"K must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
+    return f, K.to(f.dtype)
+
+
+def _check_reduction(reduction):
+    if reduction not in REDUCTIONS:
+        names = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"reduction = {reduction!r} is not one of {names}")
+
+
+def _check_epsilon(epsilon, zero):
+    if not isinstance(epsilon, Tensor) and not (0 <= epsilon < math.inf and (zero or epsilon)):
+        least = ">= 0" if zero else "> 0"
+        raise ValueError(f"epsilon = {epsilon} is out of range: a finite margin {least} is needed")
+
+
+def _as(f, value):
+    """`value` in the type of f: a stack of float64 epsilons must not turn the loss to float64."""
+    return value.to(f.dtype) if isinstance(value, Tensor) else value
+
+
+def _one_hot(index, f):
+    """(N,) class indices -> (N, C) bool."""
+    return index[:, None] == torch.arange(f.shape[1], device=f.device)
+
+
+def _at(f, targets):
+    """f_y, shape (N, 1). Unlike f[arange, y] it refuses negative labels (also -100, "ignore")."""
+    try:
+        return f.gather(1, targets[:, None])
+    except (IndexError, RuntimeError) as error:  # CPU only: on CUDA the check would cost a sync
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(f"targets hold a label outside 0..{f.shape[1] - 1}: {error}") from None
+
+
+def _cross_entropy(f, targets):
+    return -_at(f.log_softmax(dim=1), targets)[:, 0]
+
+
+def _gather_rows(K, index):
+    """K (C, C) or (N, C, C), index (N,) -> K[index] or K[n, index[n]], shape (N, C)."""
+    if K.ndim == 2:
+        return K[index]
+    return K.gather(1, index[:, None, None].expand(-1, 1, K.shape[2]))[:, 0]
+
+
+def _rows(K, targets, is_target):
+    """Rows K_y as divisors, (N, C): 1 at the target and for a zero bound; other NaN stay NaN."""
+    rows = _gather_rows(K, targets)
+    return rows.masked_fill(is_target | (rows == 0), 1)
+
+
+def _softplus(x):
+    """ln(1 + e^x), exact also for large x, where F.softplus switches to x itself."""
+    return -F.logsigmoid(-x)
+
+
+def _reduce(values, reduction):
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
