@@ -1,0 +1,33 @@
+"""Calibrated Lipschitz-Margin Loss: train, bound and certify robust classifiers.
+
+Losses, Lipschitz bounds and certificates are pure functions of (logits, targets, K), where
+K[i, j] bounds the L2 Lipschitz constant of logit_i - logit_j in the un-normalised input.
+Paper: Losch, Stutz, Schiele, Fritz, GCPR 2023, arXiv 2309.06166.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outputs/ live here
+
+from . import bounds, certify, data, experiment, layers, losses, paper, plots, training  # noqa: E402
+from .architectures import LipschitzNet, build  # noqa: E402
+from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
+from .certify import (  # noqa: E402
+    certified_accuracy,
+    certified_radius,
+    certify,
+    cra_curve,
+    lipschitz_lower_bound,
+)
+from .experiment import load_params, outputs_dir, run, run_all  # noqa: E402
+from .layers import MaxMin  # noqa: E402
+from .losses import (  # noqa: E402
+    aol_loss,
+    binary_cll_loss,
+    certificate_regularized_loss,
+    cll_loss,
+    cll_scale,
+    gloro_loss,
+    lipschitz_penalty,
+    polynomial_schedule,
+)

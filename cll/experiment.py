@@ -1,0 +1,554 @@
+"""From a parameter file to a result on disk: the schema, the runs, the results store.
+
+A run is one network, one seed: everything it depends on is in one validated record (`Params`),
+and everything it leaves is in one folder:
+
+    outputs/<profile>/runs/<name>-seed<k>-<hash>/  result.json  curve.csv  radii.npz
+                                                   checkpoint.safetensors
+
+A finished run is read, not redone; a killed run resumes from its last checkpoint.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
+
+from . import ROOT
+from .architectures import build
+from .bounds import lipschitz_matrix
+from .data import Augmentation, load
+from .certify import certified_radius, lipschitz_lower_bound, predict_logits
+from .losses import cll_scale
+from .training import load_checkpoints, train
+
+__all__ = [
+    "Params", "load_params", "experiment_params", "run", "run_all", "results", "load_model",
+    "load_dataset", "run_dir", "outputs_dir",
+]  # fmt: skip
+
+PROFILES = ("smoke", "quick", "paper")
+
+
+# --- the schema --------------------------------------------------------------------------------
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Slack = Annotated[float, Field(gt=0, lt=1)]
+
+
+class CLL(_Record):
+    """Calibrated Lipschitz-margin loss (losses.cll_loss) + lambda * max(K)^2."""
+
+    name: Literal["CLL"]
+    epsilon: Positive
+    p: Slack = Field(description="slack: total probability mass outside the margin")
+    p_start: Slack | None = Field(None, description="anneal p from here by a polynomial")
+    p_power: Positive = 50
+    offset: Literal["two-sided", "one-sided", "none"] = "two-sided"
+    form: Literal["pairwise", "per-logit"] = "pairwise"
+    lam: NonNegative = Field(0.0, alias="lambda", description="weight of max(K)^2")
+    K_warmup: Slack | None = Field(None, description="factor on K, rising from here to 1")
+    K_warmup_power: Positive = 10
+
+
+class GloRo(_Record):
+    """GloRo loss (losses.gloro_loss)."""
+
+    name: Literal["GloRo"]
+    epsilon: Positive
+    epsilon_power: Positive | None = Field(None, description="anneal epsilon from 0; null: fixed")
+    trades: Positive | None = Field(None, description="weight of the TRADES variant")
+
+
+class Optimizer(_Record):
+    name: Literal["AdamW", "SGD"] = "AdamW"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    milestones: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="iterations at which the learning rate is multiplied by gamma"
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class Tightness(_Record):
+    """Empirical lower bound of K (certify.lipschitz_lower_bound)."""
+
+    method: Literal["optimized", "pairs"] = "optimized"
+    pairs: Annotated[int, Field(gt=1)] = 4000
+    steps: Annotated[int, Field(ge=0)] = 1000
+
+
+def _radius_name(value):
+    Fraction(str(value))  # a number or k/n, exactly
+    return str(value)
+
+
+Radius = Annotated[str, BeforeValidator(_radius_name)]
+
+
+class Params(_Record):
+    """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    row: str | None = Field(None, description="row of the paper's table that this run reproduces")
+    data: str = "cifar10"
+    label: str = Field("", description="how results name the data; default: the source")
+    train_size: Annotated[int, Field(gt=0)] | None = None
+    test_size: Annotated[int, Field(gt=0)] | None = None
+    model: str
+    input_shape: tuple[int, ...] = Field((3, 32, 32), description="the network's input")
+    loss: Annotated[CLL | GloRo, Field(discriminator="name")]
+    optimizer: Optimizer = Optimizer()
+    epochs: Annotated[int, Field(gt=0)]
+    batch_size: Annotated[int, Field(gt=0)] = 128
+    augmentation: Augmentation = Augmentation()
+    power_iterations: Annotated[int, Field(gt=0)] = 5
+    radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
+    certify_train: bool = Field(False, description="certify the training points as well")
+    tightness: Tightness | None = Tightness()
+    seed: Annotated[int, Field(ge=0)] = 1
+    profile: Literal["smoke", "quick", "paper"] = "paper"
+    published_epochs: int | None = Field(None, description="epochs of the published schedule")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def hash(self):
+        """Identity of the run: changes with any parameter except label and device."""
+        values = self.model_dump(mode="json", by_alias=True, exclude={"label", "device"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def torch_device(self):
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _explain(error, values, where):
+    """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
+    lines = []
+    for e in error.errors():
+        location = [str(part) for part in e["loc"] if part not in ("CLL", "GloRo")]
+        key = ".".join(location) or "(top level)"
+        if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            loss = GloRo if values.get("loss", {}).get("name") == "GloRo" else CLL
+            nested = {"loss": loss, "optimizer": Optimizer, "tightness": Tightness}
+            nested["augmentation"] = Augmentation
+            schema = nested[location[0]] if len(location) > 1 else Params
+            if schema is Augmentation:
+                known = list(schema.__dataclass_fields__)
+            else:
+                known = [f.alias or n for n, f in schema.model_fields.items()]
+            nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
+            lines.append(f"unknown key {key!r}; nearest: {nearest!r}")
+        else:
+            lines.append(f"{key} = {e.get('input')!r}: {e['msg']}")
+    return ValueError(f"{where}: " + "; ".join(lines))
+
+
+def _merge(base, over):
+    """`over` on top of `base`; mappings merge key by key, anything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(source):
+    """(mapping, name for errors) of a path or a mapping."""
+    if not isinstance(source, str | os.PathLike):
+        return dict(source), "parameters"
+    path = Path(source)
+    if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
+        path = ROOT / path
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no parameter file {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a parameter file is a mapping of keys to values")
+    return values, str(source)
+
+
+def default_profile():
+    """"paper" where a CUDA device is there, else "quick"."""
+    return "paper" if torch.cuda.is_available() else "quick"
+
+
+def load_params(source, profile=None, **overrides):
+    """Validated parameters of one run.
+
+    source: path of a YAML file, or a mapping. profile: "smoke", "quick" or "paper" picks that
+    block of `profiles:`; default: the file's own `profile`, else "paper" with a CUDA device and
+    "quick" without. overrides: any key; None and "" leave the file's value.
+    Raises ValueError (one line) for unknown keys, with the nearest known one, and bad values.
+    """
+    values, where = _read(source)
+    return _resolve(values, where, profile, overrides)
+
+
+def _resolve(values, where, profile, overrides):
+    values = dict(values)
+    blocks = values.pop("profiles", {})
+    values.pop("seeds", None)
+    profile = profile or values.get("profile") or (default_profile() if blocks else "paper")
+    if profile not in PROFILES:
+        nearest = difflib.get_close_matches(str(profile), PROFILES, 1, cutoff=0)[0]
+        raise ValueError(f"{where}: unknown profile {profile!r}; nearest: {nearest!r}")
+    for name in blocks:
+        if name not in PROFILES:
+            raise ValueError(f"{where}: unknown profile {name!r} under profiles:")
+    block = {k: v for k, v in (blocks.get(profile) or {}).items() if k != "seeds"}
+    values = _merge(_merge(values, block), {"profile": profile})
+    if "label" in overrides and not overrides["label"] and overrides.get("data"):
+        values.pop("label", None)  # the file's label names the file's data
+    values = _merge(values, {k: v for k, v in overrides.items() if v is not None and v != ""})
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, values, where) from None
+
+
+def experiment_params(name, profile=None, seeds=None, **overrides):
+    """Parameters of every run of an experiment: params/<name>/*.yaml times the seeds.
+
+    seeds: list of integers; default: those of the file's profile (`seeds:` in its block).
+    """
+    folder = ROOT / "params" / name
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        known = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
+        raise FileNotFoundError(f"no experiment {name!r} in {folder.parent}; known: {known}")
+    runs = []
+    for path in files:
+        values, _ = _read(path)
+        where = str(path.relative_to(ROOT))
+        first = _resolve(values, where, profile, overrides)
+        block = (values.get("profiles") or {}).get(first.profile) or {}
+        for seed in seeds or block.get("seeds") or values.get("seeds") or [first.seed]:
+            runs.append(_resolve(values, where, profile, {**overrides, "seed": seed}))
+    return runs
+
+
+# --- places ------------------------------------------------------------------------------------
+
+
+def outputs_dir(outputs="", profile="smoke"):
+    """Folder for a profile's outputs: <outputs>/<profile>, outputs from the argument, else the
+    environment variable CLL_OUTPUTS, else <checkout>/outputs."""
+    root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
+    return root.expanduser().resolve() / profile
+
+
+def run_dir(params, root):
+    """<root>/runs/<name>-seed<k>-<hash>: one folder for one set of parameters, for good."""
+    return Path(root) / "runs" / f"{params.name}-seed{params.seed}-{params.hash()[:6]}"
+
+
+def load_dataset(params):
+    """The data.Dataset of a run (read once per process)."""
+    seed = params.seed if params.data == "two_moons" else 0
+    return _dataset(
+        params.data, params.input_shape, params.train_size, params.test_size, seed, params.label
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _dataset(source, input_shape, train_size, test_size, seed, label):
+    return load(
+        source,
+        input_shape=input_shape,
+        train_size=train_size,
+        test_size=test_size,
+        seed=seed,
+        label=label or None,
+    )
+
+
+def load_model(out_dir):
+    """The trained network of a finished run's folder, in eval mode on the CPU."""
+    out_dir = Path(out_dir)
+    record = json.loads((out_dir / "result.json").read_text())
+    net = build(record["params"]["model"], record["num_classes"], record["input_shape"])
+    path = out_dir / "checkpoint.safetensors"
+    try:
+        net.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise several types for a damaged file
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"damaged weights {path} ({reason}); delete the folder to redo the run") from None
+    return net.eval()
+
+
+def _finished(params, out_dir):
+    path = Path(out_dir) / "result.json"
+    # FRESH=1 of make: what was finished before that moment counts as not done
+    if not path.exists() or path.stat().st_mtime < float(os.environ.get("CLL_FRESH") or 0):
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"damaged result {path} ({error}); delete it to redo the run") from None
+    if record["params_hash"] != params.hash():
+        return None
+    if params.label and record["data"] != params.label:
+        record["data"] = params.label
+        _write(path, json.dumps(record, indent=1))
+    return record
+
+
+def _write(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def results(root):
+    """All finished runs under <root>/runs, one row each (result.json, nested keys dotted)."""
+    records = [
+        json.loads(path.read_text()) for path in sorted(Path(root).glob("runs/*/result.json"))
+    ]
+    return pd.json_normalize(records)
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def run(params, out_dir, progress=True):
+    """Train and certify one run in `out_dir`; returns the result record (dict).
+
+    params: Params, a mapping, or the path of a YAML file. A finished run with the same
+    parameters is read; one with other parameters is moved to out_dir/previous-<hash> first. An
+    interrupted run resumes from its checkpoint: on a CPU, to the bit-identical result.
+    """
+    if not isinstance(params, Params):
+        params = load_params(params)
+    return _run_together([params], [Path(out_dir)], progress)[0]
+
+
+def run_all(runs, root, progress=True, stack=None):
+    """Train and certify many runs under `root`; returns their result records in order.
+
+    Runs that differ only in name, seed and loss train as one stacked program, at most `stack` at
+    a time (default: 32 for small networks or on CUDA, 1 for convolutional networks on a CPU,
+    where a stack saves nothing). Finished runs are read.
+    """
+    folders = {id(p): run_dir(p, root) for p in runs}
+    pending, records = [], {}
+    for params in runs:
+        record = _finished(params, folders[id(params)])
+        if record is None:
+            pending.append(params)
+        records[id(params)] = record
+    for batch in _batches(pending, folders, stack):
+        done = _run_together(batch, [folders[id(p)] for p in batch], progress)
+        records.update({id(p): r for p, r in zip(batch, done, strict=True)})
+    return [records[id(p)] for p in runs]
+
+
+def _batches(runs, folders, stack):
+    """Groups of runs that can train as one program, resumable ones with their own kind."""
+    groups = {}
+    for params in runs:
+        common = params.model_dump_json(
+            exclude={"name", "row", "seed", "loss", "radii", "certify_train", "tightness", "label"}
+        )
+        groups.setdefault(common, []).append(params)
+    for group in groups.values():
+        small = group[0].model == "MLP" or group[0].torch_device == "cuda"
+        limit = stack or (32 if small else 1)
+        buckets = []  # (common epochs, runs): runs resume together only from a common epoch
+        for params in group:
+            epochs = frozenset(load_checkpoints(params, folders[id(params)]))
+            for i, (common, members) in enumerate(buckets):
+                if (common & epochs or common == epochs) and len(members) < limit:
+                    buckets[i] = (common & epochs, [*members, params])
+                    break
+            else:
+                buckets.append((epochs, [params]))
+        yield from (members for _, members in buckets)
+
+
+def _run_together(runs, out_dirs, progress):
+    with contextlib.ExitStack() as stack:
+        for params, out_dir in zip(runs, out_dirs, strict=True):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(out_dir))
+        # Another process may have finished some of them while this one waited.
+        records = [_finished(p, d) for p, d in zip(runs, out_dirs, strict=True)]
+        todo = [i for i, r in enumerate(records) if r is None]
+        if todo:
+            for i in todo:
+                _set_aside(runs[i], out_dirs[i])
+            datasets = [load_dataset(runs[i]) for i in todo]
+            nets, seconds = train(
+                [runs[i] for i in todo],
+                datasets,
+                [out_dirs[i] for i in todo],
+                device=runs[0].torch_device,
+                progress=progress,
+            )
+            for i, net, dataset in zip(todo, nets, datasets, strict=True):
+                records[i] = _evaluate(
+                    runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress
+                )
+    return records
+
+
+@contextlib.contextmanager
+def _lock(folder):
+    """Two processes never work in one run folder; the second waits."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _set_aside(params, out_dir):
+    """Move a finished result of other parameters away, so that it is not overwritten."""
+    path = out_dir / "result.json"
+    if path.exists():
+        old = out_dir / f"previous-{json.loads(path.read_text())['params_hash'][:6]}"
+        old.mkdir(exist_ok=True)
+        for name in ("result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"):
+            if (out_dir / name).exists():
+                os.replace(out_dir / name, old / name)
+
+
+def _certificates(net, images, targets, epsilons, matrices):
+    """(predictions, {method: radii}, {method: {name: CRA}}, clean) of one set of points."""
+    logits = predict_logits(net, images)
+    prediction = logits.argmax(1)
+    correct = prediction == targets.cpu()
+    radii = {m: certified_radius(logits, K) for m, K in matrices.items()}
+    cra = {
+        m: {n: (correct & (r > float(Fraction(n)))).double().mean().item() for n in epsilons}
+        for m, r in radii.items()
+    }
+    return prediction, correct, radii, cra
+
+
+def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
+    """Certify a trained network by both bounds, write radii, weights and result.json."""
+    device = params.torch_device
+    net = net.to(device)
+    matrices = {m: lipschitz_matrix(net, m).cpu() for m in ("guaranteed", "power")}
+    names = list(dict.fromkeys([*params.radii, f"{params.loss.epsilon:g}"]))
+    prediction, correct, radii, cra = _certificates(
+        net, dataset.test_images, dataset.test_targets, names, matrices
+    )
+    K_f, K_f_paper = (matrices[m].max().item() for m in ("guaranteed", "power"))
+    record = {
+        "name": params.name,
+        "row": params.row,
+        "seed": params.seed,
+        "profile": params.profile,
+        "model": params.model,
+        "method": params.loss.name,
+        "data": dataset.name,
+        "epsilon": params.loss.epsilon,
+        "p": getattr(params.loss, "p", None),
+        "epochs": params.epochs,
+        "published_epochs": params.published_epochs,
+        "train_size": len(dataset.train_targets),
+        "test_size": len(dataset.test_targets),
+        "num_classes": dataset.num_classes,
+        "input_shape": list(dataset.input_shape),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "clean": correct.double().mean().item(),
+        "cra": cra["guaranteed"],
+        "mean_certified_radius": (radii["guaranteed"] * correct).mean().item(),
+        "K_f": K_f,
+        "K_hf": (
+            1 / cll_scale(params.loss.epsilon, params.loss.p) if params.loss.name == "CLL" else K_f
+        ),
+        "cra_paper_style": cra["power"],
+        "K_f_paper_style": K_f_paper,
+    }
+    if params.certify_train:
+        _, train_correct, _, train_cra = _certificates(
+            net, dataset.train_images, dataset.train_targets, names, matrices
+        )
+        record["train_clean"] = train_correct.double().mean().item()
+        record["train_cra"] = train_cra["guaranteed"]
+        record["train_cra_paper_style"] = train_cra["power"]
+    if params.tightness is not None:
+        lower = lipschitz_lower_bound(
+            net, dataset.train_images, seed=params.seed, progress=progress,
+            **params.tightness.model_dump(),
+        )  # fmt: skip
+        record["K_lower"] = lower
+        record["tightness"] = lower / K_f
+        record["tightness_paper_style"] = lower / K_f_paper
+        record["tightness_method"] = params.tightness.method
+    record |= {
+        "seconds": round(seconds, 1),
+        "trained_together": companions,
+        "params": params.model_dump(mode="json", by_alias=True),
+        "params_hash": params.hash(),
+        **provenance(device),
+    }
+    np.savez_compressed(
+        out_dir / "radii.npz",
+        radius=radii["guaranteed"].numpy(),
+        radius_paper_style=radii["power"].numpy(),
+        correct=correct.numpy(),
+        prediction=prediction.numpy(),
+        target=dataset.test_targets.cpu().numpy(),
+    )
+    net.cpu()
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    save_file(state, out_dir / "checkpoint.safetensors.tmp")
+    os.replace(out_dir / "checkpoint.safetensors.tmp", out_dir / "checkpoint.safetensors")
+    _write(out_dir / "result.json", json.dumps(record, indent=1))
+    for path in out_dir.glob("checkpoint*.pt"):
+        path.unlink()
+    return record
+
+
+def provenance(device="cpu"):
+    """Device, versions, git revision and date: where a number comes from."""
+    from importlib.metadata import version
+
+    def git(*command):
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += " with local changes"
+    cuda = str(device).startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")},
+        },
+        "git_revision": revision or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

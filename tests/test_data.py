@@ -1,0 +1,694 @@
+"""Data sources, their refusals, and augmentation against torchvision's own transforms."""
+
+import os
+import shutil
+import urllib.error
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from cll import data
+from cll.data import Augmentation, augment, draw, load, select, to_float
+
+REAL = os.environ.get("CLL_TEST_DATA", "")
+
+
+def one_line(error, *words):
+    """The message is one line and names every culprit."""
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, f"{word!r} not in: {message}"
+
+
+def pictures(n, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+# ---- two moons -------------------------------------------------------------------------------
+
+
+def arcs():
+    angle = np.linspace(0, np.pi, 20_001)
+    outer = np.stack([np.cos(angle), np.sin(angle)], 1)
+    return outer, np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], 1)
+
+
+def distance(points, arc):
+    from scipy.spatial import cKDTree
+
+    return cKDTree(arc).query(points)[0]
+
+
+def test_moons_noise_free_arcs_are_half_apart():
+    outer, inner = arcs()
+    assert distance(inner, outer).min() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_moons_have_margin_015():
+    moons = load("two_moons", seed=3)
+    assert (len(moons.train_images), len(moons.test_images)) == (2000, 20_000)
+    assert moons.train_images.dtype == torch.float32 and moons.input_shape == (2,)
+    assert moons.class_names == ["outer", "inner"] and moons.num_classes == 2
+    for points, targets in (
+        (moons.train_images, moons.train_targets),
+        (moons.test_images, moons.test_targets),
+    ):
+        assert targets.bincount().tolist() == [len(points) // 2] * 2
+        classes = [points[targets == c].numpy() for c in (0, 1)]
+        for own, arc in zip(classes, arcs(), strict=True):
+            assert distance(own, arc).max() <= 0.1 + 1e-6
+        assert distance(classes[0], classes[1]).min() >= 0.3 - 1e-6
+    # supports 0.3 apart are not just a lower bound: 20,000 points come close to it
+    assert distance(classes[0], classes[1]).min() < 0.35
+
+
+def test_moons_noise_is_uniform_in_the_disc():
+    moons = load("two_moons", test_size=40_000)
+    points, targets = moons.test_images.numpy(), moons.test_targets.numpy()
+    # Far from the arc's ends the signed distance to the circle is a disc's projection on its
+    # radius, up to curvature: standard deviation 0.1 / 2.
+    middle = points[(targets == 0) & (np.abs(points[:, 0]) < 0.8)]
+    assert np.std(np.linalg.norm(middle, axis=1) - 1) == pytest.approx(0.05, rel=0.02)
+
+
+def test_moons_are_determined_by_the_seed():
+    first, again, other = (load("two_moons", train_size=50, test_size=7, seed=s) for s in (1, 1, 2))
+    assert first.test_images.shape == (7, 2)
+    assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.test_images, again.test_images)
+    assert not torch.equal(first.train_images, other.train_images)
+
+
+# ---- digits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 20), (3, 64, 64), (1, 8, 8)])
+def test_digits_fill_any_input(shape):
+    digits = load("digits", input_shape=shape)
+    assert digits.name == "digits" and digits.num_classes == 10 and digits.input_shape == shape
+    assert digits.train_images.shape == (1437, *shape) and len(digits.test_images) == 360
+    assert digits.train_images.dtype == torch.uint8 and digits.train_images.max() == 255
+    assert digits.train_targets.bincount(minlength=10).min() > 100
+    assert (digits.train_images == digits.train_images[:, :1]).all()
+    again = load("digits", input_shape=shape, seed=5)
+    assert torch.equal(digits.train_images, again.train_images)
+
+
+def test_digits_of_one_size_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    digits = load("digits", input_shape=(1, 8, 8))
+    source = load_digits()
+    expected = sorted(
+        (image.tobytes(), target)
+        for image, target in zip(source.images.astype(np.uint8), source.target, strict=True)
+    )
+    images = torch.cat([digits.train_images, digits.test_images])[:, 0]
+    levels = (images.double() * (16 / 255)).round().to(torch.uint8).numpy()  # 0..16 again
+    targets = torch.cat([digits.train_targets, digits.test_targets]).tolist()
+    assert sorted((x.tobytes(), y) for x, y in zip(levels, targets, strict=True)) == expected
+
+
+def test_a_subset_is_the_same_for_every_seed_and_keeps_the_order():
+    whole = load("digits", input_shape=(1, 8, 8))
+    a = load("digits", input_shape=(1, 8, 8), train_size=100, test_size=10, seed=0)
+    b = load("digits", input_shape=(1, 8, 8), train_size=100, seed=9)
+    assert torch.equal(a.train_images, b.train_images) and len(a.test_images) == 10
+    positions = [
+        (whole.train_images == image).flatten(1).all(1).nonzero()[0].item()
+        for image in a.train_images
+    ]
+    assert positions == sorted(positions) and positions != list(range(100))
+    with pytest.raises(ValueError) as error:
+        load("digits", train_size=2000)
+    one_line(error, "digits", "train_size = 2000", "1437")
+
+
+# ---- npz -------------------------------------------------------------------------------------
+
+
+def arrays(**changes):
+    good = {
+        "x_train": pictures(24, 6, 5, 3),
+        "y_train": np.arange(24) % 4,
+        "x_test": pictures(8, 6, 5, 3, seed=1),
+        "y_test": np.arange(8) % 4,
+    }
+    return {k: v for k, v in (good | changes).items() if v is not None}
+
+
+@pytest.fixture
+def npz(tmp_path):
+    def write(**changes):
+        path = tmp_path / "mine.npz"
+        np.savez(path, **arrays(**changes))
+        return f"npz:{path}"
+
+    return write
+
+
+def test_npz_round_trip(npz):
+    source = npz(y_train=(np.arange(24) % 4).astype(np.uint8))
+    ours = load(source, input_shape=[3, 6, 5])
+    assert ours.name == "npz:mine" and ours.num_classes == 4 and ours.class_names is None
+    assert ours.input_shape == (3, 6, 5) and ours.train_images.is_contiguous()
+    back = ours.train_images.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(back, arrays()["x_train"])
+    assert ours.train_targets.dtype == torch.int64
+    assert ours.test_targets.tolist() == arrays()["y_test"].tolist()
+    assert load(source, label="cifar10 (recovered)").name == "cifar10 (recovered)"
+
+
+def test_npz_grey_and_class_names(npz):
+    source = npz(
+        x_train=pictures(24, 6, 5), x_test=pictures(8, 6, 5), class_names=np.array(list("abcdefg"))
+    )
+    ours = load(source)
+    assert ours.input_shape == (1, 6, 5)
+    assert ours.num_classes == 7 and ours.class_names == list("abcdefg")
+
+
+NAN = np.full((24, 6, 5, 3), 0.5)
+NAN[3, 0, 0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y_test": None}, ["y_test", "missing", "np.savez"]),
+        ({"x_train": NAN}, ["x_train", "NaN", "image 3"]),
+        ({"x_train": NAN * 0 + 0.5}, ["x_train", "NaN"]),
+        ({"x_train": np.full((24, 6, 5, 3), 0.5)}, ["x_train", "float64", "uint8", "255"]),
+        ({"x_test": pictures(8, 6, 5, 3).astype(np.int16)}, ["x_test", "int16", "uint8"]),
+        ({"x_train": pictures(24, 3, 6, 5)}, ["(24, 3, 6, 5)", "transpose(0, 2, 3, 1)"]),
+        ({"x_train": pictures(24, 90)}, ["x_train", "(24, 90)", "(N, H, W, C)"]),
+        ({"x_test": pictures(8, 7, 5, 3)}, ["x_train", "3x6x5", "x_test", "3x7x5"]),
+        ({"y_train": np.arange(23) % 4}, ["24 images", "23 labels"]),
+        ({"y_train": np.eye(24)[:, :4].astype(int)}, ["y_train", "(24, 4)"]),
+        ({"y_train": np.arange(24) % 4 + 0.0}, ["y_train", "float64", "whole numbers"]),
+        ({"y_train": np.arange(24) % 4 - 1}, ["y_train", "label -1", "index 0", "out of range"]),
+        ({"y_train": np.where(np.arange(24) == 7, 99, np.arange(24) % 4)}, ["99", "index 7"]),
+        ({"y_test": np.arange(8)}, ["y_test", "label 4", "index 4", "0..3"]),
+        ({"y_test": np.arange(8), "class_names": list("abcd")}, ["label 4", "class_names"]),
+        ({"x_train": pictures(0, 6, 5, 3), "y_train": np.arange(0)}, ["x_train", "empty"]),
+        ({"x_test": pictures(0, 6, 5, 3), "y_test": np.arange(0)}, ["x_test", "empty"]),
+        ({"x_train": np.array([None] * 24)}, ["pickle"]),
+    ],
+)
+def test_npz_refusals(npz, changes, words):
+    source = npz(**changes)
+    with pytest.raises(ValueError) as error:
+        load(source)
+    one_line(error, source, *words)
+
+
+def test_npz_of_another_shape_than_the_network(npz):
+    grey = {"x_train": pictures(24, 28, 28), "x_test": pictures(8, 28, 28)}
+    with pytest.raises(ValueError) as error:
+        load(npz(**grey), input_shape=(3, 32, 32))
+    one_line(error, "1x28x28", "3x32x32", "input_shape=[1, 28, 28]")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, "flip", "npy", "text"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_truncated_or_damaged(tmp_path, keep, save):
+    path = tmp_path / "cut.npz"
+    save(path, **arrays())
+    whole = bytearray(path.read_bytes())
+    if keep == "flip":
+        whole[len(whole) // 3] ^= 255  # inside x_train, behind its header
+        path.write_bytes(whole)
+    elif keep == "npy":
+        np.save(path.with_suffix(".npy"), arrays()["x_train"])
+        path.with_suffix(".npy").replace(path)
+    elif keep == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        path.write_bytes(whole[: keep if keep >= 1 else int(keep * len(whole))])
+    with pytest.raises(ValueError) as error:
+        load(f"npz:{path}")
+    one_line(error, path, "truncated or damaged")
+
+
+def test_missing_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in ("npz:gone.npz", "folder:gone"):
+        with pytest.raises(FileNotFoundError) as error:
+            load(source)
+        one_line(error, tmp_path / source.partition(":")[2], "write the path")
+        assert isinstance(error.value, ValueError)
+
+
+# ---- folder ----------------------------------------------------------------------------------
+
+
+def write_images(folder, shape=(6, 5, 3), classes=("ant", "bee"), n=3, suffix="png"):
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i, pixels in enumerate(pictures(n, *shape, seed=c)):
+            Image.fromarray(pixels).save(folder / name / f"{i}.{suffix}")
+
+
+def test_folder_keeps_pixels_and_finds_val(tmp_path):
+    write_images(tmp_path / "set" / "train")
+    write_images(tmp_path / "set" / "val", classes=("bee",), n=2)
+    ours = load(f"folder:{tmp_path / 'set'}")
+    assert ours.name == "folder:set" and ours.class_names == ["ant", "bee"]
+    assert ours.train_targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert ours.test_targets.tolist() == [1, 1]  # numbered by the training classes, not its own
+    expected = np.concatenate([pictures(3, 6, 5, 3, seed=c) for c in (0, 1)])
+    assert np.array_equal(ours.train_images.permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_folder_is_resized_with_antialiasing(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        stripes = np.zeros((64, 64, 3), np.uint8)
+        stripes[:, ::2] = 200
+        Image.fromarray(stripes).save(tmp_path / split / "a" / "stripes.png")
+        Image.fromarray(pictures(1, 9, 31)[0]).save(tmp_path / split / "a" / "grey.png")
+    ours = load(f"folder:{tmp_path}", input_shape=(3, 16, 16))
+    assert ours.train_images.shape == (2, 3, 16, 16)
+    inside = ours.train_images[1, :, :, 2:-2].float()
+    assert (inside - 100).abs().max() < 4  # plain subsampling would give 0 or 200
+    grey = load(f"folder:{tmp_path}", input_shape=(1, 16, 16))
+    assert grey.train_images.shape == (2, 1, 16, 16)
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{tmp_path}")
+    one_line(error, "stripes.png", "3x64x64", "grey.png", "input_shape")
+
+
+def test_folder_refusals(tmp_path):
+    def refused(*words, **arguments):
+        with pytest.raises(ValueError) as error:
+            load(f"folder:{tmp_path}", **arguments)
+        one_line(error, tmp_path, *words)
+
+    refused("no folder train/")
+    (tmp_path / "train").mkdir()
+    refused("no folder test/ or val/")
+    write_images(tmp_path / "test")
+    refused("train", "no class folders")
+    (tmp_path / "train" / "ant").mkdir()
+    refused("train split is empty")
+    shutil.rmtree(tmp_path / "train")
+    write_images(tmp_path / "train", classes=("ant",))
+    refused("class bee", "not among the training classes")
+    write_images(tmp_path / "train", classes=("bee",))
+    assert len(load(f"folder:{tmp_path}").train_images) == 6
+    refused("2x8x8", input_shape=(2, 8, 8))
+    damaged = tmp_path / "train" / "bee" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    refused(damaged, "truncated")
+
+
+# ---- Tiny-ImageNet ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The official layout with 3 classes of 4 + 2 images."""
+    folder = tmp_path / "tiny-imagenet-200"
+    wnids = ["n03", "n01", "n02"]
+    folder.mkdir()
+    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (folder / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn99\tother\n")
+    (folder / "val" / "images").mkdir(parents=True)
+    lines = []
+    for c, wnid in enumerate(wnids):
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(4):
+            shape = (64, 64) if i == 3 else (64, 64, 3)  # the real set has grey JPEG files too
+            image = Image.fromarray(np.full(shape, 40 * c + i, np.uint8))
+            image.save(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", quality=100)
+        for i in range(2):
+            name = f"val_{2 * c + i}.JPEG"
+            Image.fromarray(np.full((64, 64, 3), 200 + c, np.uint8)).save(
+                folder / "val" / "images" / name, quality=100
+            )
+            lines.append(f"{name}\t{wnid}\t0\t0\t62\t62")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_tiny_imagenet_official_layout(tiny, monkeypatch):
+    ours = load("tiny-imagenet", root=tiny.parent, input_shape=(3, 64, 64))
+    assert ours.name == "tiny-imagenet" and ours.class_names == ["goldfish", "n02", "n03"]
+    assert ours.train_targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert ours.test_targets.tolist() == [2, 2, 0, 0, 1, 1]
+    means = ours.train_images.float().mean((1, 2, 3))
+    assert torch.allclose(means, torch.tensor([40.0, 80.0, 0.0]).repeat_interleave(4), atol=4)
+    means = ours.test_images.float().mean((1, 2, 3))
+    assert torch.allclose(means, torch.tensor([200.0, 200, 201, 201, 202, 202]), atol=1)
+
+    # The second time nothing is decoded, and CLL_DATA says where.
+    monkeypatch.setenv("CLL_DATA", str(tiny.parent))
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", None)
+    again = load("tiny-imagenet")
+    assert torch.equal(ours.train_images, again.train_images)
+    assert torch.equal(ours.test_images, again.test_images)
+    assert not list(tiny.glob("*.tmp"))
+
+    # A damaged cache and a changed folder are noticed.
+    monkeypatch.setattr(data, "_decode", decode)
+    cache = tiny / "decoded.npz"
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert torch.equal(load("tiny-imagenet").train_images, ours.train_images)
+    (tiny / "train" / "n02" / "images" / "n02_0.JPEG").unlink()
+    assert len(load("tiny-imagenet").train_images) == 11
+
+
+def test_tiny_imagenet_refusals(tiny):
+    def refused(*words, **arguments):
+        with pytest.raises(ValueError) as error:
+            load("tiny-imagenet", root=tiny.parent, **arguments)
+        one_line(error, "tiny-imagenet", *words)
+
+    refused("3x64x64", "3x32x32", input_shape=(3, 32, 32))
+    (tiny / "val" / "images" / "val_3.JPEG").unlink()
+    (tiny / "decoded.npz").unlink()
+    refused("val_3.JPEG", "missing")
+    (tiny / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\n")
+    refused("line 1", "n77")
+    (tiny / "val" / "val_annotations.txt").unlink()
+    refused("val_annotations.txt", "missing")
+    shutil.rmtree(tiny / "train" / "n02")
+    refused("n02", "no images")
+    (tiny / "wnids.txt").unlink()
+    refused("wnids.txt", "CLL_DATA", "npz:PATH", "folder:PATH")
+
+
+# ---- CIFAR without its files -----------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: counts the attempts."""
+    import torchvision.datasets.utils as utils
+
+    attempts = []
+
+    def refuse(request, *_, **__):
+        attempts.append(getattr(request, "full_url", request))
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(utils.urllib.request, "urlopen", refuse)
+    return attempts
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("download", [False, True])
+def test_cifar_without_files_or_network(tmp_path, offline, name, download):
+    root = tmp_path / "none"
+    with pytest.raises(FileNotFoundError) as error:
+        load(name, root=root, download=download)
+    archive = name.replace("cifar", "cifar-") + "-python.tar.gz"
+    one_line(error, name, root, archive, "download", "CLL_DATA", "DATA=npz:PATH", "folder:PATH")
+    assert error.value.__cause__ is None
+    assert bool(offline) == download and ("no network" in str(error.value)) == download
+    assert not list(tmp_path.rglob("*.tar.gz"))
+
+
+def test_cifar_truncated_archive_does_not_count_as_present(tmp_path, offline):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
+    with pytest.raises(FileNotFoundError) as error:
+        load("cifar10", root=tmp_path)
+    one_line(error, tmp_path / "cifar-10-python.tar.gz", "truncated", "npz:PATH")
+    assert offline  # it was fetched again
+
+
+def test_cifar_damaged_batch_is_named(tmp_path, offline):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError) as error:
+        load("cifar10", root=tmp_path, download=False)
+    one_line(error, tmp_path / "cifar-10-batches-py", "damaged", "data_batch_2")
+    assert not offline
+
+
+# ---- real files, where CLL_TEST_DATA has them ------------------------------------------------
+
+
+def real(name):
+    path = Path(REAL, name)
+    return pytest.mark.skipif(not (REAL and path.exists()), reason=f"CLL_TEST_DATA has no {name}")
+
+
+@real("cifar-100-python")
+def test_real_cifar100(tmp_path):
+    ours = load("cifar100", root=REAL, input_shape=(3, 32, 32), download=False)
+    assert ours.train_images.shape == (50_000, 3, 32, 32) and len(ours.test_images) == 10_000
+    assert ours.train_targets.bincount().tolist() == [500] * 100
+    assert ours.class_names[0] == "apple" and ours.class_names[-1] == "worm"
+    mean = ours.train_images.float().mean((0, 2, 3)) / 255  # as published
+    assert torch.allclose(mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=1e-4)
+
+    copy = tmp_path / "cifar-100-python"
+    shutil.copytree(Path(REAL, "cifar-100-python"), copy)
+    with open(copy / "train", "r+b") as file:
+        file.truncate(10_000_000)
+    with pytest.raises(FileNotFoundError) as error:
+        load("cifar100", root=tmp_path, download=False)
+    one_line(error, copy, "damaged", "train")
+
+
+@real("tiny-imagenet-200")
+def test_real_tiny_imagenet():
+    ours = load("tiny-imagenet", root=REAL)
+    assert ours.input_shape == (3, 64, 64)
+    assert len(ours.train_targets.bincount().unique()) == 1  # balanced, as is the validation part
+    assert len(ours.test_targets.bincount().unique()) == 1
+    assert "Egyptian cat" in ours.class_names
+
+
+@real("cifar10_recovered.npz")
+def test_real_cifar10_npz():
+    ours = load(f"npz:{Path(REAL, 'cifar10_recovered.npz')}", label="cifar10 (recovered)")
+    assert ours.train_images.shape == (50_000, 3, 32, 32) and ours.num_classes == 10
+    mean = ours.train_images.float().mean((0, 2, 3)) / 255  # as published
+    assert torch.allclose(mean, torch.tensor([0.49140, 0.48216, 0.44653]), atol=2e-5)
+
+
+# ---- arguments and the Dataset itself --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("cifra10", ['"cifar10"', "two_moons", "npz:PATH"]),
+        ("tiny_imagenet", ['"tiny-imagenet"']),
+        ("my/pictures.npz", ['"npz:my/pictures.npz"']),
+        ("npz:", ["lacks a path", "npz:PATH"]),
+        ("zebra", ["unknown", "digits", "folder:PATH"]),
+        (None, ["unknown", "None"]),
+    ],
+)
+def test_unknown_source(source, words):
+    with pytest.raises(ValueError) as error:
+        load(source)
+    one_line(error, *words)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_sizes_are_positive_integers(size):
+    with pytest.raises(ValueError, match="test_size"):
+        load("two_moons", test_size=size)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 32), "3x32x32", 32, (3, 32.5, 32), ()])
+def test_input_shapes_are_positive_integers(shape):
+    with pytest.raises(ValueError, match="input_shape"):
+        load("digits", input_shape=shape)
+
+
+def test_dataset_refuses_what_would_fail_later():
+    good = load("digits", input_shape=(1, 8, 8), train_size=20, test_size=20)
+    nan = to_float(good.test_images).clone()
+    nan[3, 0, 1, 1] = float("nan")
+    bad = good.train_targets.clone()
+    bad[5] = 10
+    for changes, words in (
+        ({"test_images": nan}, ["test image 3", "NaN"]),
+        ({"train_targets": bad}, ["train target 10", "index 5", "0..9"]),
+        ({"train_targets": -bad}, ["out of range"]),
+        ({"train_targets": good.train_targets[:7]}, ["20 images", "(7,)"]),
+        ({"train_targets": good.train_targets.float()}, ["float32", "int64"]),
+        ({"train_images": good.train_images[:0], "train_targets": bad[:0]}, ["train", "empty"]),
+        ({"train_images": good.train_images.long()}, ["int64", "uint8"]),
+        ({"input_shape": (3, 32, 32)}, ["(1, 8, 8)", "(3, 32, 32)"]),
+        ({"class_names": ["a"]}, ["1 class names", "10 classes"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            replace(good, **changes)
+        one_line(error, *words)
+
+
+# ---- augmentation ----------------------------------------------------------------------------
+
+FULL = Augmentation(crop=4, flip=True, jitter=0.25, rotation=2.0)
+
+
+def batch(n, channels=3, height=32, width=32):
+    """Smooth pictures with saturated and black parts: what clamping and rounding act on."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(n, channels, 5, 5, generator=generator) * 1.6 - 0.3
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (smooth.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def noise(n, *shape):
+    """Every pixel differs from its neighbours and none is black: every wrong source is seen."""
+    generator = torch.Generator().manual_seed(8)
+    return torch.randint(1, 256, (n, *shape), generator=generator, dtype=torch.uint8)
+
+
+def torchvision_one(image, parameters, augmentation):
+    """One image through torchvision's own functions, with the parameters that were drawn."""
+    x = image.float() / 255
+    height, width = x.shape[1:]
+    if augmentation.crop:
+        row, column = parameters["shift"].tolist()
+        x = TF.pad(x, augmentation.crop)
+        x = TF.crop(x, augmentation.crop + row, augmentation.crop + column, height, width)
+    if augmentation.flip and parameters["flip"]:
+        x = TF.hflip(x)
+    if augmentation.jitter:
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+        for operation in parameters["order"].tolist():
+            x = adjust[operation](x, parameters["factors"][operation].item())
+    return x
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(crop=4),
+        Augmentation(flip=True),
+        Augmentation(jitter=0.25),
+        Augmentation(crop=2, flip=True, jitter=0.9),
+    ],
+)
+def test_crop_flip_jitter_are_torchvisions(channels, augmentation):
+    images = batch(150, channels, 24, 32)
+    drawn = draw(150, augmentation, (24, 32), torch.Generator().manual_seed(1))
+    ours = augment(images, drawn)
+    assert ours.dtype == torch.float32 and ours.is_contiguous()
+    for i, image in enumerate(images):
+        theirs = torchvision_one(image, select(drawn, i), augmentation)
+        assert (ours[i] - theirs).abs().max() <= 1e-5
+    if augmentation.jitter:
+        assert len({tuple(order) for order in drawn["order"].tolist()}) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("rotation", "changed"), [(2, 0.005), (15, 0.6), (180, 0.9)])
+@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
+def test_rotation_is_torchvisions(channels, rotation, changed, size):
+    images = noise(100, channels, *size)
+    drawn = draw(100, Augmentation(rotation=rotation), size, torch.Generator().manual_seed(2))
+    ours = augment(images, drawn)
+    theirs = torch.stack(
+        [
+            TF.rotate(x, angle.item())
+            for x, angle in zip(to_float(images), drawn["angle"], strict=True)
+        ]
+    )
+    assert (ours == theirs).float().mean() >= 0.9999  # a pixel may lie half-way between two
+    assert (ours != to_float(images)).float().mean() > changed  # 2 degrees move only the corners
+
+
+def test_all_together_are_torchvisions():
+    images = noise(100, 3, 32, 32)
+    drawn = draw(100, FULL, 32, torch.Generator().manual_seed(3))
+    ours = augment(images, drawn)
+    same = []
+    for i, image in enumerate(images):
+        parameters = select(drawn, i)
+        theirs = TF.rotate(torchvision_one(image, parameters, FULL), parameters["angle"].item())
+        same.append(((ours[i] - theirs).abs() <= 1e-5).float().mean())
+    assert torch.stack(same).mean() >= 0.9999
+    assert ours.min() >= 0 and ours.max() <= 1
+
+
+def test_no_augmentation_is_to_float():
+    images = batch(10)
+    drawn = draw(10, Augmentation(), 32)
+    assert drawn == {} and torch.equal(augment(images, drawn), to_float(images))
+    assert not Augmentation().active and FULL.active
+    assert torch.equal(to_float(images), images.float() / 255)
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
+    points = torch.rand(3, 2, dtype=torch.float64)
+    assert to_float(points) is points
+
+
+def test_every_sample_has_its_own_parameters():
+    """An image's result depends on its own row only, wherever it stands in a batch of any size."""
+    images = batch(1).expand(700, -1, -1, -1).contiguous()
+    drawn = draw(700, FULL, 32, torch.Generator().manual_seed(4))
+    whole = augment(images, drawn)  # more than one piece on a CPU
+    assert len(whole.flatten(1).unique(dim=0)) == 700
+    rows = torch.tensor([699, 3, 350, 3])
+    assert torch.allclose(augment(images[rows], select(drawn, rows)), whole[rows], atol=1e-6)
+    one = augment(images[5:6], select(drawn, slice(5, 6)))
+    assert torch.allclose(one[0], whole[5], atol=1e-6)
+    assert torch.equal(images, batch(1).expand(700, -1, -1, -1))  # the input is left alone
+
+
+def test_draws_follow_the_stated_distributions():
+    n = 40_000
+    drawn = draw(n, FULL, 32, torch.Generator().manual_seed(5))
+    counts = drawn["shift"].add(4).flatten().bincount()
+    assert len(counts) == 9 and (counts / (2 * n) - 1 / 9).abs().max() < 0.005
+    rows, columns = drawn["shift"].double().T
+    assert torch.corrcoef(torch.stack([rows, columns]))[0, 1].abs() < 0.02
+    assert drawn["flip"].double().mean() == pytest.approx(0.5, abs=0.01)
+    assert drawn["factors"].min() >= 0.75 and drawn["factors"].max() <= 1.25
+    assert drawn["factors"].double().mean(0).tolist() == pytest.approx([1, 1, 1], abs=0.003)
+    assert drawn["factors"].double().std() == pytest.approx(0.5 / 12**0.5, abs=0.002)
+    assert drawn["angle"].abs().max() <= 2
+    assert drawn["angle"].double().std() == pytest.approx(4 / 12**0.5, abs=0.02)
+    orders = drawn["order"] @ torch.tensor([9, 3, 1])
+    _, counts = orders.unique(return_counts=True)
+    assert len(counts) == 6 and (counts / n - 1 / 6).abs().max() < 0.01
+
+
+def test_draws_repeat_with_the_generator():
+    a, b, c = (draw(50, FULL, (3, 32, 32), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+    assert all(len(values) == 50 for values in a.values())
+
+
+def test_augmentation_refusals():
+    images = batch(4, channels=4)
+    drawn = draw(4, Augmentation(jitter=0.1), 32)
+    with pytest.raises(ValueError, match="4 channels"):
+        augment(images, drawn)
+    with pytest.raises(ValueError, match="4 values of factors for 3 images"):
+        augment(batch(3), drawn)
+    with pytest.raises(ValueError, match="float32"):
+        augment(to_float(batch(4)), drawn)
+    with pytest.raises(ValueError, match="int64"):
+        to_float(torch.arange(3))
+    with pytest.raises(ValueError, match="crop = 8 can move a 8x32 image out"):
+        draw(4, Augmentation(crop=8), (8, 32))
+    for wrong in ({"crop": -1}, {"crop": 1.5}, {"jitter": 2.0}, {"rotation": -3.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Augmentation(**wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_sees_the_same_pictures():
+    images = batch(700)
+    drawn = draw(700, FULL, 32, torch.Generator().manual_seed(6))
+    on_cpu, on_cuda = augment(images, drawn), augment(images.cuda(), drawn).cpu()
+    assert ((on_cpu - on_cuda).abs() <= 1e-5).float().mean() >= 0.995

@@ -1,0 +1,176 @@
+"""Parameters are checked, finished runs are kept, results say where they come from."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_training import DIGITS, MOONS
+
+import cll
+from cll import ROOT
+from cll.experiment import experiment_params, load_model, results, run_dir
+
+SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pairs", "pairs": 50}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"epochss": 3}, "unknown key 'epochss'; nearest: 'epochs'"),
+        ({"loss": SHORT["loss"] | {"epsilonn": 1}}, "'loss.epsilonn'; nearest: 'epsilon'"),
+        ({"loss": SHORT["loss"] | {"lamda": 1}}, "'loss.lamda'; nearest: 'lambda'"),
+        ({"loss": SHORT["loss"] | {"p": 0}}, "loss.p = 0"),
+        ({"loss": SHORT["loss"] | {"p": 2}}, "loss.p = 2"),
+        ({"loss": SHORT["loss"] | {"epsilon": -0.1}}, "loss.epsilon = -0.1"),
+        ({"loss": {"name": "GloRo", "epsilon": 1, "p": 0.1}}, "'loss.p'"),
+        ({"loss": {"name": "CLLL", "epsilon": 1}}, "loss"),
+        ({"optimizer": {"lr": 0}}, "optimizer.lr = 0"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr = 'fast'"),
+        ({"augmentation": {"flop": True}}, "nearest: 'flip'"),
+        ({"epochs": 0}, "epochs = 0"),
+        ({"radii": ["a/b"]}, "radii.0"),
+        ({"profile": "papre"}, "nearest: 'paper'"),
+    ],
+)
+def test_bad_parameters_are_named_in_one_line(change, message):
+    with pytest.raises(ValueError) as caught:
+        cll.load_params(SHORT | change)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no parameter file .*nowhere.yaml"):
+        cll.load_params(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(ValueError, match="broken.yaml: not valid YAML"):
+        cll.load_params(tmp_path / "broken.yaml")
+    with pytest.raises(FileNotFoundError, match="known: .*table2"):
+        experiment_params("table7")
+
+
+ALL_FILES = sorted((ROOT / "params").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
+def test_profiles_change_sizes_never_the_method(path):
+    paper = cll.load_params(path, "paper").model_dump()
+    sizes = {"epochs", "optimizer", "train_size", "test_size", "tightness", "data", "profile"}
+    for profile in ("smoke", "quick"):
+        other = cll.load_params(path, profile).model_dump()
+        changed = {k for k in paper if paper[k] != other[k]}
+        assert changed <= sizes
+        assert {k for k in paper["optimizer"] if paper["optimizer"][k] != other["optimizer"][k]} <= {
+            "milestones"
+        }
+    assert path.stem == paper["name"]
+
+
+def test_milestones_keep_their_place_in_the_schedule():
+    for path in ALL_FILES:
+        values = yaml.safe_load(path.read_text())
+        per_epoch = 11 if values["data"] == "cifar10" else 20
+        for profile, steps in (("quick", 390 if per_epoch == 11 else 20), ("smoke", per_epoch)):
+            paper, short = (cll.load_params(path, p) for p in ("paper", profile))
+            paper_steps = 390 if per_epoch == 11 else 20
+            published = [m / (paper.published_epochs * paper_steps) for m in paper.optimizer.milestones]
+            here = [m / (short.epochs * steps) for m in short.optimizer.milestones]
+            assert here == pytest.approx(published, abs=0.02), (path.name, profile)
+
+
+def test_result_holds_both_columns_and_its_origin(tmp_path):
+    record = cll.run(cll.load_params(SHORT, seed=4), tmp_path, progress=False)
+    assert record == json.loads((tmp_path / "result.json").read_text())
+    assert record["seed"] == 4 and record["data"] == "two_moons" and record["profile"] == "smoke"
+    assert record["K_f"] >= record["K_f_paper_style"] > 0
+    assert record["cra"]["0.15"] <= record["cra_paper_style"]["0.15"] <= record["clean"]
+    assert record["K_hf"] == pytest.approx(np.log((2 - 0.01) / 0.01) / 0.15)
+    assert 0 < record["tightness"] <= record["tightness_paper_style"] <= 1
+    assert record["train_cra"]["0.15"] <= record["train_clean"]
+    for key in ("device", "versions", "git_revision", "date", "seconds", "params_hash"):
+        assert record[key] not in (None, "")
+    radii = np.load(tmp_path / "radii.npz")
+    cra = np.mean(radii["correct"] & (radii["radius"] > 0.15))
+    assert cra == record["cra"]["0.15"]
+
+
+def test_saved_network_certifies_to_the_saved_numbers(tmp_path):
+    p = cll.load_params(SHORT)
+    record = cll.run(p, tmp_path, progress=False)
+    net = load_model(tmp_path)
+    assert cll.lipschitz_matrix(net).max().item() == record["K_f"]
+    frame = cll.certify(net, cll.experiment.load_dataset(p), radii=(0.15,))
+    assert np.array_equal(frame["radius"], np.load(tmp_path / "radii.npz")["radius"])
+
+
+def test_finished_run_is_read_and_changed_parameters_are_kept_apart(tmp_path):
+    first = cll.run(cll.load_params(SHORT), tmp_path, progress=False)
+    assert cll.run(cll.load_params(SHORT), tmp_path, progress=False) == first  # same date
+    other = cll.run(cll.load_params(SHORT | {"epochs": 4}), tmp_path, progress=False)
+    assert other["params_hash"] != first["params_hash"]
+    kept = list(tmp_path.glob("previous-*/result.json"))
+    assert [json.loads(k.read_text()) for k in kept] == [first]
+
+
+def test_run_all_puts_each_parameter_set_in_its_own_folder(tmp_path):
+    runs = [cll.load_params(SHORT, seed=s) for s in (1, 2)]
+    records = cll.experiment.run_all(runs, tmp_path, progress=False)
+    assert [r["seed"] for r in records] == [1, 2]
+    assert "seed1" in run_dir(runs[0], tmp_path).name
+    assert len(results(tmp_path)) == 2
+    relabelled = cll.experiment.run_all(
+        [cll.load_params(SHORT, seed=1, label="my moons")], tmp_path, progress=False
+    )[0]
+    assert relabelled["data"] == "my moons" and relabelled["date"] == records[0]["date"]
+
+
+def test_damaged_weights_and_results_are_named(tmp_path):
+    cll.run(cll.load_params(SHORT), tmp_path, progress=False)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="damaged weights .*checkpoint.safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "result.json").write_text('{"params_hash": ')
+    with pytest.raises(ValueError, match="damaged result .*result.json"):
+        cll.run(cll.load_params(SHORT), tmp_path, progress=False)
+
+
+def test_experiment_params_multiply_files_by_seeds():
+    runs = experiment_params("table2", "paper")
+    assert len(runs) == 4 * 9
+    runs = experiment_params("table2", "quick", seeds=[3, 5], data="npz:x.npz", label="mine")
+    assert len(runs) == 8 and {r.seed for r in runs} == {3, 5}
+    assert {(r.data, r.label) for r in runs} == {("npz:x.npz", "mine")}
+    assert {r.data for r in experiment_params("table2", "smoke")} == {"digits"}
+
+
+def test_command_line_trains_and_explains(tmp_path):
+    path = tmp_path / "moons.yaml"
+    path.write_text(yaml.safe_dump(SHORT))
+    command = [sys.executable, "-m", "cll", str(path), "--outputs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "CRA 0.15:" in done.stdout
+    path.write_text(yaml.safe_dump(SHORT | {"epochss": 3}))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0 and "nearest: 'epochs'" in done.stderr
+
+
+def test_network_and_data_must_fit():
+    with pytest.raises(ValueError):
+        cll.run(cll.load_params(DIGITS | {"input_shape": [2]}), "unused", progress=False)
+
+
+def test_threads_do_not_change_a_certificate(tmp_path):
+    """float64 logits differ by rounding only, far below the radii's printed digits."""
+    p = cll.load_params(SHORT)
+    cll.run(p, tmp_path, progress=False)
+    dataset, net, threads = cll.experiment.load_dataset(p), load_model(tmp_path), torch.get_num_threads()
+    one = cll.certify(net, dataset)["radius"]
+    torch.set_num_threads(2)
+    two = cll.certify(net, dataset)["radius"]
+    torch.set_num_threads(threads)
+    assert np.allclose(one, two, rtol=1e-10)
