@@ -35,12 +35,13 @@ class LipschitzNet(nn.Module):
         super().__init__()
         self.body, self.head = body, head
         self.input_shape = tuple(input_shape)
-        self.input_std, self.input_mean = input_std, input_mean
         channels = (-1,) + (1,) * (len(self.input_shape) - 1)
         for name, value in (("std", input_std), ("mean", input_mean)):
             self.register_buffer(name, torch.as_tensor(value).float().reshape(channels), False)
         if not (torch.isfinite(self.std).all() and self.std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
+        # The buffers' own values, after rounding to float32: K must fit what forward divides by.
+        self.input_std, self.input_mean = self.std.flatten().tolist(), self.mean.flatten().tolist()
         self.normalises = bool((self.std != 1).any() or (self.mean != 0).any())
         self._layers = [(name, shape) for name, _, shape in layer_inputs(body, self.input_shape)]
         for i, (name, shape) in enumerate(self._layers):

@@ -11,9 +11,9 @@ and a fourth, `estimate`, for training: a few warm-started power iterations, dif
 Arithmetic assumed by "guaranteed" and "power": IEEE float64, round to nearest, unit roundoff
 u = 2^-53, with or without fused multiply-add. An inner product of n terms, summed in any order, is
 off by at most gamma(n) = n u / (1 - n u) times the sum of the absolute products (Higham,
-"Accuracy and Stability of Numerical Algorithms", 2002, section 3.1); matrix products and convolutions on
-the CPU in float64 are such sums (no Winograd, no Strassen). Everything is written in real
-arithmetic, so that no assumption about complex products is needed.
+"Accuracy and Stability of Numerical Algorithms", 2002, section 3.1); matrix products and
+convolutions on the CPU in float64 are such sums (no Winograd, no Strassen). Everything is written
+in real arithmetic, so that no assumption about complex products is needed.
 """
 
 import functools
@@ -367,6 +367,8 @@ def _guaranteed(layer, weight, input_shape):
     if isinstance(layer, nn.Linear):
         return _proven_norm(weight[None])
     bound = _torus_norm(layer, weight, input_shape)
+    if layer.padding_mode == "zeros":  # an odd grid has no frequency pi, where norms often peak
+        bound = min(bound, _torus_norm(layer, weight, input_shape, 1))
     inputs, outputs = math.prod(input_shape), math.prod(_output_shape(layer, input_shape))
     wraps = layer.padding_mode == "circular" and any(
         d * (k - 1) >= n
@@ -377,7 +379,7 @@ def _guaranteed(layer, weight, input_shape):
     return bound
 
 
-def _torus_norm(layer, weight, input_shape):
+def _torus_norm(layer, weight, input_shape, extra=0):
     """Upper bound of the norm of a convolution by the DFT on a torus that contains it.
 
     Per dimension the layer computes y[i] = sum_a w[a] x[i s + t_a], 0 <= i < m, for offsets
@@ -389,7 +391,8 @@ def _torus_norm(layer, weight, input_shape):
     i < m <= N/s: a position below 0 wraps to n or above, a position from n on does not wrap, and
     both meet zeros. So the layer is a part of the circular operator (embedding, operator, selection
     of outputs), and its norm is no larger. Taps and outputs that meet only padding are dropped
-    first, which leaves the layer as it is and makes N smaller.
+    first, which leaves the layer as it is and makes N smaller. Every larger N is valid too: `extra`
+    adds that many multiples of s to the smallest one.
 
     Circular padding is the case N = n if s divides n. In general the outputs stand at multiples of
     g = gcd(s, n), each visited at most r = ceil(m g / n) times, and the norm is at most sqrt(r)
@@ -432,6 +435,7 @@ def _torus_norm(layer, weight, input_shape):
             read = read[outputs[0] : outputs[-1] + 1, taps]
             step, offsets = s, read[0]
             size = max(n - min(0, read.min().item()), read.max().item() + 1, len(read) * s)
+            size += extra * s
         axes.append((taps, offsets // step, offsets % step, -(-size // step)))
     (rows, q_h, r_h, M_h), (columns, q_w, r_w, M_w) = axes
     weight = weight[:, :, rows][:, :, :, columns].unflatten(0, (groups, -1))  # (G, O/G, C/G, k, k)
@@ -482,10 +486,10 @@ def _proven_square(real, imag=None, t=0.0):
     since the columns of R have squared lengths at most t / (1 - gamma(n + 1)),
         ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * n t,
     hence G <= t I + D, a bound whatever the quality of the estimate (Rump, "Verification of
-    positive definiteness", BIT 2006; Higham, theorem 10.3). One more rounding per product is allowed for
-    libraries that multiply by reciprocals of the diagonal. If it breaks down, t was too small: take
-    the eigenvalues of blocks that failed, raise t, try the failed ones again. Should that ever fail
-    to end, the Frobenius norm is the answer.
+    positive definiteness", BIT 2006; Higham, theorem 10.3). One more rounding per product is
+    allowed for libraries that multiply by reciprocals of the diagonal. If it breaks down, t was too
+    small: take the eigenvalues of blocks that failed, raise t, try the failed ones again. Should
+    that not end, the Frobenius norm is the answer.
     """
     real = real.reshape(-1, *real.shape[-2:])
     imag = None if imag is None else imag.reshape(real.shape)
@@ -530,9 +534,9 @@ def estimate(layer, v, iterations=5):
 
     v (the layer's input shape, one sample) is moved by `iterations` steps of power iteration
     v <- A^T A v / ||A^T A v||, without gradient and with the exact adjoint; then sigma = ||A v||
-    with v held constant. At convergence v is the top right singular vector and the gradient of sigma in
-    the weight, that of u^T A v, is the gradient of the norm itself (envelope theorem; the top
-    singular value must be simple). sigma never exceeds the norm by more than rounding. Keep the
+    with v held constant. At convergence v is the top right singular vector and the gradient of
+    sigma in the weight, that of u^T A v, is the gradient of the norm itself (envelope theorem; the
+    top singular value must be simple). sigma never exceeds the norm by more than rounding. Keep the
     returned v (detached, unit length) for the next call: a warm start. iterations=0 re-uses v.
 
     Pure, without host synchronisation; runs under torch.func.vmap over stacked weights and vectors.
@@ -616,10 +620,10 @@ def lipschitz_matrix(model, method="guaranteed"):
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
-    std = min(torch.as_tensor(model.input_std, dtype=torch.float64).reshape(-1).tolist())
-    if not std > 0:
+    std = torch.as_tensor(model.input_std, dtype=torch.float64).reshape(-1)
+    if not (std > 0).all():
         raise ValueError(f"input_std must be positive, got {model.input_std}")
-    K = 1 / std
+    K = 1 / std.min().item()
     for _, layer, shape in layers:
         K *= operator_norm(layer, shape, method)
     W = head.weight.detach().to("cpu", torch.float64)
@@ -680,7 +684,8 @@ def _check_shape(layer, shape):
 
 
 def _name(layer):
-    return str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    return line.removesuffix("(")  # of a container, the name
 
 
 def _pair(value):

@@ -124,7 +124,7 @@ def certify(
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
     images, targets = _test_split(dataset)
     images = _check_images(images, model)
-    targets = _check_targets(targets, len(images), model.head.out_features)
+    targets = _check_targets(targets, len(images), model.head.out_features).cpu()
     K = lipschitz_matrix(model, method).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
     radius = certified_radius(logits, K).numpy()
@@ -293,8 +293,7 @@ def _quotient(net, a, b):
 def _best_pair(model, images, progress):
     """Largest quotient over all pairs of images and classes, float64."""
     f = predict_logits(model, images)  # (N, C)
-    x = _scale(images, torch.float64).flatten(1)
-    x = x - x.mean(dim=0)  # smaller norms, smaller rounding errors below
+    x = _scale(images.cpu(), torch.float64).flatten(1)
     norms = x.square().sum(dim=1)
     N, C = f.shape
     rows = max(1, 2**24 // (N * C))  # at most 128 MiB for rows x N x C
@@ -314,7 +313,7 @@ def _best_pair(model, images, progress):
             best = (value.item(), start + a, start + b)
     _, a, b = best
     D = f[a] - f[b]
-    distance = (_scale(images[a], torch.float64) - _scale(images[b], torch.float64)).norm()
+    distance = (x[a] - x[b]).norm()
     return ((D.max() - D.min()) / distance).item() if distance > 0 else 0.0
 
 

@@ -81,6 +81,9 @@ class GloRo(_Record):
     epsilon: Positive
     epsilon_power: Positive | None = Field(None, description="anneal epsilon from 0; null: fixed")
     trades: Positive | None = Field(None, description="weight of the TRADES variant")
+    gradient: Literal["exact", "published"] = Field(
+        "exact", description="published: the head's largest pair norm counts twice (official code)"
+    )
 
 
 class Optimizer(_Record):

@@ -344,7 +344,7 @@ def _line(table, method, epsilon, column):
 def _true_margin_claims(results):
     table = moons_table(results)
     cll, gloro = (_line(table, method, TRUE_MARGIN, "cra") for method in ("CLL", "GloRo"))
-    claim = "CLL keeps its CRA at the true margin (99.9 or more)"
+    claim = "CLL keeps CRA at the true margin (99.9 or more)"
     yield claim, "100", "{:.2f}", [cll], lambda a: a >= 99.9
     yield "GloRo loses CRA at the true margin", "< 100", "{:.2f}", [gloro], lambda b: b < 100
     yield "CLL certifies more there", "CLL > GloRo", "{:.2f} vs {:.2f}", [cll, gloro], operator.gt

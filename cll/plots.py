@@ -6,6 +6,8 @@ said by lightness, line style or marker, so that a grey print loses nothing.
 """
 
 import base64
+import itertools
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -169,9 +171,9 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
     for result, model in zip(results, models, strict=True):
         first.setdefault((result["method"], result["epsilon"]), model)
     margins = sorted({epsilon for _, epsilon in first})
-    figure, axes = _moons_grid(
-        (len(methods), len(margins)), (2.5 * len(margins), 1.85 * len(methods) + 0.2)
-    )
+    width = max(2.5, 4.5 / len(margins))
+    size = (width * len(margins), (0.6 * width + 0.25) * len(methods) + 0.3)
+    figure, axes = _moons_grid((len(methods), len(margins)), size)
     for i, method in enumerate(methods):
         for j, epsilon in enumerate(margins):
             ax = axes[i, j]
@@ -184,7 +186,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
             else:
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
         axes[i, 0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    figure.suptitle(caption(results), fontsize=9)
+    _title(figure, caption(results))
     return figure
 
 
@@ -205,7 +207,7 @@ def slack_figure(results, models, dataset):
         k_hf = 1 / float(cll_scale(epsilon, p))
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {k_hf:.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
-    figure.suptitle(caption(results), fontsize=9)
+    _title(figure, caption(results))
     return figure
 
 
@@ -217,13 +219,13 @@ def training_curves(curve, result=None):
     curve: DataFrame with columns epoch, loss, train_accuracy (fraction), K, as in curve.csv.
     result: the run's record, for the title.
     """
-    figure = Figure(figsize=(9, 2.6))
+    figure = Figure(figsize=(9, 2.8))
     for ax, (column, label, factor) in zip(
         figure.subplots(1, 3),
         [
             ("loss", "training loss (nats)", 1),
             ("train_accuracy", "training accuracy (%)", 100),
-            ("K", "largest K (logits per unit of input)", 1),
+            ("K", "largest K (logits per unit)", 1),
         ],
         strict=True,
     ):
@@ -233,7 +235,7 @@ def training_curves(curve, result=None):
         ax.set_ylabel(label)
         ax.xaxis.get_major_locator().set_params(integer=True)
     if result:
-        figure.suptitle(f"{result['name']}: {caption([result])}", fontsize=9)
+        _title(figure, f"{result['name']} · {caption([result])}")
     return figure
 
 
@@ -254,23 +256,18 @@ def cra_figure(radii, result):
     ]
     for label, r, line in curves:
         ax.plot(grid, 100 * cra_curve(r, correct, grid), label=label, **line)
-    for name, value in result["cra"].items():
-        if "/" not in name and result["data"] != "two_moons":
-            continue  # the training margin, too close to 36/255 for a label of its own
-        ax.plot(_number(name), 100 * value, "o", color="black", ms=4, zorder=3)
-        ax.annotate(
-            f"{100 * value:.1f} % at {name}",
-            (_number(name), 100 * value),
-            (4, 5),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    # The training margin 0.15 of the image runs is no radius of the tables and next to 36/255.
+    fractions = any("/" in name for name in result["cra"])
+    marks = {_number(n): (n, v) for n, v in result["cra"].items() if "/" in n or not fractions}
+    for (r, (name, value)), marker in zip(marks.items(), itertools.cycle("osD^v"), strict=False):
+        label = f"{name}: {100 * value:.1f} %"
+        ax.plot(r, 100 * value, marker, color="black", ms=5, zorder=3, label=label)
     ax.set_xlabel(_radius_label(result))
     ax.set_ylabel("certified robust accuracy (%)")
     ax.set_ylim(0, 100)
     ax.set_xlim(0, grid[-1])
-    ax.legend(loc="upper right")
-    figure.suptitle(f"{result['name']}\n{caption([result])}", fontsize=9)
+    ax.legend(loc="best")
+    _title(figure, f"{result['name']} · {caption([result])}")
     return figure
 
 
@@ -299,7 +296,7 @@ def radius_histogram(radii, result):
     ax.set_ylabel("test samples per bin")
     ax.set_xlim(0, bins[-1])
     ax.legend(loc="upper right")
-    figure.suptitle(f"{result['name']}\n{caption([result])}", fontsize=9)
+    _title(figure, f"{result['name']} · {caption([result])}")
     return figure
 
 
@@ -340,7 +337,7 @@ def cra_comparison(radii, results):
     top = ax.secondary_xaxis("top")
     top.set_xticks([36 / 255, 72 / 255, 108 / 255], ["36/255", "72/255", "108/255"])
     ax.legend(ncols=2, loc="upper right")
-    figure.suptitle(caption(results), fontsize=9)
+    _title(figure, caption(results))
     return figure
 
 
@@ -361,8 +358,14 @@ def certified_images(dataset, certificates, result, count=8):
         answer = names[row["prediction"]] if names else row["prediction"]
         ax.set_title(f"{answer}\nr = {row['radius']:.3f}", fontsize=8)
         ax.axis("off")
-    figure.suptitle(caption([result]), fontsize=9)
+    _title(figure, caption([result]))
     return figure
+
+
+def _title(figure, text):
+    """A title at 9 points, broken after a dot or comma where the figure's width asks for it."""
+    text = text.replace(" ", "\u00a0").replace("·\u00a0", "· ").replace(",\u00a0", ", ")
+    figure.suptitle(textwrap.fill(text, int(15 * figure.get_figwidth())), fontsize=9)
 
 
 def _number(radius):

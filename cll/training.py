@@ -24,6 +24,7 @@ from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm as live_bar
 
 from .architectures import build
+from .bounds import pairwise_distances
 from .data import augment, draw, to_float
 from .losses import cll_loss, gloro_loss, lipschitz_penalty, polynomial_schedule
 
@@ -44,20 +45,32 @@ def progress_bar(total, description, unit="it"):
     return live_bar(total=total, desc=description, unit=unit, mininterval=0.5)
 
 
+def _form(config):
+    """Which K a loss takes: "pairwise" (C, C), "per-logit" (C,) or "published" (C, C)."""
+    if config.name == "GloRo":
+        return "published" if config.gradient == "published" else "pairwise"
+    return config.form
+
+
 class _Program(nn.Module):
     """What a network does in a step, as one module that functional_call can map over a stack."""
 
-    def __init__(self, net, per_logit):
+    def __init__(self, net, forms):
         super().__init__()
-        self.net, self.per_logit = net, per_logit
+        self.net, self.forms = net, forms
 
     def forward(self, images, iterations):
-        """Logits (N, C), K (C, C) and, where a run needs it, K per logit (C,)."""
+        """Logits (N, C), K (C, C) and the other forms of K, in the order of `forms`."""
         K = self.net.lipschitz_matrix(iterations)
-        if not self.per_logit:
-            return self.net(images), K
-        K_logit = self.net.body_lipschitz(0) * self.net.head.weight.norm(dim=1)
-        return self.net(images), K, K_logit
+        others = []
+        if "per-logit" in self.forms:
+            others.append(self.net.body_lipschitz(0) * self.net.head.weight.norm(dim=1))
+        if "published" in self.forms:
+            # The official GloRo divides K by a detached and multiplies it by a live pair norm of
+            # the head, whose largest one has entered K already: same value, more gradient.
+            largest = pairwise_distances(self.net.head.weight).amax()
+            others.append(K * (largest / largest.detach()))
+        return self.net(images), K, *others
 
 
 class Stack:
@@ -69,8 +82,8 @@ class Stack:
 
     def __init__(self, runs, nets, device):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.per_logit = any(getattr(run.loss, "form", None) == "per-logit" for run in runs)
-        self.program = _Program(nets[0], self.per_logit).to(self.device).train()
+        self.forms = sorted({_form(run.loss) for run in runs} - {"pairwise"})
+        self.program = _Program(nets[0], self.forms).to(self.device).train()
         self.parameters = self._stacked("named_parameters")
         for t in self.parameters.values():
             t.requires_grad_()
@@ -81,7 +94,8 @@ class Stack:
         )
         kinds = {}  # runs whose losses differ only in numbers share one call
         for s, run in enumerate(runs):
-            static = [getattr(run.loss, k, None) for k in ("name", "offset", "form", "trades")]
+            static = [getattr(run.loss, k, None) for k in ("name", "offset", "trades")]
+            static.append(_form(run.loss))
             kinds.setdefault(tuple(static), []).append(s)
         self.groups = [
             (runs[rows[0]].loss, torch.tensor(rows, device=self.device)) for rows in kinds.values()
@@ -95,7 +109,7 @@ class Stack:
         }
 
     def forward(self, images, iterations):
-        """Logits (S, N, C), K (S, C, C) [, K per logit (S, C)] of images (S, N, ...)."""
+        """Logits (S, N, C), K (S, C, C), other forms of K (S, ...), of images (S, N, ...)."""
 
         def one(p, b, x):
             return functional_call(self.program, (p, b), (x, iterations))
@@ -112,12 +126,13 @@ class Stack:
 
         Returns detached (loss (S,), correct predictions (S,), K (S, C, C)).
         """
-        logits, K, *K_logit = self.forward(images, self.runs[0].power_iterations)
-        per_logit = K_logit[0] if self.per_logit else K
-        arguments = (logits, targets, K, per_logit, epsilon, p, K_warmup, self.lam)
+        logits, K, *others = self.forward(images, self.runs[0].power_iterations)
+        forms = {"pairwise": K, **dict(zip(self.forms, others, strict=True))}
         loss = torch.zeros(len(self.runs), device=self.device)
         for config, rows in self.groups:
-            own = arguments if len(self.groups) == 1 else [a[rows] for a in arguments]
+            own = (logits, targets, K, forms[_form(config)], epsilon, p, K_warmup, self.lam)
+            if len(self.groups) > 1:
+                own = [a[rows] for a in own]
             loss = loss.index_put((rows,), vmap(functools.partial(_loss, config))(*own))
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
@@ -159,12 +174,12 @@ class Stack:
         return self.nets
 
 
-def _loss(config, logits, targets, K, K_logit, epsilon, p, K_warmup, lam):
+def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, lam):
     """The loss of one run on one batch; epsilon, p, K_warmup and lam are 0-dim tensors."""
     if config.name == "GloRo":
-        return gloro_loss(logits, targets, K, epsilon=epsilon, trades=config.trades)
+        return gloro_loss(logits, targets, K_form, epsilon=epsilon, trades=config.trades)
     # K is detached in the cross-entropy: only the penalty moves K itself (published code).
-    constant = (K_logit if config.form == "per-logit" else K).detach() * K_warmup
+    constant = K_form.detach() * K_warmup
     loss = cll_loss(logits, targets, constant, epsilon=epsilon, p=p, offset=config.offset)
     return loss + lipschitz_penalty(K, lam)
 

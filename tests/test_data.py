@@ -187,7 +187,7 @@ NAN[3, 0, 0, 0] = np.nan
         ({"x_train": np.full((24, 6, 5, 3), 0.5)}, ["x_train", "float64", "uint8", "255"]),
         ({"x_test": pictures(8, 6, 5, 3).astype(np.int16)}, ["x_test", "int16", "uint8"]),
         ({"x_train": pictures(24, 3, 6, 5)}, ["(24, 3, 6, 5)", "transpose(0, 2, 3, 1)"]),
-        ({"x_train": pictures(24, 90)}, ["x_train", "(24, 90)", "(N, H, W, C)"]),
+        ({"x_train": pictures(24, 90)}, ["x_train", "(24, 90)", "(N, H, W)"]),
         ({"x_test": pictures(8, 7, 5, 3)}, ["x_train", "3x6x5", "x_test", "3x7x5"]),
         ({"y_train": np.arange(23) % 4}, ["24 images", "23 labels"]),
         ({"y_train": np.eye(24)[:, :4].astype(int)}, ["y_train", "(24, 4)"]),

@@ -159,9 +159,9 @@ def test_command_line_trains_and_explains(tmp_path):
     assert done.stderr.strip().count("\n") == 0 and "nearest: 'epochs'" in done.stderr
 
 
-def test_network_and_data_must_fit():
+def test_network_and_data_must_fit(tmp_path):
     with pytest.raises(ValueError):
-        cll.run(cll.load_params(DIGITS | {"input_shape": [2]}), "unused", progress=False)
+        cll.run(cll.load_params(DIGITS | {"input_shape": [2]}), tmp_path, progress=False)
 
 
 def test_threads_do_not_change_a_certificate(tmp_path):

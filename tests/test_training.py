@@ -90,7 +90,7 @@ def test_killed_at_random_moments_ends_in_the_same_bits(base, tmp_path):
     """kill -9 again and again; each restart resumes; weights and curves end bit-identical."""
     import json
 
-    base = base | ({"epochs": 200} if base is MOONS else {"epochs": 3})
+    base = base | ({"epochs": 60} if base is MOONS else {"epochs": 3})
     runs = [params(base, seed=s) for s in (1, 2)]
     command = [sys.executable, "-c", KILLED, json.dumps(base)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -99,12 +99,12 @@ def test_killed_at_random_moments_ends_in_the_same_bits(base, tmp_path):
     for attempt in range(40):
         # The process imports torch first, so wait for its first checkpoint, then a random while.
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
-        if attempt < 4:
+        if attempt < (3 if base["name"] == "moons" else 1):
             marks = [run_dir(p, tmp_path / "killed") / "checkpoint.pt" for p in runs]
             while process.poll() is None and not any(m.exists() for m in marks):
                 time.sleep(0.01)
-            with_imports = 0 if attempt == 0 else 2.5
-            time.sleep(with_imports + clock.uniform(0, 0.8))
+            imports = 0 if attempt == 0 else 2.5  # later attempts start with the file in place
+            time.sleep(imports + clock.uniform(0, 1.0))
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
         elif process.wait() == 0:
@@ -183,3 +183,21 @@ def test_gloro_gradient_flows_through_K_and_cll_detaches_it():
 
 def test_data_is_read_once(tmp_path):
     assert load_dataset(params(DIGITS, seed=1)) is load_dataset(params(DIGITS, seed=2))
+
+
+def test_published_gloro_gradient_differs_in_the_head_only():
+    """Same loss and body gradient direction of K; the head's largest pair norm counts twice."""
+    grads = {}
+    for gradient in ("exact", "published"):
+        loss = {"name": "GloRo", "epsilon": 0.15, "gradient": gradient}
+        torch.manual_seed(0)
+        stack = Stack([cll.load_params(MOONS | {"loss": loss})], [cll.build("MLP", 2, (2,))], "cpu")
+        torch.manual_seed(1)
+        x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
+        one = torch.ones(1)
+        value, _, K = stack.step(x, y, 0.15 * one, 0.5 * one, one)
+        grads[gradient] = {k: t.grad for k, t in stack.parameters.items()} | {"value": value}
+    differ = {
+        k for k, g in grads["exact"].items() if not torch.allclose(g, grads["published"][k])
+    }
+    assert differ == {"net.head.weight"}

@@ -1,0 +1,834 @@
+"""Norms of layers and K: guaranteed is never below the dense norm, power never above it."""
+
+import itertools
+import math
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from cll import bounds
+from cll.bounds import (
+    estimate,
+    is_linear,
+    layer_bounds,
+    layer_inputs,
+    lipschitz_matrix,
+    operator_norm,
+    pairwise_distances,
+)
+from cll.layers import MaxMin
+
+WEIGHTS = [
+    "normal",
+    "normal",
+    "normal",
+    "1e-6",
+    "1e6",
+    "1e-30",
+    "1e30",
+    "rank one",
+    "zeros",
+    "ones",
+]
+
+
+def set_weight(layer, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(layer.weight.shape, generator=generator)
+    if kind == "rank one":
+        flat = weight.flatten(1)
+        weight = (flat[:, :1] * flat[:1]).view(weight.shape)
+    elif kind in ("zeros", "ones"):
+        weight = torch.full_like(weight, float(kind == "ones"))
+    elif kind != "normal":
+        weight = weight * float(kind)
+    layer.weight.data = weight
+    return layer
+
+
+@st.composite
+def convolutions(draw, entries=300_000):
+    """(Conv2d, input_shape) over everything that the bound knows, small enough for a dense SVD."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 4]))
+    channels = [groups * draw(st.integers(1, 64 // groups)) for _ in range(2)]
+    kernel, stride, dilation, size = [], [], [], []
+    for _ in range(2):
+        kernel.append(draw(st.integers(1, 5)))
+        stride.append(draw(st.integers(1, 3)))
+        dilation.append(draw(st.sampled_from([1, 1, 1, 2])))
+        size.append(draw(st.integers(4, 32)))
+    padding = draw(st.sampled_from(["same", "valid", 0, 1, 1, 2, 3, (0, 2), (3, 1)]))
+    if padding == "same":
+        stride = [1, 1]
+    mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular"]))
+    pads = [0, 0] if isinstance(padding, str) else bounds._pair(padding)
+    for axis in range(2):
+        size[axis] = max(size[axis], dilation[axis] * (kernel[axis] - 1) + 1 - 2 * pads[axis])
+    keep_channels = draw(st.booleans())
+    outputs = [math.ceil(n / s) + 2 for n, s in zip(size, stride, strict=True)]
+    while math.prod(channels) * math.prod(size) * math.prod(outputs) > entries:
+        if max(channels) > groups and (not keep_channels or max(size) <= 4):
+            largest = channels.index(max(channels))
+            channels[largest] = max(groups, channels[largest] // 2 // groups * groups)
+        else:
+            longest = size.index(max(size))
+            size[longest] -= 1
+            outputs = [math.ceil(n / s) + 2 for n, s in zip(size, stride, strict=True)]
+    layer = nn.Conv2d(*channels, kernel, stride, padding, dilation, groups, padding_mode=mode)
+    set_weight(layer, draw(st.sampled_from(WEIGHTS)), draw(st.integers(0, 10**6)))
+    return layer, (channels[0], *size)
+
+
+@settings(max_examples=220, deadline=None, derandomize=True, database=None)
+@given(convolutions())
+def test_guaranteed_exact_power_are_ordered_on_random_convolutions(case):
+    layer, shape = case
+    exact = operator_norm(layer, shape, "exact")
+    guaranteed = operator_norm(layer, shape)
+    power = operator_norm(layer, shape, "power")
+    assert guaranteed >= exact >= power >= 0
+    assert power >= exact * (1 - 1e-6)
+    # the torus alone, as large layers see it
+    scale = layer.weight.detach().abs().max().double().item() or 1.0
+    torus = bounds._torus_norm(layer, layer.weight.detach().double() / scale, shape)
+    assert torus * scale * (1 + 1e-14) >= exact
+    assert guaranteed <= torus * scale * (1 + 1e-11)
+
+
+def test_torus_bound_on_every_tiny_layer():
+    """One row, one channel: here wrapping, skipped pixels and repeated outputs matter most."""
+    torch.manual_seed(0)
+    checked = 0
+    for k, s, d, p, n, mode in itertools.product(
+        (1, 2, 3, 4), (1, 2, 3), (1, 2), (0, 1, 2, 3), range(1, 9), ("zeros", "circular")
+    ):
+        if n + 2 * p < d * (k - 1) + 1 or (mode == "circular" and p > n):
+            continue
+        layer = nn.Conv2d(1, 1, (1, k), (1, s), (0, p), (1, d), padding_mode=mode)
+        for weight in torch.randn(3, 1, 1, 1, k, dtype=torch.float64):
+            layer.weight.data = weight
+            dense = bounds._dense(layer, weight, (1, 1, n)).numpy()
+            reference = np.linalg.svd(dense, compute_uv=False)[0]
+            for extra in (0, 1, 2) if mode == "zeros" else (0,):
+                torus = bounds._torus_norm(layer, weight, (1, 1, n), extra)
+                assert torus >= reference, (layer, n, weight, extra)
+            checked += 1
+    assert checked > 3000
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(WEIGHTS), st.integers(0, 10**6))
+def test_guaranteed_exact_power_are_ordered_and_close_on_linear_layers(inputs, outputs, kind, seed):
+    layer = set_weight(nn.Linear(inputs, outputs), kind, seed)
+    reference = np.linalg.svd(layer.weight.detach().double().numpy(), compute_uv=False)[0]
+    guaranteed = operator_norm(layer, (inputs,))
+    assert guaranteed >= reference >= operator_norm(layer, (inputs,), "power")
+    assert guaranteed <= reference * (1 + 1e-10)
+    assert operator_norm(layer, (inputs,), "exact") == pytest.approx(reference, rel=1e-12)
+    assert operator_norm(layer, (inputs,), "power") >= reference * (1 - 1e-9)
+
+
+def test_linear_bound_is_tight_at_the_size_of_4C3F():
+    layer = nn.Linear(4096, 512)
+    reference = np.linalg.svd(layer.weight.detach().double().numpy(), compute_uv=False)[0]
+    assert reference <= operator_norm(layer, (4096,)) <= reference * (1 + 1e-9)
+
+
+CONVOLUTIONS = {  # arguments of Conv2d, input height and width
+    "3x3": (dict(kernel_size=3, padding=1), (6, 5)),
+    "stride 2, even": (dict(kernel_size=3, stride=2, padding=1), (8, 6)),
+    "stride 2, odd": (dict(kernel_size=3, stride=2, padding=1), (7, 9)),
+    "4x4 stride 2": (dict(kernel_size=4, stride=2, padding=1), (8, 8)),
+    "4x4 stride 2 valid": (dict(kernel_size=4, stride=2, padding="valid"), (9, 8)),
+    "stride 3": (dict(kernel_size=(2, 4), stride=(3, 2), padding=(0, 3)), (8, 7)),
+    "rows skipped": (dict(kernel_size=1, stride=3), (9, 8)),
+    "same, even kernel": (dict(kernel_size=(4, 2), padding="same"), (6, 7)),
+    "same, dilated": (dict(kernel_size=(2, 3), dilation=(3, 2), padding="same"), (6, 7)),
+    "dilation": (dict(kernel_size=3, stride=2, dilation=2, padding=3), (8, 9)),
+    "only padding": (dict(kernel_size=1, padding=2, stride=2), (4, 5)),
+    "kernel larger than image": (dict(kernel_size=5, padding=3), (2, 3)),
+    "groups": (dict(kernel_size=3, padding=1, groups=2), (5, 6)),
+    "circular": (dict(kernel_size=3, padding=1, padding_mode="circular"), (6, 5)),
+    "circular stride 2": (
+        dict(kernel_size=4, stride=2, padding=1, padding_mode="circular"),
+        (6, 8),
+    ),
+    "circular, odd": (dict(kernel_size=3, stride=2, padding=2, padding_mode="circular"), (7, 9)),
+    "circular same": (dict(kernel_size=(4, 3), padding="same", padding_mode="circular"), (5, 6)),
+    "circular, twice": (dict(kernel_size=2, padding=3, padding_mode="circular"), (3, 4)),
+}
+
+
+def convolution(name, channels=(4, 6), dtype=torch.float64):
+    arguments, size = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    return nn.Conv2d(*channels, bias=False, dtype=dtype, **arguments), (channels[0], *size)
+
+
+def by_definition(layer, shape):
+    """The matrix of a convolution from its defining sum, without any convolution routine."""
+    weight = layer.weight.detach().double().numpy()
+    (outputs, per_group, *kernel), (_, *size) = weight.shape, shape
+    total = [d * (k - 1) for d, k in zip(layer.dilation, kernel, strict=True)]
+    if layer.padding == "same":
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    else:
+        before = after = [0, 0] if layer.padding == "valid" else layer.padding
+    m = [(size[a] + before[a] + after[a] - total[a] - 1) // layer.stride[a] + 1 for a in (0, 1)]
+    matrix = np.zeros((outputs, *m, *shape))
+    for o, i, j, c, a, b in np.ndindex(outputs, *m, per_group, *kernel):
+        y = i * layer.stride[0] + a * layer.dilation[0] - before[0]
+        x = j * layer.stride[1] + b * layer.dilation[1] - before[1]
+        if layer.padding_mode == "circular":
+            y, x = y % size[0], x % size[1]
+        if 0 <= y < size[0] and 0 <= x < size[1]:
+            channel = o // (outputs // layer.groups) * per_group + c
+            matrix[o, i, j, channel, y, x] += weight[o, c, a, b]
+    return matrix.reshape(outputs * math.prod(m), -1)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_norms_agree_with_the_defining_sum(name):
+    layer, shape = convolution(name)
+    reference = np.linalg.svd(by_definition(layer, shape), compute_uv=False)[0]
+    assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
+    assert operator_norm(layer, shape, "power") == pytest.approx(reference, rel=1e-6)
+    assert operator_norm(layer, shape, "power") <= reference
+    assert bounds._torus_norm(layer, layer.weight.detach(), shape) >= reference
+
+
+@pytest.mark.parametrize("name", ["circular", "circular stride 2", "circular same"])
+def test_torus_is_exact_for_circular_padding(name):
+    layer, shape = convolution(name)
+    torus = bounds._torus_norm(layer, layer.weight.detach(), shape)
+    assert torus == pytest.approx(operator_norm(layer, shape, "exact"), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_adjoint_is_the_transpose(name):
+    layer, shape = convolution(name)
+    x = torch.randn(shape, dtype=torch.float64)
+    y = torch.randn_like(bounds._apply(layer, layer.weight, x))
+    left = (bounds._apply(layer, layer.weight, x) * y).sum()
+    adjoint = bounds._adjoint(layer, layer.weight, y, shape)
+    assert adjoint.shape == shape
+    assert left.item() == pytest.approx((x * adjoint).sum().item(), rel=1e-10, abs=1e-12)
+    assert torch.equal(bounds._apply(layer, layer.weight, x), layer(x[None])[0])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(convolutions(entries=100_000))
+def test_adjoint_is_the_transpose_on_random_convolutions(case):
+    layer, shape = case
+    weight = layer.weight.detach().double()
+    weight = weight / (weight.abs().max() or 1.0)
+    x = torch.randn(shape, dtype=torch.float64)
+    y = torch.randn_like(bounds._apply(layer, weight, x))
+    left = (bounds._apply(layer, weight, x) * y).sum().item()
+    right = (x * bounds._adjoint(layer, weight, y, shape)).sum().item()
+    size = math.sqrt(x.numel() * y.numel()) * math.sqrt(weight[0].numel())
+    assert left == pytest.approx(right, rel=1e-9, abs=1e-12 * size)
+
+
+def test_published_adjoint_without_output_padding_underestimates():
+    """3x3, stride 2, padding 1 on an even input: the transpose without output padding lives on an
+    image one pixel smaller, and power iteration there converges to a smaller number."""
+    layer, shape = convolution("stride 2, even")
+    weight = layer.weight.detach()
+    x = torch.randn(1, *shape, dtype=torch.float64)
+    for _ in range(3000):
+        x = F.conv_transpose2d(F.conv2d(x, weight, None, 2, 1), weight, None, 2, 1)
+        x = x / x.norm()
+    assert x.shape[-2:] == (7, 5)
+    published = F.conv2d(x, weight, None, 2, 1).norm().item()
+    exact = operator_norm(layer, shape, "exact")
+    assert published < exact * (1 - 1e-3)
+    sigma, _ = estimate(layer, torch.randn(shape, dtype=torch.float64), 3000)
+    assert sigma.item() == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "arguments, size",
+    [
+        (dict(kernel_size=3, padding=1), 32),
+        (dict(kernel_size=3, padding=1, stride=2), 32),
+        (dict(kernel_size=4, padding=1, stride=2), 32),
+        (dict(kernel_size=3, padding=1), 16),
+        (dict(kernel_size=4, padding=0, stride=2), 14),
+        (dict(kernel_size=5, padding="same"), 14),
+    ],
+)
+def test_torus_bound_is_close_at_the_sizes_of_images(arguments, size):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 32, **arguments)
+    lower = operator_norm(layer, (16, size, size), "power")
+    assert lower <= operator_norm(layer, (16, size, size)) <= 1.05 * lower
+
+
+def test_grouped_norm_is_the_largest_of_the_groups():
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode="circular", bias=False)
+    halves = [nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular", bias=False) for _ in range(2)]
+    for half, weight in zip(halves, layer.weight.data.chunk(2), strict=True):
+        half.weight.data = weight * 0.1  # norms below 1, where a product would be too small
+    layer.weight.data *= 0.1
+    norms = [operator_norm(half, (2, 8, 8)) for half in halves]
+    assert operator_norm(layer, (4, 8, 8)) == pytest.approx(max(norms), rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------- the proof
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (4, 12, 12), (3, 40, 8), (2, 1, 9)])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_proven_norm_against_numpy(shape, is_complex):
+    torch.manual_seed(0)
+    real = torch.randn(shape, dtype=torch.float64)
+    imag = torch.randn(shape, dtype=torch.float64) if is_complex else None
+    B = real.numpy() + (1j * imag.numpy() if is_complex else 0)
+    reference = np.linalg.svd(B, compute_uv=False).max()
+    square, _ = bounds._proven_square(real, imag)
+    assert reference**2 <= square * (1 + 1e-15)
+    assert square <= reference**2 * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.999999, 1 - 1e-14])
+def test_proof_does_not_trust_the_estimate(monkeypatch, factor):
+    """An eigenvalue routine that answers too low must not lower the bound."""
+    torch.manual_seed(0)
+    matrices = torch.randn(50, 20, 30, dtype=torch.float64)
+    reference = torch.linalg.svdvals(matrices).max().item()
+    eigvalsh = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: factor * eigvalsh(x))
+    bound = bounds._proven_norm(matrices)
+    assert bound >= reference
+    assert bound <= matrices.square().sum((1, 2)).max().sqrt().item() * (1 + 1e-9)
+
+
+def test_zero_weights_have_norm_zero():
+    layer = set_weight(nn.Conv2d(3, 4, 3, padding=1), "zeros", 0)
+    for method in bounds.METHODS:
+        assert operator_norm(layer, (3, 8, 8), method) == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-200, 2.0**-1060, 1e200, 1e300])
+def test_extreme_scales(scale):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
+    norm = operator_norm(layer, (2, 6, 6), "exact")
+    layer.weight.data *= scale
+    guaranteed, power = (operator_norm(layer, (2, 6, 6), m) for m in ("guaranteed", "power"))
+    assert power <= norm * scale * (1 + 1e-9) and guaranteed >= norm * scale * (1 - 1e-4)
+    if scale > 1e-250:
+        assert power == pytest.approx(norm * scale, rel=1e-6)
+        assert guaranteed == pytest.approx(norm * scale, rel=0.3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_name_the_layer(bad):
+    layer = nn.Conv2d(2, 3, 3)
+    layer.weight.data[0, 0, 0, 0] = bad
+    for method in bounds.METHODS:
+        with pytest.raises(ValueError, match=r"Conv2d\(2, 3.*NaN or infinite"):
+            operator_norm(layer, (2, 6, 6), method)
+
+
+def test_power_from_a_given_start():
+    layer, shape = convolution("3x3")
+    start = torch.randn(shape)
+    cold, warm = (operator_norm(layer, shape, "power", start=s) for s in (None, start))
+    assert warm == pytest.approx(cold, rel=1e-8)
+    with pytest.raises(ValueError, match="start"):
+        operator_norm(layer, shape, "power", start=start[:1])
+    with pytest.raises(ValueError, match="start"):
+        operator_norm(layer, shape, "guaranteed", start=start)
+
+
+def test_power_on_a_large_layer_searches_in_float32_and_stays_below():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 8, 3, padding=1)
+    shape = (16, 24, 24)
+    assert math.prod(shape) > 8192
+    power = operator_norm(layer, shape, "power")
+    sigma, _ = estimate(layer.double(), torch.randn(shape, dtype=torch.float64), 3000)
+    assert power == pytest.approx(sigma.item(), rel=1e-4)
+    assert sigma.item() <= operator_norm(layer, shape)
+
+
+# ------------------------------------------------------------------------ layers without weights
+
+
+def jacobian_norm(layer, shape, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(1, *shape, dtype=torch.float64)
+    J = torch.autograd.functional.jacobian(layer, x)
+    return torch.linalg.svdvals(J.reshape(-1, x.numel()))[0].item()
+
+
+POOLS = [
+    dict(kernel_size=2),
+    dict(kernel_size=3, stride=2, padding=1),
+    dict(kernel_size=3, stride=1),
+    dict(kernel_size=(2, 3), stride=(1, 2), padding=(1, 0)),
+    dict(kernel_size=3, stride=2, ceil_mode=True),
+    dict(kernel_size=3, stride=3, padding=1, ceil_mode=True),
+]
+
+
+@pytest.mark.parametrize("extra", [{}, {"count_include_pad": False}, {"divisor_override": 3}])
+@pytest.mark.parametrize("arguments", POOLS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 6), (1, 7, 5)])
+def test_average_pooling_is_exact(arguments, extra, shape):
+    layer = nn.AvgPool2d(**arguments, **extra)
+    reference = jacobian_norm(layer, shape, 0)
+    assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
+    guaranteed = operator_norm(layer, shape)
+    assert reference <= guaranteed <= reference * (1 + 1e-11)
+    assert operator_norm(layer, shape, "power") <= reference * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("arguments", POOLS, ids=str)
+def test_max_pooling_is_bounded(arguments):
+    layer, shape = nn.MaxPool2d(**arguments), (2, 6, 7)
+    bound = operator_norm(layer, shape)
+    assert bound >= max(jacobian_norm(layer, shape, seed) for seed in range(10))
+    spike = torch.zeros(1, 1, 6, 7)
+    spike[0, 0, 2, 2] = 1.0  # one pixel that is the largest of all its windows
+    if not arguments.get("padding") and not arguments.get("ceil_mode"):
+        reached = max(
+            layer(spike.roll((i, j), (2, 3))).norm().item() for i in range(3) for j in range(3)
+        )
+        assert bound == pytest.approx(reached, rel=1e-6)
+
+
+def test_dilated_max_pooling_is_unknown():
+    with pytest.raises(TypeError, match="MaxPool2d.*dilation"):
+        operator_norm(nn.MaxPool2d(2, dilation=2), (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "layer, constant",
+    [
+        (MaxMin(), 1.0),
+        (nn.ReLU(), 1.0),
+        (nn.Tanh(), 1.0),
+        (nn.Sigmoid(), 0.25),
+        (nn.LeakyReLU(0.1), 1.0),
+        (nn.LeakyReLU(3.0), 3.0),
+        (nn.LeakyReLU(-2.0), 2.0),
+        (nn.Identity(), 1.0),
+        (nn.Flatten(), 1.0),
+        (nn.Unflatten(1, (2, 2)), 1.0),
+        (nn.Dropout(0.5), 1.0),
+    ],
+    ids=str,
+)
+def test_constants_of_layers_without_weights(layer, constant):
+    shape = (4, 3, 3)
+    assert operator_norm(layer, shape) == constant
+    torch.manual_seed(0)
+    x = torch.randn(2000, *shape) * 2
+    y = x + 1e-2 * torch.randn(2000, *shape)
+    layer.eval()
+    stretch = (layer(x) - layer(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert stretch.max().item() <= constant * (1 + 1e-4)
+
+
+# ------------------------------------------------------------------------------- unknown layers
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(3),
+        nn.GELU(),
+        nn.Conv1d(3, 3, 1),
+        nn.ConvTranspose2d(3, 3, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Softmax(1),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_unknown_layers_raise_and_say_how_to_register(layer):
+    with pytest.raises(TypeError) as error:
+        operator_norm(layer, (3, 8, 8))
+    message = str(error.value)
+    assert message.startswith(f"no Lipschitz bound known for {type(layer).__name__}")
+    assert "cll.bounds.register" in message and "\n" not in message
+
+
+def test_subclasses_that_replace_forward_are_unknown():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return 100 * super().forward(x)
+
+    class Renamed(nn.Conv2d):
+        pass
+
+    class Loud(nn.ReLU):
+        def forward(self, x):
+            return 7 * x
+
+    for layer in (Standardized(3, 4, 3), Loud()):
+        with pytest.raises(TypeError, match=f"{type(layer).__name__}.*forward.*register"):
+            operator_norm(layer, (3, 8, 8))
+    with pytest.raises(TypeError, match="Standardized"):
+        is_linear(Standardized(3, 4, 3))
+    assert is_linear(Renamed(3, 4, 3)) and operator_norm(Renamed(3, 4, 3), (3, 8, 8)) > 0
+
+
+def test_parametrized_weights_count_as_they_are_used():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
+    assert is_linear(layer)
+    plain = nn.Conv2d(2, 3, 3)
+    plain.weight.data = layer.weight.detach()
+    assert operator_norm(layer, (2, 6, 6)) == operator_norm(plain, (2, 6, 6))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_other_paddings_are_unknown(mode):
+    for method in bounds.METHODS:
+        with pytest.raises(TypeError, match=f"padding_mode='{mode}'"):
+            operator_norm(nn.Conv2d(1, 1, 3, padding=1, padding_mode=mode), (1, 8, 8), method)
+
+
+def test_wrong_arguments_are_one_line_errors():
+    conv = nn.Conv2d(3, 4, 3)
+    for call, culprit in [
+        (lambda: operator_norm(conv, (3, 8, 8), "exakt"), "'exakt'"),
+        (lambda: operator_norm(conv, (1, 8, 8)), r"\(3, H, W\), got \(1, 8, 8\)"),
+        (lambda: operator_norm(conv, (8, 8)), r"\(3, H, W\), got \(8, 8\)"),
+        (lambda: operator_norm(conv, (3, 2, 2)), "kernel larger"),
+        (lambda: operator_norm(conv, ()), "input_shape"),
+        (lambda: operator_norm(conv, (3, 0, 8)), "input_shape"),
+        (lambda: operator_norm(nn.Linear(5, 2), (4,)), r"\(5,\), got \(4,\)"),
+        (lambda: operator_norm(nn.Conv2d(8, 8, 3), (8, 64, 64), "exact"), "exact.*limit 6e"),
+    ]:
+        with pytest.raises(ValueError, match=culprit) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_registering_a_bound():
+    with pytest.raises(TypeError, match="Doubled"):
+        operator_norm(Doubled(), (3,))
+    before = bounds.layer_lipschitz(nn.ReLU(), (3,), "guaranteed")
+
+    class Registered(Doubled):
+        pass
+
+    class Wrong(Doubled):
+        pass
+
+    @bounds.register(Registered)
+    def _(layer, input_shape, method):
+        return 2.0
+
+    @bounds.register(Wrong)
+    def _(layer, input_shape, method):
+        return math.nan
+
+    assert operator_norm(Registered(), (3,)) == 2.0
+    assert before == 1.0
+    with pytest.raises(ValueError, match="Wrong.*nan"):
+        operator_norm(Wrong(), (3,))
+
+
+# -------------------------------------------------------------------------------------- estimate
+
+ESTIMATED = [*CONVOLUTIONS, "linear"]
+
+
+def estimated(name, dtype=torch.float64):
+    if name == "linear":
+        torch.manual_seed(0)
+        return nn.Linear(12, 7, dtype=dtype), (12,)
+    return convolution(name, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_estimate_converges_to_the_norm_and_its_gradient(name):
+    layer, shape = estimated(name)
+    exact = operator_norm(layer, shape, "exact")
+    cold, v = estimate(layer, torch.randn(shape, dtype=torch.float64), 3000)
+    assert cold.item() == pytest.approx(exact, rel=1e-6)
+    assert not v.requires_grad and v.shape == shape
+    matrix = layer.weight.detach().numpy() if name == "linear" else by_definition(layer, shape)
+    top = torch.from_numpy(np.linalg.svd(matrix)[2][0]).view(shape)  # small gaps delay v
+    sigma, _ = estimate(layer, top, 5)
+    assert sigma.item() == pytest.approx(exact, rel=1e-13)
+    (gradient,) = torch.autograd.grad(sigma, layer.weight)
+    direction = torch.randn_like(layer.weight)
+    step, norms = 1e-5, []
+    weight = layer.weight.detach().clone()
+    for sign in (1, -1):
+        layer.weight.data = weight + sign * step * direction
+        norms.append(operator_norm(layer, shape, "exact"))
+    finite = (norms[0] - norms[1]) / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(finite, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_estimate_under_vmap_equals_one_by_one(name, iterations):
+    """Stacked weights through functional_call, values and gradients, no per-sample fallback."""
+    layer, shape = estimated(name)
+    weights = torch.randn(3, *layer.weight.shape, dtype=torch.float64)
+    v = torch.randn(3, *shape, dtype=torch.float64)
+
+    class Estimate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, v):
+            return estimate(self.layer, v, iterations)
+
+    module = Estimate()
+
+    def loss(weight, v):
+        sigma, moved = functional_call(module, {"layer.weight": weight}, (v,))
+        return sigma**2, (sigma, moved)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        gradients, (sigmas, moved) = vmap(grad(loss, has_aux=True))(weights, v)
+    for i in range(3):
+        layer.weight.data = weights[i]
+        sigma, alone = estimate(layer, v[i], iterations)
+        (gradient,) = torch.autograd.grad(sigma**2, layer.weight)
+        assert torch.allclose(sigmas[i], sigma, rtol=1e-12, atol=0)
+        assert torch.allclose(moved[i], alone, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(gradients[i], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["3x3", "stride 2, even", "linear"])
+def test_estimate_of_zero_weights(name):
+    layer, shape = estimated(name, torch.float32)
+    layer.weight.data.zero_()
+    start = F.normalize(torch.randn(shape).flatten(), dim=0).view(shape)
+    sigma, v = estimate(layer, start, 5)
+    (gradient,) = torch.autograd.grad(sigma, layer.weight)
+    assert sigma.item() == 0 and torch.equal(gradient, torch.zeros_like(gradient))
+    assert torch.allclose(v, start, atol=1e-6)
+
+
+def test_estimate_is_warm_started():
+    layer, shape = estimated("3x3", torch.float32)
+    exact = operator_norm(layer, shape, "exact")
+    v, sigmas = torch.randn(shape), []
+    for _ in range(60):
+        sigma, v = estimate(layer, v, 5)
+        sigmas.append(sigma.item())
+    assert sigmas[0] < 0.999 * exact
+    assert sigmas[-1] == pytest.approx(exact, rel=5e-3)
+    assert sigmas[-1] > sigmas[10] > sigmas[0]
+    assert max(sigmas) <= exact * (1 + 1e-5)
+    again, same = estimate(layer, v, 0)
+    assert again.item() == pytest.approx(sigmas[-1], rel=1e-6)
+    assert torch.allclose(same, v, rtol=1e-5, atol=1e-7)
+
+
+def test_estimate_does_not_let_autocast_round():
+    layer, shape = estimated("3x3", torch.float32)
+    v = torch.randn(shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sigma, _ = estimate(layer, v, 5)
+    assert sigma.dtype == torch.float32
+    assert sigma.item() == pytest.approx(estimate(layer, v, 5)[0].item(), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------- whole models
+
+
+def model(body, head, input_shape, input_std=1.0):
+    return types.SimpleNamespace(body=body, head=head, input_shape=input_shape, input_std=input_std)
+
+
+def small_network():
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.Sequential(MaxMin(), nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 8),
+        MaxMin(),
+    )
+    return model(body, nn.Linear(8, 5), (3, 8, 8))
+
+
+def test_layer_inputs_opens_nested_containers_and_restores_modes():
+    network = small_network()
+    network.body[1].train()
+    network.body[4].eval()
+    modes = [module.training for module in network.body.modules()]
+    layers = layer_inputs(network.body, network.input_shape)
+    assert [(name, shape) for name, _, shape in layers] == [
+        ("0", (3, 8, 8)),
+        ("1.0", (4, 4, 4)),
+        ("1.1.0", (4, 4, 4)),
+        ("1.1.1", (6, 4, 4)),
+        ("2", (6, 4, 4)),
+        ("3", (6, 2, 2)),
+        ("4", (24,)),
+        ("5", (8,)),
+    ]
+    assert layers[2][1] is network.body[1][1][0]
+    assert [module.training for module in network.body.modules()] == modes
+
+
+def test_layer_inputs_names_the_layer_that_does_not_fit():
+    body = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(10, 3)))
+    with pytest.raises(ValueError, match=r"layer 1.0 \(Linear.*shape \(12,\)") as error:
+        layer_inputs(body, (3, 2, 2))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sequential_that_replaces_forward_is_not_opened():
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    network = model(nn.Sequential(Residual(nn.Linear(4, 4)), MaxMin()), nn.Linear(4, 2), (4,))
+    assert [name for name, _, _ in layer_inputs(network.body, (4,))] == ["0", "1"]
+    with pytest.raises(TypeError, match="no Lipschitz bound known for Residual"):
+        lipschitz_matrix(network)
+
+
+def test_a_registered_container_is_a_leaf():
+    class Block(nn.Sequential):
+        pass
+
+    bounds.register(Block, lambda layer, input_shape, method: 3.0)
+    network = model(nn.Sequential(Block(nn.BatchNorm1d(4))), nn.Linear(4, 2), (4,))
+    distance = (network.head.weight[0] - network.head.weight[1]).double().norm().item()
+    assert lipschitz_matrix(network)[0, 1].item() == pytest.approx(3 * distance, rel=1e-6)
+
+
+def test_lipschitz_matrix_composes_every_factor():
+    network = small_network()
+    layers = layer_inputs(network.body, network.input_shape)
+    W = network.head.weight.detach().double().numpy()
+    distances = np.linalg.norm(W[:, None] - W[None], axis=-1)
+    for method in bounds.METHODS:
+        K = lipschitz_matrix(network, method)
+        product = math.prod(operator_norm(layer, shape, method) for _, layer, shape in layers)
+        assert K.dtype == torch.float64 and K.shape == (5, 5)
+        assert torch.equal(K, K.T) and torch.equal(K.diagonal(), torch.zeros(5, dtype=K.dtype))
+        np.testing.assert_allclose(K.numpy(), product * distances, rtol=1e-12)
+
+
+def test_guaranteed_matrix_is_above_exact_above_power():
+    network = small_network()
+    off = ~torch.eye(5, dtype=torch.bool)
+    K = {method: lipschitz_matrix(network, method)[off] for method in bounds.METHODS}
+    assert (K["guaranteed"] > K["exact"]).all() and (K["exact"] > K["power"]).all()
+    assert (K["guaranteed"] < 1.0001 * K["power"]).all()
+
+
+def test_lipschitz_matrix_bounds_the_slope_of_every_margin():
+    network = small_network()
+    K = lipschitz_matrix(network)
+    x = torch.rand(500, 3, 8, 8, dtype=torch.float64)
+    y = torch.rand(500, 3, 8, 8, dtype=torch.float64)
+    f = nn.Sequential(network.body, network.head).double()
+    change = (f(x) - f(y)).detach()
+    slope = (change[:, :, None] - change[:, None]).abs() / (x - y).flatten(1).norm(dim=1).view(
+        -1, 1, 1
+    )
+    assert (slope.amax(0) <= K + 1e-12).all()
+
+
+def test_input_std_enters_by_its_smallest_channel():
+    network = small_network()
+    K = lipschitz_matrix(network)
+    network.input_std = (0.5, 0.25, 0.3)
+    assert torch.allclose(lipschitz_matrix(network), 4 * K, rtol=1e-12)
+    network.input_std = torch.tensor([0.5, 2.0])
+    assert torch.allclose(lipschitz_matrix(network), 2 * K, rtol=1e-12)
+    for bad in (0.0, -1.0, (0.5, math.nan)):
+        network.input_std = bad
+        with pytest.raises(ValueError, match="input_std"):
+            lipschitz_matrix(network)
+
+
+def test_models_that_do_not_compose_are_errors():
+    network = small_network()
+    network.body.insert(1, nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match="BatchNorm2d"):
+        lipschitz_matrix(network)
+    network = small_network()
+    network.head = nn.Sequential(nn.Linear(8, 5))
+    with pytest.raises(TypeError, match="head must be nn.Linear"):
+        lipschitz_matrix(network)
+    network = small_network()
+    network.head = nn.Linear(9, 5)
+    with pytest.raises(ValueError, match="head takes 9 features"):
+        layer_bounds(network)
+    network = small_network()
+    network.head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="head"):
+        lipschitz_matrix(network)
+
+
+def test_layer_bounds_holds_the_norms_between():
+    network = small_network()
+    table = layer_bounds(network)
+    assert list(table.columns) == ["layer", "lower", "upper"]
+    assert list(table["layer"]) == [
+        "body.0 Conv2d",
+        "body.1.1.0 Conv2d",
+        "body.4 Linear",
+        "head Linear",
+    ]
+    layers = [(layer, shape) for _, layer, shape in layer_inputs(network.body, (3, 8, 8))]
+    layers = [pair for pair in layers if is_linear(pair[0])] + [(network.head, (8,))]
+    exact = np.array([operator_norm(layer, shape, "exact") for layer, shape in layers])
+    assert (table["lower"] <= exact).all() and (exact <= table["upper"]).all()
+
+
+def test_pairwise_distances_and_their_gradient():
+    torch.manual_seed(0)
+    W = torch.randn(4, 7, dtype=torch.float64)
+    W[3] = W[1]
+    W.requires_grad_()
+    D = pairwise_distances(W)
+    reference = [[(a - b).norm().item() for b in W] for a in W]
+    np.testing.assert_allclose(D.detach().numpy(), reference, rtol=1e-14, atol=0)
+    D.square().sum().sqrt().backward()
+    assert W.grad.isfinite().all()
+    assert torch.autograd.gradcheck(
+        lambda w: pairwise_distances(w).sum(), W.detach()[:3].requires_grad_()
+    )
+    equal = torch.ones(3, 2, requires_grad=True)
+    pairwise_distances(equal).sum().backward()
+    assert torch.equal(equal.grad, torch.zeros(3, 2))
+
+
+def test_pairwise_distances_of_close_rows_and_under_vmap():
+    W = torch.randn(6, 5, 300)
+    W[:, 1] = W[:, 0] + 1e-4
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        D = vmap(pairwise_distances)(W)
+        gradients = vmap(grad(lambda w: pairwise_distances(w).max()))(W)
+    for i in range(6):
+        assert torch.allclose(D[i], pairwise_distances(W[i]))
+        w = W[i].clone().requires_grad_()
+        pairwise_distances(w).max().backward()
+        assert torch.allclose(gradients[i], w.grad, atol=1e-6)
+    exact = (W[:, 0].double() - W[:, 1].double()).norm(dim=-1)
+    assert torch.allclose(D[:, 0, 1].double(), exact, rtol=1e-6)

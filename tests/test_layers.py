@@ -1,0 +1,70 @@
+"""MaxMin: the order of its outputs, its gradient, its Lipschitz constant."""
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from cll.layers import MaxMin
+
+SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
+
+
+def reference(x):
+    """Pair by pair, as the definition reads."""
+    pairs = [(x[:, c], x[:, c + 1]) for c in range(0, x.shape[1], 2)]
+    maxima = [torch.maximum(a, b) for a, b in pairs]
+    return torch.stack(maxima + [torch.minimum(a, b) for a, b in pairs], 1)
+
+
+def test_pairs_are_adjacent_and_maxima_come_first():
+    x = torch.tensor([[1.0, 2.0, 4.0, 3.0]])
+    assert MaxMin()(x).tolist() == [[2.0, 4.0, 1.0, 3.0]]
+    image = x.view(1, 4, 1, 1).expand(1, 4, 2, 3)
+    assert torch.equal(MaxMin()(image)[0, :, 1, 2], torch.tensor([2.0, 4.0, 1.0, 3.0]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_follow_the_definition(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64)
+    assert torch.equal(MaxMin()(x), reference(x))
+    (got,) = torch.autograd.grad((MaxMin()(x) * weight).sum(), x)
+    (wanted,) = torch.autograd.grad((reference(x) * weight).sum(), x)
+    assert torch.equal(got, wanted)
+    assert torch.autograd.gradcheck(MaxMin(), x)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_jacobian_is_a_permutation_also_on_ties(shape):
+    x = torch.randint(0, 2, shape).double()
+    J = torch.autograd.functional.jacobian(MaxMin(), x).reshape(x.numel(), x.numel())
+    assert torch.equal(J @ J.T, torch.eye(x.numel(), dtype=torch.float64))
+    assert torch.equal(MaxMin()(x).flatten(), J @ x.flatten())
+
+
+def test_distances_never_grow():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1000, 10, 3, 3, dtype=torch.float64)
+    moved = (MaxMin()(x) - MaxMin()(y)).flatten(1).norm(dim=1)
+    assert (moved <= (x - y).flatten(1).norm(dim=1) * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_vmap(shape):
+    torch.manual_seed(0)
+    x = torch.randn(4, *shape)
+
+    def loss(x):
+        return (MaxMin()(x) ** 3 * torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))).sum()
+
+    values, gradients = vmap(MaxMin())(x), vmap(grad(loss))(x)
+    for i in range(4):
+        assert torch.equal(values[i], MaxMin()(x[i]))
+        assert torch.allclose(gradients[i], grad(loss)(x[i]))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 4, 4), (4,)])
+def test_odd_channels_are_an_error(shape):
+    with pytest.raises(ValueError, match=r"MaxMin.*even number of channels"):
+        MaxMin()(torch.zeros(shape))

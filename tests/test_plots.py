@@ -1,0 +1,204 @@
+"""The figures show what the numbers say."""
+
+import json
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_paper import moons_record, record
+
+import cll
+from cll import plots
+
+
+@pytest.fixture(scope="module")
+def half_plane():
+    """A network that answers 1 to the right of x = 0 and knows its distance exactly: K = 2."""
+    net = cll.LipschitzNet(torch.nn.Sequential(torch.nn.Identity()), torch.nn.Linear(2, 2), (2,))
+    with torch.no_grad():
+        net.head.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+        net.head.bias.zero_()
+    return net
+
+
+@pytest.fixture(scope="module")
+def points():
+    x = torch.tensor([[-1.0, 0.3], [-0.1, 0.0], [0.2, -0.4], [0.5, 0.2], [0.9, 0.1]])
+    targets = torch.tensor([0, 0, 1, 1, 0])
+    return SimpleNamespace(train_images=x, train_targets=targets)
+
+
+def radii(n=200, seed=0):
+    generator = np.random.default_rng(seed)
+    radius = generator.exponential(0.2, n)
+    correct = generator.random(n) < 0.8
+    return {"radius": radius, "radius_paper_style": 1.01 * radius, "correct": correct}
+
+
+def line(ax, label):
+    (found,) = [item for item in ax.get_lines() if item.get_label().startswith(label)]
+    return found.get_data()
+
+
+def texts(figure):
+    return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text)).replace("\n", " ")
+
+
+def test_calibrated_logistic_has_its_tails_at_the_margin():
+    figure = plots.calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5)
+    calibrated, offset, lenient = figure.axes
+    x, y = line(calibrated, "p = 0.01")
+    assert np.interp([-0.15, 0.15], x, y) == pytest.approx([0.005, 0.995], abs=1e-6)
+    x, y = line(lenient, "p = 0.5")
+    assert np.interp([-0.15, 0.15], x, y) == pytest.approx([0.25, 0.75], abs=1e-6)
+
+
+def test_the_offset_moves_each_class_outwards():
+    offset = plots.calibrated_logistic(epsilon=0.15, p=0.01).axes[1]
+    x, y = line(offset, "y = +1")
+    assert np.interp([0.15, 0.0], x, y) == pytest.approx([0.5, 0.005], abs=1e-6)
+    x, y = line(offset, "y = −1")
+    assert np.interp([-0.15, 0.0], x, y) == pytest.approx([0.5, 0.005], abs=1e-6)
+
+
+def test_moons_panel_reports_and_marks_what_is_not_certified(half_plane, points):
+    figure = matplotlib.figure.Figure()
+    ax = figure.subplots()
+    found = plots.moons_panel(ax, half_plane, points.train_images, points.train_targets, 0.15)
+    # x = -0.1 is right but nearer than 0.15 to the boundary, x = 0.9 is wrong
+    assert found["cra"] == pytest.approx(3 / 5)
+    assert found["K"] == pytest.approx(2, rel=1e-6)
+    red = matplotlib.colors.to_rgba(plots.RED)
+    (crosses,) = [c for c in ax.collections if c.get_facecolor().tolist() == [list(red)]]
+    assert sorted(crosses.get_offsets()[:, 0].tolist()) == pytest.approx([-0.1, 0.9])
+    assert "CRA 60.00 %" in texts(figure) and "K 2.0" in texts(figure)
+
+
+def test_moons_panel_draws_the_boundary_and_the_margin_where_they_are(half_plane, points):
+    ax = matplotlib.figure.Figure().subplots()
+    plots.moons_panel(ax, half_plane, points.train_images, points.train_targets, 0.15)
+    contours = [c for c in ax.collections if isinstance(c, matplotlib.contour.QuadContourSet)]
+    drawn = {}
+    for contour in contours[1:]:  # the first is the filled band
+        (level,) = contour.levels
+        drawn[level] = contour.get_paths()[0].vertices[:, 0]
+    assert set(drawn) == {-0.15, 0.15, 0}
+    for level, x in drawn.items():
+        assert x == pytest.approx(level, abs=1e-6)
+
+
+def test_figure4_has_a_row_per_method_and_names_the_true_margin(half_plane, points):
+    results = [moons_record(method, epsilon=e) for method in ("CLL", "GloRo") for e in (0.1, 0.15)][
+        :3
+    ]
+    figure = plots.figure4(results, [half_plane] * 3, points)
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["ε = 0.10", "ε = 0.15 (true margin)"]
+    assert figure.axes[0].get_ylabel().startswith("CLL")
+    assert figure.axes[2].get_ylabel().startswith("GloRo")
+    assert "not run" in [t.get_text() for t in figure.axes[3].texts]
+
+
+def test_slack_figure_goes_from_much_slack_to_little_beside_the_papers_cra(half_plane, points):
+    results = [moons_record(p=p) for p in (1e-4, 0.75)]
+    figure = plots.slack_figure(results, [half_plane] * 2, points)
+    first, last = (ax.get_title() for ax in figure.axes)
+    assert "p = 0.75" in first and "= 3.4" in first and "CRA 90.2 %" in first
+    assert "p = 0.0001" in last and "= 66.0" in last and "CRA 99.9 %" in last
+
+
+def test_titles_tell_a_shortened_schedule_from_a_whole_one(half_plane, points):
+    short = [moons_record(profile="quick", epochs=300)]
+    title = plots.figure4(short, [half_plane], points).get_suptitle().replace("\u00a0", " ")
+    assert "profile quick" in title and "300 of 1001 epochs" in title
+    whole = plots.figure4([moons_record()], [half_plane], points).get_suptitle()
+    assert " of " not in whole.replace("\u00a0", " ")
+
+
+def test_training_curves_are_in_percent():
+    curve = pd.DataFrame(
+        {"epoch": [1, 2], "loss": [2.0, 1.0], "train_accuracy": [0.5, 0.75], "K": [10.0, 5.0]}
+    )
+    figure = plots.training_curves(curve, record(profile="quick", epochs=2))
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [50, 75]
+    assert "2 of 801 epochs" in figure.get_suptitle().replace("\u00a0", " ").replace("\n", " ")
+
+
+def test_cra_curve_starts_at_the_clean_accuracy_and_marks_the_tables_radii():
+    arrays = radii()
+    figure = plots.cra_figure(arrays, record())
+    x, y = line(figure.axes[0], "guaranteed")
+    clean = arrays["correct"] & (arrays["radius"] > 0)
+    assert y[0] == pytest.approx(100 * clean.mean())
+    assert (np.diff(y) <= 0).all()
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert "36/255: 60.0 %" in labels and not any(x.startswith("0.15") for x in labels)
+
+
+def test_cra_comparison_marks_printed_and_sure_values():
+    results = [record("T2-05"), record("T2-03")]
+    figure = plots.cra_comparison([radii(), radii(seed=1)], results)
+    marks = [item for item in figure.axes[0].get_lines() if len(item.get_xdata()) == 3]
+    heights = {tuple(item.get_ydata()) for item in marks}
+    assert heights == {(61.4, 44.2, 29.1), (59.6, 40.8, 24.8)}
+
+
+def test_radius_histogram_counts_every_sample_up_to_its_end():
+    arrays = radii(1000)
+    ax = plots.radius_histogram(arrays, record()).axes[0]
+    end = ax.get_xlim()[1]
+    counted = sum(patch.get_height() for patch in ax.containers[0].patches)
+    assert counted == (arrays["correct"] & (arrays["radius"] <= end)).sum()
+
+
+def test_images_are_ordered_by_radius():
+    images = torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)
+    dataset = SimpleNamespace(test_images=images, class_names=["cat", "dog"])
+    certificates = pd.DataFrame(
+        {
+            "index": range(20),
+            "prediction": [0, 1] * 10,
+            "correct": [True] * 19 + [False],
+            "radius": np.linspace(1, 0, 20),
+        }
+    )
+    figure = plots.certified_images(dataset, certificates, record(), count=3)
+    shown = [ax.get_title().split("\n") for ax in figure.axes]
+    assert [float(title[1].removeprefix("r = ")) for title in shown] == sorted(
+        float(title[1].removeprefix("r = ")) for title in shown
+    )
+    assert shown[0] == ["cat", "r = 0.053"] and shown[-1] == ["cat", "r = 1.000"]
+
+
+def test_every_axis_of_data_is_labelled(half_plane, points):
+    figures = [
+        plots.calibrated_logistic(),
+        plots.figure4([moons_record()], [half_plane], points),
+        plots.slack_figure([moons_record()], [half_plane], points),
+        plots.cra_figure(radii(), record()),
+        plots.cra_comparison([radii()], [record()]),
+        plots.radius_histogram(radii(), record()),
+    ]
+    for figure in figures:
+        assert figure.axes[0].get_ylabel()
+        assert all(ax.get_xlabel() for ax in figure.axes if ax.get_subplotspec().is_last_row())
+
+
+def test_saved_pictures_carry_alt_text_and_are_reproducible(tmp_path):
+    pictures = [plots.save(plots.calibrated_logistic(), tmp_path / str(i) / "f", "S") for i in "ab"]
+    for name in ("f.png", "f.pdf"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    data, metadata = pictures[0]._repr_mimebundle_()
+    assert set(data) == {"image/png"} and metadata["image/png"]["alt"] == "S"
+    json.dumps([data, metadata])
+    assert repr(pictures[0]) == "S"
+
+
+def test_nothing_stays_open_in_pyplot():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plots.calibrated_logistic()
+    assert plt.get_fignums() == before
