@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from .bounds import estimate, is_linear, layer_inputs, layer_lipschitz, pairwise_distances
+from .bounds import estimate, is_linear, layer_inputs, operator_norm, pairwise_distances
 from .layers import MaxMin
 
 __all__ = ["LipschitzNet", "build"]
@@ -77,7 +77,7 @@ class LipschitzNet(nn.Module):
                 if iterations:
                     v.copy_(v_new)
             else:
-                sigma = layer_lipschitz(layer, shape, "power")
+                sigma = operator_norm(layer, shape, "power")
             constant = constant * sigma
         return constant
 

@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from .progress import progress_bar
 
 from .bounds import lipschitz_matrix
 
@@ -161,8 +162,12 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
         batch_size = min(batch_size, CPU_BATCH)
     batches = images.split(batch_size)
     with torch.inference_mode(), full_precision(device):
-        bar = tqdm(batches, desc="logits", disable=not progress)
-        return torch.cat([model(_scale(batch.to(device), torch.float64)).cpu() for batch in bar])
+        logits = []
+        with progress_bar(len(batches), "logits", "batch", progress) as bar:
+            for batch in batches:
+                logits.append(model(_scale(batch.to(device), torch.float64)).cpu())
+                bar.update()
+        return torch.cat(logits)
 
 
 @contextmanager
@@ -241,8 +246,7 @@ def lipschitz_lower_bound(
         return _best_pair(model, chosen, progress)
     x1, x2 = chosen.chunk(2)
     best = 0.0
-    bar = tqdm(total=-(-len(x1) // batch_size) * steps, desc="tightness", disable=not progress)
-    with bar:
+    with progress_bar(-(-len(x1) // batch_size) * steps, "tightness", "step", progress) as bar:
         for a, b in zip(x1.split(batch_size), x2.split(batch_size), strict=True):
             best = max(best, _optimise(model, a, b, steps, lr, clamp, bar))
     return best
@@ -298,7 +302,8 @@ def _best_pair(model, images, progress):
     N, C = f.shape
     rows = max(1, 2**24 // (N * C))  # at most 128 MiB for rows x N x C
     best = (0.0, 0, 0)
-    for start in tqdm(range(0, N, rows), desc="tightness", disable=not progress):
+    bar = progress_bar(N, "tightness", "image", progress)
+    for start in range(0, N, rows):
         stop = min(start + rows, N)
         D = f[start:stop, None] - f[None, start:]  # pairs are symmetric: later images only
         change = D.amax(dim=2) - D.amin(dim=2)
@@ -307,10 +312,12 @@ def _best_pair(model, images, progress):
         squared = size - 2 * x[start:stop] @ x[start:].T
         squared = squared.clamp_min(0) + 1e-15 * x.shape[1] * size
         quotient = torch.where(change > 0, change / squared.sqrt(), 0)
+        bar.update(stop - start)
         value, flat = quotient.flatten().max(dim=0)
         if value > best[0]:
             a, b = divmod(flat.item(), N - start)
             best = (value.item(), start + a, start + b)
+    bar.close()
     _, a, b = best
     D = f[a] - f[b]
     distance = (x[a] - x[b]).norm()

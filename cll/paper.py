@@ -67,7 +67,7 @@ def uncertain(row):
 
 
 # ------------------------------------------------------------------------- reading a result record
-def _same_data(result, dataset):
+def same_data(result, dataset):
     """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)"."""
     source = result["data"].partition("(")[0]
     return re.sub(r"[^a-z0-9]", "", source.lower()) == re.sub(r"[^a-z0-9]", "", dataset.lower())
@@ -140,7 +140,7 @@ def comparison_table(results, table="table2", rows=None):
             raise ValueError(f"no row {row_id!r} in {table}; it has: {', '.join(source.index)}")
         row = source.loc[row_id]
         runs = [result for result in results if _reproduces(result, row)]
-        comparable = bool(runs) and all(_same_data(r, row["dataset"]) for r in runs)
+        comparable = bool(runs) and all(same_data(r, row["dataset"]) for r in runs)
         about = {key: row[key] for key in ("row_id", "dataset", "method", "model")}
         for key in ("data", "profile", "epochs"):
             about[key] = ", ".join(sorted({str(r[key]) for r in runs}))
@@ -278,15 +278,15 @@ def display_moons(table):
 def run_table(result):
     """One run's numbers by bound, as strings: accuracies in percent, K in logits per unit."""
     style = {"guaranteed bound": "", "paper-style bound": "_paper_style"}
-    lines = {"clean accuracy %": [f"{100 * result['clean']:.1f}"] * 2}
+    lines = {"clean accuracy, %": [f"{100 * result['clean']:.1f}"] * 2}
     for radius in result["cra"]:
         values = [100 * result["cra" + s][radius] for s in style.values()]
-        lines[f"CRA at {radius} %"] = [f"{value:.1f}" for value in values]
+        lines[f"CRA at {radius}, %"] = [f"{value:.1f}" for value in values]
     lines["K(f)"] = [f"{result['K_f' + s]:.2f}" for s in style.values()]
     k_hf = [_measured(result, "k_hf", bound) for bound in BOUNDS]
     lines["K(h∘f)"] = [f"{value:.2f}" for value in k_hf]
     tightness = [_measured(result, "tightness", bound) for bound in BOUNDS]
-    lines["tightness %"] = [_cell(value) for value in tightness]
+    lines["tightness, %"] = [_cell(value) for value in tightness]
     return pd.DataFrame.from_dict(lines, orient="index", columns=list(style)).rename_axis("")
 
 
@@ -326,8 +326,8 @@ def _table2_claims(results):
             ("clean", "clean accuracy not below GloRo's", operator.ge),
             ("cra_36", "CRA at 36/255 above GloRo's", operator.gt),
             ("cra_108", "CRA at 108/255 above GloRo's", operator.gt),
-            ("tightness", "tighter bound than GloRo's", operator.gt),
-            ("k_f", "larger K(f) all the same", operator.gt),
+            ("tightness", "a tighter bound than GloRo's", operator.gt),
+            ("k_f", "a larger K(f) all the same", operator.gt),
         ]:
             cells = [frame.loc[(row, column)] for row in (ours, baseline)]
             printed = " vs ".join(_printed(cell) for cell in cells)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
-from .paper import TRUE_MARGIN, caption, published, uncertain
+from .paper import TRUE_MARGIN, caption, published, same_data, uncertain
 
 __all__ = [
     "STYLE",
@@ -306,12 +306,12 @@ def cra_comparison(radii, results):
 
     radii: the arrays of radii.npz (radius, correct) of each run; results: the runs' records. Of
     several seeds the first one given is drawn. Open marks: the paper's values, for runs that
-    reproduce a row of table 2; only where they are printed and sure.
+    reproduce a row of table 2 on the paper's data; only where they are printed and sure.
     """
     first = {}
     for arrays, result in zip(radii, results, strict=True):
         first.setdefault((result["model"], result["method"]), (arrays, result))
-    figure = Figure(figsize=(6, 3.6))
+    figure = Figure(figsize=(6.4, 4))
     ax = figure.subplots()
     lines = {"CLL": "-", "GloRo": "--"}
     colors = dict(zip(sorted({m for m, _ in first}), [BLUE, ORANGE, GREEN, RED], strict=False))
@@ -322,14 +322,14 @@ def cra_comparison(radii, results):
         cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], grid))
         style = {"color": colors[model], "ls": lines.get(method, ":")}
         ax.plot(grid, cra, label=f"{method} {model}", **style)
-        if result.get("row") in printed.index:
-            row = printed.loc[result["row"]]
+        row = printed.loc[result["row"]] if result.get("row") in printed.index else None
+        if row is not None and same_data(result, row["dataset"]):
             sure = [k for k in PUBLISHED_RADII if k not in uncertain(row)]
             marker = {"CLL": "o", "GloRo": "s"}.get(method, "D")
             marks = {"ls": "", "marker": marker, "mfc": "white", "mec": colors[model]}
-            ax.plot([PUBLISHED_RADII[k] for k in sure], row[sure].astype(float), **marks)
-    ax.plot([], [], "o", mfc="white", mec="black", label="paper, CLL")
-    ax.plot([], [], "s", mfc="white", mec="black", label="paper, GloRo")
+            label = f"paper, {method} {model}"
+            x = [PUBLISHED_RADII[k] for k in sure]
+            ax.plot(x, row[sure].astype(float), label=label, **marks)
     ax.set_xlabel(_radius_label(results[0]))
     ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
     ax.set_xlim(0, end)

@@ -13,36 +13,24 @@ device once per epoch.
 import csv
 import functools
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
-from tqdm import tqdm as text_bar
-from tqdm.auto import tqdm as live_bar
 
 from .architectures import build
 from .bounds import pairwise_distances
 from .data import augment, draw, to_float
 from .losses import cll_loss, gloro_loss, lipschitz_penalty, polynomial_schedule
+from .progress import progress_bar
 
-__all__ = ["Stack", "train", "progress_bar", "load_checkpoints"]
+__all__ = ["Stack", "train", "load_checkpoints"]
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 CHECKPOINT_SECONDS = 20  # a kill loses at most this much work, plus one epoch
 CHUNK_IMAGES = 4096  # per run, gathered and augmented at a time: keeps the device busy
-
-
-def progress_bar(total, description, unit="it"):
-    """A tqdm bar: live for people, a text line every 30 s when headless (CLL_HEADLESS=1)."""
-    if os.environ.get("CLL_HEADLESS"):  # widgets do not reach a log
-        return text_bar(
-            total=total, desc=description, unit=unit, mininterval=30, ascii=True, ncols=120,
-            file=sys.stderr,
-        )  # fmt: skip
-    return live_bar(total=total, desc=description, unit=unit, mininterval=0.5)
 
 
 def _form(config):
@@ -241,9 +229,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     if start == 0:  # so that a kill before the first real checkpoint leaves all runs in step
         _save(stack, out_dirs, generators, 0, diverged, 0.0)
     curves = [_Curve(d / "curve.csv", start) for d in out_dirs]
-    bar = progress_bar(total, _describe(runs), "step") if progress else None
-    if bar is not None:
-        bar.update(start * steps)
+    bar = progress_bar(total, _describe(runs), "step", progress)
+    bar.update(start * steps)
     last_checkpoint = began = time.monotonic()
     for epoch in range(start, first.epochs):
         order, drawn = _epoch(n, steps * batch, first, generators, images, augments)
@@ -274,8 +261,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                 loss, right, K = stack.step(x[:, i], y[:, i], *(v[begin + i] for v in schedule))
                 loss_sum += loss
                 correct += right
-            if bar is not None:
-                bar.update(ids.shape[1])
+            bar.update(ids.shape[1])
         mean_loss, K_max = (loss_sum / steps).tolist(), K.amax((1, 2)).tolist()
         accuracy = (correct / (steps * batch)).tolist()
         elapsed = seconds + time.monotonic() - began
@@ -291,20 +277,18 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             p = p if run.loss.name == "CLL" else ""
             share = round(elapsed / S, 3)
             curves[s].write(epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p, share)
-        if bar is not None:
-            bar.set_postfix_str(
-                f"epoch {epoch + 1}/{first.epochs}, loss {sum(mean_loss) / S:.3g}, "
-                f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
-                refresh=False,
-            )
+        bar.set_postfix_str(
+            f"epoch {epoch + 1}/{first.epochs}, loss {sum(mean_loss) / S:.3g}, "
+            f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
+            refresh=False,
+        )
         done = epoch + 1 == first.epochs or all(diverged)
         if done or time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
             _save(stack, out_dirs, generators, epoch + 1, diverged, elapsed)
             last_checkpoint = time.monotonic()
         if done:
             break
-    if bar is not None:
-        bar.close()
+    bar.close()
     for curve in curves:
         curve.close()
     if any(diverged):

@@ -70,18 +70,23 @@ def convolutions(draw, entries=300_000):
         stride = [1, 1]
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular"]))
     pads = [0, 0] if isinstance(padding, str) else bounds._pair(padding)
-    for axis in range(2):
-        size[axis] = max(size[axis], dilation[axis] * (kernel[axis] - 1) + 1 - 2 * pads[axis])
+    smallest = [
+        max(4, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, pads, strict=True)
+    ]
+    size = [max(pair) for pair in zip(size, smallest, strict=True)]
     keep_channels = draw(st.booleans())
-    outputs = [math.ceil(n / s) + 2 for n, s in zip(size, stride, strict=True)]
-    while math.prod(channels) * math.prod(size) * math.prod(outputs) > entries:
-        if max(channels) > groups and (not keep_channels or max(size) <= 4):
+    while (
+        math.prod(channels) * math.prod(n * (n / s + 2) for n, s in zip(size, stride, strict=True))
+        > entries
+    ):
+        spare = [n - least for n, least in zip(size, smallest, strict=True)]
+        if max(channels) > groups and not (keep_channels and max(spare)):
             largest = channels.index(max(channels))
             channels[largest] = max(groups, channels[largest] // 2 // groups * groups)
+        elif max(spare):
+            size[spare.index(max(spare))] -= 1
         else:
-            longest = size.index(max(size))
-            size[longest] -= 1
-            outputs = [math.ceil(n / s) + 2 for n, s in zip(size, stride, strict=True)]
+            break
     layer = nn.Conv2d(*channels, kernel, stride, padding, dilation, groups, padding_mode=mode)
     set_weight(layer, draw(st.sampled_from(WEIGHTS)), draw(st.integers(0, 10**6)))
     return layer, (channels[0], *size)
@@ -113,15 +118,15 @@ def test_torus_bound_on_every_tiny_layer():
         if n + 2 * p < d * (k - 1) + 1 or (mode == "circular" and p > n):
             continue
         layer = nn.Conv2d(1, 1, (1, k), (1, s), (0, p), (1, d), padding_mode=mode)
-        for weight in torch.randn(3, 1, 1, 1, k, dtype=torch.float64):
+        for weight in torch.randn(2, 1, 1, 1, k, dtype=torch.float64):
             layer.weight.data = weight
             dense = bounds._dense(layer, weight, (1, 1, n)).numpy()
             reference = np.linalg.svd(dense, compute_uv=False)[0]
-            for extra in (0, 1, 2) if mode == "zeros" else (0,):
+            for extra in (0, 1) if mode == "zeros" else (0,):
                 torus = bounds._torus_norm(layer, weight, (1, 1, n), extra)
                 assert torus >= reference, (layer, n, weight, extra)
             checked += 1
-    assert checked > 3000
+    assert checked > 2000
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

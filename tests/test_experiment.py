@@ -58,7 +58,8 @@ ALL_FILES = sorted((ROOT / "params").glob("*/*.yaml"))
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
 def test_profiles_change_sizes_never_the_method(path):
     paper = cll.load_params(path, "paper").model_dump()
-    sizes = {"epochs", "optimizer", "train_size", "test_size", "tightness", "data", "profile"}
+    sizes = {"epochs", "batch_size", "optimizer", "train_size", "test_size", "tightness"}
+    sizes |= {"data", "profile"}
     for profile in ("smoke", "quick"):
         other = cll.load_params(path, profile).model_dump()
         changed = {k for k in paper if paper[k] != other[k]}
@@ -72,10 +73,10 @@ def test_profiles_change_sizes_never_the_method(path):
 def test_milestones_keep_their_place_in_the_schedule():
     for path in ALL_FILES:
         values = yaml.safe_load(path.read_text())
-        per_epoch = 11 if values["data"] == "cifar10" else 20
-        for profile, steps in (("quick", 390 if per_epoch == 11 else 20), ("smoke", per_epoch)):
+        per_epoch = 44 if values["data"] == "cifar10" else 20
+        for profile, steps in (("quick", 390 if per_epoch == 44 else 20), ("smoke", per_epoch)):
             paper, short = (cll.load_params(path, p) for p in ("paper", profile))
-            paper_steps = 390 if per_epoch == 11 else 20
+            paper_steps = 390 if per_epoch == 44 else 20
             published = [m / (paper.published_epochs * paper_steps) for m in paper.optimizer.milestones]
             here = [m / (short.epochs * steps) for m in short.optimizer.milestones]
             assert here == pytest.approx(published, abs=0.02), (path.name, profile)

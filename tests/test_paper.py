@@ -1,5 +1,7 @@
 """The published numbers agree with each other, and the tables put ours beside them honestly."""
 
+import ast
+import json
 import math
 
 import numpy as np
@@ -266,5 +268,15 @@ def test_tables_are_saved_raw_and_readable(tmp_path):
 
 def test_run_table_shows_both_bounds():
     table = paper.run_table(record())
-    assert list(table.loc["CRA at 36/255 %"]) == ["60.0", "61.0"]
+    assert list(table.loc["CRA at 36/255, %"]) == ["60.0", "61.0"]
     assert list(table.loc["K(h∘f)"]) == ["11.56", "11.56"]
+
+
+# --------------------------------------------------------------------------------------- notebooks
+def test_train_notebook_takes_every_key_of_a_parameter_file():
+    cells = json.loads((cll.ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
+    (source,) = [c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    declared = {node.targets[0].id for node in ast.parse("".join(source)).body}
+    assert declared == set(cll.experiment.Params.model_fields) | {
+        "params_file", "profiles", "outputs"
+    }  # fmt: skip

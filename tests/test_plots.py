@@ -143,6 +143,8 @@ def test_cra_comparison_marks_printed_and_sure_values():
     marks = [item for item in figure.axes[0].get_lines() if len(item.get_xdata()) == 3]
     heights = {tuple(item.get_ydata()) for item in marks}
     assert heights == {(61.4, 44.2, 29.1), (59.6, 40.8, 24.8)}
+    digits = plots.cra_comparison([radii()], [record("T2-05", data="digits")])
+    assert "paper, CLL 4C3F" in texts(figure) and "paper, CLL" not in texts(digits)
 
 
 def test_radius_histogram_counts_every_sample_up_to_its_end():
