@@ -1,0 +1,187 @@
+# `make` alone prints what can be made. Works with GNU make 3.81 (macOS) and later.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+# ---- variables: on the command line (make table2 PROFILE=smoke) or in the environment -----------
+PROFILE ?= auto
+SEEDS ?=
+DEVICE ?= auto
+DATA ?=
+LABEL ?=
+JOBS ?=
+OUT ?= $(or $(CLL_OUTPUTS),outputs)
+FRESH ?=
+PARAMS ?= params/table2/cifar10-4C3F-CLL.yaml
+PYTHON ?=
+VENV ?=
+WORKERS ?= 2
+NOTEBOOKS ?= notebooks
+REFERENCES := tests/nb_refs
+
+PROFILES := smoke quick paper
+ifneq ($(words $(filter auto $(PROFILES),$(PROFILE))),1)
+$(error PROFILE=$(PROFILE) is not a profile: choose smoke, quick or paper)
+endif
+ifeq ($(filter auto cpu cuda,$(DEVICE)),)
+$(error DEVICE=$(DEVICE) is not a device: choose auto, cpu or cuda)
+endif
+
+ITEMS := $(sort $(basename $(notdir $(wildcard $(NOTEBOOKS)/*.ipynb))))
+GOALS := $(or $(MAKECMDGOALS),help)
+# what a goal needs from pyproject.toml, beyond the base dependencies: an optional group
+NEED := $(if $(filter test test-notebooks lint refs,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
+
+# ---- which Python: PYTHON=, else the active one if it has everything, else .venv ----------------
+CHECK = tools/environment.py missing $(NEED)
+VENV_FOLDER := $(or $(VENV),.venv)
+ACTIVE :=
+ENVIRONMENT :=
+ifeq ($(PYTHON),)
+  ifeq ($(VENV)$(filter-out help clean,$(GOALS)),)
+    # help and clean need no packages: do not spend time on looking for them
+    ACTIVE := $(shell command -v python || command -v python3)
+  else ifeq ($(VENV),)
+    ACTIVE := $(shell for p in python python3; do \
+      if $$p $(CHECK) >/dev/null 2>&1; then command -v $$p; break; fi; done)
+  endif
+  override PYTHON := $(or $(ACTIVE),$(VENV_FOLDER)/bin/python)
+endif
+ifeq ($(PYTHON),$(VENV_FOLDER)/bin/python)
+  ENVIRONMENT := $(VENV_FOLDER)/.installed
+else ifeq ($(ACTIVE),)
+  ENVIRONMENT := has-packages
+endif
+
+# ---- profile: with a CUDA device the published schedule, without one a short one ----------------
+AUTO :=
+ifeq ($(PROFILE),auto)
+  AUTO := --auto
+  override PROFILE := $(or $(shell $(PYTHON) tools/environment.py profile 2>/dev/null \
+    || python3 tools/environment.py profile 2>/dev/null),quick)
+endif
+RESULTS := $(OUT)/$(PROFILE)
+
+# The package of this checkout and the kernel of this Python, whatever else is installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+ifneq ($(FRESH),)
+# runs that finished before this moment count as not done
+export CLL_FRESH := $(shell date +%s)
+endif
+
+# ---- help ---------------------------------------------------------------------------------------
+.PHONY: help
+help:
+	@echo 'usage: make TARGET [VARIABLE=value ...]'
+	@echo
+	@echo 'Experiments, one per notebook; the report is $(RESULTS)/<target>/<target>.html'
+	@for i in $(ITEMS); do printf '  %-15s ' $$i; \
+	  sed -n 's/^ *"# \(.*\)"\(,\)*$$/\1/p' $(NOTEBOOKS)/$$i.ipynb | head -n 1 | sed 's/\\n$$//; s/\\"/"/g'; done
+	@printf '  %-15s %s\n' all 'all of them, one after the other'
+	@echo
+	@echo 'Work on the code'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf '  %-15s %s\n' "$$t" "$$h"; done
+	@echo
+	@echo 'Variables'
+	@printf '  %-44s %s\n' \
+	  'PROFILE=$(PROFILE)$(if $(AUTO), (automatic))' 'smoke: seconds; quick: minutes; paper: as published' \
+	  'SEEDS=$(SEEDS)' '1,2,3 or 1-9; empty: those of the profile' \
+	  'DEVICE=$(DEVICE)' 'auto, cpu or cuda' \
+	  'DATA=$(DATA)' 'npz:FILE or folder:FOLDER instead of the data of the experiment' \
+	  'LABEL=$(LABEL)' 'name of that data in tables and captions' \
+	  'JOBS=$(JOBS)' 'CPU threads; empty: as many as PyTorch chooses' \
+	  'OUT=$(OUT)' 'folder for results' \
+	  'FRESH=$(FRESH)' '1: run again what is already finished' \
+	  'PARAMS=$(PARAMS)' 'for train: the parameters of the run' \
+	  'PYTHON=$(PYTHON)' 'the Python in use; if the active one lacks a package, .venv is made' \
+	  'VENV=$(VENV)' 'FOLDER: use and make this environment, whatever is active' \
+	  'WORKERS=$(WORKERS)' 'processes that run the tests'
+	@echo
+	@echo 'A finished target is not run again unless its notebook or a variable changed; an interrupted'
+	@echo 'one resumes when the command is repeated. -j runs targets side by side (PROFILE=smoke only:'
+	@echo 'they would share the cores or the GPU), -k goes on after a failure.'
+
+# ---- the environment ----------------------------------------------------------------------------
+.PHONY: install has-packages FORCE
+FORCE:
+
+install: | $(ENVIRONMENT)  ## create .venv, unless the active Python has everything
+	@echo 'install: $(PYTHON) has everything'
+
+has-packages:
+	@lacking=$$($(PYTHON) $(CHECK) 2>&1) || { echo "FAILED: $(PYTHON) lacks $$(echo $$lacking | tail -c 300); install them there, or leave PYTHON= out to get .venv" >&2; exit 1; }
+
+# The stamp is written last: an interrupted installation is repaired by the next make.
+$(VENV_FOLDER)/.installed: pyproject.toml
+	@if test -z '$(VENV)' -a -n "$$VIRTUAL_ENV$$CONDA_PREFIX"; then \
+	  echo "left alone: $${VIRTUAL_ENV:-$$CONDA_PREFIX}, which lacks $$(python $(CHECK) 2>&1 | tail -c 300)"; fi
+	@if ! $(@D)/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  found=; for p in python3 python3.13 python3.12 python3.11 python; do \
+	    if $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+	    then found=$$p; break; fi; done; \
+	  test -n "$$found" || { echo 'FAILED: no Python 3.11 to 3.13 with venv found; install one (or: conda env create -f environment.yml) and repeat' >&2; exit 1; }; \
+	  echo "making $(@D) with $$($$found --version)"; \
+	  $$found -m venv --clear $(@D) > /dev/null || { echo 'FAILED: $(@D) could not be made' >&2; exit 1; }; fi
+	@echo 'installing into $(@D), once; PyTorch is large, this takes some minutes (progress: $(@D)/install.log)'
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -e '.[all]' > $(@D)/install.log 2>&1 \
+	  || { echo "FAILED: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log; repeat the command to resume)" >&2; exit 1; }
+	@touch $@
+
+# ---- experiments --------------------------------------------------------------------------------
+# Rewritten only when a value changed, so that SEEDS=1-3 runs again and a repeat does not.
+$(RESULTS)/%/params.yaml: FORCE | $(ENVIRONMENT)
+	@$(PYTHON) tools/parameters.py $(NOTEBOOKS)/$*.ipynb $@ --profile $(PROFILE) --device '$(DEVICE)' \
+	  --seeds '$(SEEDS)' --data '$(DATA)' --label '$(LABEL)' --params-file '$(if $(filter train,$*),$(PARAMS))' \
+	  --outputs '$(if $(filter-out outputs,$(OUT)),$(abspath $(OUT)))'
+
+# Results depend on the notebook and its parameters, not on cll/*.py: an edited comment must not
+# cost days on a GPU. cll itself skips runs that are finished and resumes those that are not, so
+# that depending on every parameter file costs seconds and forgets none.
+PARAMETER_FILES := $(wildcard params/*/*.yaml $(PARAMS))
+define NOTEBOOK
+.PHONY: $(1)
+$(1): $$(RESULTS)/$(1)/$(1).html
+	$$(if $$(RAN_$(1)),@:,@echo '$(1): up to date: $$< (FRESH=1 runs it again)')
+$$(RESULTS)/$(1)/$(1).ipynb: $$(NOTEBOOKS)/$(1).ipynb $$(RESULTS)/$(1)/params.yaml $$(PARAMETER_FILES) $$(if $$(FRESH),FORCE)
+	$$(eval RAN_$(1) := yes)@$$(PYTHON) tools/execute.py $$< $$(@D) --params $$(@D)/params.yaml --jobs '$$(JOBS)' $$(AUTO)
+$$(RESULTS)/$(1)/$(1).html: $$(RESULTS)/$(1)/$(1).ipynb
+	@test $$@ -nt $$< || { rm -f $$< && echo 'FAILED $(1): the report was removed; repeat the command' >&2 && exit 1; }
+endef
+$(foreach item,$(ITEMS),$(eval $(call NOTEBOOK,$(item))))
+
+.PHONY: all
+all: $(ITEMS)
+
+# ---- work on the code ---------------------------------------------------------------------------
+.PHONY: test test-notebooks refs lint lab bench clean
+# one CPU thread each: with several, the workers would wait for each other
+test test-notebooks refs: export OMP_NUM_THREADS := 1
+test test-notebooks refs: export TQDM_DISABLE := 1
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600
+
+test: lint  ## all tests: style, units, properties, and every notebook
+	@$(PYTHON) $(PYTEST) tests
+
+test-notebooks: | $(ENVIRONMENT)  ## the notebooks alone: form, and a run compared with tests/nb_refs
+	@$(PYTHON) $(PYTEST) tests/test_notebooks.py $(REFERENCES)
+
+refs: | $(ENVIRONMENT)  ## rewrite tests/nb_refs after a notebook changed; review its diff
+	@$(PYTHON) tools/references.py $(NOTEBOOKS)/*.ipynb --into $(REFERENCES)
+
+lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
+	@$(PYTHON) -m ruff check --quiet .
+
+lab: | $(ENVIRONMENT)  ## open the notebooks in JupyterLab
+	@$(PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $$(test $$(id -u) = 0 && echo --allow-root)
+
+bench: | $(ENVIRONMENT)  ## time a training step with and without the Lipschitz terms
+	@$(PYTHON) benchmarks/step.py
+
+clean:  ## delete caches and smoke results; PROFILE=quick or paper deletes those, nothing else
+	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf outputs/$(if $(AUTO),smoke,$(PROFILE))
+	@echo 'deleted caches and outputs/$(if $(AUTO),smoke,$(PROFILE)); kept outputs/reference (committed results), other profiles and .venv'

@@ -1,0 +1,106 @@
+"""What the Makefile asks about a Python before it uses it. Standard library only, no torch import:
+each answer costs a few hundredths of a second, and the file parses on any Python 3.
+
+    python tools/environment.py missing run|test|all   # names what is missing; exit 1 if any
+    python tools/environment.py profile                # "paper" with a CUDA device, else "quick"
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Distributions whose module has another name.
+MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}
+
+
+def requirements(extra):
+    """Requirement strings of pyproject.toml for the given extra, base dependencies included."""
+    import tomllib  # here, so that Python 3.10 gets the message of `missing`, not an ImportError
+
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)["project"]
+    pending, found = list(project["dependencies"]) + [f"cll[{extra}]"], []
+    while pending:
+        requirement = pending.pop(0)
+        if requirement.startswith("cll["):
+            for name in requirement[len("cll[") : -1].split(","):
+                pending += project["optional-dependencies"][name.strip()]
+        elif requirement not in found:
+            found.append(requirement)
+    return found
+
+
+def numbers(version):
+    """(2, 11, 0) of "2.11.0+cu128": enough to compare with the plain lower bounds that we write."""
+    fields = []
+    for field in version.split("+")[0].split("."):
+        digits = "".join(c for c in field if c.isdigit())
+        if not digits or not field[0].isdigit():
+            break
+        fields.append(int(digits))
+        if digits != field:  # "0rc1": what follows is no release number
+            break
+    return tuple(fields)
+
+
+def missing(extra):
+    """What this Python lacks for an extra: a list such as ["papermill", "torch>=2.6 (has 2.3)"]."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (the question is asked of any Python)
+        return [f"Python>=3.11 (has {sys.version_info[0]}.{sys.version_info[1]})"]
+    lacking = []
+    for requirement in requirements(extra):
+        name, _, bound = requirement.partition(">=")
+        module = MODULES.get(name, name.replace("-", "_"))
+        try:
+            version = importlib.metadata.version(name)
+            if importlib.util.find_spec(module) is None:
+                lacking.append(name)
+            elif numbers(version or "") < numbers(bound):
+                lacking.append(f"{requirement} (has {version})")
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(name)
+    return lacking
+
+
+def cuda_device():
+    """True if a CUDA device is visible and the installed PyTorch, if any, is a CUDA build.
+
+    Asks the driver itself, which honours CUDA_VISIBLE_DEVICES; importing torch would take seconds.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        try:
+            with open(os.path.join(os.path.dirname(spec.origin), "version.py")) as file:
+                build = [line for line in file if line.startswith("cuda")]
+            if build and build[0].rstrip().endswith("None"):
+                return False
+        except OSError:
+            pass  # a build from source may lay its files out differently: the driver decides
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        return found and count.value > 0
+    except OSError:
+        return False
+
+
+def main(arguments):
+    if arguments == ["profile"]:
+        print("paper" if cuda_device() else "quick")
+        return 0
+    if len(arguments) == 2 and arguments[0] == "missing":
+        lacking = missing(arguments[1])
+        if lacking:
+            print(", ".join(lacking))
+        return 1 if lacking else 0
+    print(__doc__.strip())
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,317 @@
+"""Execute one notebook with papermill and export it as HTML.
+
+    python tools/execute.py notebooks/table2.ipynb outputs/quick/table2 --params FILE.yaml
+
+leaves <out>/table2.ipynb (executed), table2.html and run.log. The first line says profile and
+device, the notebook's own output follows live, the last line says what was written. A failure is
+one line on stderr that names the culprit; its traceback is in run.log and in
+<out>/table2.partial.ipynb. The notebook of an earlier success is replaced only by a new success.
+
+exit status: 0 done; 1 failed; 130 interrupted; 143 terminated
+"""
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import environment  # tools/ is on the path: this file is run as a script
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE_SECONDS = 10  # an interrupted cell gets this long to leave its files in order
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+INTERNAL = {"run.log", "params.yaml", ".lock"}
+DEATHS = {
+    -signal.SIGKILL: "killed, most likely because memory ran out: free some, or use fewer SEEDS",
+    -signal.SIGSEGV: "segmentation fault in a compiled library",
+    -signal.SIGABRT: "aborted by a compiled library",
+    -signal.SIGTERM: "terminated from outside",
+}
+
+
+class Failure(Exception):
+    """A failure whose message is complete as it stands: one line, shown without a traceback."""
+
+
+class Log:
+    """A text stream that copies what is written to it to the terminal and to run.log.
+
+    Carriage returns (progress bars) overwrite the line on a terminal and start a new one in files.
+    """
+
+    def __init__(self, path):
+        Path(path).write_text("")
+        # appends, as do the kernel's own messages and the libraries' log, so that none overwrites
+        self.file = open(path, "a", encoding="utf-8")
+        self.live = sys.stdout.isatty()
+        self.at_line_start = True
+
+    def write(self, text):
+        plain = re.sub(r"\r+\n?", "\n", ANSI.sub("", text)).lstrip("\n" * self.at_line_start)
+        self.file.write(plain)
+        self.file.flush()
+        with contextlib.suppress(BrokenPipeError):  # the reader left: the run goes on
+            sys.stdout.write(text if self.live else plain)
+            sys.stdout.flush()
+        if text:
+            self.at_line_start = text.endswith(("\n", "\r"))
+
+    def flush(self):
+        pass  # write() flushes: a reader of run.log sees every line at once
+
+    def end_line(self):
+        if not self.at_line_start:
+            self.write("\n")
+
+
+def shown(path):
+    """The path as the user would type it: relative to the current folder where it lies inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def one_line(text):
+    return " ".join(ANSI.sub("", str(text)).split())
+
+
+def prepare_kernel_environment(jobs):
+    """Environment that the kernel inherits: this checkout, this Python, plain progress bars."""
+    os.environ["CLL_HEADLESS"] = "1"
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
+    if jobs:
+        os.environ["OMP_NUM_THREADS"] = str(jobs)
+
+
+def execute(notebook, output, parameters, log, kernels=None):
+    """Run a notebook (paths), write the executed one to `output`; returns its NotebookNode.
+
+    log: text stream for the notebook's output and, if it has a `file`, for the kernel's own
+    messages. kernels: list that receives the kernel's process (subprocess.Popen).
+    Raises papermill's exception for a cell that raises, Failure for a kernel that dies and for a
+    notebook that stops early.
+    """
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from traitlets import default
+
+    kernels = [] if kernels is None else kernels
+
+    class ThisPython(AsyncKernelManager):
+        """The kernel runs on the Python that runs this script: no registered kernel is consulted,
+        so a `python3` kernel of another environment in JUPYTER_PATH cannot take its place."""
+
+        @default("kernel_spec_manager")
+        def _no_registered_kernels(self):
+            return KernelSpecManager(parent=self, kernel_dirs=[])
+
+        async def start_kernel(self, **options):
+            file = getattr(log, "file", subprocess.DEVNULL)
+            await super().start_kernel(stdout=file, stderr=file, **options)
+            kernels.append(self.provisioner.process)
+
+    try:
+        nb = execute_notebook(
+            Path(notebook).resolve(),
+            Path(output).resolve(),
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=Path(notebook).resolve().parent,
+            progress_bar=False,
+            log_output=False,
+            stdout_file=log,
+            stderr_file=log,
+            autosave_cell_every=60,
+            start_timeout=300,
+            kernel_manager_class=ThisPython,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # no warning about local TCP
+            coalesce_streams=True,
+        )
+    except DeadKernelError:
+        code = kernels[-1].wait(timeout=10) if kernels else None
+        raise Failure(f"the kernel died: {DEATHS.get(code, f'exit status {code}')}") from None
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
+            raise Failure(f"cell {number} did not run: a cell before it calls exit()")
+    return nb
+
+
+def run_in_thread(task, kernels):
+    """task() in a thread, so that Ctrl-C reaches this function and not nbclient's own handler,
+    which would report an interrupted notebook as complete. Interrupts the kernel, then kills it."""
+    outcome, finished = {}, threading.Event()
+
+    def target():
+        try:
+            outcome["value"] = task()
+        except BaseException as error:
+            outcome["error"] = error
+        finished.set()
+
+    threading.Thread(target=target, daemon=True).start()
+    try:
+        # not Thread.join, which Python 3.11 takes for a finished thread when it is interrupted
+        while not finished.wait(0.2):
+            pass
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
+            for process in kernels:
+                process.send_signal(signal.SIGINT)
+            finished.wait(GRACE_SECONDS if kernels else 0)
+        for process in kernels:
+            if process.poll() is None:
+                process.kill()
+        raise
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def export_html(nb, path):
+    """The report: text, tables and pictures without the code, in one file that needs no network."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        mathjax_url="",
+        require_js_url="",
+    )
+    html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": path.stem}})
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def headline(name, parameters, auto):
+    """`table2: profile quick (no CUDA device found; ...), device cpu`."""
+    gpu = environment.cuda_device()
+    profile = parameters.get("profile", "unknown")
+    why = ""
+    if auto and profile == "paper":
+        why = " (a CUDA device is there; PROFILE=quick takes minutes)"
+    elif auto:
+        why = " (no CUDA device found; PROFILE=paper runs the published schedule)"
+    device = parameters.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if gpu else "cpu"
+    extra = "".join(
+        f", {key} {parameters[key]}" for key in ("seeds", "seed", "data") if parameters.get(key)
+    )
+    return f"{name}: profile {profile}{why}, device {device}{extra}"
+
+
+def quiet_libraries(log_path):
+    """papermill, nbclient and nbconvert log to run.log; nothing of theirs reaches the terminal."""
+    warnings.simplefilter("ignore")
+    logging.basicConfig(
+        filename=log_path, level=logging.WARNING, format="%(name)s: %(message)s", force=True
+    )
+    logging.captureWarnings(True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Two processes never write the same partial notebook: the second fails at once."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Failure(
+                f"another process is writing {shown(folder)}; wait for it, or choose OUT=FOLDER"
+            ) from None
+        yield
+
+
+def run(options):
+    """Execute and export one notebook; returns the exit status."""
+    started = time.time()
+    notebook, out = Path(options.notebook), Path(options.out)
+    name = notebook.stem
+    log = None
+    try:
+        if options.jobs and not (options.jobs.isdigit() and int(options.jobs) > 0):
+            raise Failure(f"JOBS={options.jobs}: write a number of CPU threads, such as 4")
+        parameters = {}
+        if options.params:
+            import yaml
+
+            parameters = yaml.safe_load(Path(options.params).read_text(encoding="utf-8")) or {}
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            log = Log(out / "run.log")
+            log.write(headline(name, parameters, options.auto) + "\n")
+            quiet_libraries(out / "run.log")
+            prepare_kernel_environment(options.jobs)
+            partial, kernels = out / f"{name}.partial.ipynb", []
+            nb = run_in_thread(
+                lambda: execute(notebook, partial, parameters, log, kernels), kernels
+            )
+            os.replace(partial, out / f"{name}.ipynb")
+            export_html(nb, out / f"{name}.html")
+        log.end_line()
+        new = [p.name for p in sorted(out.iterdir()) if p.is_file() and p.name not in INTERNAL]
+        new = [f for f in new if f != f"{name}.html" and (out / f).stat().st_mtime >= started]
+        listed = ", ".join(new) if len(new) <= 4 else f"{len(new)} files beside it"
+        more = f" (and {listed})" if new else ""
+        seconds = f"{time.time() - started:.0f} s"
+        log.write(f"{name}: wrote {shown(out / name)}.html{more} in {seconds}\n")
+        return 0
+    except KeyboardInterrupt:
+        if log:
+            log.end_line()
+        print("interrupted; repeat the command to resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        kind = getattr(error, "ename", type(error).__name__)
+        text = one_line(getattr(error, "evalue", error))
+        message = text if isinstance(error, Failure) else f"{kind}: {text}".rstrip(": ")
+        where = ""
+        if log:
+            log.end_line()
+            log.file.write(f"{ANSI.sub('', str(error))}\n")
+            log.file.flush()
+            where = f" (full log: {shown(out / 'run.log')}; repeat the command to resume)"
+        print(f"FAILED {name}: {message}{where}", file=sys.stderr)
+        return 1
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebook", help="the source notebook; never changed")
+    parser.add_argument("out", help="folder for the executed notebook, the report and run.log")
+    parser.add_argument("--params", help="YAML file with values for the notebook's parameters cell")
+    parser.add_argument("--jobs", default="", help="CPU threads; default: as the libraries choose")
+    parser.add_argument("--auto", action="store_true", help="the profile was chosen by make")
+    options = parser.parse_args(arguments)
+    terminated = []
+
+    def on_sigterm(*_):  # a batch system's time limit: leave the same way as Ctrl-C
+        terminated.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    status = run(options)
+    return 143 if terminated and status == 130 else status
+
+
+if __name__ == "__main__":
+    status = main()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(status)  # nbclient's exit handlers would wait for a kernel that is already gone

@@ -1,0 +1,134 @@
+"""Write the parameters of one notebook as YAML, and touch the file only when a value changed.
+
+    python tools/parameters.py notebooks/table2.ipynb outputs/quick/table2/params.yaml \
+        --profile quick --seeds 1-3
+
+The values are those of params/<profile>.yaml, then those given here; keys that the notebook's
+parameters cell does not declare are left out. make calls this before every notebook: an unchanged
+file means that a finished notebook is not run again.
+"""
+
+import argparse
+import ast
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def declared(notebook):
+    """{name: default} of the parameters cell of a notebook (a path), in order of appearance.
+
+    Raises ValueError unless exactly one cell is tagged `parameters` and holds only assignments of
+    literals: papermill would otherwise set values that nothing reads, without an error.
+    """
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{notebook}: {len(tagged)} cells are tagged 'parameters', not one")
+    defaults = {}
+    for statement in ast.parse("".join(tagged[0]["source"])).body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(target, ast.Name) or len(statement.targets) > 1:
+            line = ast.unparse(statement)
+            raise ValueError(f"{notebook}: parameters cell: {line!r} is not `name = literal`")
+        try:
+            defaults[target.id] = ast.literal_eval(statement.value)
+        except ValueError:
+            line = ast.unparse(statement)
+            raise ValueError(f"{notebook}: parameters cell: {line!r} is not a literal") from None
+    return defaults
+
+
+def parse_seeds(text):
+    """[1, 2, 3, 7] of "1-3,7"; None of "" (the seeds of the profile)."""
+    seeds = []
+    try:
+        for part in filter(None, text.replace(" ", ",").split(",")):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        raise ValueError(f"SEEDS={text}: write 1,2,3 or 1-9") from None
+    if text.strip() and not seeds:
+        raise ValueError(f"SEEDS={text}: names no seed; write 1,2,3 or 1-9")
+    return list(dict.fromkeys(seeds)) or None
+
+
+def read_yaml(path):
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected 'key: value' lines")
+    return values
+
+
+def resolve(notebook, profile, given, seeds=""):
+    """The parameters to pass to a notebook (a path): {name: value}, all of them declared there."""
+    names = declared(notebook)
+    values = read_yaml(ROOT / "params" / f"{profile}.yaml")
+    values |= {"profile": profile} | {key: value for key, value in given.items() if value}
+    listed = parse_seeds(seeds)
+    if listed and "seeds" in names:
+        values["seeds"] = listed
+    elif listed and "seed" in names:
+        if len(listed) > 1:
+            raise ValueError(f"SEEDS={seeds}: {Path(notebook).stem} makes one run; name one seed")
+        values["seed"] = listed[0]
+    return {key: value for key, value in values.items() if key in names}
+
+
+def absolute_source(data):
+    """npz:FILE and folder:FOLDER as seen from here: the notebook runs in a folder of its own."""
+    kind, colon, path = data.partition(":")
+    if kind in ("npz", "folder") and path:
+        return f"{kind}{colon}{Path(path).expanduser().resolve()}"
+    return data
+
+
+def write_if_changed(path, text):
+    """Write text to path atomically, unless that is what the file holds already."""
+    path = Path(path)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebook")
+    parser.add_argument("out", help="the YAML file to write")
+    parser.add_argument("--profile", required=True, help="smoke, quick or paper")
+    parser.add_argument("--seeds", default="", help="1,2,3 or 1-9; empty: those of the profile")
+    for name in ("device", "data", "label", "outputs"):
+        parser.add_argument(f"--{name}", default="", help="empty: as in params/<profile>.yaml")
+    parser.add_argument("--params-file", default="", help="a run's YAML file, for train.ipynb")
+    options = parser.parse_args(arguments)
+    names = ("device", "data", "label", "outputs", "params_file")
+    given = {name: getattr(options, name) for name in names}
+    given["data"] = absolute_source(given["data"])
+    try:
+        if options.params_file and not Path(options.params_file).is_file():
+            raise ValueError(f"PARAMS={options.params_file}: no such file")
+        values = resolve(options.notebook, options.profile, given, seeds=options.seeds)
+        write_if_changed(options.out, yaml.safe_dump(values, sort_keys=False))
+    except (OSError, ValueError) as error:
+        print(f"FAILED {Path(options.notebook).stem}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
