@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outputs/ live here
 
-from . import bounds, certify, data, experiment, layers, losses, paper, plots, training  # noqa: E402
+from . import bounds, data, experiment, layers, losses, paper, plots, training  # noqa: E402
 from .architectures import LipschitzNet, build  # noqa: E402
 from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
 from .certify import (  # noqa: E402

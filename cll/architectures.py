@@ -61,19 +61,19 @@ class LipschitzNet(nn.Module):
             x = (x - self.mean) / self.std
         return self.head(self.body(x))
 
-    def body_lipschitz(self, iterations=5):
+    def body_lipschitz(self, iterations=5, through=False):
         """Training estimate of the Lipschitz constant of x -> body(x): a differentiable scalar.
 
         Advances the warm-started power iteration of each linear layer by `iterations` steps (0
-        re-uses the vectors). An estimate from below: for certificates use
-        `cll.lipschitz_matrix(model, "guaranteed")`.
+        re-uses the vectors); through: see bounds.estimate. An estimate from below: for
+        certificates use `cll.lipschitz_matrix(model, "guaranteed")`.
         """
         constant = 1 / self.std.min()
         for i, (name, shape) in enumerate(self._layers):
             layer = self.body.get_submodule(name)
             if is_linear(layer):
                 v = getattr(self, f"v{i}")
-                sigma, v_new = estimate(layer, v, iterations)
+                sigma, v_new = estimate(layer, v, iterations, through)
                 if iterations:
                     v.copy_(v_new)
             else:
@@ -81,9 +81,9 @@ class LipschitzNet(nn.Module):
             constant = constant * sigma
         return constant
 
-    def lipschitz_matrix(self, iterations=5):
+    def lipschitz_matrix(self, iterations=5, through=False):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1)."""
-        return self.body_lipschitz(iterations) * pairwise_distances(self.head.weight)
+        return self.body_lipschitz(iterations, through) * pairwise_distances(self.head.weight)
 
 
 # Each convolution: channels, kernel, stride, padding.  Sources: the official code's
@@ -113,7 +113,9 @@ def build(name, num_classes=10, input_shape=(3, 32, 32), input_std=1.0, input_me
         )
     input_shape = tuple(input_shape)
     if _CONVOLUTIONS[name] and len(input_shape) != 3:
-        raise ValueError(f"{name} takes images of shape (channels, height, width), got {input_shape}")
+        raise ValueError(
+            f"{name} takes images of shape (channels, height, width), got {input_shape}"
+        )
     layers, shape = [], input_shape
     for channels, kernel, stride, padding in _CONVOLUTIONS[name]:
         size = [(n + 2 * padding - kernel) // stride + 1 for n in shape[1:]]

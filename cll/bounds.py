@@ -529,31 +529,35 @@ def _proven_square(real, imag=None, t=0.0):
 # -------------------------------------------------------------------------------------- training
 
 
-def estimate(layer, v, iterations=5):
+def estimate(layer, v, iterations=5, through=False):
     """Training estimate of the norm of a Linear or Conv2d layer A: (sigma, v).
 
     v (the layer's input shape, one sample) is moved by `iterations` steps of power iteration
-    v <- A^T A v / ||A^T A v||, without gradient and with the exact adjoint; then sigma = ||A v||
-    with v held constant. At convergence v is the top right singular vector and the gradient of
-    sigma in the weight, that of u^T A v, is the gradient of the norm itself (envelope theorem; the
-    top singular value must be simple). sigma never exceeds the norm by more than rounding. Keep the
-    returned v (detached, unit length) for the next call: a warm start. iterations=0 re-uses v.
+    v <- A^T A v / ||A^T A v||, with the exact adjoint; then sigma = ||A v||. Keep the returned v
+    (detached, unit length) for the next call: a warm start. iterations=0 re-uses v.
 
-    Pure, without host synchronisation; runs under torch.func.vmap over stacked weights and vectors.
-    Zero weights give sigma 0 with gradient 0 and leave v as it is.
+    through=False: v is held constant. At convergence it is the top right singular vector, and the
+    gradient of sigma in the weight, that of u^T A v, is the gradient of the norm itself (envelope
+    theorem; the top singular value must be simple).
+    through=True: the gradient flows through the iterations too, as in the published code. Equal at
+    convergence, twice the work; where the top singular values are close, it reaches all of them
+    and not just the one that v has found.
+
+    sigma never exceeds the norm by more than rounding. Pure, without host synchronisation; runs
+    under torch.func.vmap over stacked weights and vectors. Zero weights give sigma 0 with gradient
+    0 and leave v as it is.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        weight = layer.weight.detach()
-        if iterations == 0:
-            v = v / torch.linalg.vector_norm(v)
-        for _ in range(iterations):
-            square = _adjoint(layer, weight, _apply(layer, weight, v), v.shape)
-            # A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero
-            square = torch.add(square, v, alpha=1e-16)
-            v = square / torch.linalg.vector_norm(square)
-        v = v.detach()
     with torch.autocast(v.device.type, enabled=False):
-        return torch.linalg.vector_norm(_apply(layer, layer.weight, v)), v
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            weight = layer.weight if through else layer.weight.detach()
+            if iterations == 0:
+                v = v / torch.linalg.vector_norm(v)
+            for _ in range(iterations):
+                square = _adjoint(layer, weight, _apply(layer, weight, v), v.shape)
+                # A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero
+                square = torch.add(square, v, alpha=1e-16)
+                v = square / torch.linalg.vector_norm(square)
+        return torch.linalg.vector_norm(_apply(layer, layer.weight, v)), v.detach()
 
 
 def pairwise_distances(W):

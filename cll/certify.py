@@ -22,9 +22,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .progress import progress_bar
-
 from .bounds import lipschitz_matrix
+from .progress import progress_bar
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
 

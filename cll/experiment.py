@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from . import ROOT
 from .architectures import build
 from .bounds import lipschitz_matrix
-from .data import Augmentation, load
 from .certify import certified_radius, lipschitz_lower_bound, predict_logits
+from .data import Augmentation, load
 from .losses import cll_scale
 from .training import load_checkpoints, train
 
@@ -130,6 +130,9 @@ class Params(_Record):
     batch_size: Annotated[int, Field(gt=0)] = 128
     augmentation: Augmentation = Augmentation()
     power_iterations: Annotated[int, Field(gt=0)] = 5
+    power_gradient: Literal["envelope", "through"] = Field(
+        "envelope", description="gradient of the norm estimate, see bounds.estimate"
+    )
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
@@ -139,15 +142,23 @@ class Params(_Record):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def hash(self):
-        """Identity of the run: changes with any parameter except label and device."""
-        values = self.model_dump(mode="json", by_alias=True, exclude={"label", "device"})
+        """Identity of the run: changes with any parameter except label and device.
+
+        Values equal to their default are left out, so that a new key does not disown old results.
+        """
+        values = self.model_dump(
+            mode="json", by_alias=True, exclude={"label", "device"}, exclude_defaults=True
+        )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def torch_device(self):
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        """ "cpu" or "cuda"; ValueError where CUDA is asked for and absent."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "device = 'cuda' but PyTorch finds no CUDA device: use 'auto' or 'cpu'"
+            )
+        return "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _explain(error, values, where):
@@ -200,7 +211,7 @@ def _read(source):
 
 
 def default_profile():
-    """"paper" where a CUDA device is there, else "quick"."""
+    """ "paper" where a CUDA device is there, else "quick"."""
     return "paper" if torch.cuda.is_available() else "quick"
 
 
@@ -304,7 +315,9 @@ def load_model(out_dir):
         net.load_state_dict(load_file(path))
     except Exception as error:  # safetensors and torch raise several types for a damaged file
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"damaged weights {path} ({reason}); delete the folder to redo the run") from None
+        raise ValueError(
+            f"damaged weights {path} ({reason}); delete the folder to redo the run"
+        ) from None
     return net.eval()
 
 
@@ -399,7 +412,7 @@ def _batches(runs, folders, stack):
 
 def _run_together(runs, out_dirs, progress):
     with contextlib.ExitStack() as stack:
-        for params, out_dir in zip(runs, out_dirs, strict=True):
+        for out_dir in out_dirs:
             out_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(out_dir))
         # Another process may have finished some of them while this one waited.

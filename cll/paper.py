@@ -220,7 +220,10 @@ def moons_table(results):
     lines = []
     groups = {}
     for result in results:
-        key = (result["method"], result["epsilon"], result["p"])
+        method = result["method"]
+        if result["params"]["loss"].get("gradient") == "exact":  # figure 4 has the published one
+            method += ", exact gradient"
+        key = (method, result["epsilon"], result["p"])
         groups.setdefault(key, []).append(result)
     for (method, epsilon, p), runs in groups.items():
         cra = 100 * np.array([r["train_cra"][f"{epsilon:g}"] for r in runs])

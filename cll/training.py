@@ -43,13 +43,13 @@ def _form(config):
 class _Program(nn.Module):
     """What a network does in a step, as one module that functional_call can map over a stack."""
 
-    def __init__(self, net, forms):
+    def __init__(self, net, forms, through):
         super().__init__()
-        self.net, self.forms = net, forms
+        self.net, self.forms, self.through = net, forms, through
 
     def forward(self, images, iterations):
         """Logits (N, C), K (C, C) and the other forms of K, in the order of `forms`."""
-        K = self.net.lipschitz_matrix(iterations)
+        K = self.net.lipschitz_matrix(iterations, self.through)
         others = []
         if "per-logit" in self.forms:
             others.append(self.net.body_lipschitz(0) * self.net.head.weight.norm(dim=1))
@@ -71,15 +71,14 @@ class Stack:
     def __init__(self, runs, nets, device):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
         self.forms = sorted({_form(run.loss) for run in runs} - {"pairwise"})
-        self.program = _Program(nets[0], self.forms).to(self.device).train()
+        through = runs[0].power_gradient == "through"
+        self.program = _Program(nets[0], self.forms, through).to(self.device).train()
         self.parameters = self._stacked("named_parameters")
         for t in self.parameters.values():
             t.requires_grad_()
         self.buffers = self._stacked("named_buffers")
         self.optimizer = _optimizer(runs[0].optimizer, list(self.parameters.values()))
-        self.lam = torch.tensor(
-            [getattr(run.loss, "lam", 0.0) for run in runs], device=self.device
-        )
+        self.lam = torch.tensor([getattr(run.loss, "lam", 0.0) for run in runs], device=self.device)
         kinds = {}  # runs whose losses differ only in numbers share one call
         for s, run in enumerate(runs):
             static = [getattr(run.loss, k, None) for k in ("name", "offset", "trades")]
@@ -191,9 +190,7 @@ def _optimizer(config, parameters):
         return torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def _learning_rate(config, iteration):

@@ -64,9 +64,9 @@ def test_profiles_change_sizes_never_the_method(path):
         other = cll.load_params(path, profile).model_dump()
         changed = {k for k in paper if paper[k] != other[k]}
         assert changed <= sizes
-        assert {k for k in paper["optimizer"] if paper["optimizer"][k] != other["optimizer"][k]} <= {
-            "milestones"
-        }
+        assert {
+            k for k in paper["optimizer"] if paper["optimizer"][k] != other["optimizer"][k]
+        } <= {"milestones"}
     assert path.stem == paper["name"]
 
 
@@ -77,7 +77,9 @@ def test_milestones_keep_their_place_in_the_schedule():
         for profile, steps in (("quick", 390 if per_epoch == 44 else 20), ("smoke", per_epoch)):
             paper, short = (cll.load_params(path, p) for p in ("paper", profile))
             paper_steps = 390 if per_epoch == 44 else 20
-            published = [m / (paper.published_epochs * paper_steps) for m in paper.optimizer.milestones]
+            published = [
+                m / (paper.published_epochs * paper_steps) for m in paper.optimizer.milestones
+            ]
             here = [m / (short.epochs * steps) for m in short.optimizer.milestones]
             assert here == pytest.approx(published, abs=0.02), (path.name, profile)
 
@@ -169,7 +171,11 @@ def test_threads_do_not_change_a_certificate(tmp_path):
     """float64 logits differ by rounding only, far below the radii's printed digits."""
     p = cll.load_params(SHORT)
     cll.run(p, tmp_path, progress=False)
-    dataset, net, threads = cll.experiment.load_dataset(p), load_model(tmp_path), torch.get_num_threads()
+    dataset, net, threads = (
+        cll.experiment.load_dataset(p),
+        load_model(tmp_path),
+        torch.get_num_threads(),
+    )
     one = cll.certify(net, dataset)["radius"]
     torch.set_num_threads(2)
     two = cll.certify(net, dataset)["radius"]

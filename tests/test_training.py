@@ -197,7 +197,5 @@ def test_published_gloro_gradient_differs_in_the_head_only():
         one = torch.ones(1)
         value, _, K = stack.step(x, y, 0.15 * one, 0.5 * one, one)
         grads[gradient] = {k: t.grad for k, t in stack.parameters.items()} | {"value": value}
-    differ = {
-        k for k, g in grads["exact"].items() if not torch.allclose(g, grads["published"][k])
-    }
+    differ = {k for k, g in grads["exact"].items() if not torch.allclose(g, grads["published"][k])}
     assert differ == {"net.head.weight"}
