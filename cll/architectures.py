@@ -73,7 +73,8 @@ class LipschitzNet(nn.Module):
             layer = self.body.get_submodule(name)
             if is_linear(layer):
                 v = getattr(self, f"v{i}")
-                sigma, v_new = estimate(layer, v, iterations, through)
+                # a copy: with `through`, the backward pass needs v as it was before copy_ below
+                sigma, v_new = estimate(layer, v.clone(), iterations, through)
                 if iterations:
                     v.copy_(v_new)
             else:

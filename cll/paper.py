@@ -27,6 +27,7 @@ __all__ = [
     "moons_table",
     "published",
     "save_table",
+    "tightness_note",
     "uncertain",
 ]
 
@@ -121,6 +122,19 @@ def caption(results):
     if any(r["data"] == "digits" for r in results):
         parts.append("digits enlarged to 32x32, a mechanics check, not comparable with the paper")
     return " · ".join(parts)
+
+
+def tightness_note(results):
+    """How far the tightness search went, where it was shorter than the published one, else ""."""
+    searches = {
+        (t["pairs"], t["steps"]): None
+        for t in (r["params"]["tightness"] for r in results)
+        if t and t["method"] == "optimized" and (t["pairs"] < 4000 or t["steps"] < 1000)
+    }
+    if not searches:
+        return ""
+    listed = " or ".join(f"{pairs} pairs x {steps} steps" for pairs, steps in searches)
+    return f"tightness: a search of {listed}, not 4000 x 1000 as published; longer finds more"
 
 
 # ---------------------------------------------------------------------------------- tables 1 and 2

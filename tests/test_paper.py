@@ -280,3 +280,11 @@ def test_train_notebook_takes_every_key_of_a_parameter_file():
     assert declared == set(cll.experiment.Params.model_fields) | {
         "params_file", "profiles", "outputs"
     }  # fmt: skip
+
+
+def test_a_short_tightness_search_is_named():
+    search = {"method": "optimized", "pairs": 4000, "steps": 1000}
+    assert paper.tightness_note([{"params": {"tightness": search}}]) == ""
+    assert paper.tightness_note([{"params": {"tightness": None}}]) == ""
+    note = paper.tightness_note([{"params": {"tightness": search | {"pairs": 128, "steps": 50}}}])
+    assert "128 pairs x 50 steps" in note

@@ -180,14 +180,14 @@ def run_in_thread(task, kernels):
 
 
 def export_html(nb, path):
-    """The report: text, tables and pictures without the code, in one file that needs no network."""
+    """The report: text, tables and pictures without the code, in one file. Only the formulas need a
+    network: the page loads MathJax."""
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(
         exclude_input=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        mathjax_url="",
         require_js_url="",
     )
     html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": path.stem}})
