@@ -186,7 +186,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
             else:
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
         axes[i, 0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    _title(figure, caption(results))
+    _title(figure, _drawn(results))
     return figure
 
 
@@ -207,7 +207,7 @@ def slack_figure(results, models, dataset):
         k_hf = 1 / float(cll_scale(epsilon, p))
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {k_hf:.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
-    _title(figure, caption(results))
+    _title(figure, _drawn(results))
     return figure
 
 
@@ -337,7 +337,7 @@ def cra_comparison(radii, results):
     top = ax.secondary_xaxis("top")
     top.set_xticks([36 / 255, 72 / 255, 108 / 255], ["36/255", "72/255", "108/255"])
     ax.legend(ncols=2, loc="upper right")
-    _title(figure, caption(results))
+    _title(figure, _drawn(results))
     return figure
 
 
@@ -360,6 +360,12 @@ def certified_images(dataset, certificates, result, count=8):
         ax.axis("off")
     _title(figure, caption([result]))
     return figure
+
+
+def _drawn(results):
+    """The caption, and which of several seeds the panels draw: the first one given."""
+    seeds = list(dict.fromkeys(result["seed"] for result in results))
+    return caption(results) + (f" · drawn: seed {seeds[0]}" if len(seeds) > 1 else "")
 
 
 def _title(figure, text):

@@ -38,6 +38,7 @@ def record(row="T2-05", seed=1, clean=0.776, **changes):
         "K_hf": K_f if gloro else 1 / cll.cll_scale(0.15, 0.3),
         "tightness": 0.79,
         "tightness_paper_style": 0.79 * 1.01,
+        "params": {"loss": {}, "tightness": None},
     }
     return result | changes
 
@@ -288,3 +289,11 @@ def test_a_short_tightness_search_is_named():
     assert paper.tightness_note([{"params": {"tightness": None}}]) == ""
     note = paper.tightness_note([{"params": {"tightness": search | {"pairs": 128, "steps": 50}}}])
     assert "128 pairs x 50 steps" in note
+
+
+def test_gloro_with_the_exact_gradient_has_lines_of_its_own():
+    exact = moons_record("GloRo", cra=0.999, params={"loss": {"gradient": "exact"}})
+    table = paper.moons_table([moons_record("GloRo", cra=0.9), exact])
+    assert dict(zip(table["method"], table["cra"], strict=True)) == pytest.approx(
+        {"GloRo": 90.0, "GloRo, exact gradient": 99.9}
+    )

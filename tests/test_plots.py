@@ -204,3 +204,10 @@ def test_nothing_stays_open_in_pyplot():
     before = plt.get_fignums()
     plots.calibrated_logistic()
     assert plt.get_fignums() == before
+
+
+def test_the_seed_that_is_drawn_is_named(half_plane, points):
+    runs = [moons_record(seed=s) for s in (4, 7)]
+    title = texts(plots.figure4(runs, [half_plane] * 2, points)).replace("\xa0", " ")
+    assert "drawn: seed 4" in title
+    assert "drawn" not in texts(plots.figure4(runs[:1], [half_plane], points))
