@@ -374,20 +374,17 @@ def run_all(runs, root, progress=True, stack=None):
     a time (default: 32 for small networks or on CUDA, 1 for convolutional networks on a CPU,
     where a stack saves nothing). Finished runs are read.
     """
-    folders = {id(p): run_dir(p, root) for p in runs}
-    pending, records = [], {}
-    for params in runs:
-        record = _finished(params, folders[id(params)])
-        if record is None:
-            pending.append(params)
-        records[id(params)] = record
-    for batch in _batches(pending, folders, stack):
-        done = _run_together(batch, [folders[id(p)] for p in batch], progress)
-        records.update({id(p): r for p, r in zip(batch, done, strict=True)})
-    return [records[id(p)] for p in runs]
+    folders = [run_dir(params, root) for params in runs]
+    unique = dict(zip(folders, runs, strict=True))
+    records = {folder: _finished(params, folder) for folder, params in unique.items()}
+    pending = [params for folder, params in unique.items() if records[folder] is None]
+    for batch in _batches(pending, root, stack):
+        own = [run_dir(params, root) for params in batch]
+        records |= zip(own, _run_together(batch, own, progress), strict=True)
+    return [records[folder] for folder in folders]
 
 
-def _batches(runs, folders, stack):
+def _batches(runs, root, stack):
     """Groups of runs that can train as one program, resumable ones with their own kind."""
     groups = {}
     for params in runs:
@@ -400,7 +397,7 @@ def _batches(runs, folders, stack):
         limit = stack or (32 if small else 1)
         buckets = []  # (common epochs, runs): runs resume together only from a common epoch
         for params in group:
-            epochs = frozenset(load_checkpoints(params, folders[id(params)]))
+            epochs = frozenset(load_checkpoints(params, run_dir(params, root)))
             for i, (common, members) in enumerate(buckets):
                 if (common & epochs or common == epochs) and len(members) < limit:
                     buckets[i] = (common & epochs, [*members, params])
@@ -412,7 +409,9 @@ def _batches(runs, folders, stack):
 
 def _run_together(runs, out_dirs, progress):
     with contextlib.ExitStack() as stack:
-        for out_dir in out_dirs:
+        for out_dir in sorted(
+            out_dirs
+        ):  # one order for all processes, so that none waits in a ring
             out_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(out_dir))
         # Another process may have finished some of them while this one waited.

@@ -120,8 +120,8 @@ def test_finished_run_is_read_and_changed_parameters_are_kept_apart(tmp_path):
 
 def test_run_all_puts_each_parameter_set_in_its_own_folder(tmp_path):
     runs = [cll.load_params(SHORT, seed=s) for s in (1, 2)]
-    records = cll.experiment.run_all(runs, tmp_path, progress=False)
-    assert [r["seed"] for r in records] == [1, 2]
+    records = cll.experiment.run_all([*runs, runs[0]], tmp_path, progress=False)
+    assert [r["seed"] for r in records] == [1, 2, 1]  # one asked for twice is run once
     assert "seed1" in run_dir(runs[0], tmp_path).name
     assert len(results(tmp_path)) == 2
     relabelled = cll.experiment.run_all(
