@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import cll
 from cll.experiment import load_dataset, run_dir
-from cll.training import Stack
+from cll.training import Stack, _schedules
 
 MOONS = {
     "name": "moons",
@@ -199,3 +199,20 @@ def test_published_gloro_gradient_differs_in_the_head_only():
         grads[gradient] = {k: t.grad for k, t in stack.parameters.items()} | {"value": value}
     differ = {k for k, g in grads["exact"].items() if not torch.allclose(g, grads["published"][k])}
     assert differ == {"net.head.weight"}
+
+
+def test_factor_on_K_warms_up_and_scales_the_distances():
+    """8C2F: 1 - 0.99 (1 - t)^10, seen by the loss as a smaller K."""
+    loss = MOONS["loss"] | {"K_warmup": 0.01}
+    config = cll.load_params(MOONS | {"loss": loss}).loss
+    for t in (0.0, 0.3, 1.0):
+        assert _schedules(config, t)[2] == pytest.approx(1 - 0.99 * (1 - t) ** 10)
+    torch.manual_seed(0)
+    stack = Stack([cll.load_params(MOONS | {"loss": loss})], [cll.build("MLP", 2, (2,))], "cpu")
+    x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
+    one = torch.ones(1)
+    logits = stack.forward(x, 5)[0][0].detach()
+    value, _, K = stack.step(x, y, 0.15 * one, 0.01 * one, 0.01 * one)
+    K = 0.01 * K[0]
+    expected = cll.cll_loss(logits, y[0], K, epsilon=0.15, p=0.01, offset="one-sided")
+    assert value.item() == pytest.approx(expected.item() + 1e-6 * (100 * K.max().item()) ** 2)
