@@ -184,7 +184,8 @@ def _matrix_norm(layer, input_shape, method, start=None):
     if largest == 0:
         return 0.0
     exponent = math.frexp(largest)[1] - 1
-    weight = torch.ldexp(weight, torch.tensor(-exponent)) if exponent else weight
+    half = -exponent // 2  # in two steps: 2^1062, for subnormal weights, is no float64
+    weight = weight * 2.0**half * 2.0 ** (-exponent - half)
     if method == "guaranteed":
         return _ldexp(_guaranteed(layer, weight, input_shape), exponent, math.inf)
     if method == "power":
