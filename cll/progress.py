@@ -3,8 +3,7 @@
 import os
 import sys
 
-from tqdm import tqdm as text_bar
-from tqdm.auto import tqdm as live_bar
+from tqdm import tqdm
 
 
 def progress_bar(total, description, unit="it", show=True):
@@ -13,10 +12,10 @@ def progress_bar(total, description, unit="it", show=True):
     TQDM_DISABLE=1 silences it. show=False: a bar that shows nothing.
     """
     options = {"total": total, "desc": description, "unit": unit}
-    if not show:
-        return text_bar(**options, disable=True)
+    if not show or os.environ.get("TQDM_DISABLE"):
+        return tqdm(**options, disable=True)
     if os.environ.get("CLL_HEADLESS"):  # widgets do not reach a log
-        return text_bar(**options, mininterval=30, ascii=True, ncols=120, file=sys.stderr)
-    if os.environ.get("TQDM_DISABLE"):  # the notebook's bar would still leave an empty widget
-        return text_bar(**options, disable=True)
+        return tqdm(**options, mininterval=30, ascii=True, ncols=120, file=sys.stderr)
+    from tqdm.auto import tqdm as live_bar  # only here: it warns where ipywidgets is absent
+
     return live_bar(**options, mininterval=0.5)
