@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from . import ROOT
 from .architectures import build
 from .bounds import lipschitz_matrix
-from .certify import certified_radius, lipschitz_lower_bound, predict_logits
+from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
 from .data import Augmentation, load
 from .losses import cll_scale
 from .training import load_checkpoints, train
@@ -87,10 +87,9 @@ class GloRo(_Record):
 
 
 class Optimizer(_Record):
-    name: Literal["AdamW", "SGD"] = "AdamW"
+    name: Literal["AdamW"] = "AdamW"
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     milestones: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (), description="iterations at which the learning rate is multiplied by gamma"
     )
@@ -454,15 +453,16 @@ def _set_aside(params, out_dir):
                 os.replace(out_dir / name, old / name)
 
 
-def _certificates(net, images, targets, epsilons, matrices):
-    """(predictions, {method: radii}, {method: {name: CRA}}, clean) of one set of points."""
+def _certificates(net, images, targets, names, matrices):
+    """Predictions, correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}."""
     logits = predict_logits(net, images)
     prediction = logits.argmax(1)
     correct = prediction == targets.cpu()
-    radii = {m: certified_radius(logits, K) for m, K in matrices.items()}
+    radii = {method: certified_radius(logits, K) for method, K in matrices.items()}
+    distances = [float(Fraction(name)) for name in names]
     cra = {
-        m: {n: (correct & (r > float(Fraction(n)))).double().mean().item() for n in epsilons}
-        for m, r in radii.items()
+        method: dict(zip(names, cra_curve(r, correct, distances).tolist(), strict=True))
+        for method, r in radii.items()
     }
     return prediction, correct, radii, cra
 
@@ -496,7 +496,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         "parameters": sum(p.numel() for p in net.parameters()),
         "clean": correct.double().mean().item(),
         "cra": cra["guaranteed"],
-        "mean_certified_radius": (radii["guaranteed"] * correct).mean().item(),
+        "mean_certified_radius": torch.where(correct, radii["guaranteed"], 0).mean().item(),
         "K_f": K_f,
         "K_hf": (
             1 / cll_scale(params.loss.epsilon, params.loss.p) if params.loss.name == "CLL" else K_f

@@ -186,10 +186,6 @@ def _schedules(config, progress):
 
 
 def _optimizer(config, parameters):
-    if config.name == "SGD":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
