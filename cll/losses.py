@@ -176,6 +176,45 @@ def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean")
     return _reduce(_cross_entropy(f, targets) - _as(f, gamma) * F.relu(radius), reduction)
 
 
+def hinge_loss(logits, targets, *, margin=0.7, reduction="mean"):
+    """Multi-margin hinge (Meunier, Delattre, Araujo, Allauzen, ICML 2022, "CPL"):
+
+        (1 / C) sum_{j != y} max(0, margin - f_y + f_j).
+
+    margin is in units of logits, 0.7 as published: with 1-Lipschitz logits and the factor sqrt(2)
+    of their differences, a loss of 0 certifies the radius margin / sqrt(2).
+    Raises ValueError on wrong shapes, an unknown reduction or a float margin <= 0.
+    """
+    if not isinstance(margin, Tensor) and not 0 < margin < math.inf:
+        raise ValueError(f"margin = {margin} is out of range: a finite margin > 0 is needed")
+    f, _ = _prepare(logits, targets, None, reduction)
+    missing = F.relu(_as(f, margin) - _at(f, targets) + f)  # (N, C)
+    return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=1), reduction)
+
+
+def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
+    """Loss of Local-Lip-B (Huang, Zhang, Shi, Kolter, Anandkumar, NeurIPS 2021), in the form of box
+    constraint propagation (BCP; Lee, Lee, Park, NeurIPS 2020):
+
+        kappa CE(f, y) + (1 - kappa) CE(z, y),  z_j = f_j + epsilon K_yj for j != y,  z_y = f_y.
+
+    z are the logits as seen from f_y in the worst case within distance epsilon. The gradient flows
+    through K: with K of shape (N, C, C) from ``local.local_estimate`` as in the paper, or (C, C).
+    In training kappa falls from 1 to 0 while epsilon rises from 0.
+
+    Raises ValueError as ``cll_loss`` does, and for epsilon < 0 or a float kappa outside [0, 1].
+    """
+    _check_epsilon(epsilon, zero=True)
+    if not isinstance(kappa, Tensor) and not 0 <= kappa <= 1:
+        raise ValueError(f"kappa = {kappa} is out of range: a weight in [0, 1] is needed")
+    f, K = _prepare(logits, targets, K, reduction)
+    # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
+    rows = _gather_rows(K, targets).masked_fill(_one_hot(targets, f), 0)
+    kappa = _as(f, kappa)
+    worst = _cross_entropy(f + _as(f, epsilon) * rows, targets)
+    return _reduce(kappa * _cross_entropy(f, targets) + (1 - kappa) * worst, reduction)
+
+
 # ----------------------------------------------------------------------- regulariser, schedules
 
 

@@ -16,7 +16,9 @@ from cll.losses import (
     cll_loss,
     cll_scale,
     gloro_loss,
+    hinge_loss,
     lipschitz_penalty,
+    local_bcp_loss,
     polynomial_schedule,
 )
 
@@ -65,10 +67,13 @@ LOSSES = {
     "gloro trades": lambda f, y, K, **kw: gloro_loss(f, y, K, epsilon=0.3, trades=1.2, **kw),
     "certificate": lambda f, y, K, **kw: certificate_regularized_loss(f, y, K, gamma=0.4, **kw),
     "aol": lambda f, y, K, **kw: aol_loss(f, y, **kw),
+    "hinge": lambda f, y, K, **kw: hinge_loss(f, y, **kw),
+    "local": lambda f, y, K, **kw: local_bcp_loss(f, y, K, epsilon=0.3, kappa=0.25, **kw),
     "binary": lambda f, y, K, **kw: binary_cll_loss(
         f[:, 0], (y > 1).long(), K[..., 0, 1], epsilon=0.15, p=0.3, **kw
     ),
 }
+WITHOUT_K = ("aol", "hinge")
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -262,6 +267,53 @@ def test_certificate_regularisation_rewards_the_certified_radius_only():
     torch.testing.assert_close(values, cross_entropy - 0.4 * radius)
 
 
+def test_hinge_is_the_multi_margin_loss_of_pytorch():
+    f, y, _ = batch()
+    for margin in (0.7, 2.0):
+        values = hinge_loss(f, y, margin=margin, reduction="none")
+        torch.testing.assert_close(
+            values, F.multi_margin_loss(f, y, margin=margin, reduction="none")
+        )
+    certain = 10 * F.one_hot(y, 5).double()
+    assert hinge_loss(certain, y).item() == 0
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_local_bcp_equals_its_formula_sample_by_sample(per_sample):
+    f, y, K = batch(per_sample=per_sample)
+    values = local_bcp_loss(f, y, K, epsilon=0.3, kappa=0.25, reduction="none")
+    for n in range(len(f)):
+        t, bound = y[n].item(), K[n] if per_sample else K
+        worst = [f[n, j].item() + (0 if j == t else 0.3 * bound[t, j].item()) for j in range(5)]
+        clean, worst = (math.log(sum(map(math.exp, z))) - z[t] for z in (f[n].tolist(), worst))
+        assert values[n].item() == pytest.approx(0.25 * clean + 0.75 * worst, rel=1e-12)
+
+
+def test_local_bcp_starts_as_cross_entropy_and_ignores_the_diagonal():
+    f, y, K = batch()
+    for ramp in ({"epsilon": 0.3, "kappa": 1.0}, {"epsilon": 0.0, "kappa": 0.0}):
+        torch.testing.assert_close(local_bcp_loss(f, y, K, **ramp), F.cross_entropy(f, y))
+    holes = K.clone().fill_diagonal_(math.nan).requires_grad_()
+    loss = local_bcp_loss(f, y, holes, epsilon=0.3, kappa=0.5)
+    torch.testing.assert_close(loss, local_bcp_loss(f, y, K, epsilon=0.3, kappa=0.5))
+    (gradient,) = torch.autograd.grad(loss, holes)
+    assert gradient.isfinite().all() and (gradient.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("kappa", [-0.1, 1.5, math.nan])
+def test_local_bcp_refuses_a_weight_outside_the_unit_interval(kappa):
+    f, y, K = batch()
+    with pytest.raises(ValueError, match="kappa"):
+        local_bcp_loss(f, y, K, epsilon=0.3, kappa=kappa)
+
+
+@pytest.mark.parametrize("margin", [0, -1, math.inf, math.nan])
+def test_hinge_refuses_what_is_no_margin(margin):
+    f, y, _ = batch()
+    with pytest.raises(ValueError, match="margin"):
+        hinge_loss(f, y, margin=margin)
+
+
 def test_penalty_is_lambda_times_the_largest_bound_squared():
     _, _, K = batch()
     assert lipschitz_penalty(K, 1e-4).item() == pytest.approx(1e-4 * K.max().item() ** 2)
@@ -288,7 +340,7 @@ def test_vmap_over_runs_equals_a_loop(name):
     stacked = vmap(LOSSES[name])(f, y, K)
     looped = torch.stack([LOSSES[name](f[r], y[r], K[r]) for r in range(3)])
     torch.testing.assert_close(stacked, looped)
-    wanted = [f, K] if name not in ("aol",) else [f]
+    wanted = [f, K] if name not in WITHOUT_K else [f]
     for a, b in zip(
         torch.autograd.grad(stacked.sum(), wanted),
         torch.autograd.grad(looped.sum(), wanted),
@@ -312,6 +364,8 @@ def test_vmap_with_one_margin_and_slack_per_run(dtype):
             + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
             + certificate_regularized_loss(f, y, K, gamma=p)
             + aol_loss(f, y, offset=epsilon, temperature=p + 0.1)
+            + hinge_loss(f, y, margin=epsilon)
+            + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
             + lipschitz_penalty(K, p)
         )
 
@@ -374,7 +428,7 @@ def test_placeholder_on_the_diagonal_is_never_used(name):
         value = LOSSES[name](logits, y, bound)
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
         results.append(torch.cat([value.detach()[None], gradient.flatten()]))
-        if name != "aol":
+        if name not in WITHOUT_K:
             (to_K,) = torch.autograd.grad(value, bound)
             assert to_K.isfinite().all() and (to_K.diagonal() == 0).all()
     for other in results[1:]:
@@ -395,7 +449,7 @@ def test_extreme_margins_many_classes_and_zero_bounds_stay_finite(name, K_value,
     f.requires_grad_(), K.requires_grad_()
     value = LOSSES[name](f, y, K)
     assert value.isfinite()
-    for gradient in torch.autograd.grad(value, [f] if name == "aol" else [f, K]):
+    for gradient in torch.autograd.grad(value, [f] if name in WITHOUT_K else [f, K]):
         assert gradient.isfinite().all()
 
 
