@@ -16,6 +16,7 @@ import http.client
 import os
 import pickle
 import socket
+import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -599,20 +600,29 @@ def _one_line(error):
 # ---- augmentation ----------------------------------------------------------------------------
 
 
+JITTER = ("brightness", "contrast", "saturation", "hue")
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of training images, drawn for each sample, applied in this order.
 
-    crop: shift by up to crop pixels either way, zeros moving in (RandomCrop(size, padding=crop)).
+    crop: shift by up to crop pixels either way (RandomCrop(size, padding=crop)).
     flip: mirror left-right with probability 1/2 (RandomHorizontalFlip).
-    jitter: brightness, contrast, saturation factors in 1 +- jitter, in random order (ColorJitter).
+    jitter: colour changes in random order (ColorJitter). x: brightness, contrast and saturation
+        factors in 1 +- x; or a mapping from some of "brightness", "contrast", "saturation", "hue"
+        to x or to a pair (low, high). Hue is a shift in +-x, in turns of the colour wheel.
     rotation: angle in +-rotation degrees, nearest pixel, zeros moving in (RandomRotation).
+    pad: what a crop moves in: "zeros", or "reflect", the mirror image without the border pixel.
+
+    Raises ValueError naming the value that does not fit.
     """
 
     crop: int = 0
     flip: bool = False
-    jitter: float = 0.0
+    jitter: float | dict[str, float | tuple[float, float]] = 0.0
     rotation: float = 0.0
+    pad: str = "zeros"
 
     @property
     def active(self):
@@ -622,10 +632,35 @@ class Augmentation:
     def __post_init__(self):
         if isinstance(self.crop, bool) or self.crop != int(self.crop) or self.crop < 0:
             raise ValueError(f"crop = {self.crop!r}: give a whole number of pixels >= 0")
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter = {self.jitter!r}: give a fraction between 0 and 1")
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"rotation = {self.rotation!r}: give degrees between 0 and 180")
+        if self.pad not in ("zeros", "reflect"):
+            raise ValueError(f"pad = {self.pad!r}: write 'zeros' or 'reflect'")
+        _jitter_ranges(self.jitter)
+
+
+def _jitter_ranges(jitter):
+    """[(centre, half width)] of each of JITTER in turn; without hue where that does not change.
+
+    Raises ValueError for an unknown name and for a range that is none.
+    """
+    named = jitter if isinstance(jitter, dict) else dict.fromkeys(JITTER[:3], jitter)
+    ranges = []
+    for name in (*JITTER, *named):
+        if name not in JITTER:
+            nearest = difflib.get_close_matches(str(name), JITTER, 1, cutoff=0)[0]
+            raise ValueError(f"unknown jitter {name!r}; nearest: {nearest!r}")
+        hue, value = name == "hue", named.get(name, 0.0)
+        # x stands for the range around no change that ColorJitter takes it for
+        low, high = value if isinstance(value, tuple | list) else (1 - hue - value, 1 - hue + value)
+        lowest, highest = (-0.5, 0.5) if hue else (0, sys.float_info.max)
+        if not lowest <= low <= high <= highest:
+            where = f"jitter.{name}" if isinstance(jitter, dict) else "jitter"
+            allowed = "(low, high) in -0.5..0.5" if hue else "(low, high) of factors >= 0"
+            limit = "0.5" if hue else "1"
+            raise ValueError(f"{where} = {value!r}: give a number in 0..{limit} or {allowed}")
+        ranges.append(((low + high) / 2, (high - low) / 2))
+    return ranges[: 4 if any(ranges[3]) else 3]
 
 
 def draw(n, augmentation, image_size, generator=None):
@@ -634,9 +669,10 @@ def draw(n, augmentation, image_size, generator=None):
     Drawn on the CPU, so that CPU and CUDA runs see the same pictures. Returns a dict of tensors
     with leading dimension n, holding only what the augmentation needs:
         shift   (n, 2) int64    rows, columns added to a pixel's source coordinates
+        reflect (n, 2) int64    the same where pad is "reflect"
         flip    (n,) bool
-        factors (n, 3) float32  brightness, contrast, saturation
-        order   (n, 3) int64    which factor acts first, second, third
+        factors (n, 3) float32  brightness, contrast, saturation; (n, 4) with the shift of the hue
+        order   (n, 3) int64    which factor acts first, second, third; (n, 4) with hue
         angle   (n,) float32    degrees, counter-clockwise
 
     Raises ValueError where the crop could move an image out of its frame.
@@ -649,14 +685,15 @@ def draw(n, augmentation, image_size, generator=None):
         )
     parameters = {}
     if augmentation.crop:
-        crop = int(augmentation.crop)
-        parameters["shift"] = torch.randint(-crop, crop + 1, (n, 2), generator=generator)
+        crop, name = int(augmentation.crop), "reflect" if augmentation.pad == "reflect" else "shift"
+        parameters[name] = torch.randint(-crop, crop + 1, (n, 2), generator=generator)
     if augmentation.flip:
         parameters["flip"] = torch.rand(n, generator=generator) < 0.5
     if augmentation.jitter:
-        jitter = augmentation.jitter
-        parameters["factors"] = 1 + jitter * (2 * torch.rand(n, 3, generator=generator) - 1)
-        parameters["order"] = torch.rand(n, 3, generator=generator).argsort(dim=1)
+        centre, half = torch.tensor(_jitter_ranges(augmentation.jitter)).T  # each (3,) or (4,)
+        uniform = 2 * torch.rand(n, len(half), generator=generator) - 1
+        parameters["factors"] = centre + half * uniform
+        parameters["order"] = torch.rand(n, len(half), generator=generator).argsort(dim=1)
     if augmentation.rotation:
         angle = 2 * torch.rand(n, generator=generator) - 1
         parameters["angle"] = augmentation.rotation * angle
@@ -713,8 +750,8 @@ def augment(images, parameters):
 
 
 def _augment(images, parameters):
-    if "shift" in parameters or "flip" in parameters:
-        images = _crop_flip(images, parameters.get("shift"), parameters.get("flip"))
+    if {"shift", "reflect", "flip"} & parameters.keys():
+        images = _crop_flip(images, *map(parameters.get, ("shift", "reflect", "flip")))
     images = to_float(images)
     if "factors" in parameters:
         images = _jitter(images, parameters["factors"], parameters["order"])
@@ -723,7 +760,7 @@ def _augment(images, parameters):
     return images
 
 
-def _crop_flip(images, shift, flip):
+def _crop_flip(images, shift, reflect, flip):
     """Crop at a shift, then mirror: both only move source coordinates, so one gather does them."""
     n, _, height, width = images.shape
     rows = torch.arange(height, device=images.device).expand(n, -1)  # (N, H)
@@ -732,24 +769,38 @@ def _crop_flip(images, shift, flip):
         columns = torch.where(flip[:, None], columns.flip(1), columns)
     if shift is not None:
         rows, columns = rows + shift[:, :1], columns + shift[:, 1:]
+    if reflect is not None:
+        rows = _mirrored(rows + reflect[:, :1], height)
+        columns = _mirrored(columns + reflect[:, 1:], width)
     return _gather(images, rows[:, :, None], columns[:, None, :])
 
 
-def _jitter(images, factors, order):
-    """Three slots; in each, every sample applies the operation that its order puts there. In place.
+def _mirrored(coordinates, size):
+    """-1, -2, ... become 1, 2, ... and size, size + 1, ... become size - 2, size - 3, ..."""
+    last = size - 1
+    return last - (last - coordinates.abs()).abs()
 
-    All three are x <- clamp(f x + (1 - f) base), with base 0 (brightness), the image's mean grey
-    level (contrast) or its grey version (saturation): a slot is one multiplication and one addition
-    for the whole batch.
+
+def _jitter(images, factors, order):
+    """A slot per operation; in each, every sample applies the one that its order puts there. In
+    place.
+
+    Brightness, contrast and saturation are all x <- clamp(f x + (1 - f) base), with base 0, the
+    image's mean grey level or its grey version: a slot is one multiplication and one addition for
+    the whole batch. Hue, where present, changes the samples whose turn it is.
     """
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(
             f"images have {channels} channels: jitter is defined for 1 (grey) or 3 (RGB)"
         )
-    for slot in range(3):
+    for slot in range(order.shape[1]):
         operation = order[:, slot, None, None, None]  # (N, 1, 1, 1)
         factor = factors.gather(1, order[:, slot, None])[:, :, None, None]
+        if order.shape[1] == 4 and channels == 3:
+            turn = (order[:, slot] == 3).nonzero().flatten()
+            images[turn] = _turn_hue(images[turn], factors[turn, 3])
+        factor = torch.where(operation == 3, 1, factor)
         if channels == 1:
             grey = images.clone()
         else:  # luma of ITU-R BT.601 as torchvision rounds it
@@ -761,6 +812,24 @@ def _jitter(images, factors, order):
         )
         images.mul_(factor).add_(base).clamp_(0, 1)
     return images
+
+
+def _turn_hue(images, shift):
+    """RGB images (N, 3, H, W) with their hue shifted by shift (N,) turns of the colour wheel.
+
+    With value V (largest channel), chroma C (largest minus smallest) and hue h in sixths of a turn,
+    a channel is V - C min(k, 4 - k, 1) cut off below 0, k = (n + h) mod 6, n = 5, 3, 1 for red,
+    green, blue: the HSV model without its division by V.
+    """
+    red, green, blue = images.unbind(1)
+    value, largest = images.max(1)
+    chroma = value - images.amin(1)
+    difference = torch.stack([green - blue, blue - red, red - green], 1)  # opposite each channel
+    difference = difference.gather(1, largest[:, None]).squeeze(1)
+    hue = 2 * largest + difference / chroma.clamp_min(1e-12) + 6 * shift[:, None, None]
+    n = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    k = (n + hue[:, None]).remainder(6)  # (N, 3, H, W)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _rotate(images, angle):

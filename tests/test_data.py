@@ -1,5 +1,6 @@
 """Data sources, their refusals, and augmentation against torchvision's own transforms."""
 
+import math
 import os
 import shutil
 import urllib.error
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+import yaml
 from PIL import Image
 
+import cll
 from cll import data
 from cll.data import Augmentation, augment, draw, load, select, to_float
 
@@ -533,6 +536,7 @@ def test_dataset_refuses_what_would_fail_later():
 # ---- augmentation ----------------------------------------------------------------------------
 
 FULL = Augmentation(crop=4, flip=True, jitter=0.25, rotation=2.0)
+SLL_JITTER = {"brightness": 0.1, "contrast": (0.5, 2), "saturation": (0.3, 2), "hue": 0.02}
 
 
 def batch(n, channels=3, height=32, width=32):
@@ -554,13 +558,15 @@ def torchvision_one(image, parameters, augmentation):
     x = image.float() / 255
     height, width = x.shape[1:]
     if augmentation.crop:
-        row, column = parameters["shift"].tolist()
-        x = TF.pad(x, augmentation.crop)
+        name = "shift" if augmentation.pad == "zeros" else "reflect"
+        row, column = parameters[name].tolist()
+        mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.pad]
+        x = TF.pad(x, augmentation.crop, padding_mode=mode)
         x = TF.crop(x, augmentation.crop + row, augmentation.crop + column, height, width)
     if augmentation.flip and parameters["flip"]:
         x = TF.hflip(x)
     if augmentation.jitter:
-        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
         for operation in parameters["order"].tolist():
             x = adjust[operation](x, parameters["factors"][operation].item())
     return x
@@ -574,6 +580,9 @@ def torchvision_one(image, parameters, augmentation):
         Augmentation(flip=True),
         Augmentation(jitter=0.25),
         Augmentation(crop=2, flip=True, jitter=0.9),
+        Augmentation(crop=23, pad="reflect"),
+        Augmentation(jitter={"hue": 0.5}),
+        Augmentation(crop=4, flip=True, jitter=SLL_JITTER, pad="reflect"),
     ],
 )
 def test_crop_flip_jitter_are_torchvisions(channels, augmentation):
@@ -585,7 +594,58 @@ def test_crop_flip_jitter_are_torchvisions(channels, augmentation):
         theirs = torchvision_one(image, select(drawn, i), augmentation)
         assert (ours[i] - theirs).abs().max() <= 1e-5
     if augmentation.jitter:
-        assert len({tuple(order) for order in drawn["order"].tolist()}) == 6
+        orders = {3: 6, 4: 24}[drawn["order"].shape[1]]
+        assert len({tuple(order) for order in drawn["order"].tolist()}) == orders
+
+
+@pytest.mark.parametrize("hue", [-0.5, -0.31, -0.02, 0.0, 1 / 6, 0.25, 0.5])
+def test_hue_is_torchvisions_for_every_kind_of_colour(hue):
+    """Greys, primaries, ties between channels and dark pixels: all corners of the HSV model."""
+    levels = torch.tensor([0, 1, 127, 128, 254, 255], dtype=torch.uint8)
+    images = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18)
+    order = torch.tensor([[3, 0, 1, 2]])
+    drawn = {"factors": torch.tensor([[1.0, 1.0, 1.0, hue]]), "order": order}
+    theirs = TF.adjust_hue(images.float() / 255, hue)
+    assert (augment(images, drawn) - theirs).abs().max() <= 1e-5
+
+
+def test_a_third_of_a_turn_exchanges_the_primaries():
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    drawn = {"factors": torch.tensor([[1, 1, 1, 1 / 3]]), "order": torch.tensor([[0, 1, 2, 3]])}
+    assert augment(red, drawn).flatten().tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("jitter", [0.1, 0.25, 1 / 3, 1.0])
+def test_a_mapping_draws_what_its_number_draws(jitter):
+    """One number, the same number by name and the same ranges are one stream of pictures."""
+    names = ("brightness", "contrast", "saturation")
+    forms = [jitter, dict.fromkeys(names, jitter), dict.fromkeys(names, (1 - jitter, 1 + jitter))]
+    drawn = [draw(500, Augmentation(jitter=j), 32, torch.Generator().manual_seed(9)) for j in forms]
+    generator = torch.Generator().manual_seed(9)
+    factors = 1 + jitter * (2 * torch.rand(500, 3, generator=generator) - 1)
+    assert all(torch.equal(d["factors"], factors) for d in drawn)
+    assert all(torch.equal(d["order"], drawn[0]["order"]) for d in drawn)
+
+
+def test_jitter_ranges_are_those_given():
+    drawn = draw(40_000, Augmentation(jitter=SLL_JITTER), 32, torch.Generator().manual_seed(5))
+    factors = drawn["factors"]
+    low, high = torch.tensor([(0.9, 1.1), (0.5, 2.0), (0.3, 2.0), (-0.02, 0.02)]).T
+    assert (factors.min(0).values >= low).all() and (factors.max(0).values <= high).all()
+    assert ((factors.mean(0) - (low + high) / 2).abs() < 0.02 * (high - low)).all()
+    assert ((factors.std(0) * 12**0.5 / (high - low) - 1).abs() < 0.02).all()
+    only = draw(10, Augmentation(jitter={"contrast": (0.5, 2.0)}), 32)["factors"]
+    assert (only[:, [0, 2]] == 1).all() and (only[:, 1] != 1).all()
+
+
+def test_augmentation_is_read_from_yaml():
+    text = "{crop: 4, pad: reflect, jitter: {brightness: 0.1, contrast: [0.5, 2], hue: 0.02}}"
+    read = cll.experiment.load_params(
+        {"name": "x", "model": "4C3F", "epochs": 1, "loss": {"name": "GloRo", "epsilon": 0.15},
+         "augmentation": yaml.safe_load(text)}, profile="smoke",
+    )  # fmt: skip
+    jitter = {"brightness": 0.1, "contrast": (0.5, 2.0), "hue": 0.02}
+    assert read.augmentation == Augmentation(crop=4, pad="reflect", jitter=jitter)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -680,9 +740,18 @@ def test_augmentation_refusals():
         to_float(torch.arange(3))
     with pytest.raises(ValueError, match="crop = 8 can move a 8x32 image out"):
         draw(4, Augmentation(crop=8), (8, 32))
-    for wrong in ({"crop": -1}, {"crop": 1.5}, {"jitter": 2.0}, {"rotation": -3.0}):
+    for wrong in (
+        {"crop": -1}, {"crop": 1.5}, {"jitter": 2.0}, {"rotation": -3.0}, {"pad": "mirror"},
+        {"jitter": {"contrast": (2.0, 1.0)}}, {"jitter": {"brightness": (0.5, math.inf)}},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Augmentation(**wrong)
+    with pytest.raises(
+        ValueError, match=r"jitter.hue = 0.6: .*0..0.5 or \(low, high\) in -0.5..0.5"
+    ):
+        Augmentation(jitter={"hue": 0.6})
+    with pytest.raises(ValueError, match="unknown jitter 'brigtness'; nearest: 'brightness'"):
+        Augmentation(jitter={"brigtness": 0.1})
 
 
 @pytest.mark.gpu
