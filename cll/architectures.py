@@ -12,8 +12,30 @@ import math
 import torch
 from torch import nn
 
-from .bounds import estimate, is_linear, layer_inputs, operator_norm, pairwise_distances
-from .layers import MaxMin
+from .bounds import (
+    estimate,
+    head_rows,
+    is_linear,
+    layer_inputs,
+    operator_norm,
+    pairwise_distances,
+    settle,
+)
+from .layers import (
+    ClampedMaxMin,
+    CPLConv2d,
+    CPLLinear,
+    Householder,
+    MaxMin,
+    NormalizedLinear,
+    PadChannels,
+    SandwichConv2d,
+    SandwichLinear,
+    SLLConv2d,
+    SLLLinear,
+    SOCConv2d,
+    Truncation,
+)
 
 __all__ = ["LipschitzNet", "build"]
 
@@ -22,13 +44,15 @@ class LipschitzNet(nn.Module):
     """A classifier that can say how fast its margins change.
 
     body: nn.Sequential of layers with a known Lipschitz bound, ending in features (N, d).
-    head: nn.Linear(d, C).
+    head: nn.Linear(d, C), layers.NormalizedLinear(d, C) or layers.Truncation(d, C).
     input_shape: shape of one input, (C, H, W) or (features,).
     input_std, input_mean: float or one value per channel; the network sees (x - mean) / std, and
         K carries the factor 1 / min(std), so that it bounds changes of the un-normalised x.
 
     The training estimate keeps one vector per linear layer (a buffer, in the shape of the
-    layer's input) on which power iteration goes on from step to step.
+    layer's input) on which power iteration goes on from step to step. SOC and CPL layers keep
+    vectors of their own, which `lipschitz_matrix` moves too: call it once per training step,
+    before the forward pass, and `settle` after training.
     """
 
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
@@ -36,18 +60,28 @@ class LipschitzNet(nn.Module):
         self.body, self.head = body, head
         self.input_shape = tuple(input_shape)
         channels = (-1,) + (1,) * (len(self.input_shape) - 1)
-        for name, value in (("std", input_std), ("mean", input_mean)):
-            self.register_buffer(name, torch.as_tensor(value).float().reshape(channels), False)
-        if not (torch.isfinite(self.std).all() and self.std.min() > 0):
+        # On the CPU, so that a network can be built on the meta device.
+        std, mean = (
+            torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in (input_std, input_mean)
+        )
+        if not (torch.isfinite(std).all() and std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
         # The buffers' own values, after rounding to float32: K must fit what forward divides by.
-        self.input_std, self.input_mean = self.std.flatten().tolist(), self.mean.flatten().tolist()
-        self.normalises = bool((self.std != 1).any() or (self.mean != 0).any())
-        self._layers = [(name, shape) for name, _, shape in layer_inputs(body, self.input_shape)]
-        for i, (name, shape) in enumerate(self._layers):
-            if is_linear(body.get_submodule(name)):
-                weight = body.get_submodule(name).weight
-                v = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+        self.input_std, self.input_mean = std.flatten().tolist(), mean.flatten().tolist()
+        self.normalises = bool((std != 1).any() or (mean != 0).any())
+        weight = next(self.parameters())
+        self.register_buffer("std", std.reshape(channels).to(weight.device), False)
+        self.register_buffer("mean", mean.reshape(channels).to(weight.device), False)
+        # (name, input shape, constant): the constant of layers without weights never changes
+        self._layers = []
+        for i, (name, layer, shape) in enumerate(layer_inputs(body, self.input_shape)):
+            constant = None
+            if next(layer.parameters(), None) is None:
+                with torch.device("cpu"):  # also where the network is built on the meta device
+                    constant = operator_norm(layer, shape, "power")
+            self._layers.append((name, shape, constant))
+            if is_linear(layer):
+                v = torch.randn(shape, device=layer.weight.device, dtype=layer.weight.dtype)
                 self.register_buffer(f"v{i}", v)
 
     def forward(self, x):
@@ -68,23 +102,32 @@ class LipschitzNet(nn.Module):
         re-uses the vectors); through: see bounds.estimate. An estimate from below: for
         certificates use `cll.lipschitz_matrix(model, "guaranteed")`.
         """
-        constant = 1 / self.std.min()
-        for i, (name, shape) in enumerate(self._layers):
+        total = 1 / self.std.min()
+        for i, (name, shape, constant) in enumerate(self._layers):
             layer = self.body.get_submodule(name)
             if is_linear(layer):
                 v = getattr(self, f"v{i}")
                 # a copy: with `through`, the backward pass needs v as it was before copy_ below
-                sigma, v_new = estimate(layer, v.clone(), iterations, through)
+                constant, v_new = estimate(layer, v.clone(), iterations, through)
                 if iterations:
                     v.copy_(v_new)
-            else:
-                sigma = operator_norm(layer, shape, "power")
-            constant = constant * sigma
-        return constant
+            elif constant is None:
+                if hasattr(layer, "advance"):
+                    layer.advance(iterations)
+                constant = operator_norm(layer, shape, "power")
+            total = total * constant
+        return total
 
     def lipschitz_matrix(self, iterations=5, through=False):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1)."""
-        return self.body_lipschitz(iterations, through) * pairwise_distances(self.head.weight)
+        rows = head_rows(self.head)
+        return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
+
+    def settle(self):
+        """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see
+        bounds.settle. Call it once, after training; other layers do not need it."""
+        settle(self)
+        return self
 
 
 # Each convolution: channels, kernel, stride, padding.  Sources: the official code's
@@ -98,41 +141,197 @@ _CONVOLUTIONS = {
     "MLP": [],
 }
 _HIDDEN = {"4C3F": [512, 512], "6C2F": [512], "8C2F": [256], "MLP": [10, 20, 40, 40, 20, 10]}
+# Initial thresholds (high, low) of ClampedMaxMin layer by layer, as in the code of Huang et al.
+_THRESHOLDS = {
+    "6C2F": [(0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3)]
+    + [(1.2, -1.2)],
+    "8C2F": [(t, -t) for t in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)],
+}
+# Residual networks: convolutions, channels, dense layers, dense inner width. S to L as in the code
+# of SLL, which has the widths of CPL's; CPL-XL with 4096 features is the one that CLL's authors
+# trained (472 M parameters), the other 236 M.
+_RESIDUAL = {
+    "CPL-S": (20, 45, 7, 2048),
+    "CPL-M": (30, 60, 10, 2048),
+    "CPL-L": (50, 90, 10, 2048),
+    "CPL-XL": (70, 120, 15, 4096),
+    "CPL-XL-236M": (70, 120, 15, 2048),
+    "SLL-S": (20, 45, 7, 2048),
+    "SLL-M": (30, 60, 10, 2048),
+    "SLL-L": (50, 90, 10, 2048),
+    "SLL-XL": (70, 120, 15, 2048),
+}
+_INNER = 5  # channels inside a convolutional residual layer
+_LIPCONV = {f"LipConvNet-{n}": n // 5 for n in (5, 10, 15, 20, 25, 30, 35, 40)}
+NAMES = (*_CONVOLUTIONS, *_LIPCONV, *_RESIDUAL, "Sandwich")
+_HEADS = {"linear": nn.Linear, "normalized": NormalizedLinear, "truncated": Truncation}
+_ACTIVATIONS = ("MaxMin", "ClampedMaxMin", "ReLU")
 
 
-def build(name, num_classes=10, input_shape=(3, 32, 32), input_std=1.0, input_mean=0.0):
-    """A network of the paper with Kaiming normal weights and zero biases.
+def build(
+    name,
+    num_classes=10,
+    input_shape=(3, 32, 32),
+    input_std=1.0,
+    input_mean=0.0,
+    *,
+    head="linear",
+    width=1.0,
+    depth=1.0,
+    activation="MaxMin",
+    variant="sound",
+):
+    """A network of the paper with random weights.
 
-    name: "4C3F", "6C2F" (CIFAR), "8C2F" (Tiny-ImageNet) or "MLP" (two moons; 3,782 parameters).
-    Raises ValueError for an unknown name or an input too small for the network.
+    name: 4C3F, 6C2F (CIFAR), 8C2F (Tiny-ImageNet), MLP (two moons; 3,782 parameters);
+        LipConvNet-5, -10, ..., -40 (SOC layers); CPL-S, -M, -L, -XL (472 M parameters),
+        CPL-XL-236M; SLL-S, -M, -L, -XL; Sandwich (the LBDN network).
+    head: "linear"; "normalized", rows of length 1; "truncated", the first coordinates as logits
+        (LipConvNet then ends in one more SOC layer).
+    width, depth: factors in (0, 1] on the hidden widths and on the number of repeated layers (of
+        LipConvNet, CPL, SLL): the same architecture at a size for a CPU.
+    activation: of 4C3F, 6C2F, 8C2F and MLP: "MaxMin", "ClampedMaxMin" or "ReLU".
+    variant: of SLL, see layers._SLL.
+    Raises ValueError for an unknown name or option and an input too small for the network.
     Draws from torch's global generator: seed with torch.manual_seed.
     """
-    if name not in _CONVOLUTIONS:
-        nearest = difflib.get_close_matches(str(name), _CONVOLUTIONS, 1, cutoff=0)[0]
+    if name not in NAMES:
+        nearest = difflib.get_close_matches(str(name), NAMES, 1, cutoff=0)[0]
         raise ValueError(
-            f"unknown network {name!r}; nearest: {nearest!r} (known: {', '.join(_CONVOLUTIONS)})"
+            f"unknown network {name!r}; nearest: {nearest!r} (known: {', '.join(NAMES)})"
         )
+    for option, value, known in (
+        ("head", head, tuple(_HEADS)),
+        ("activation", activation, _ACTIVATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{option} = {value!r} is not one of {', '.join(known)}")
+    if not (0 < width <= 1 and 0 < depth <= 1):
+        raise ValueError(f"width = {width} and depth = {depth} are factors in (0, 1]")
+    plain = name in _CONVOLUTIONS
+    unused = [("depth", depth != 1 and name not in (*_LIPCONV, *_RESIDUAL))]
+    unused += [("activation", activation != "MaxMin" and not plain)]
+    unused += [("variant", variant != "sound" and not name.startswith("SLL"))]
+    for option, given in unused:
+        if given:
+            raise ValueError(f"{name} takes no {option}: leave it out")
     input_shape = tuple(input_shape)
-    if _CONVOLUTIONS[name] and len(input_shape) != 3:
+    if name != "MLP" and len(input_shape) != 3:
         raise ValueError(
             f"{name} takes images of shape (channels, height, width), got {input_shape}"
         )
+    if plain:
+        layers, features = _plain_body(name, input_shape, width, activation)
+    elif name in _LIPCONV:
+        blocks = max(1, round(depth * _LIPCONV[name]))
+        layers, features = _lipconv_body(name, blocks, input_shape, width, head)
+    elif name in _RESIDUAL:
+        layers, features = _residual_body(name, input_shape, width, depth, variant)
+    else:
+        layers, features = _sandwich_body(input_shape, width)
+    last = _HEADS[head](features, num_classes)
+    if plain:
+        for layer in [*layers, last]:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return LipschitzNet(nn.Sequential(*layers), last, input_shape, input_std, input_mean)
+
+
+def _scaled(n, factor, multiple=2):
+    """A width times a factor, a multiple of 2 (pairs of channels), never zero."""
+    return n if factor == 1 else max(multiple, round(n * factor / multiple) * multiple)
+
+
+def _plain_body(name, input_shape, width, activation):
+    """Convolutions and dense layers, each with an activation: (layers, features)."""
     layers, shape = [], input_shape
+    thresholds = iter(_THRESHOLDS.get(name, [(1.0, -1.0)] * 16))
+
+    def nonlinearity(shape):
+        if activation == "ClampedMaxMin":
+            return ClampedMaxMin(shape, *next(thresholds))
+        return MaxMin() if activation == "MaxMin" else nn.ReLU()
+
     for channels, kernel, stride, padding in _CONVOLUTIONS[name]:
+        channels = _scaled(channels, width)
         size = [(n + 2 * padding - kernel) // stride + 1 for n in shape[1:]]
         if min(size) < 1:
             raise ValueError(f"input {input_shape} is too small for {name}")
-        layers += [nn.Conv2d(shape[0], channels, kernel, stride, padding), MaxMin()]
+        layers.append(nn.Conv2d(shape[0], channels, kernel, stride, padding))
         shape = (channels, *size)
+        layers.append(nonlinearity(shape))
     if len(shape) > 1:
         layers.append(nn.Flatten())
     features = math.prod(shape)
-    for width in _HIDDEN[name]:
-        layers += [nn.Linear(features, width), MaxMin()]
-        features = width
-    head = nn.Linear(features, num_classes)
-    for layer in [*layers, head]:
-        if is_linear(layer):
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return LipschitzNet(nn.Sequential(*layers), head, input_shape, input_std, input_mean)
+    for hidden in _HIDDEN[name]:
+        hidden = _scaled(hidden, width)
+        layers += [nn.Linear(features, hidden), nonlinearity((hidden,))]
+        features = hidden
+    return layers, features
+
+
+def _lipconv_body(name, blocks, input_shape, width, head):
+    """LipConvNet (Singla and Feizi, ICML 2021): five stages of `blocks` SOC layers, each ending in
+    a strided one that doubles the channels; Householder activations."""
+    if any(n % 32 for n in input_shape[1:]):
+        raise ValueError(f"{name} halves the image five times: input {input_shape} must be n*32")
+    layers, inputs, channels = [], input_shape[0], _scaled(32, width)
+    for stage in range(5):
+        for block in range(blocks):
+            last = block + 1 == blocks
+            outputs = 2 * channels if last else channels
+            kernel = 1 if last and stage == 4 else 3
+            layers += [SOCConv2d(inputs, outputs, kernel, 2 if last else 1), Householder(outputs)]
+            inputs = outputs
+        channels = inputs
+    layers.append(nn.Flatten())
+    features = inputs * math.prod(n // 32 for n in input_shape[1:])
+    if head == "truncated":  # the SOC paper's last layer: orthogonal, then the first coordinates
+        layers += [nn.Unflatten(1, (features, 1, 1)), SOCConv2d(features, features, 1)]
+        layers.append(nn.Flatten())
+    return layers, features
+
+
+def _residual_body(name, input_shape, width, depth, variant):
+    """The residual network of CPL and SLL: zero channels, convolutional layers at full resolution,
+    sums over 4x4 windows (norm 1 with divisor 4), dense layers."""
+    convolutions, channels, dense, inner = _RESIDUAL[name]
+    convolutions, dense = (max(1, round(depth * n)) for n in (convolutions, dense))
+    channels, inner = max(_scaled(channels, width), input_shape[0]), _scaled(inner, width)
+    if min(input_shape[1:]) < 4:
+        raise ValueError(f"input {input_shape} is too small for {name}")
+    shape = (channels, *input_shape[1:])
+    features = channels * math.prod(n // 4 for n in input_shape[1:])
+    layers = [PadChannels(channels)]
+    if name.startswith("CPL"):
+        layers += [CPLConv2d(shape, _INNER) for _ in range(convolutions)]
+        last = [CPLLinear(features, inner) for _ in range(dense)]
+    else:
+        layers += [SLLConv2d(channels, _INNER, variant=variant) for _ in range(convolutions)]
+        last = [SLLLinear(features, inner, variant) for _ in range(dense)]
+    return [*layers, nn.AvgPool2d(4, divisor_override=4), nn.Flatten(), *last], features
+
+
+def _sandwich_body(input_shape, width):
+    """The "DNN" of LBDN: three stages for sides below 64, four from 64 on; 39.1 M parameters on
+    Tiny-ImageNet."""
+    stages = 4 if min(input_shape[1:]) >= 64 else 3
+    if any(n % 2**stages or n < 3 * 2 ** (stages - 1) for n in input_shape[1:]):
+        raise ValueError(
+            f"Sandwich halves the image {stages} times and its kernels are 3x3: input "
+            f"{input_shape} has sides that do not fit, take multiples of {2**stages} from "
+            f"{4 * 2 ** (stages - 1)} on"
+        )
+    layers, shape = [], input_shape
+    for stage in range(stages):
+        channels = _scaled(64 * 2**stage, width)
+        layers.append(SandwichConv2d(shape, channels))
+        layers.append(SandwichConv2d((channels, *shape[1:]), channels, stride=2))
+        shape = (channels, *(n // 2 for n in shape[1:]))
+    layers.append(nn.Flatten())
+    features = math.prod(shape)
+    for hidden in (2048, 2048, 1024):
+        layers.append(SandwichLinear(features, _scaled(hidden, width)))
+        features = _scaled(hidden, width)
+    return layers, features

@@ -3,7 +3,8 @@
 Three answers to "what is the norm of this layer?", all in float64 on the CPU:
 
     guaranteed   an upper bound by construction, rounding included: what a certificate may use
-    power        what converged power iteration finds, as the paper reports: never above the norm
+    power        what converged power iteration finds, as the paper reports: never above the norm;
+                 1 for layers that are 1-Lipschitz by design, as their papers count them
     exact        dense singular value decomposition, for small layers: the judge in tests
 
 and a fourth, `estimate`, for training: a few warm-started power iterations, differentiable.
@@ -16,8 +17,10 @@ convolutions on the CPU in float64 are such sums (no Winograd, no Strassen). Eve
 in real arithmetic, so that no assumption about complex products is needed.
 """
 
+import copy
 import functools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -26,9 +29,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cll.layers import MaxMin
+from cll.layers import (
+    ClampedMaxMin,
+    CPLConv2d,
+    CPLLinear,
+    Householder,
+    MaxMin,
+    NormalizedLinear,
+    PadChannels,
+    SandwichConv2d,
+    SandwichLinear,
+    SLLConv2d,
+    SLLLinear,
+    SOCConv2d,
+    Truncation,
+)
 
 METHODS = ("guaranteed", "power", "exact")
+HEADS = (NormalizedLinear, Truncation)
 U = 2.0**-53  # unit roundoff of float64
 TINY = 1e-280  # after scaling to largest weight 1, more than all underflows of a norm together
 DENSE_ENTRIES = 60_000_000  # largest matrix that "exact" decomposes
@@ -50,8 +68,10 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     input_shape  shape of one sample: (C, H, W) or (features,)
     method       "guaranteed": never below the true norm, rounding included
                  "power": the number that the paper's power iteration converges to (computed by
-                 Lanczos from a fixed start), rounded down so that it is never above the true norm
-                 "exact": dense singular values; at most 6e7 matrix entries
+                 Lanczos from a fixed start), rounded down so that it is never above the true norm;
+                 1 for SOC, CPL, SLL and Sandwich layers, as published
+                 "exact": dense singular values; at most 6e7 matrix entries. For CPL, SLL and
+                 Sandwich layers the formula of "guaranteed" with exact in place of proven norms
     start        optional start vector of "power", of shape input_shape
 
     Raises TypeError for a layer without a known bound (it never counts as 1), ValueError for a
@@ -84,7 +104,7 @@ def layer_lipschitz(layer, input_shape, method):
     def _(layer, input_shape, method): return 1.0
 
     A handler returns a float: for "guaranteed" never below the Lipschitz constant of the layer in
-    evaluation mode, for "power" never above it.
+    evaluation mode, for "power" the value that papers report.
     """
     raise TypeError(
         f"no Lipschitz bound known for {_name(layer)}: register one with "
@@ -96,6 +116,11 @@ register = layer_lipschitz.register
 
 
 @register(MaxMin)
+@register(ClampedMaxMin)
+@register(Householder)
+@register(PadChannels)
+@register(nn.PixelUnshuffle)
+@register(nn.PixelShuffle)
 @register(nn.ReLU)
 @register(nn.Tanh)
 @register(nn.Identity)
@@ -178,9 +203,14 @@ def _matrix_norm(layer, input_shape, method, start=None):
             'use "zeros" or "circular", or register a bound with cll.bounds.register'
         )
     weight = layer.weight.detach().to("cpu", torch.float64)
-    largest = weight.abs().max().item()
-    if not math.isfinite(largest):
+    if not weight.isfinite().all():
         raise ValueError(f"the weight of {_name(layer)} holds NaN or infinite numbers: no bound")
+    return _scaled_norm(layer, weight, input_shape, method, start)
+
+
+def _scaled_norm(layer, weight, input_shape, method, start=None):
+    """`_matrix_norm` of a layer like `layer` with a float64 weight of its own."""
+    largest = weight.abs().max().item()
     if largest == 0:
         return 0.0
     exponent = math.frexp(largest)[1] - 1
@@ -191,6 +221,177 @@ def _matrix_norm(layer, input_shape, method, start=None):
     if method == "power":
         return _ldexp(_power(layer, weight, input_shape, start), exponent, 0.0)
     return _ldexp(_exact(layer, weight, input_shape), exponent)
+
+
+# ------------------------------------------------------------ layers that bound themselves
+
+
+@register(SOCConv2d)
+def _soc(layer, input_shape, method):
+    """The largest |p_T(i t)| for 0 <= t <= ||A||: A is skew, so A^T A = -A^2, its eigenvalues are
+    i t, and y = p_T(A) x is normal with the eigenvalues p_T(i t). Space-to-depth, zero channels and
+    dropped outputs do not expand.
+
+    ||A|| is bounded by k times the smaller proven norm of the kernel's unfoldings: a frequency's
+    block is sum_ab w[:, :, a, b] e^(i f.(a, b)) = P^H U Q with U an unfolding and P, Q of norms
+    whose product is k. Only if that does not prove norm 1, the DFT bound is tried as well.
+    """
+    if method == "power":
+        return 1.0
+    layer = _evaluation_copy(layer)
+    if method == "exact":
+        return _exact_linear(layer, input_shape)
+    kernel, terms = layer.effective(), layer.terms[1]
+    norm = layer.kernel_size * min(_proven_norm(U[None]) for U in layer.unfoldings(kernel))
+    gain = taylor_gain(terms, _up(norm))
+    if gain > 1:
+        size = [n // layer.stride for n in input_shape[-2:]]
+        proven = _scaled_norm(_plain(kernel), kernel, (len(kernel), *size), "guaranteed")
+        gain = min(gain, taylor_gain(terms, proven))
+    return _up(gain)
+
+
+@functools.lru_cache(maxsize=4096)
+def taylor_gain(terms, norm):
+    """Upper bound of |p(i t)| over 0 <= t <= norm, p(z) = sum_k z^k / k! up to k = terms. Float.
+
+    |p(i t)|^2 is a polynomial of degree `terms` in u = t^2 with rational coefficients. On an
+    interval a polynomial is an average of its Bernstein coefficients, so the largest of them is an
+    upper bound, and the end points give a lower one; intervals are halved until both agree. All in
+    exact rational arithmetic. 12 terms do not expand up to norm 3.38, 5 terms expand at once.
+    """
+    if not norm < 64:
+        return math.inf
+    parts = [[Fraction(0)] * (terms + 1) for _ in range(2)]  # real and imaginary, in powers of t
+    for k in range(terms + 1):
+        parts[k % 2][k] = Fraction((-1) ** (k // 2), math.factorial(k))
+    square = [Fraction(0)] * (terms + 1)
+    for part in parts:
+        for i, a in enumerate(part):
+            for j, b in enumerate(part):
+                square[(i + j) // 2] += a * b  # odd powers do not occur within a part
+    n, end = terms, Fraction(norm) ** 2
+    scaled = [c * end**i for i, c in enumerate(square)]  # on [0, 1]
+    bernstein = [
+        sum(Fraction(math.comb(k, i), math.comb(n, i)) * scaled[i] for i in range(k + 1))
+        for k in range(n + 1)
+    ]
+    pending, proven, attained = [bernstein], Fraction(1), Fraction(1)
+    for _ in range(200):
+        if not pending:
+            break
+        b = pending.pop()
+        attained = max(attained, b[0], b[-1])
+        if max(b) <= attained * (1 + Fraction(1, 10**12)):
+            proven = max(proven, max(b))
+            continue
+        left, right = [b[0]], [b[-1]]  # de Casteljau at the middle
+        while len(b) > 1:
+            b = [(x + y) / 2 for x, y in zip(b, b[1:], strict=False)]
+            left.append(b[0])
+            right.append(b[-1])
+        pending += [left, right[::-1]]
+    proven = max([proven, *map(max, pending)])
+    return 1.0 if proven == 1 else _up(math.sqrt(proven))
+
+
+@register(CPLLinear)
+@register(CPLConv2d)
+@register(SLLLinear)
+@register(SLLConv2d)
+def _potential_step(layer, input_shape, method):
+    """max(1, 2 ||D^(1/2) W||^2 - 1), see layers._PotentialStep, for the D that the layer applies in
+    evaluation mode: whatever norm or q it was made from, the bound holds."""
+    if getattr(layer, "variant", "sound") != "sound":
+        raise TypeError(
+            f"no Lipschitz bound known for {_name(layer)}: variant {layer.variant!r} is the "
+            'published form, for ablation only; build with variant="sound" to certify'
+        )
+    if method == "power":
+        return 1.0
+    layer = _evaluation_copy(layer)
+    D, W = layer.effective(), layer.weight
+    scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
+    _check_shape(_plain(W), input_shape)
+    norm = _scaled_norm(_plain(W), scaled, input_shape, method)
+    if method == "exact":
+        return max(1.0, 2 * norm**2 - 1)
+    # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
+    norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
+    return _up(max(1.0, _up(2 * norm**2) - 1))
+
+
+@register(SandwichLinear)
+@register(SandwichConv2d)
+def _sandwich(layer, input_shape, method):
+    """sqrt(1 + 4 e (1 + e)) with e = ||[A B]||^2 - 1, see layers._Sandwich: for the convolution the
+    largest norm over the frequencies. irfft2 drops what breaks the symmetry of a real image's
+    spectrum, i.e. it averages two responses of that norm."""
+    if method == "power":
+        return 1.0
+    layer = _evaluation_copy(layer)
+    both = layer.effective()
+    both = both.reshape(-1, *both.shape[-2:])
+    if method == "exact":
+        square = torch.linalg.matrix_norm(both, 2).max().item() ** 2
+    elif both.is_complex():
+        square = 0.0
+        for part in both.split(max(1, CHUNK // (8 * both.shape[1] ** 2))):
+            square = max(square, _proven_square(part.real, part.imag)[0])
+    else:
+        square = _proven_square(both)[0]
+    excess = max(0.0, square - 1)
+    return _up(math.sqrt(1 + _up(4 * excess * (1 + excess))))
+
+
+def settle(model):
+    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
+    their buffer `norm`, rounded up to its own type. Call it once, after training.
+
+    model: with the attributes body and input_shape, as in `lipschitz_matrix`. A model that was not
+    settled is certified all the same, with the constants that its present norms give.
+    """
+    for _, layer, shape in layer_inputs(model.body, model.input_shape):
+        if isinstance(layer, SOCConv2d):
+            kernel = _evaluation_copy(layer).skew_kernel()
+            norm = min(_proven_norm(U[None]) for U in layer.unfoldings(kernel))
+        elif isinstance(layer, CPLLinear | CPLConv2d):
+            W = _evaluation_copy(layer).weight
+            norm = _scaled_norm(_plain(W), W, shape, "guaranteed")
+        else:
+            continue
+        stored = torch.tensor(norm, dtype=layer.norm.dtype)
+        if stored.double() < norm:
+            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        layer.norm.copy_(stored)
+
+
+def _plain(weight):
+    """The nn.Linear or zero-padded nn.Conv2d with a weight of this shape, without the weight."""
+    if weight.ndim == 2:
+        return nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    outputs, inputs, k, _ = weight.shape
+    return nn.Conv2d(inputs, outputs, k, padding=k // 2, bias=False, device="meta")
+
+
+def _evaluation_copy(layer):
+    """A float64 copy on the CPU in evaluation mode, without gradients or frozen values."""
+    layer = copy.deepcopy(layer).to("cpu", torch.float64).eval().requires_grad_(False)
+    layer.frozen = None
+    if not all(t.isfinite().all() for t in layer.state_dict().values()):
+        raise ValueError(f"the weight of {_name(layer)} holds NaN or infinite numbers: no bound")
+    return layer
+
+
+@torch.no_grad()
+def _exact_linear(layer, input_shape):
+    """Largest singular value of an affine layer from its answer to the identity."""
+    size = math.prod(input_shape)
+    if size**2 > DENSE_ENTRIES:
+        raise ValueError(f'method "exact" is for small inputs, got {input_shape}: use "guaranteed"')
+    identity = torch.eye(size, dtype=torch.float64).view(-1, *input_shape)
+    matrix = (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1)
+    return torch.linalg.svdvals(matrix)[0].item()
 
 
 def is_linear(layer):
@@ -513,7 +714,7 @@ def _proven_square(real, imag=None, t=0.0):
     margin = 4 * (n + 8) * U  # what Cholesky in floating point needs above the largest eigenvalue
     t = max(t, TINY)
     for _ in range(60):
-        top = torch.linalg.eigvalsh(gram[pending[:4]]).max().item()
+        top = _largest_eigenvalue(gram[pending[:4]])
         raised = max(t, top * (1 + margin))
         if raised == t:
             margin *= 2
@@ -525,6 +726,21 @@ def _proven_square(real, imag=None, t=0.0):
         if not len(pending):
             return min((t * (1 + factor) + error) * (1 + 8 * U), frobenius + TINY), t
     return frobenius + TINY, t
+
+
+def _largest_eigenvalue(grams):
+    """Estimate, of a few symmetric matrices; large ones by Lanczos, n^2 instead of n^3 a step."""
+    if grams.shape[-1] <= 1024:
+        return torch.linalg.eigvalsh(grams).max().item()
+    tops = []
+    for gram in grams.numpy():
+        v = np.random.default_rng(0).standard_normal(len(gram))
+        try:
+            top = scipy.sparse.linalg.eigsh(gram, 1, v0=v, return_eigenvectors=False, tol=1e-13)
+            tops.append(float(top[0]))
+        except scipy.sparse.linalg.ArpackError:
+            tops.append(float(np.linalg.eigvalsh(gram)[-1]))
+    return max(tops)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -619,9 +835,10 @@ def lipschitz_matrix(model, method="guaranteed"):
 
         K_ij = 1 / min(input_std) * prod_l sigma_l * ||w_i - w_j||
 
-    over the layers l of model.body, w_i the rows of model.head; model has the attributes body
-    (nn.Sequential), head (nn.Linear), input_shape and input_std (float or one per channel). With
-    method "guaranteed" every factor and every product is rounded up.
+    over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
+    attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
+    and input_std (float or one per channel). With method "guaranteed" every factor and every
+    product is rounded up.
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
@@ -631,7 +848,7 @@ def lipschitz_matrix(model, method="guaranteed"):
     K = 1 / std.min().item()
     for _, layer, shape in layers:
         K *= operator_norm(layer, shape, method)
-    W = head.weight.detach().to("cpu", torch.float64)
+    W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
     matrix = K * pairwise_distances(W)
@@ -643,29 +860,53 @@ def lipschitz_matrix(model, method="guaranteed"):
 def layer_bounds(model):
     """Table of what is known about every layer with weights: DataFrame (layer, lower, upper).
 
-    lower is the converged power iteration, upper the guaranteed bound; the norm lies between. The
-    row of the head is the spectral norm of the head as a layer; the certificate does not use it, in
-    K stand the distances ||w_i - w_j|| between its rows.
+    upper is the guaranteed bound; lower is the converged power iteration, for SOC, CPL, SLL and
+    Sandwich layers the largest stretch found at a random point: the constant lies between. The row
+    of a linear head is its spectral norm as a layer; the certificate does not use it, in K stand
+    the distances ||w_i - w_j|| between its rows.
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
-    layers.append(("head", _head(model, features), features))
-    rows = [
-        (
-            f"{name} {type(layer).__name__}",
-            operator_norm(layer, shape, "power"),
-            operator_norm(layer, shape, "guaranteed"),
-        )
-        for name, layer, shape in layers
-        if next(layer.parameters(), None) is not None
-    ]
+    head = _head(model, features)
+    if type(head) is nn.Linear:
+        layers.append(("head", head, features))
+    rows = []
+    for name, layer, shape in layers:
+        if next(layer.parameters(), None) is not None:
+            seen = hasattr(layer, "effective")
+            lower = _stretch(layer, shape) if seen else operator_norm(layer, shape, "power")
+            upper = operator_norm(layer, shape, "guaranteed")
+            rows.append((f"{name} {type(layer).__name__}", lower, upper))
     return pd.DataFrame(rows, columns=["layer", "lower", "upper"])
+
+
+def _stretch(layer, input_shape, steps=20):
+    """||J v|| / ||v|| for the Jacobian J at a random point, v by power iteration: a lower bound of
+    the Lipschitz constant up to rounding, which the last factor covers."""
+    layer = _evaluation_copy(layer)
+    random = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 1, *input_shape, generator=random, dtype=torch.float64)
+    y, pullback = torch.func.vjp(layer, x)  # u -> J^T u
+    _, pushforward = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(y))  # v -> J v
+    for _ in range(steps):
+        v = pullback(pushforward(v)[0])[0]
+        v = v / v.norm().clamp_min(1e-300)
+    return pushforward(v)[0].norm().item() * (1 - 1e-10)
+
+
+def head_rows(head):
+    """The rows w_i of a head, (C, features), differentiable: logit_i = w_i^T features + b_i."""
+    if hasattr(head, "rows"):
+        return head.rows()
+    return head.weight
 
 
 def _head(model, features):
     head = model.head
-    if not (isinstance(head, nn.Linear) and is_linear(head)):
-        raise TypeError(f"the head must be nn.Linear, got {_name(head)}")
+    if not (isinstance(head, HEADS) or isinstance(head, nn.Linear) and is_linear(head)):
+        raise TypeError(
+            f"the head must be nn.Linear, NormalizedLinear or Truncation, got {_name(head)}"
+        )
     if features != (head.in_features,):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
