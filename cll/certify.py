@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .bounds import lipschitz_matrix
+from .layers import freeze
 from .progress import progress_bar
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
@@ -254,7 +255,7 @@ def lipschitz_lower_bound(
 def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
     exact, device = _float64_copy(model)
-    net = copy.deepcopy(model).eval().requires_grad_(False)
+    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
     weight = next(net.parameters())
     a, b = (_scale(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
@@ -335,7 +336,8 @@ def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device
-    return copy.deepcopy(model).to(device).double().eval().requires_grad_(False), device
+    exact = copy.deepcopy(model).to(device).double().eval().requires_grad_(False)
+    return freeze(exact), device
 
 
 def _scale(images, dtype):
