@@ -13,21 +13,24 @@ from cll import paper
 
 
 def record(row="T2-05", seed=1, clean=0.776, **changes):
-    """A result record as experiment.run writes it, of a run that reproduces a row of table 2."""
-    printed = paper.published("table2").loc[row]
-    gloro = printed["method"] == "GloRo"
-    K_f = 7.4 if gloro else 70.0
+    """A result record as experiment.run writes it, of a run that reproduces a row of a table."""
+    printed = paper.published(f"table{row[1]}").loc[row]
+    ours = printed["method"] == "CLL"
+    K_f = 70.0 if ours else 7.4
+    loss = {"SOC": "SOC", "CPL": "Hinge", "SLL": "AOL", "LBDN": "AOL"}
+    sure = [printed[k] if ours and pd.notna(printed[k]) else 0.15 for k in ("epsilon", "p")]
     cra = {"36/255": 0.60, "72/255": 0.44, "108/255": 0.29, "0.15": 0.59}
     result = {
-        "name": f"cifar10-{printed['model']}-{printed['method']}",
+        "name": f"{row}-{printed['model']}-{printed['method']}",
         "row": row,
         "seed": seed,
         "profile": "paper",
         "model": printed["model"],
-        "method": printed["method"],
-        "data": "cifar10",
-        "epsilon": 0.15,
-        "p": None if gloro else 0.3,
+        "method": loss.get(printed["method"], printed["method"]),
+        "data": printed["dataset"].lower().replace("r-", "r"),
+        "parameters": 4_342_984,
+        "epsilon": sure[0],
+        "p": sure[1] if ours else None,
         "epochs": 801,
         "published_epochs": 801,
         "clean": clean,
@@ -35,7 +38,7 @@ def record(row="T2-05", seed=1, clean=0.776, **changes):
         "cra_paper_style": {k: v + 0.01 for k, v in cra.items()},
         "K_f": K_f,
         "K_f_paper_style": K_f / 1.01,
-        "K_hf": K_f if gloro else 1 / cll.cll_scale(0.15, 0.3),
+        "K_hf": 1 / cll.cll_scale(*sure) if ours else K_f,
         "tightness": 0.79,
         "tightness_paper_style": 0.79 * 1.01,
         "params": {"loss": {}, "tightness": None},
@@ -135,7 +138,10 @@ def test_one_seed_has_no_std():
     assert frame["std"].isna().all()
     shown = paper.display_table(frame)
     assert not shown.map(lambda text: "±" in text).any(axis=None)
-    assert shown.loc[("CIFAR-10", "4C3F", "CLL", "here, guaranteed"), "clean %"] == "77.6 (+0.0)"
+    assert (
+        shown.loc[("T2-05", "CIFAR-10", "4C3F", "CLL", "here, guaranteed"), "clean %"]
+        == "77.6 (+0.0)"
+    )
 
 
 def test_both_bounds_have_their_own_line():
@@ -153,24 +159,64 @@ def test_uncertain_cells_are_shown_but_never_compared():
     assert K_hf["published"] == 7.4 and K_hf["uncertain"] and math.isnan(K_hf["difference"])
     assert not math.isnan(cells(frame, "cra_36")["difference"])
     shown = paper.display_table(frame)
-    printed = shown.loc[("CIFAR-10", "4C3F", "GloRo", "paper")]
+    printed = shown.loc[("T2-03", "CIFAR-10", "4C3F", "GloRo", "paper")]
     assert printed["K(h∘f)"] == "7.4?" and printed["K(f)"] == "?"
-    assert shown.loc[("CIFAR-10", "4C3F", "GloRo", "here, guaranteed"), "K(h∘f)"] == "7.4"
+    assert shown.loc[("T2-03", "CIFAR-10", "4C3F", "GloRo", "here, guaranteed"), "K(h∘f)"] == "7.4"
 
 
 def test_rows_without_a_run_say_so():
     frame = paper.comparison_table([record("T2-05")], rows=["T2-04", "T2-05"])
     assert (frame[frame["row_id"] == "T2-04"]["n"] == 0).all()
     shown = paper.display_table(frame)
-    assert (shown.loc[("CIFAR-10", "6C2F", "CLL", "here, guaranteed")] != "not run").sum() == 1
-    assert shown.loc[("CIFAR-10", "6C2F", "CLL", "here, guaranteed"), "seeds"] == "0"
-    assert "not run" not in set(shown.loc[("CIFAR-10", "4C3F", "CLL", "here, guaranteed")])
+    missing = shown.loc[("T2-04", "CIFAR-10", "6C2F", "CLL", "here")]
+    assert missing["seeds"] == "0" and set(missing.drop("seeds")) == {"not run"}
+    assert "not run" not in set(shown.loc[("T2-05", "CIFAR-10", "4C3F", "CLL", "here, guaranteed")])
+
+
+@pytest.mark.parametrize(("table", "rows"), [("table1", 10), ("table2", 17)])
+def test_whole_tables_have_every_row_in_the_papers_order(table, rows):
+    results = [record(f"T{table[-1]}-05")]
+    shown = paper.display_table(paper.comparison_table(results, table)).reset_index()
+    order = list(shown["row"].drop_duplicates())
+    assert order == [f"T{table[-1]}-{i:02d}" for i in range(1, rows + 1)]
+    for row_id, lines in shown.groupby("row"):
+        ran = row_id == results[0]["row"]
+        assert len(lines) == (3 if ran else 2)
+        assert (lines["clean %"] == "not run").sum() == (not ran)
+    assert not (shown == "").drop(columns="seeds").any(axis=None), "no blanks"
+
+
+def test_literature_rows_and_the_authors_own_are_told_apart():
+    shown = paper.display_table(paper.comparison_table([], "table1")).reset_index()
+    origin = shown[shown["source"] != "here"].set_index("row")["source"]
+    assert origin["T1-01"] == origin["T1-08"] == origin["T1-09"] == "paper (literature)"
+    assert origin["T1-02"] == origin["T1-04"] == "paper"
+
+
+def test_local_bounds_have_a_fourth_line_where_they_were_computed():
+    local = {"36/255": 0.62, "72/255": 0.47, "108/255": 0.33, "0.15": 0.61}
+    frame = paper.comparison_table([record(cra_local=local)], rows=["T2-05", "T2-04"])
+    assert cells(frame[frame["row_id"] == "T2-05"], "cra_72", "local bounds")["mean"] == 47
+    assert "local bounds" not in set(frame[frame["row_id"] == "T2-04"]["bound"])
+    shown = paper.display_table(frame)
+    line = shown.loc[("T2-05", "CIFAR-10", "4C3F", "CLL", "here, local bounds (guaranteed)")]
+    assert line["CRA 108/255 %"] == "33.0 (+3.9)" and line["clean %"] == "77.6 (+0.0)"
+    assert line["K(f)"] == line["tightness %"] == "–"
+
+
+def test_K_hf_of_the_paper_style_bound_keeps_its_temperature():
+    """AOL's temperature 1/4 makes K(h o f) four times K(f), whichever bound K(f) comes from."""
+    aol = record("T2-16", K_f=1.5, K_f_paper_style=1.4, K_hf=6.0)
+    frame = paper.comparison_table([aol], rows=["T2-16"])
+    assert cells(frame, "k_hf")["mean"] == pytest.approx(6.0)
+    assert cells(frame, "k_hf", "paper-style")["mean"] == pytest.approx(5.6)
+    assert cells(frame, "k_hf")["difference"] == pytest.approx(0)
 
 
 def test_tightness_that_was_not_measured_is_a_dash():
     result = {k: v for k, v in record().items() if not k.startswith("tightness")}
     shown = paper.display_table(paper.comparison_table([result], rows=["T2-05"]))
-    assert shown.loc[("CIFAR-10", "4C3F", "CLL", "here, guaranteed"), "tightness %"] == "–"
+    assert shown.loc[("T2-05", "CIFAR-10", "4C3F", "CLL", "here, guaranteed"), "tightness %"] == "–"
 
 
 def test_a_run_with_another_epsilon_is_not_the_published_row():
@@ -190,9 +236,40 @@ def test_only_the_papers_data_are_compared(data, comparable):
     assert frame["difference"].isna().all() != comparable
 
 
+def test_a_part_of_the_classes_is_another_task():
+    mini = record("T1-04", data="tiny-imagenet", num_classes=20)
+    frame = paper.comparison_table([mini], "table1", rows=["T1-04"])
+    assert frame["n"].eq(1).all() and frame["difference"].isna().all()
+    whole = record("T1-04", data="tiny-imagenet", num_classes=200)
+    assert paper.comparison_table([whole], "table1", rows=["T1-04"])["difference"].notna().any()
+
+
 def test_unknown_row_is_named():
     with pytest.raises(ValueError, match="no row 'T2-99' in table2"):
         paper.comparison_table([], rows=["T2-99"])
+    with pytest.raises(ValueError, match="no row 'T2-99' in table2; it has: T2-01, "):
+        paper.table_runs("table2", [], "T2-05, T2-99")
+
+
+def test_runs_of_a_table_come_in_the_papers_order():
+    runs = cll.experiment.experiment_params("table2", "smoke", seeds=[2, 1])
+    ordered = paper.table_runs("table2", runs)
+    assert [run.row for run in ordered] == sorted(run.row for run in runs)
+    assert [run.seed for run in ordered[:4]] == [2, 1, 2, 1]
+    chosen = paper.table_runs("table2", runs, "T2-05,T2-03")
+    assert [run.row for run in chosen] == ["T2-03", "T2-03", "T2-05", "T2-05"]
+
+
+def test_data_of_ones_own_replace_the_data_set_that_the_label_names():
+    runs = cll.experiment.experiment_params("table2", "quick")
+    source = {"data": "npz:x.npz", "label": "cifar10 (recovered)"}
+    for run in paper.table_runs("table2", runs, **source):
+        cifar10 = paper.published("table2").loc[run.row, "dataset"] == "CIFAR-10"
+        assert (run.data, run.label) == (
+            ("npz:x.npz", source["label"]) if cifar10 else (run.data, "")
+        )
+    for run in paper.table_runs("table2", runs, data="npz:x.npz", label="my images"):
+        assert (run.data, run.label) == ("npz:x.npz", "my images")
 
 
 # ----------------------------------------------------------------------------- captions and tables
@@ -204,6 +281,39 @@ def test_caption_says_what_was_shortened_and_on_which_data():
     assert "digits enlarged to 32x32, a mechanics check, not comparable with the paper" in digits
     assert paper.caption([moons_record()]).endswith("1000 epochs")
     assert paper.caption([]) == "no finished run"
+
+
+def test_caption_of_many_rows_is_one_line_of_ranges():
+    rows = [
+        record("T2-05", profile="quick", epochs=7, seed=1),
+        record("T2-05", profile="quick", epochs=7, seed=2),
+        record("T2-08", profile="quick", epochs=9, published_epochs=200),
+    ]
+    assert paper.caption(rows) == (
+        "profile quick · data cifar10 · 1 to 2 seeds · 7 to 9 of 200 to 801 epochs"
+    )
+    whole = [record("T2-05"), record("T2-08", epochs=200, published_epochs=200)]
+    assert paper.caption(whole).endswith("1 seed · 200 to 801 epochs")
+
+
+def test_caption_names_the_networks_at_reduced_size():
+    small = {"width": 0.25, "depth": 0.1}
+    rows = [
+        record("T2-08", model="CPL-XL", size=small),
+        record("T2-10", model="SLL-XL", size=small),
+    ]
+    rows += [record("T2-06", model="LipConvNet-20", size={"width": 0.5, "depth": 1.0}), record()]
+    assert paper.caption(rows).endswith(
+        "networks at reduced size (width 0.25, depth 0.1 of CPL-XL, SLL-XL; "
+        "width 0.5 of LipConvNet-20)"
+    )
+    assert "reduced" not in paper.caption([record()])
+
+
+def test_caption_says_to_what_size_digits_were_enlarged():
+    shapes = [(3, 16, 16), (3, 32, 32), (3, 16, 16)]
+    rows = [record(data="digits", input_shape=list(shape)) for shape in shapes]
+    assert "digits enlarged to 16x16, 32x32, a mechanics check" in paper.caption(rows)
 
 
 def test_moons_table_finds_the_printed_value_of_each_slack():
@@ -246,14 +356,67 @@ def test_slack_verdicts():
     assert verdicts.loc["p = 0.25: CRA within a point", "verdict"] == "not shown"
 
 
+def verdicts(results, table="table2"):
+    return paper.claims(table, results)["verdict"]
+
+
+HIGH, LOW = ({"36/255": c, "72/255": c - 0.2, "108/255": c - 0.3} for c in (0.7, 0.6))
+
+
 def test_digits_give_no_verdict_on_the_table():
-    both = [record("T2-03"), record("T2-05", cra={"36/255": 0.7, "72/255": 0.5, "108/255": 0.3})]
-    verdicts = paper.claims("table2", both)["verdict"]
-    assert verdicts["4C3F: CLL has CRA at 36/255 above GloRo's"] == "shown"
-    assert verdicts["6C2F: CLL has CRA at 36/255 above GloRo's"] == "not run"
-    digits = [r | {"data": "digits"} for r in both]
-    verdicts = paper.claims("table2", digits)["verdict"]
-    assert verdicts["4C3F: CLL has CRA at 36/255 above GloRo's"] == "no verdict: digits"
+    both = [record("T2-03", cra=LOW), record("T2-05", cra=HIGH)]
+    assert verdicts(both)["4C3F: CLL certifies more than GloRo"] == "shown"
+    assert verdicts(both)["6C2F: CLL certifies more than GloRo"] == "not run"
+    digits = verdicts([r | {"data": "digits"} for r in both])
+    assert digits["4C3F: CLL certifies more than GloRo"] == "no verdict: digits"
+
+
+def test_every_radius_must_hold():
+    mixed = HIGH | {"108/255": 0.2}
+    claims = paper.claims("table2", [record("T2-03", cra=LOW), record("T2-05", cra=mixed)])
+    line = claims.loc["4C3F: CLL certifies more than GloRo"]
+    assert line["verdict"] == "not shown"
+    assert line["paper"] == "61.4 vs 59.6, 44.2 vs 40.8, 29.1 vs 24.8"
+    assert line["here"] == "70.0 vs 60.0, 50.0 vs 40.0, 20.0 vs 30.0"
+
+
+def test_the_best_rival_counts_and_all_must_have_run():
+    rivals = [record(row, cra=LOW) for row in ("T1-05", "T1-06", "T1-08", "T1-09")]
+    ours = record("T1-07", cra=HIGH)
+    claim = "LipConv-20: CLL certifies more than SOC, SLL and LBDN"
+    assert verdicts([ours, *rivals], "table1")[claim] == "shown"
+    assert verdicts([ours, *rivals[1:]], "table1")[claim] == "not run"
+    better = record("T1-08", cra=HIGH | {"72/255": 0.9})
+    assert verdicts([ours, *rivals[:2], better, rivals[3]], "table1")[claim] == "not shown"
+
+
+def test_the_papers_own_numbers_show_its_claims():
+    """Every claim about the tables holds for the printed cells; an error in the list would not."""
+    for table in ("table1", "table2"):
+        results = []
+        for row_id, row in paper.published(table).iterrows():
+            k_f = row["k_f"] if pd.notna(row["k_f"]) else row["k_f_derived"]
+            printed = {"clean": row["clean"] / 100, "K_f": k_f, "K_hf": row["k_hf"]}
+            printed["cra"] = {paper.RADII[c]: row[c] / 100 for c in paper.RADII}
+            printed["tightness"] = row["tightness"] / 100
+            printed["parameters"] = {"8C2F": 4.34e6, "Sandwich": 39e6, "XL": 1.1e9}.get(
+                row["model"]
+            )
+            results.append(record(row_id, **printed))
+        claims = paper.claims(table, results)
+        assert set(claims["verdict"]) <= {"shown", "not run"}, claims[
+            claims["verdict"] == "not shown"
+        ]
+        # cells that the sources lack: GloRo's K(f) and more
+        assert (claims["verdict"] == "shown").mean() > 0.8
+
+
+def test_sizes_are_not_judged_on_reduced_networks():
+    rows = [record(r, parameters=n) for r, n in (("T1-10", 4e6), ("T1-09", 4e7), ("T1-08", 1e9))]
+    claim = "fewer parameters: 8C2F < Sandwich < SLL-XL"
+    assert verdicts(rows, "table1")[claim] == "shown"
+    rows[1] |= {"size": {"width": 0.5, "depth": 1.0}}
+    assert verdicts(rows, "table1")[claim] == "no verdict: reduced size"
 
 
 def test_tables_are_saved_raw_and_readable(tmp_path):
