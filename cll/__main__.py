@@ -1,8 +1,13 @@
-"""Train and certify from the command line: python -m cll params/table2/*.yaml --profile smoke."""
+"""Train and certify from the command line: python -m cll params/table2/*.yaml --profile smoke.
+
+On several GPUs: torchrun --nproc-per-node 4 -m cll FILE; batch_size stays that of one step over
+all of them, and so does the run's identity. --max-restarts 3 resumes after a lost rank.
+"""
 
 import argparse
 import sys
 
+from . import ranks
 from .experiment import PROFILES, load_params, outputs_dir, run_all, run_dir
 
 
@@ -29,10 +34,13 @@ def main():
         for params in runs:
             root = outputs_dir(args.outputs, params.profile)
         records = run_all(runs, root)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}" if ranks.is_main() else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted; repeat the command to resume")
+    ranks.close()
+    if not ranks.is_main():
+        return
     for params, record in zip(runs, records, strict=True):
         cra = "  ".join(f"{name}: {100 * value:.1f} %" for name, value in record["cra"].items())
         print(f"{record['name']} seed {record['seed']} on {record['data']} ({record['profile']})")

@@ -6,7 +6,8 @@ and everything it leaves is in one folder:
     outputs/<profile>/runs/<name>-seed<k>-<hash>/  result.json  curve.csv  radii.npz
                                                    checkpoint.safetensors
 
-A finished run is read, not redone; a killed run resumes from its last checkpoint.
+A finished run is read, not redone; a killed run resumes from its last checkpoint. Under torchrun
+all ranks make the same calls and get the same records; rank 0 alone reads and writes run folders.
 """
 
 import contextlib
@@ -28,16 +29,22 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from safetensors.torch import load_file, save_file
 
-from . import ROOT
-from .architectures import build
+from . import ROOT, ranks
 from .bounds import lipschitz_matrix
-from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
+from .certify import certified_radius, certify, cra_curve, lipschitz_lower_bound, predict_logits
 from .data import Augmentation, load
 from .losses import cll_scale
-from .training import load_checkpoints, train
+from .training import build_network, load_checkpoints, train
 
 __all__ = [
     "Params", "load_params", "experiment_params", "run", "run_all", "results", "load_model",
@@ -45,6 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
+PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
 
 # --- the schema --------------------------------------------------------------------------------
@@ -56,7 +64,10 @@ class _Record(BaseModel):
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Slack = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]  # of training, or of a size
+Start = Annotated[float, Field(ge=0, lt=1)]  # a moment of training
 
 
 class CLL(_Record):
@@ -72,6 +83,10 @@ class CLL(_Record):
     lam: NonNegative = Field(0.0, alias="lambda", description="weight of max(K)^2")
     K_warmup: Slack | None = Field(None, description="factor on K, rising from here to 1")
     K_warmup_power: Positive = 10
+    detach: bool = Field(
+        True,
+        description="K is a constant in the cross-entropy; false: as in the published SOC runs",
+    )
 
 
 class GloRo(_Record):
@@ -81,19 +96,111 @@ class GloRo(_Record):
     epsilon: Positive
     epsilon_power: Positive | None = Field(None, description="anneal epsilon from 0; null: fixed")
     trades: Positive | None = Field(None, description="weight of the TRADES variant")
+    trades_start: NonNegative | None = Field(
+        None, description="that weight at the start, rising linearly to `trades`; null: fixed"
+    )
+    trades_until: Share = Field(1.0, description="fraction of training at which it arrives")
     gradient: Literal["exact", "published"] = Field(
         "exact", description="published: the head's largest pair norm counts twice (official code)"
     )
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.trades_start is not None and self.trades is None:
+            raise ValueError("trades_start needs trades, the weight at which the ramp ends")
+        if self.trades_until != 1 and self.trades_start is None:
+            raise ValueError("trades_until needs trades_start, the weight at which the ramp starts")
+        return self
+
+
+class Hinge(_Record):
+    """Multi-class hinge loss (losses.hinge_loss), the baseline of CPL."""
+
+    name: Literal["Hinge"]
+    margin: Positive = 0.7
+
+
+class AOL(_Record):
+    """Offset cross-entropy (losses.aol_loss), the baseline of SLL and LBDN."""
+
+    name: Literal["AOL"]
+    offset: Finite = 2**0.5 * 1.5
+    temperature: Positive = 0.25
+
+
+class SOC(_Record):
+    """Cross-entropy with certificate regularisation (losses.certificate_regularized_loss)."""
+
+    name: Literal["SOC"]
+    gamma: NonNegative = 0.0
+
+
+class LocalLipB(_Record):
+    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample.
+
+    Between the moments warmup and rampup, fractions of training, epsilon rises from 0 and the
+    weight kappa of the clean cross-entropy falls from 1 to 0.
+    """
+
+    name: Literal["Local-Lip-B"]
+    epsilon: Positive
+    warmup: Start = 0.0
+    rampup: Share = 0.5
+    iterations: Annotated[int, Field(gt=0)] = Field(2, description="of power, per sample and layer")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup >= self.rampup:
+            raise ValueError(f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}")
+        return self
+
+
+LOSSES = {"CLL": CLL, "GloRo": GloRo, "Hinge": Hinge, "AOL": AOL, "SOC": SOC}
+LOSSES["Local-Lip-B"] = LocalLipB
+
 
 class Optimizer(_Record):
-    name: Literal["AdamW"] = "AdamW"
+    """weight_decay spares Householder angles and clamp thresholds."""
+
+    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     lr: Positive = 1e-3
+    betas: tuple[Start, Start] = Field((0.9, 0.999), description="of Adam and AdamW")
+    momentum: Start = Field(0.9, description="of SGD")
     weight_decay: NonNegative = 0.0
+    schedule: Literal["milestones", "triangular", "exponential"] = Field(
+        "milestones",
+        description="triangular: 0, lr at 2/5 of training, lr/20 at 4/5, 0; exponential: lr until "
+        "decay_from, then exponentially to final_lr",
+    )
     milestones: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (), description="iterations at which the learning rate is multiplied by gamma"
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    decay_from: Start = Field(0.5, description="fraction of training")
+    final_lr: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        """A value that its own optimiser or schedule would not use is a mistake."""
+        unused = [("betas", self.name == "SGD"), ("momentum", self.name != "SGD")]
+        unused += [(k, self.schedule != "milestones") for k in ("milestones", "gamma")]
+        unused += [(k, self.schedule != "exponential") for k in ("decay_from", "final_lr")]
+        for key, idle in unused:
+            if idle and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is not used by {self.name} with schedule = {self.schedule!r}: leave it "
+                    "out"
+                )
+        if self.schedule == "exponential" and self.final_lr is None:
+            raise ValueError("schedule = 'exponential' needs final_lr, where it ends")
+        return self
+
+
+class Size(_Record):
+    """Factors on an architecture, for runs of a size that fits a CPU; see architectures.build."""
+
+    width: Share = 1.0
+    depth: Share = 1.0
 
 
 class Tightness(_Record):
@@ -123,22 +230,61 @@ class Params(_Record):
     test_size: Annotated[int, Field(gt=0)] | None = None
     model: str
     input_shape: tuple[int, ...] = Field((3, 32, 32), description="the network's input")
-    loss: Annotated[CLL | GloRo, Field(discriminator="name")]
+    input_mean: Finite | tuple[Finite, ...] = Field(0.0, description="one, or one per channel")
+    input_std: Positive | tuple[Positive, ...] = Field(1.0, description="K has 1 / min(input_std)")
+    head: Literal["linear", "normalized", "truncated"] = "linear"
+    activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
+    variant: str = Field("sound", description="form of SLL layers; others cannot be certified")
+    size: Size = Size()
+    loss: Annotated[CLL | GloRo | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
     optimizer: Optimizer = Optimizer()
     epochs: Annotated[int, Field(gt=0)]
-    batch_size: Annotated[int, Field(gt=0)] = 128
+    batch_size: Annotated[int, Field(gt=0)] = Field(128, description="over all ranks")
     augmentation: Augmentation = Augmentation()
     power_iterations: Annotated[int, Field(gt=0)] = 5
     power_gradient: Literal["envelope", "through"] = Field(
         "envelope", description="gradient of the norm estimate, see bounds.estimate"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the network in training; K and the certificate never change"
+    )
+    compile: bool = Field(False, description="torch.compile the network for training")
+    checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
+    local: bool = Field(False, description="certify with local bounds as well (cra_local)")
     seed: Annotated[int, Field(ge=0)] = 1
     profile: Literal["smoke", "quick", "paper"] = "paper"
     published_epochs: int | None = Field(None, description="epochs of the published schedule")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self):
+        plain = self.model in PLAIN
+        if self.loss.name == "Local-Lip-B" and not plain:
+            raise ValueError(
+                f"loss Local-Lip-B needs a model of plain layers ({', '.join(PLAIN)}), not "
+                f"{self.model}"
+            )
+        if self.local and not plain:
+            raise ValueError(
+                f"local: true needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
+            )
+        if getattr(self.loss, "gradient", "exact") == "published" and self.head != "linear":
+            raise ValueError(
+                f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}"
+            )
+        for key in ("input_mean", "input_std"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) not in (1, self.input_shape[0]):
+                raise ValueError(
+                    f"{key} has {len(value)} values for {self.input_shape[0]} channels: give one, "
+                    "or one per channel"
+                )
+        return self
 
     def hash(self):
         """Identity of the run: changes with any parameter except label and device.
@@ -162,14 +308,13 @@ class Params(_Record):
 
 def _explain(error, values, where):
     """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
+    nested = {"loss": LOSSES.get(_name(values.get("loss")), CLL), "optimizer": Optimizer}
+    nested |= {"tightness": Tightness, "size": Size, "augmentation": Augmentation}
     lines = []
     for e in error.errors():
-        location = [str(part) for part in e["loc"] if part not in ("CLL", "GloRo")]
-        key = ".".join(location) or "(top level)"
+        location = [str(part) for part in e["loc"] if part not in LOSSES]
+        key = ".".join(location)
         if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            loss = GloRo if values.get("loss", {}).get("name") == "GloRo" else CLL
-            nested = {"loss": loss, "optimizer": Optimizer, "tightness": Tightness}
-            nested["augmentation"] = Augmentation
             schema = nested[location[0]] if len(location) > 1 else Params
             if schema is Augmentation:
                 known = list(schema.__dataclass_fields__)
@@ -177,9 +322,15 @@ def _explain(error, values, where):
                 known = [f.alias or n for n, f in schema.model_fields.items()]
             nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
             lines.append(f"unknown key {key!r}; nearest: {nearest!r}")
+        elif e["type"] == "value_error" and isinstance(e["input"], dict):  # about several keys
+            lines.append(f"{key}: {e['ctx']['error']}" if key else str(e["ctx"]["error"]))
         else:
-            lines.append(f"{key} = {e.get('input')!r}: {e['msg']}")
+            lines.append(f"{key or '(top level)'} = {e.get('input')!r}: {e['msg']}")
     return ValueError(f"{where}: " + "; ".join(lines))
+
+
+def _name(loss):
+    return loss.get("name") if isinstance(loss, dict) else None
 
 
 def _merge(base, over):
@@ -308,7 +459,8 @@ def load_model(out_dir):
     """The trained network of a finished run's folder, in eval mode on the CPU."""
     out_dir = Path(out_dir)
     record = json.loads((out_dir / "result.json").read_text())
-    net = build(record["params"]["model"], record["num_classes"], record["input_shape"])
+    params = Params.model_validate(record["params"])
+    net = build_network(params, record["num_classes"], record["input_shape"])
     path = out_dir / "checkpoint.safetensors"
     try:
         net.load_state_dict(load_file(path))
@@ -370,12 +522,17 @@ def run_all(runs, root, progress=True, stack=None):
     """Train and certify many runs under `root`; returns their result records in order.
 
     Runs that differ only in name, seed and loss train as one stacked program, at most `stack` at
-    a time (default: 32 for small networks or on CUDA, 1 for convolutional networks on a CPU,
-    where a stack saves nothing). Finished runs are read.
+    a time (default: 32 for the MLP, or for plain networks on CUDA; 1 for others, where a stack
+    saves nothing). Under torchrun runs train one by one, on all ranks. Finished runs are read.
     """
     folders = [run_dir(params, root) for params in runs]
     unique = dict(zip(folders, runs, strict=True))
-    records = {folder: _finished(params, folder) for folder, params in unique.items()}
+    if not unique:
+        return []
+    engine = ranks.connect(runs[0].torch_device)
+    records = ranks.on_main(
+        lambda: {folder: _finished(params, folder) for folder, params in unique.items()}, engine
+    )
     pending = [params for folder, params in unique.items() if records[folder] is None]
     for batch in _batches(pending, root, stack):
         own = [run_dir(params, root) for params in batch]
@@ -386,14 +543,18 @@ def run_all(runs, root, progress=True, stack=None):
 def _batches(runs, root, stack):
     """Groups of runs that can train as one program, resumable ones with their own kind."""
     groups = {}
+    own = {"name", "row", "seed", "loss", "radii", "certify_train", "tightness", "local", "label"}
     for params in runs:
-        common = params.model_dump_json(
-            exclude={"name", "row", "seed", "loss", "radii", "certify_train", "tightness", "label"}
-        )
-        groups.setdefault(common, []).append(params)
-    for group in groups.values():
-        small = group[0].model == "MLP" or group[0].torch_device == "cuda"
-        limit = stack or (32 if small else 1)
+        alone = params.compile or params.checkpointing or params.loss.name == "Local-Lip-B"
+        common = params.model_dump_json(exclude=own)
+        groups.setdefault((common, alone or ranks.count() > 1), []).append(params)
+    for (_, alone), group in groups.items():
+        model, device = group[0].model, group[0].torch_device
+        small = model == "MLP" or (device == "cuda" and model in PLAIN)
+        limit = 1 if alone else stack or (32 if small else 1)
+        if limit == 1:
+            yield from ([params] for params in group)
+            continue
         buckets = []  # (common epochs, runs): runs resume together only from a common epoch
         for params in group:
             epochs = frozenset(load_checkpoints(params, run_dir(params, root)))
@@ -407,19 +568,29 @@ def _batches(runs, root, stack):
 
 
 def _run_together(runs, out_dirs, progress):
+    engine = ranks.connect(runs[0].torch_device)
     with contextlib.ExitStack() as stack:
-        for out_dir in sorted(
-            out_dirs
-        ):  # one order for all processes, so that none waits in a ring
-            out_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(out_dir))
-        # Another process may have finished some of them while this one waited.
-        records = [_finished(p, d) for p, d in zip(runs, out_dirs, strict=True)]
+
+        def claim():
+            # one order for all processes, so that none waits in a ring
+            for out_dir in sorted(out_dirs):
+                out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(out_dir))
+            # Another process may have finished some of them while this one waited.
+            found = [_finished(p, d) for p, d in zip(runs, out_dirs, strict=True)]
+            for params, out_dir, record in zip(runs, out_dirs, found, strict=True):
+                if record is None:
+                    _set_aside(params, out_dir)
+            return found
+
+        records = ranks.on_main(claim, engine)
         todo = [i for i, r in enumerate(records) if r is None]
         if todo:
-            for i in todo:
-                _set_aside(runs[i], out_dirs[i])
-            datasets = [load_dataset(runs[i]) for i in todo]
+            if engine is None:
+                datasets = [load_dataset(runs[i]) for i in todo]
+            else:
+                with engine.main_process_first():  # which may download them
+                    datasets = [load_dataset(runs[i]) for i in todo]
             nets, seconds = train(
                 [runs[i] for i in todo],
                 datasets,
@@ -427,10 +598,15 @@ def _run_together(runs, out_dirs, progress):
                 device=runs[0].torch_device,
                 progress=progress,
             )
-            for i, net, dataset in zip(todo, nets, datasets, strict=True):
-                records[i] = _evaluate(
-                    runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress
-                )
+
+            def evaluate():
+                return [
+                    _evaluate(runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress)
+                    for i, net, dataset in zip(todo, nets, datasets, strict=True)
+                ]
+
+            for i, record in zip(todo, ranks.on_main(evaluate, engine), strict=True):
+                records[i] = record
     return records
 
 
@@ -467,12 +643,21 @@ def _certificates(net, images, targets, names, matrices):
     return prediction, correct, radii, cra
 
 
+def _composed_constant(loss, K_f):
+    """K^(h o f): Lipschitz constant of the network with the loss's own scale of the logits."""
+    if loss.name == "CLL":
+        return 1 / cll_scale(loss.epsilon, loss.p)
+    return K_f / loss.temperature if loss.name == "AOL" else K_f
+
+
 def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
     """Certify a trained network by both bounds, write radii, weights and result.json."""
     device = params.torch_device
     net = net.to(device)
     matrices = {m: lipschitz_matrix(net, m).cpu() for m in ("guaranteed", "power")}
-    names = list(dict.fromkeys([*params.radii, f"{params.loss.epsilon:g}"]))
+    epsilon = getattr(params.loss, "epsilon", None)
+    trained_for = [] if epsilon is None else [f"{epsilon:g}"]
+    names = list(dict.fromkeys([*params.radii, *trained_for]))
     prediction, correct, radii, cra = _certificates(
         net, dataset.test_images, dataset.test_targets, names, matrices
     )
@@ -483,9 +668,10 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         "seed": params.seed,
         "profile": params.profile,
         "model": params.model,
+        "head": params.head,
         "method": params.loss.name,
         "data": dataset.name,
-        "epsilon": params.loss.epsilon,
+        "epsilon": epsilon,
         "p": getattr(params.loss, "p", None),
         "epochs": params.epochs,
         "published_epochs": params.published_epochs,
@@ -498,12 +684,17 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         "cra": cra["guaranteed"],
         "mean_certified_radius": torch.where(correct, radii["guaranteed"], 0).mean().item(),
         "K_f": K_f,
-        "K_hf": (
-            1 / cll_scale(params.loss.epsilon, params.loss.p) if params.loss.name == "CLL" else K_f
-        ),
+        "K_hf": _composed_constant(params.loss, K_f),
         "cra_paper_style": cra["power"],
         "K_f_paper_style": K_f_paper,
     }
+    if params.size != Size():
+        record["size"] = params.size.model_dump()
+    if params.local:
+        distances = {name: float(Fraction(name)) for name in names}
+        table = certify(net, dataset, distances.values(), local=True)
+        found = table.attrs["summary"]["cra_local"]
+        record["cra_local"] = {name: found[distance] for name, distance in distances.items()}
     if params.certify_train:
         _, train_correct, _, train_cra = _certificates(
             net, dataset.train_images, dataset.train_targets, names, matrices
@@ -523,6 +714,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
     record |= {
         "seconds": round(seconds, 1),
         "trained_together": companions,
+        "ranks": ranks.count(),
         "params": params.model_dump(mode="json", by_alias=True),
         "params_hash": params.hash(),
         **provenance(device),

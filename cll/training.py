@@ -6,6 +6,9 @@ weights are stacked along a new first axis and the single network's code is mapp
 keeps its own generator for order and augmentation and its own initialisation; its result does
 not depend on its companions beyond rounding.
 
+A run alone trains its network itself, whose weights exist once: activation checkpointing,
+torch.compile and several ranks (see ranks) work there.
+
 Everything a step needs is on the device before the epoch starts, and the host waits for the
 device once per epoch.
 """
@@ -14,113 +17,237 @@ import csv
 import functools
 import os
 import time
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, vmap
+from torch.utils.checkpoint import checkpoint
 
+from . import ranks
 from .architectures import build
-from .bounds import pairwise_distances
+from .bounds import head_rows, pairwise_distances
 from .data import augment, draw, to_float
-from .losses import cll_loss, gloro_loss, lipschitz_penalty, polynomial_schedule
+from .local import local_estimate
+from .losses import (
+    aol_loss,
+    certificate_regularized_loss,
+    cll_loss,
+    gloro_loss,
+    hinge_loss,
+    lipschitz_penalty,
+    local_bcp_loss,
+    polynomial_schedule,
+)
 from .progress import progress_bar
 
-__all__ = ["Stack", "train", "load_checkpoints"]
+__all__ = ["Stack", "build_network", "train", "load_checkpoints"]
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
-CHECKPOINT_SECONDS = 20  # a kill loses at most this much work, plus one epoch
+CHECKPOINT_SECONDS = (
+    20  # a kill loses at most this much work, plus one epoch; saving a large network less often
+)
 CHUNK_IMAGES = 4096  # per run, gathered and augmented at a time: keeps the device busy
+NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero means nothing there
+
+# What may differ between runs whose losses share one call: it enters as numbers, see _schedules.
+SCHEDULED = {"epsilon", "epsilon_power", "p", "p_start", "p_power", "lam", "K_warmup"}
+SCHEDULED |= {"K_warmup_power", "trades", "trades_start", "trades_until", "gamma"}
+SCHEDULED |= {"warmup", "rampup"}
+
+
+def build_network(params, num_classes, input_shape):
+    """The untrained network of a parameter record (experiment.Params), as architectures.build."""
+    return build(
+        params.model,
+        num_classes,
+        input_shape,
+        params.input_std,
+        params.input_mean,
+        head=params.head,
+        width=params.size.width,
+        depth=params.size.depth,
+        activation=params.activation,
+        variant=params.variant,
+    )
 
 
 def _form(config):
     """Which K a loss takes: "pairwise" (C, C), "per-logit" (C,) or "published" (C, C)."""
     if config.name == "GloRo":
         return "published" if config.gradient == "published" else "pairwise"
-    return config.form
+    return getattr(config, "form", "pairwise")
+
+
+def _moves_K(config):
+    """Whether the loss has a gradient in K; AOL and Hinge train networks of constant K."""
+    if config.name == "CLL":
+        return config.lam > 0 or not config.detach
+    return config.name == "GloRo" or (config.name == "SOC" and config.gamma > 0)
+
+
+def _kind(config):
+    """Runs of the same kind of loss differ in numbers only and share one call."""
+    fixed = config.model_dump(exclude=SCHEDULED)
+    return tuple(fixed.items()), getattr(config, "trades", None) is None
+
+
+class _Checkpointed(nn.Sequential):
+    """A body that keeps the inputs of its layers and recomputes the rest when going backward."""
+
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+        return x
 
 
 class _Program(nn.Module):
-    """What a network does in a step, as one module that functional_call can map over a stack."""
+    """What a network does in a step, as one module: functional_call can map it over a stack, and
+    all weights are used inside its forward, as averaging gradients over ranks asks."""
 
-    def __init__(self, net, forms, through):
+    def __init__(self, net, runs):
         super().__init__()
-        self.net, self.forms, self.through = net, forms, through
+        first = runs[0]
+        self.net, self.through = net, first.power_gradient == "through"
+        self.forms = sorted({_form(run.loss) for run in runs} - {"pairwise"})
+        self.moves_K = any(_moves_K(run.loss) for run in runs)
+        self.local_iterations = getattr(first.loss, "iterations", None)  # of Local-Lip-B alone
+        self.bfloat16 = first.precision == "bfloat16"
+        self.logits = _compiled(self._logits, first.model) if first.compile else self._logits
 
-    def forward(self, images, iterations):
-        """Logits (N, C), K (C, C) and the other forms of K, in the order of `forms`."""
-        K = self.net.lipschitz_matrix(iterations, self.through)
+    def forward(self, images, iterations, epsilon=None):
+        """Logits (N, C), K (C, C) or for local bounds (N, C, C), and the other forms of K, in the
+        order of `forms`. epsilon: radius of local bounds, 0-dim."""
+        if self.local_iterations is not None:
+            K = local_estimate(self.net, images, epsilon, self.local_iterations)
+            return self.logits(images), K
         others = []
-        if "per-logit" in self.forms:
-            others.append(self.net.body_lipschitz(0) * self.net.head.weight.norm(dim=1))
-        if "published" in self.forms:
-            # The official GloRo divides K by a detached and multiplies it by a live pair norm of
-            # the head, whose largest one has entered K already: same value, more gradient.
-            largest = pairwise_distances(self.net.head.weight).amax()
-            others.append(K * (largest / largest.detach()))
-        return self.net(images), K, *others
+        with torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
+            K = self.net.lipschitz_matrix(iterations, self.through)
+            if "per-logit" in self.forms:
+                rows = head_rows(self.net.head)
+                others.append(self.net.body_lipschitz(0) * rows.norm(dim=1))
+            if "published" in self.forms:
+                # The official GloRo divides K by a detached and multiplies it by a live pair norm
+                # of the head, whose largest one has entered K already: same value, more gradient.
+                largest = pairwise_distances(head_rows(self.net.head)).amax()
+                others.append(K * (largest / largest.detach()))
+        return self.logits(images), K, *others
+
+    def _logits(self, images):
+        """Autocast reaches the network only: K and the losses stay in float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits = self.net(images)
+        return logits.float() if self.bfloat16 else logits
+
+
+def _compiled(function, model):
+    """torch.compile of a function of one tensor; where that fails, the function itself, with a
+    warning that says why: the result is the same up to rounding."""
+    torch.compiler.reset()  # else programs of earlier runs count against the limit of recompiling
+    compiled = torch.compile(function)
+
+    def call(images):
+        nonlocal compiled
+        try:
+            return compiled(images)
+        except TorchDynamoException as error:
+            if compiled is function:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+            warnings.warn(
+                f"compile = true, but torch.compile failed for {model} ({reason}): training goes "
+                "on without it; set compile: false to avoid this warning",
+                stacklevel=2,
+            )
+            compiled = function
+            return function(images)
+
+    return call
 
 
 class Stack:
-    """S runs as one program: stacked weights (S, ...), one optimiser, one step.
+    """S runs as one program: one optimiser, one step.
 
     runs: parameter records (experiment.Params) that agree in everything but name, seed and loss.
-    nets: their networks. `parameters` and `buffers` hold tensors with the leading axis S.
+    nets: their networks. `parameters` (trained) and `buffers` (all else) map names to tensors:
+    with S > 1 copies stacked along a leading axis S, with S = 1 the network's own, which the steps
+    change in place. engine: from ranks.connect, for S = 1.
     """
 
-    def __init__(self, runs, nets, device):
+    def __init__(self, runs, nets, device, engine=None):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.forms = sorted({_form(run.loss) for run in runs} - {"pairwise"})
-        through = runs[0].power_gradient == "through"
-        self.program = _Program(nets[0], self.forms, through).to(self.device).train()
-        self.parameters = self._stacked("named_parameters")
-        for t in self.parameters.values():
-            t.requires_grad_()
-        self.buffers = self._stacked("named_buffers")
-        self.optimizer = _optimizer(runs[0].optimizer, list(self.parameters.values()))
-        self.lam = torch.tensor([getattr(run.loss, "lam", 0.0) for run in runs], device=self.device)
-        kinds = {}  # runs whose losses differ only in numbers share one call
+        self.body, self.engine = nets[0].body, engine
+        if runs[0].checkpointing:
+            nets[0].body = _Checkpointed(OrderedDict(self.body.named_children()))
+        self.program = _Program(nets[0], runs).to(self.device).train()
+        named = [dict(net.named_parameters(prefix="net")) for net in nets]
+        trained = {k for k, t in named[0].items() if t.requires_grad}
+        for own, net in zip(named, nets, strict=True):
+            own.update(net.named_buffers(prefix="net"))
+        if len(runs) == 1:
+            tensors, self.module = named[0], self.program
+            if engine is not None:
+                self.module = engine.prepare_model(self.program)
+        else:
+            tensors = {k: self._stacked([own[k] for own in named]) for k in named[0]}
+        self.parameters = {k: t.requires_grad_() for k, t in tensors.items() if k in trained}
+        self.buffers = {k: t for k, t in tensors.items() if k not in trained}
+        self.optimizer = _optimizer(runs[0].optimizer, self.parameters)
+        self.iterations = runs[0].power_iterations
+        kinds = {}
         for s, run in enumerate(runs):
-            static = [getattr(run.loss, k, None) for k in ("name", "offset", "trades")]
-            static.append(_form(run.loss))
-            kinds.setdefault(tuple(static), []).append(s)
+            kinds.setdefault(_kind(run.loss), []).append(s)
         self.groups = [
             (runs[rows[0]].loss, torch.tensor(rows, device=self.device)) for rows in kinds.values()
         ]
 
-    def _stacked(self, kind):
-        named = [dict(getattr(net, kind)()) for net in self.nets]
-        return {
-            f"net.{k}": torch.stack([d[k].detach() for d in named]).to(self.device)
-            for k in named[0]
-        }
+    def _stacked(self, tensors):
+        return torch.stack([t.detach().to(self.device) for t in tensors])
 
-    def forward(self, images, iterations):
-        """Logits (S, N, C), K (S, C, C), other forms of K (S, ...), of images (S, N, ...)."""
+    def forward(self, images, iterations, epsilon=None):
+        """Logits (S, N, C), K (S, C, C), other forms of K (S, ...), of images (S, N, ...).
+
+        epsilon (S,): radius of local bounds, whose K is (S, N, C, C).
+        """
+        if len(self.runs) == 1:
+            own = None if epsilon is None else epsilon[0]
+            return tuple(out[None] for out in self.module(images[0], iterations, own))
 
         def one(p, b, x):
             return functional_call(self.program, (p, b), (x, iterations))
 
-        if len(self.runs) > 1:
-            return vmap(one)(self.parameters, self.buffers, images)
-        # Plain kernels are faster than a stack of one; squeeze makes views, so that gradients
-        # and the power iteration's vectors reach the stacked tensors.
-        p, b = ({k: t.squeeze(0) for k, t in d.items()} for d in (self.parameters, self.buffers))
-        return tuple(out[None] for out in one(p, b, images[0]))
+        return vmap(one)(self.parameters, self.buffers, images)
 
-    def step(self, images, targets, epsilon, p, K_warmup):
-        """One optimiser step on images (S, N, ...), targets (S, N); schedules of shape (S,).
+    def schedule(self, progress):
+        """The arguments of `step` after images and targets, at `progress` in [0, 1]."""
+        rows = [_schedules(run.loss, progress) for run in self.runs]
+        return torch.tensor(rows, dtype=torch.float32, device=self.device).unbind(1)
 
-        Returns detached (loss (S,), correct predictions (S,), K (S, C, C)).
+    def step(self, images, targets, epsilon, p, K_warmup, weight):
+        """One optimiser step on images (S, N, ...), targets (S, N); schedules of shape (S,), see
+        `_schedules`.
+
+        Returns detached (loss (S,), correct predictions (S,), K (S, C, C) or (S, N, C, C)).
         """
-        logits, K, *others = self.forward(images, self.runs[0].power_iterations)
-        forms = {"pairwise": K, **dict(zip(self.forms, others, strict=True))}
-        loss = torch.zeros(len(self.runs), device=self.device)
-        for config, rows in self.groups:
-            own = (logits, targets, K, forms[_form(config)], epsilon, p, K_warmup, self.lam)
-            if len(self.groups) > 1:
-                own = [a[rows] for a in own]
-            loss = loss.index_put((rows,), vmap(functools.partial(_loss, config))(*own))
+        logits, K, *others = self.forward(images, self.iterations, epsilon)
+        forms = {"pairwise": K, **dict(zip(self.program.forms, others, strict=True))}
+        scheduled = (epsilon, p, K_warmup, weight)
+        if len(self.runs) == 1:
+            config = self.runs[0].loss
+            own = (logits, targets, K, forms[_form(config)], *scheduled)
+            loss = _loss(config, *(a[0] for a in own))[None]
+        else:
+            loss = torch.zeros(len(self.runs), device=self.device)
+            for config, rows in self.groups:
+                own = (logits, targets, K, forms[_form(config)], *scheduled)
+                if len(self.groups) > 1:
+                    own = [a[rows] for a in own]
+                loss = loss.index_put((rows,), vmap(functools.partial(_loss, config))(*own))
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         self.optimizer.step()
@@ -128,14 +255,18 @@ class Stack:
         return loss.detach(), correct, K.detach()
 
     def state(self, s):
-        """Run s alone: its tensors and optimiser moments, copied to the host."""
+        """Run s alone: its tensors and optimiser moments on the host, as they are until the next
+        step (on a CPU, a run alone is not copied)."""
+        single = len(self.runs) == 1
 
-        def own(value):  # scalars such as the step count are common to all runs
-            return (value[s] if value.dim() else value).detach().to("cpu", copy=True)
+        def own(key, value):  # "step" is common to all runs
+            if single or key == "step":
+                return value.detach().to("cpu")
+            return value[s].detach().to("cpu", copy=True)
 
-        tensors = {k: own(t) for k, t in {**self.parameters, **self.buffers}.items()}
+        tensors = {k: own(k, t) for k, t in {**self.parameters, **self.buffers}.items()}
         moments = [
-            {k: own(v) for k, v in self.optimizer.state[t].items()}
+            {k: own(k, v) for k, v in self.optimizer.state[t].items()}
             for t in self.parameters.values()
         ]
         return {"tensors": tensors, "moments": moments}
@@ -143,53 +274,106 @@ class Stack:
     @torch.no_grad()
     def load(self, states):
         """The inverse of `state` for all runs."""
+        single = len(self.runs) == 1
+
+        def joined(key, values):
+            if single or key == "step":
+                return values[0].to(self.device, copy=True)
+            return torch.stack(values).to(self.device)
+
         for k, t in {**self.parameters, **self.buffers}.items():
-            t.copy_(torch.stack([state["tensors"][k] for state in states]))
+            own = [state["tensors"][k] for state in states]
+            t.copy_(own[0] if single else torch.stack(own))
         for i, t in enumerate(self.parameters.values()):
             moments = [state["moments"][i] for state in states]
-            self.optimizer.state[t] = {
-                k: (torch.stack([m[k] for m in moments]) if v.dim() else v).to(self.device)
-                for k, v in moments[0].items()
-            }
+            self.optimizer.state[t] = {k: joined(k, [m[k] for m in moments]) for k in moments[0]}
 
     def networks(self):
-        """The runs' networks with their trained weights, in eval mode on the host."""
+        """The runs' networks with their trained weights, settled, in eval mode on the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.nets[0].body = self.body
         for s, net in enumerate(self.nets):
-            own = {k.removeprefix("net."): t for k, t in self.state(s)["tensors"].items()}
-            net.cpu().load_state_dict(own, strict=False)  # constants of the input are not saved
-            net.eval()
+            net.cpu().eval()
+            if len(self.runs) > 1:
+                own = {k.removeprefix("net."): t for k, t in self.state(s)["tensors"].items()}
+                net.load_state_dict(own, strict=False)  # constants of the input are not saved
+            net.settle()
+        if self.engine is not None:
+            self.engine.free_memory()
         return self.nets
 
 
-def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, lam):
-    """The loss of one run on one batch; epsilon, p, K_warmup and lam are 0-dim tensors."""
+def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
+    """The loss of one run on one batch; epsilon, p, K_warmup and weight are 0-dim tensors."""
     if config.name == "GloRo":
-        return gloro_loss(logits, targets, K_form, epsilon=epsilon, trades=config.trades)
+        trades = None if config.trades is None else weight
+        return gloro_loss(logits, targets, K_form, epsilon=epsilon, trades=trades)
+    if config.name == "Hinge":
+        return hinge_loss(logits, targets, margin=config.margin)
+    if config.name == "AOL":
+        return aol_loss(logits, targets, offset=config.offset, temperature=config.temperature)
+    if config.name == "SOC":
+        return certificate_regularized_loss(logits, targets, K, gamma=weight)
+    if config.name == "Local-Lip-B":
+        return local_bcp_loss(logits, targets, K, epsilon=epsilon, kappa=weight)
     # K is detached in the cross-entropy: only the penalty moves K itself (published code).
-    constant = K_form.detach() * K_warmup
-    loss = cll_loss(logits, targets, constant, epsilon=epsilon, p=p, offset=config.offset)
-    return loss + lipschitz_penalty(K, lam)
+    K_form = K_form.detach() if config.detach else K_form
+    loss = cll_loss(logits, targets, K_form * K_warmup, epsilon=epsilon, p=p, offset=config.offset)
+    return loss + lipschitz_penalty(K, weight)
 
 
 def _schedules(config, progress):
-    """epsilon, p and the factor on K of one run at `progress` in [0, 1) (floats)."""
-    epsilon, p, K_warmup = config.epsilon, 0.5, 1.0
-    if config.name == "GloRo" and config.epsilon_power is not None:
-        epsilon = polynomial_schedule(0.0, epsilon, config.epsilon_power, progress)
+    """(epsilon, p, factor on K, weight) of one run at `progress` in [0, 1], floats.
+
+    weight: lambda of CLL, that of GloRo's TRADES term, gamma of SOC, kappa of Local-Lip-B. What a
+    loss does not have is 0 or 1 and not used.
+    """
+    epsilon, p, K_warmup, weight = getattr(config, "epsilon", 0.0), 0.5, 1.0, 0.0
+    if config.name == "GloRo":
+        if config.epsilon_power is not None:
+            epsilon = polynomial_schedule(0.0, epsilon, config.epsilon_power, progress)
+        weight = config.trades or 0.0
+        if config.trades_start is not None:
+            risen = min(progress / config.trades_until, 1.0)
+            weight = config.trades_start + (weight - config.trades_start) * risen
     if config.name == "CLL":
-        p = config.p
+        p, weight = config.p, config.lam
         if config.p_start is not None:
             p = polynomial_schedule(config.p_start, p, config.p_power, progress)
         if config.K_warmup is not None:
             K_warmup = polynomial_schedule(config.K_warmup, 1.0, config.K_warmup_power, progress)
-    return epsilon, p, K_warmup
+    if config.name == "SOC":
+        weight = config.gamma
+    if config.name == "Local-Lip-B":
+        risen = (progress - config.warmup) / (config.rampup - config.warmup)
+        risen = min(max(risen, 0.0), 1.0)
+        epsilon, weight = risen * epsilon, 1.0 - risen
+    return epsilon, p, K_warmup, weight
 
 
 def _optimizer(config, parameters):
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    """The optimiser of {name: tensor}; angles and thresholds know no weight decay."""
+    spared = [t for name, t in parameters.items() if name.endswith(NOT_DECAYED)]
+    others = [t for name, t in parameters.items() if not name.endswith(NOT_DECAYED)]
+    groups = [{"params": others}, {"params": spared, "weight_decay": 0.0}]
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.name == "SGD":
+        options["momentum"] = config.momentum
+    else:
+        options["betas"] = config.betas
+    kind = getattr(torch.optim, config.name)
+    return kind([group for group in groups if group["params"]], **options)
 
 
-def _learning_rate(config, iteration):
+def _learning_rate(config, iteration, total):
+    """Learning rate of one iteration (from 0) of `total`."""
+    if config.schedule == "triangular":
+        # at the middle of the iteration, so that neither the first nor the last one is idle
+        corners = [0.0, config.lr, config.lr / 20, 0.0]
+        return float(np.interp((iteration + 0.5) / total, [0, 2 / 5, 4 / 5, 1], corners))
+    if config.schedule == "exponential":
+        decayed = (iteration / total - config.decay_from) / (1 - config.decay_from)
+        return config.lr * (config.final_lr / config.lr) ** max(decayed, 0.0)
     return config.lr * config.gamma ** sum(iteration >= m for m in config.milestones)
 
 
@@ -198,36 +382,44 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
 
     runs: see Stack. datasets: a data.Dataset for each run, equal in size (the same object where
     shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv.
-    Returns (nets, seconds): the trained networks and each run's share of the wall time.
-    Raises FloatingPointError after the last epoch if a loss became NaN or infinite, naming run,
-    epoch, loss and K.
+    Started by torchrun, all ranks call this with the same single run: each takes its share of
+    every batch, rank 0 writes.
+    Returns (nets, seconds): the trained networks (None on ranks but 0) and each run's share of
+    the wall time.
+    Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
+    the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
     first, S, out_dirs = runs[0], len(runs), [Path(d) for d in out_dirs]
+    engine, main = ranks.connect(str(device)), ranks.is_main()
+    n = len(datasets[0].train_targets)
+    batch = min(first.batch_size, n)
+    share = _share(batch, engine)
     nets = [_initialise(run, data) for run, data in zip(runs, datasets, strict=True)]
-    stack = Stack(runs, nets, device)
+    stack = Stack(runs, nets, device, engine)
     generators = [torch.Generator().manual_seed(run.seed) for run in runs]
 
     shared = all(data is datasets[0] for data in datasets)
     sources = datasets[:1] if shared else datasets
     images = torch.cat([data.train_images for data in sources]).to(stack.device)
     targets = torch.cat([data.train_targets for data in sources]).to(stack.device)
-    n = len(datasets[0].train_targets)
     first_row = torch.zeros(S, 1, dtype=torch.long) if shared else n * torch.arange(S)[:, None]
-    batch = min(first.batch_size, n)
     steps = n // batch  # the last, smaller batch of an epoch is dropped, as in the paper's runs
     total = first.epochs * steps
     augments = images.dtype == torch.uint8 and first.augmentation.active
 
     start, diverged, seconds = _restore(stack, out_dirs, generators)
-    if start == 0:  # so that a kill before the first real checkpoint leaves all runs in step
+    if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         _save(stack, out_dirs, generators, 0, diverged, 0.0)
-    curves = [_Curve(d / "curve.csv", start) for d in out_dirs]
-    bar = progress_bar(total, _describe(runs), "step", progress)
+    curves = [_Curve(d / "curve.csv", start) for d in out_dirs] if main else []
+    bar = progress_bar(total, _describe(runs), "step", progress and main)
     bar.update(start * steps)
     last_checkpoint = began = time.monotonic()
+    pause = CHECKPOINT_SECONDS
     for epoch in range(start, first.epochs):
         order, drawn = _epoch(n, steps * batch, first, generators, images, augments)
-        rows = (order + first_row).to(stack.device).reshape(S, steps, batch)
+        rows = _own(order + first_row, steps, share).to(stack.device)  # (S, steps, own)
+        if augments:
+            drawn = {k: _own(v, steps, share).to(stack.device) for k, v in drawn.items()}
         schedule = torch.tensor(
             [
                 [_schedules(run.loss, (epoch * steps + i) / total) for run in runs]
@@ -235,27 +427,31 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             ],
             dtype=torch.float32,
         )
-        schedule = schedule.to(stack.device).unbind(2)  # epsilon, p, K_warmup: each (steps, S)
+        schedule = schedule.to(stack.device).unbind(2)  # as in _schedules: each (steps, S)
         loss_sum = torch.zeros(S, device=stack.device, dtype=torch.float64)
         correct = torch.zeros(S, device=stack.device, dtype=torch.long)
         chunk = max(1, CHUNK_IMAGES // batch)
         for begin in range(0, steps, chunk):
-            ids = rows[:, begin : begin + chunk]  # (S, chunk, batch)
+            part = slice(begin, begin + chunk)
+            ids = rows[:, part]  # (S, chunk, own)
             x, y = images[ids.reshape(-1)], targets[ids]
             if augments:
-                part = slice(begin * batch, begin * batch + ids[0].numel())
-                x = augment(
-                    x, {k: v[:, part].flatten(0, 1).to(stack.device) for k, v in drawn.items()}
-                )
+                x = augment(x, {k: v[:, part].flatten(0, 2) for k, v in drawn.items()})
             x = to_float(x).unflatten(0, ids.shape)
             for i in range(ids.shape[1]):
-                lr = _learning_rate(first.optimizer, epoch * steps + begin + i)
-                stack.optimizer.param_groups[0]["lr"] = lr
+                lr = _learning_rate(first.optimizer, epoch * steps + begin + i, total)
+                for group in stack.optimizer.param_groups:
+                    group["lr"] = lr
                 loss, right, K = stack.step(x[:, i], y[:, i], *(v[begin + i] for v in schedule))
                 loss_sum += loss
                 correct += right
             bar.update(ids.shape[1])
-        mean_loss, K_max = (loss_sum / steps).tolist(), K.amax((1, 2)).tolist()
+        K_max = K.flatten(1).amax(1)
+        if engine is not None:
+            loss_sum = engine.reduce(loss_sum, "mean")
+            correct = engine.reduce(correct, "sum")
+            K_max = engine.gather(K_max).amax(0, keepdim=True)
+        mean_loss, K_max = (loss_sum / steps).tolist(), K_max.tolist()
         accuracy = (correct / (steps * batch)).tolist()
         elapsed = seconds + time.monotonic() - began
         for s, run in enumerate(runs):
@@ -266,19 +462,26 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                     f"{mean_loss[s]:.4g}, K = {K_max[s]:.4g}; lower optimizer.lr "
                     f"(now {run.optimizer.lr:g}){remedy}"
                 )
-            epsilon, p, _ = _schedules(run.loss, ((epoch + 1) * steps - 1) / total)
+            epsilon, p, *_ = _schedules(run.loss, ((epoch + 1) * steps - 1) / total)
+            epsilon = epsilon if hasattr(run.loss, "epsilon") else ""
             p = p if run.loss.name == "CLL" else ""
-            share = round(elapsed / S, 3)
-            curves[s].write(epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p, share)
+            share_of_time = round(elapsed / S, 3)
+            if main:
+                curves[s].write(
+                    epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p, share_of_time
+                )
         bar.set_postfix_str(
             f"epoch {epoch + 1}/{first.epochs}, loss {sum(mean_loss) / S:.3g}, "
             f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
             refresh=False,
         )
         done = epoch + 1 == first.epochs or all(diverged)
-        if done or time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
+        if main and (done or time.monotonic() - last_checkpoint > pause):
+            saving = time.monotonic()
             _save(stack, out_dirs, generators, epoch + 1, diverged, elapsed)
             last_checkpoint = time.monotonic()
+            # a checkpoint of gigabytes takes long: no more than a twentieth of the time
+            pause = CHECKPOINT_SECONDS * max(1.0, last_checkpoint - saving)
         if done:
             break
     bar.close()
@@ -286,7 +489,25 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         curve.close()
     if any(diverged):
         raise FloatingPointError("; ".join(message for message in diverged if message))
-    return stack.networks(), (seconds + time.monotonic() - began) / S
+    return stack.networks() if main else None, (seconds + time.monotonic() - began) / S
+
+
+def _share(batch, engine):
+    """The slice of every batch that this rank takes."""
+    if engine is None:
+        return slice(batch)
+    count, rank = engine.num_processes, engine.process_index
+    if batch % count:
+        raise ValueError(
+            f"batch_size {batch} is the number of images in a step over all ranks and {count} "
+            f"ranks cannot share it evenly: start a number of processes that divides {batch}"
+        )
+    return slice(rank * batch // count, (rank + 1) * batch // count)
+
+
+def _own(values, steps, share):
+    """(S, steps * batch, ...) -> (S, steps, own, ...): the samples of this rank in each batch."""
+    return values.unflatten(1, (steps, -1))[:, :, share]
 
 
 def _describe(runs):
@@ -302,7 +523,7 @@ def _finite(*values):
 def _initialise(run, dataset):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return build(run.model, dataset.num_classes, dataset.input_shape)
+        return build_network(run, dataset.num_classes, dataset.input_shape)
 
 
 def _epoch(n, used, run, generators, images, augments):
@@ -374,9 +595,9 @@ def load_checkpoints(run, out_dir):
     for path in _generations(Path(out_dir)):
         if path.exists():
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                if checkpoint["params_hash"] == run.hash():
-                    found[checkpoint["epoch"]] = checkpoint
+                record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if record["params_hash"] == run.hash():
+                    found[record["epoch"]] = record
             except Exception as error:  # torch.load raises many types; all mean the same here
                 reason = (str(error).splitlines() or [""])[0][:80]
                 raise ValueError(
@@ -387,13 +608,30 @@ def load_checkpoints(run, out_dir):
 
 
 def _restore(stack, out_dirs, generators):
-    """Load the newest epoch that all runs have; returns (epoch, diverged, seconds)."""
-    available = [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
-    common = set.intersection(*map(set, available))
-    if not common:
+    """Load the newest epoch that all runs have; returns (epoch, diverged, seconds).
+
+    With several ranks, rank 0 says which epoch that is and every rank reads the file.
+    """
+
+    def available():
+        return [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
+
+    def newest():
+        return max(set.intersection(*map(set, available())), default=None)
+
+    epoch = ranks.on_main(newest, stack.engine)
+    if epoch is None:
         return 0, [None] * len(stack.runs), 0.0
-    states = [found[max(common)] for found in available]
+    try:
+        states = [found[epoch] for found in available()]
+    except KeyError:
+        raise ValueError(
+            f"{out_dirs[0]} does not hold the checkpoint of epoch {epoch} that rank 0 found there: "
+            "run folders must lie on a file system that all ranks see"
+        ) from None
     stack.load(states)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state["generator"])
-    return max(common), [s["diverged"] for s in states], sum(s["seconds"] for s in states)
+    if stack.engine is not None:
+        stack.engine.wait_for_everyone()  # rank 0 replaces these files soon
+    return epoch, [s["diverged"] for s in states], sum(s["seconds"] for s in states)

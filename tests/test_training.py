@@ -1,5 +1,7 @@
 """The loop: stacked equals alone, a killed run ends in the same bits, NaN ends in one message."""
 
+import copy
+import json
 import os
 import random
 import signal
@@ -88,8 +90,6 @@ cll.experiment.run_all(runs, sys.argv[2], progress=False, stack=2)
 @pytest.mark.parametrize("base", [MOONS, DIGITS], ids=["moons", "digits"])
 def test_killed_at_random_moments_ends_in_the_same_bits(base, tmp_path):
     """kill -9 again and again; each restart resumes; weights and curves end bit-identical."""
-    import json
-
     base = base | ({"epochs": 60} if base is MOONS else {"epochs": 3})
     runs = [params(base, seed=s) for s in (1, 2)]
     command = [sys.executable, "-c", KILLED, json.dumps(base)]
@@ -162,11 +162,10 @@ def test_gloro_gradient_flows_through_K_and_cll_detaches_it():
         p = cll.load_params(MOONS | {"loss": loss})
         torch.manual_seed(0)
         net = cll.build("MLP", 2, (2,))
-        stack = Stack([p], [net], "cpu")
+        stack = Stack([p], [copy.deepcopy(net)], "cpu")
         x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
-        one = torch.ones(1)
-        stack.step(x, y, 0.15 * one, 0.1 * one, one)
-        grads = {k.removeprefix("net."): t.grad[0] for k, t in stack.parameters.items()}
+        stack.step(x, y, *stack.schedule(1.0))
+        grads = {k.removeprefix("net."): t.grad for k, t in stack.parameters.items()}
         K = net.lipschitz_matrix(5)  # the network's own vectors started where the stack's did
         if loss["name"] == "GloRo":
             value = cll.gloro_loss(net(x[0]), y[0], K, epsilon=0.15)
@@ -194,8 +193,7 @@ def test_published_gloro_gradient_differs_in_the_head_only():
         stack = Stack([cll.load_params(MOONS | {"loss": loss})], [cll.build("MLP", 2, (2,))], "cpu")
         torch.manual_seed(1)
         x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
-        one = torch.ones(1)
-        value, _, K = stack.step(x, y, 0.15 * one, 0.5 * one, one)
+        value, _, K = stack.step(x, y, *stack.schedule(0.0))
         grads[gradient] = {k: t.grad for k, t in stack.parameters.items()} | {"value": value}
     differ = {k for k, g in grads["exact"].items() if not torch.allclose(g, grads["published"][k])}
     assert differ == {"net.head.weight"}
@@ -210,9 +208,8 @@ def test_factor_on_K_warms_up_and_scales_the_distances():
     torch.manual_seed(0)
     stack = Stack([cll.load_params(MOONS | {"loss": loss})], [cll.build("MLP", 2, (2,))], "cpu")
     x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
-    one = torch.ones(1)
     logits = stack.forward(x, 5)[0][0].detach()
-    value, _, K = stack.step(x, y, 0.15 * one, 0.01 * one, 0.01 * one)
+    value, _, K = stack.step(x, y, *stack.schedule(0.0))
     K = 0.01 * K[0]
     expected = cll.cll_loss(logits, y[0], K, epsilon=0.15, p=0.01, offset="one-sided")
     assert value.item() == pytest.approx(expected.item() + 1e-6 * (100 * K.max().item()) ** 2)

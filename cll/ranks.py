@@ -1,0 +1,92 @@
+"""More than one process: torchrun starts them, Hugging Face Accelerate connects them.
+
+    torchrun --nproc-per-node 4 -m cll params/table1/cifar10-CPL-XL-CLL.yaml
+
+Accelerate rather than Lightning Fabric, because it leaves the loop alone: it reads what torchrun
+(also under Slurm's srun) put into the environment, picks NCCL or gloo and averages the gradients
+of one module; there is no launcher class, and optimiser and data stay as they are. Only a process
+that torchrun started imports it.
+
+Every rank runs the same program on the same random numbers and takes its share of each batch.
+Rank 0 alone locks folders, reads the decision where to resume from and writes; run folders lie on
+a file system that all ranks see.
+"""
+
+import functools
+import os
+from datetime import timedelta
+
+import torch
+
+WAIT = timedelta(days=30)  # the others wait while rank 0 certifies; torchrun notices a dead rank
+
+
+def count():
+    """Number of processes that torchrun started with this one; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def is_main():
+    """Whether this is the process that writes: the only one, or rank 0."""
+    return count() == 1 or os.environ["RANK"] == "0"
+
+
+@functools.cache
+def connect(device):
+    """The accelerate.Accelerator of this rank, or None in a process alone.
+
+    device: "cpu" or "cuda", the same in all calls. Blocks until all ranks are there. Raises
+    RuntimeError where accelerate is missing and ValueError where there are fewer GPUs than ranks.
+    """
+    if count() == 1:
+        return None
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    except ImportError:
+        raise RuntimeError(
+            f"{count()} processes need Hugging Face Accelerate: pip install 'cll[distributed]', or "
+            "start a single process without torchrun"
+        ) from None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and torch.cuda.device_count() < local:
+        raise ValueError(
+            f"{local} processes on this machine but {torch.cuda.device_count()} CUDA devices: "
+            "lower torchrun's --nproc-per-node or use device = 'cpu'"
+        )
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no",  # the program's own autocast spares K and the losses
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=WAIT),
+            # the power iteration's vectors follow from the weights, equal on every rank
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+
+
+def on_main(function, engine):
+    """What function() returns on rank 0, on every rank; an error there is raised on every rank.
+
+    engine: from `connect`; with None this is function().
+    """
+    if engine is None:
+        return function()
+    outcome = [None, None]
+    if engine.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    from accelerate.utils import broadcast_object_list
+
+    value, error = broadcast_object_list(outcome, from_process=0)
+    if error is not None:
+        raise error
+    return value
+
+
+def close():
+    """Leave the group of processes, at the end of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
