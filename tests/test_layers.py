@@ -1,10 +1,10 @@
-"""MaxMin: the order of its outputs, its gradient, its Lipschitz constant."""
+"""Activations: the order of their outputs, their gradients, their Lipschitz constants."""
 
 import pytest
 import torch
 from torch.func import grad, vmap
 
-from cll.layers import MaxMin
+from cll.layers import ClampedMaxMin, Householder, MaxMin
 
 SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
 
@@ -68,3 +68,38 @@ def test_vmap(shape):
 def test_odd_channels_are_an_error(shape):
     with pytest.raises(ValueError, match=r"MaxMin.*even number of channels"):
         MaxMin()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(8,), (6, 5, 4)])
+def test_clamped_maxmin_cuts_maxima_above_and_minima_below(shape):
+    torch.manual_seed(0)
+    layer = ClampedMaxMin(shape, 0.3, -0.2)
+    with torch.no_grad():
+        layer.high.add_(0.1 * torch.randn_like(layer.high))
+    x = torch.randn(50, *shape, dtype=torch.float64)
+    high, low = reference(x).chunk(2, 1)
+    wanted = torch.cat([high.minimum(layer.high), low.maximum(layer.low)], 1)
+    assert torch.equal(layer(x), wanted)
+    y = x + 0.1 * torch.randn_like(x)
+    moved = (layer(x) - layer(y)).flatten(1).norm(dim=1)
+    assert (moved <= (x - y).flatten(1).norm(dim=1) * (1 + 1e-12)).all()
+
+
+def test_householder_starts_as_maxmin_with_minima_first_on_halves():
+    x = torch.randn(5, 6, 3, 3)
+    a, b = x.chunk(2, 1)
+    wanted = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], 1)
+    assert torch.allclose(Householder(6)(x), wanted, atol=1e-6)
+
+
+def test_householder_is_continuous_at_its_mirror_line():
+    layer = Householder(2).double()
+    for angle in torch.linspace(-3, 3, 13):
+        with torch.no_grad():
+            layer.angle.fill_(angle)
+        line = torch.stack([torch.cos(angle / 2), torch.sin(angle / 2)]).double()
+        normal = torch.stack([-line[1], line[0]])
+        sides = torch.stack([2 * line + 1e-9 * normal, 2 * line - 1e-9 * normal])
+        y = layer(sides)
+        assert (y[0] - y[1]).norm() < 1e-7
+        assert torch.allclose(y.norm(dim=1), sides.norm(dim=1))

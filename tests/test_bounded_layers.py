@@ -1,0 +1,494 @@
+"""SOC, CPL, SLL and Sandwich layers: no Jacobian is larger than the bound that the layer declares.
+
+Each property test draws 70 layers (sizes, kernels, strides, weights from zero to 1e6, rank one,
+trained or not, settled or not) and 16 points in each, half of them moved by a search that
+stretches distances: 1120 exact Jacobians, dense, float64, for every kind of layer. SOC is affine,
+with one Jacobian for all points: 1000 layers there.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import cll
+from cll.bounds import layer_lipschitz, operator_norm, taylor_gain
+from cll.layers import (
+    CPLConv2d,
+    CPLLinear,
+    Householder,
+    NormalizedLinear,
+    PadChannels,
+    SandwichConv2d,
+    SandwichLinear,
+    SLLConv2d,
+    SLLLinear,
+    SOCConv2d,
+    Truncation,
+    freeze,
+)
+
+POINTS = 16
+SCALES = [0.0, 1e-6, 1e-2, 1.0, 30.0, 1e6]
+
+
+def dense(layer, points):
+    """Exact Jacobians at the points (n, *shape), float64: (n, outputs, inputs)."""
+    J = torch.func.vmap(torch.func.jacrev(lambda x: layer(x[None])[0]))(points)
+    return J.reshape(len(points), -1, points[0].numel())
+
+
+def stretched(layer, points, steps=15):
+    """Points moved by gradient ascent on ||f(a) - f(b)|| / ||a - b||, b starting near a."""
+    if len(points) == 0:
+        return points
+    a = points.clone().requires_grad_()
+    b = (points + 0.1 * torch.randn_like(points)).requires_grad_()
+    optimizer = torch.optim.Adam([a, b], lr=0.05)
+    for _ in range(steps):
+        change = (layer(a) - layer(b)).flatten(1).norm(dim=1)
+        quotient = change / (a - b).flatten(1).norm(dim=1).clamp_min(1e-9)
+        optimizer.zero_grad()
+        (-quotient.sum()).backward()
+        optimizer.step()
+    return torch.where(a.detach().isfinite(), a.detach(), points)
+
+
+def fill(layer, draw, generator):
+    """Weights of the drawn scale and rank; biases that leave all, some or no units active."""
+    scale = draw(st.sampled_from(SCALES))
+    rank_one = draw(st.booleans())
+    active = draw(st.sampled_from([0.0, 1.0, 100.0]))
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name == "weight":
+                if rank_one and p[0].numel():
+                    u, v = noise.flatten(1)[:, :1], noise.flatten(1)[:1]
+                    noise = (u * v).view(p.shape)
+                p.copy_(scale * noise)
+            elif name == "bias":
+                p.copy_(active + noise)
+            elif name == "q":
+                p.copy_(draw(st.sampled_from([1.0, 5.0])) * noise)
+            elif name == "psi":
+                p.copy_(noise)
+            elif name == "alpha":
+                p.copy_(draw(st.sampled_from([0.0, 1.0, 1e4])) * noise.abs())
+    if hasattr(layer, "advance"):
+        layer.advance(draw(st.sampled_from([0, 1, 20])))
+
+
+def train_steps(layer, shape, generator, steps=3):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.train()
+    for _ in range(steps):
+        if hasattr(layer, "advance"):
+            layer.advance(1)
+        x = torch.randn(4, *shape, generator=generator)
+        loss = (layer(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def never_exceeded(draw, layer, shape, count=POINTS):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    torch.manual_seed(0)
+    fill(layer, draw, generator)
+    if draw(st.booleans()):
+        train_steps(layer, shape, generator)
+    if not all(p.isfinite().all() for p in layer.parameters()):
+        return  # training from weights of 1e6 may diverge: the bound refuses, tested below
+    if draw(st.booleans()):
+        net = nn.Module()
+        net.body, net.input_shape = nn.Sequential(layer), shape
+        cll.bounds.settle(net)
+    bound = operator_norm(layer, shape, "guaranteed")
+    if bound > 1e60:
+        return  # nothing is certified, and the Jacobian overflows
+    exact = freeze(layer.double().eval().requires_grad_(False))
+    points = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    points[: count // 2] = stretched(exact, points[: count // 2])
+    largest = torch.linalg.matrix_norm(dense(exact, points), 2).max().item()
+    assert largest <= bound * (1 + 1e-11), (layer, largest, bound)
+
+
+def many(test, layers=70):
+    return settings(max_examples=layers, deadline=None)(given(st.data())(test))
+
+
+def very_many(test):
+    return many(test, layers=1000)
+
+
+@very_many
+def test_soc_never_exceeds_its_bound(data):
+    kernel, stride = data.draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (1, 2), (5, 1), (3, 3)]))
+    side = stride * data.draw(st.integers(1, 3))
+    shape = (data.draw(st.integers(1, 3)), side, side + stride * data.draw(st.integers(0, 1)))
+    terms = (5, data.draw(st.sampled_from([12, 12, 5, 15, 2])))
+    layer = SOCConv2d(shape[0], data.draw(st.integers(1, 5)), kernel, stride, terms)
+    never_exceeded(data.draw, layer, shape, count=1)
+
+
+@many
+def test_dense_cpl_never_exceeds_its_bound(data):
+    layer = CPLLinear(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12)))
+    never_exceeded(data.draw, layer, (layer.weight.shape[1],))
+
+
+@many
+def test_convolutional_cpl_never_exceeds_its_bound(data):
+    shape = tuple(data.draw(st.integers(1, n)) for n in (3, 5, 4))
+    layer = CPLConv2d(shape, data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3, 5])))
+    never_exceeded(data.draw, layer, shape)
+
+
+@many
+def test_dense_sll_never_exceeds_its_bound(data):
+    layer = SLLLinear(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12)))
+    never_exceeded(data.draw, layer, (layer.weight.shape[1],))
+
+
+@many
+def test_convolutional_sll_never_exceeds_its_bound(data):
+    shape = tuple(data.draw(st.integers(1, n)) for n in (3, 5, 4))
+    layer = SLLConv2d(shape[0], data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3, 5])))
+    never_exceeded(data.draw, layer, shape)
+
+
+@many
+def test_dense_sandwich_never_exceeds_its_bound(data):
+    layer = SandwichLinear(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    never_exceeded(data.draw, layer, (layer.weight.shape[1] - len(layer.weight),))
+
+
+@many
+def test_convolutional_sandwich_never_exceeds_its_bound(data):
+    stride = data.draw(st.integers(1, 3))
+    size = [stride * data.draw(st.integers(1 if stride > 1 else 3, 4)) for _ in range(2)]
+    shape = (data.draw(st.integers(1, 3)), *size)
+    layer = SandwichConv2d(shape, data.draw(st.integers(1, 4)), 3, stride)
+    never_exceeded(data.draw, layer, shape)
+
+
+@many
+def test_householder_never_exceeds_its_bound(data):
+    channels = 2 * data.draw(st.integers(1, 4))
+    shape = (channels, data.draw(st.integers(1, 3)), 2)
+    layer = Householder(channels)
+    angles = data.draw(st.lists(st.floats(-10, 10), min_size=channels // 2, max_size=channels // 2))
+    with torch.no_grad():
+        layer.angle.copy_(torch.tensor(angles))
+    never_exceeded(data.draw, layer, shape)
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (SOCConv2d(3, 6, 3, 2), (3, 6, 4)),
+        (CPLConv2d((3, 5, 5)), (3, 5, 5)),
+        (CPLLinear(20, 30), (20,)),
+        (SLLConv2d(3), (3, 5, 5)),
+        (SLLLinear(20, 30), (20,)),
+        (SandwichConv2d((2, 4, 4), 5), (2, 4, 4)),
+        (SandwichLinear(12, 20), (12,)),
+    ],
+    ids=lambda a: type(a).__name__ if isinstance(a, nn.Module) else "",
+)
+def test_settled_bound_is_one_and_reached(layer, shape):
+    """The layers do not lose the gradient norm that their papers promise to keep."""
+    net = nn.Module()
+    net.body, net.input_shape = nn.Sequential(layer), shape
+    cll.bounds.settle(net)
+    upper = operator_norm(layer, shape, "guaranteed")
+    assert 1 <= upper < 1 + 1e-9
+    assert operator_norm(layer, shape, "exact") == pytest.approx(1, abs=1e-9)
+    assert 0.9 < cll.bounds._stretch(layer, shape) <= upper
+
+
+# ------------------------------------------------------------------------------------------- SOC
+
+
+@pytest.mark.parametrize("terms, limit", [(12, 3.38), (15, 1.67), (5, 0.0), (2, 0.0)])
+def test_taylor_series_is_non_expansive_exactly_as_far_as_known(terms, limit):
+    """FACTS: 12 terms up to 3.38, 15 up to 1.67, 5 nowhere."""
+    if limit:
+        assert taylor_gain(terms, limit - 0.01) == 1.0
+    assert taylor_gain(terms, limit + 0.01) > 1.0
+
+
+@pytest.mark.parametrize("terms", [1, 2, 4, 5, 8, 12, 15])
+@pytest.mark.parametrize("norm", [0.0, 0.5, 2.1, 3.5, 10.0])
+def test_taylor_gain_bounds_the_series_tightly(terms, norm):
+    t = np.linspace(0, norm, 20001)
+    values = abs(sum((1j * t) ** k / math.factorial(k) for k in range(terms + 1))).max()
+    gain = taylor_gain(terms, norm)
+    assert values <= gain * (1 + 1e-14)
+    assert gain <= max(values, 1.0) * (1 + 1e-6)
+    assert taylor_gain(terms, math.inf) == math.inf
+
+
+def soc_matrix(layer, shape):
+    """The dense skew matrix A of a stride-1 layer, from the definition: zero-padded convolution."""
+    kernel = layer.effective()
+    size = math.prod(shape)
+    identity = torch.eye(size, dtype=torch.float64).view(-1, *shape)
+    return nn.functional.conv2d(identity, kernel, padding=kernel.shape[-1] // 2).view(size, size).T
+
+
+def test_soc_is_the_exponential_of_a_skew_matrix():
+    torch.manual_seed(0)
+    layer = SOCConv2d(4, 4, 3, terms=(5, 30)).double().eval()
+    A = soc_matrix(layer, (4, 5, 3))
+    assert torch.equal(A, -A.T)
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    wanted = x.flatten(1) @ torch.linalg.matrix_exp(A).T
+    assert torch.allclose(layer(x).flatten(1), wanted, atol=1e-12)
+
+
+def test_soc_norm_of_the_scaled_kernel_and_settling():
+    """After settling, ||A|| <= 0.7 * 3 whatever the power iteration had found."""
+    torch.manual_seed(0)
+    layer = SOCConv2d(6, 6)
+    net = cll.LipschitzNet(nn.Sequential(layer, nn.Flatten()), nn.Linear(96, 3), (6, 4, 4))
+    before = layer.norm.item()
+    net.settle()
+    exact = min(
+        torch.linalg.matrix_norm(u, 2).item() for u in layer.unfoldings(layer.skew_kernel())
+    )
+    assert layer.norm.item() >= exact and layer.norm.item() == pytest.approx(exact, rel=1e-6)
+    assert layer.norm.item() != before
+    norm = torch.linalg.matrix_norm(soc_matrix(layer.double().eval(), (6, 4, 4)), 2)
+    assert norm <= 2.1
+
+
+def test_four_unfoldings_of_a_skew_kernel_have_two_norms():
+    torch.manual_seed(0)
+    kernel = SOCConv2d(5, 5).skew_kernel().detach().double()
+    c = 5
+    four = [
+        kernel.permute(0, 2, 1, 3).reshape(c * 3, c * 3),
+        kernel.permute(0, 3, 1, 2).reshape(c * 3, c * 3),
+        kernel.reshape(c, -1),
+        kernel.permute(0, 2, 3, 1).reshape(-1, c),
+    ]
+    norms = [torch.linalg.matrix_norm(m, 2).item() for m in four]
+    assert norms[0] == pytest.approx(norms[1]) and norms[2] == pytest.approx(norms[3])
+    ours = [torch.linalg.matrix_norm(m, 2).item() for m in SOCConv2d.unfoldings(kernel)]
+    assert ours == pytest.approx([norms[0], norms[2]])
+
+
+def test_training_uses_fewer_terms_and_the_estimate_of_the_norm():
+    torch.manual_seed(0)
+    layer = SOCConv2d(4, 4)
+    layer.advance(200)
+    x = torch.randn(2, 4, 5, 5)
+    trained = layer.train()(x)
+    layer.norm.copy_(torch.tensor(min(u.norm(p=2).item() for u in map(_spectral, _unfold(layer)))))
+    layer.terms = (5, 5)
+    assert torch.allclose(trained, layer.eval()(x), atol=1e-4)
+
+
+def _unfold(layer):
+    return layer.unfoldings(layer.skew_kernel().detach())
+
+
+def _spectral(matrix):
+    return torch.linalg.matrix_norm(matrix, 2)[None]
+
+
+# ------------------------------------------------------------------------------------ CPL and SLL
+
+
+def test_cpl_is_a_step_down_a_convex_potential():
+    """y = x - 2 / (s^2 + 1e-4) W^T relu(W x + b), written out with a dense matrix."""
+    torch.manual_seed(0)
+    layer = CPLConv2d((2, 4, 3), 5).double()
+    size = 2 * 4 * 3
+    identity = torch.eye(size, dtype=torch.float64).view(-1, 2, 4, 3)
+    W = nn.functional.conv2d(identity, layer.weight, padding=1).flatten(1).T.detach()
+    s = torch.linalg.matrix_norm(W, 2)
+    net = nn.Module()
+    net.body, net.input_shape = nn.Sequential(layer), (2, 4, 3)
+    cll.bounds.settle(net)
+    x = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    b = layer.bias.detach().repeat_interleave(12)
+    h = torch.relu(x.flatten(1) @ W.T + b)
+    wanted = x.flatten(1) - 2 / (s**2 + 1e-4) * h @ W
+    assert torch.allclose(layer.eval()(x).flatten(1), wanted, atol=1e-8)
+
+
+def test_unsettled_cpl_is_certified_by_the_step_it_takes():
+    """A norm that is too small, as an unconverged power iteration gives, makes a layer expand; the
+    published certificate counts 1 (FACTS 3.A row 5)."""
+    layer = CPLLinear(10, 20)
+    with torch.no_grad():
+        layer.bias.fill_(100.0)  # all units active: the worst case of the step
+    exact = torch.linalg.matrix_norm(layer.weight, 2).item()
+    layer.norm.fill_(0.5 * exact)
+    bound = operator_norm(layer, (10,), "guaranteed")
+    J = dense(layer.double().eval(), torch.zeros(1, 10, dtype=torch.float64))
+    assert torch.linalg.matrix_norm(J, 2).item() == pytest.approx(bound, rel=1e-3)
+    assert bound > 6
+    assert operator_norm(layer, (10,), "power") == 1.0
+
+
+def test_sll_diagonal_dominates_with_q_on_the_summed_axis():
+    torch.manual_seed(0)
+    layer = SLLLinear(6, 9).double()
+    W, q = layer.weight.detach(), layer.q.detach().exp()
+    T = ((W @ W.T).abs() * q[None] / q[:, None]).sum(1)
+    assert torch.allclose(layer.effective(), 1 / T)
+    assert torch.linalg.eigvalsh(torch.diag(T) - W @ W.T).min() > -1e-12
+
+
+def test_published_sll_variants_expand_and_are_refused():
+    """|q| with 1e-6 added to its inverse only: 3-Lipschitz at q = 1e-6 (FACTS 3.A row 6)."""
+    layer = SLLLinear(1, 1, "abs-q").double()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(10.0)
+        layer.q.fill_(1e-6)
+    J = dense(layer.eval(), torch.zeros(1, 1, dtype=torch.float64))
+    assert J.abs().max().item() == pytest.approx(3.0, rel=1e-6)
+    for variant in ("abs-q", "cancelled-q"):
+        with pytest.raises(TypeError, match="no Lipschitz bound known .*variant"):
+            operator_norm(SLLLinear(3, 3, variant), (3,), "guaranteed")
+        net = cll.build("SLL-S", 3, (3, 8, 8), width=0.1, depth=0.1, variant=variant)
+        with pytest.raises(TypeError, match='variant="sound"'):
+            cll.lipschitz_matrix(net)
+    with pytest.raises(ValueError, match="unknown SLL variant"):
+        SLLLinear(3, 3, "abs")
+    x, weights = torch.randn(4, 3, 5, 5), []
+    for seed in (0, 1):  # q is dead in the other variant
+        layer = SLLConv2d(3, variant="cancelled-q")
+        torch.manual_seed(seed)
+        nn.init.normal_(layer.q)
+        weights.append(layer)
+    weights[1].load_state_dict(weights[0].state_dict() | {"q": weights[1].q.detach()})
+    assert torch.equal(weights[0](x), weights[1](x))
+
+
+# ----------------------------------------------------------------------------------------- Sandwich
+
+
+def test_cayley_makes_orthonormal_rows():
+    torch.manual_seed(0)
+    for both in (
+        SandwichLinear(7, 4).double().effective(),
+        SandwichConv2d((3, 4, 6), 5).double().effective(),
+    ):
+        identity = torch.eye(both.shape[-2], dtype=both.dtype)
+        assert torch.allclose(both @ both.mH, identity.expand_as(both @ both.mH), atol=1e-12)
+
+
+def test_convolutional_sandwich_is_the_dense_one_with_circulant_matrices():
+    """A and B as dense real matrices, from the layer's frequency responses applied to pixels."""
+    torch.manual_seed(0)
+    layer = SandwichConv2d((2, 3, 5), 4).double()
+    nn.init.normal_(layer.psi)
+    both = layer.effective().detach()
+    size = 15
+    pixels = torch.eye(4 * size, dtype=torch.float64).view(-1, 4, 3, 5)
+    A = layer._convolve(both[..., :4].mH, pixels).flatten(1)  # rows: A of each pixel
+    pixels = torch.eye(2 * size, dtype=torch.float64).view(-1, 2, 3, 5)
+    B = layer._convolve(both[..., 4:], pixels).flatten(1).T
+    assert torch.allclose(A @ A.T + B @ B.T, torch.eye(4 * size, dtype=torch.float64), atol=1e-12)
+    x = torch.randn(3, 2, 3, 5, dtype=torch.float64)
+    P, b = (t.detach().repeat_interleave(size) for t in (layer.psi.exp(), layer.bias))
+    h = torch.relu(math.sqrt(2) / P * (x.flatten(1) @ B.T) + b)
+    assert torch.allclose(layer(x).flatten(1), math.sqrt(2) * (P * h) @ A, atol=1e-12)
+    shifted = layer(x.roll((1, 2), (2, 3)))  # circular padding: shifts commute
+    assert torch.allclose(shifted, layer(x).roll((1, 2), (2, 3)), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------ independent library
+
+
+def test_dense_sll_and_householder_agree_with_orthogonium():
+    sll = pytest.importorskip("orthogonium.layers.conv.SLL.sll_layer")
+    activations = pytest.importorskip("orthogonium.layers.custom_activations")
+    torch.manual_seed(0)
+    theirs, ours = sll.SDPBasedLipschitzDense(8, 8, 12), SLLLinear(8, 12)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.weight)
+        theirs.bias.copy_(ours.bias[None])
+        theirs.q.copy_(ours.q)
+    x = torch.randn(5, 8)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    theirs, ours = activations.HouseHolder(6), Householder(6)
+    angles = torch.randn(3)
+    with torch.no_grad():
+        theirs.theta.copy_(angles.view(1, 3, 1, 1))
+        ours.angle.copy_(angles)
+    x = torch.randn(5, 6, 4, 4)
+    assert torch.allclose(ours(x), math.sqrt(2) * theirs(x), atol=1e-5)  # theirs is over sqrt(2)
+
+
+# --------------------------------------------------------------------------------- heads and others
+
+
+def test_heads_enter_K_by_their_rows():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    for head, rows in (
+        (NormalizedLinear(6, 4), lambda h: nn.functional.normalize(h.weight.double(), dim=1)),
+        (Truncation(6, 4), lambda h: torch.eye(4, 6).double()),
+    ):
+        net = cll.LipschitzNet(body, head, (3, 2, 2))
+        W = rows(head).detach()
+        sigma = torch.linalg.matrix_norm(body[1].weight.double(), 2)
+        wanted = sigma * (W[:, None] - W[None]).norm(dim=2)
+        assert torch.allclose(cll.lipschitz_matrix(net), wanted.detach(), rtol=1e-8)
+        assert torch.allclose(net.lipschitz_matrix(500).double(), wanted.detach(), rtol=1e-4)
+        x = torch.rand(2, 3, 2, 2)
+        logits = body(x).double() @ W.T
+        if isinstance(head, NormalizedLinear):
+            logits = logits + head.bias.double()
+        assert torch.allclose(net(x).double(), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="Truncation cannot read"):
+        Truncation(3, 4)
+    with pytest.raises(TypeError, match="NormalizedLinear"):
+        operator_norm(NormalizedLinear(6, 4), (6,))  # as a layer it is not 1-Lipschitz
+
+
+def test_weights_that_are_not_finite_have_no_bound():
+    for layer, shape in ((SOCConv2d(2, 2), (2, 3, 3)), (SLLLinear(3, 3), (3,))):
+        layer.weight.data[0, 0] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            layer_lipschitz(layer, shape, "guaranteed")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SOCConv2d(3, 3, 2), "odd kernel"),
+        (lambda: CPLConv2d((3, 4, 4), kernel_size=4), "odd kernel"),
+        (lambda: SLLConv2d(3, kernel_size=2), "odd kernel"),
+        (lambda: Householder(3), "even number"),
+        (lambda: SandwichConv2d((3, 2, 2), 4), "larger than its image"),
+    ],
+)
+def test_bad_sizes_name_the_layer(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_frozen_layers_compute_the_same(tmp_path):
+    torch.manual_seed(0)
+    net = cll.build("SLL-S", 3, (3, 8, 8), width=0.1, depth=0.1).eval()
+    x = torch.rand(4, 3, 8, 8)
+    wanted = net(x)
+    assert torch.equal(freeze(net)(x), wanted)
+
+
+def test_padded_channels_are_zero():
+    x = torch.randn(2, 3, 4, 4)
+    y = PadChannels(5)(x)
+    assert torch.equal(y[:, :3], x) and not y[:, 3:].any() and y.shape == (2, 5, 4, 4)
