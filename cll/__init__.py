@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outputs/ live here
 
-from . import bounds, data, experiment, layers, losses, paper, plots, training  # noqa: E402
+from . import bounds, data, experiment, layers, local, losses, paper, plots, training  # noqa: E402
 from .architectures import LipschitzNet, build  # noqa: E402
 from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
 from .certify import (  # noqa: E402
@@ -28,6 +28,8 @@ from .losses import (  # noqa: E402
     cll_loss,
     cll_scale,
     gloro_loss,
+    hinge_loss,
     lipschitz_penalty,
+    local_bcp_loss,
     polynomial_schedule,
 )
