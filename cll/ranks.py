@@ -1,11 +1,10 @@
 """More than one process: torchrun starts them, Hugging Face Accelerate connects them.
 
-    torchrun --nproc-per-node 4 -m cll params/table1/cifar10-CPL-XL-CLL.yaml
+    torchrun --nproc-per-node 4 -m cll params/table2/cifar10-CPL-XL-CLL.yaml
 
-Accelerate rather than Lightning Fabric, because it leaves the loop alone: it reads what torchrun
-(also under Slurm's srun) put into the environment, picks NCCL or gloo and averages the gradients
-of one module; there is no launcher class, and optimiser and data stay as they are. Only a process
-that torchrun started imports it.
+Accelerate rather than Lightning Fabric, because it leaves the loop alone: there is no launcher
+class, it works with what torchrun (also under Slurm's srun) put into the environment, and of the
+loop it wraps one module, whose gradients it averages. A process alone does not import it.
 
 Every rank runs the same program on the same random numbers and takes its share of each batch.
 Rank 0 alone locks folders, reads the decision where to resume from and writes; run folders lie on
@@ -14,6 +13,8 @@ a file system that all ranks see.
 
 import functools
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -42,7 +43,6 @@ def connect(device):
         return None
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError:
         raise RuntimeError(
             f"{count()} processes need Hugging Face Accelerate: pip install 'cll[distributed]', or "
@@ -54,15 +54,37 @@ def connect(device):
             f"{local} processes on this machine but {torch.cuda.device_count()} CUDA devices: "
             "lower torchrun's --nproc-per-node or use device = 'cpu'"
         )
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no",  # the program's own autocast spares K and the losses
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=WAIT),
-            # the power iteration's vectors follow from the weights, equal on every rank
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(_attempt(store, rank, size), store),
+        rank=rank,
+        world_size=size,
+        timeout=WAIT,
     )
+    # mixed_precision: the program's own autocast spares K and the losses
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+
+
+def _attempt(store, rank, size):
+    """A name that the ranks of this start have in common and no earlier start had.
+
+    torchrun's store outlives a restart (github.com/pytorch/pytorch/issues/135712), and whoever
+    reads an address there that a killed rank has left connects to nobody. An answer to a question
+    that nobody asked before is not left over.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"question/{rank}", own)
+        attempt = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"heard/{attempt}/{rank}", "")
+        return attempt
+    for other in range(1, size):
+        while not store.check([f"heard/{own}/{other}"]):  # the question may be an old one
+            question = store.get(f"question/{other}").decode()
+            store.set(f"answer/{question}", own)
+            time.sleep(0.02)
+    return own
 
 
 def on_main(function, engine):

@@ -185,15 +185,15 @@ class Stack:
         if runs[0].checkpointing:
             nets[0].body = _Checkpointed(OrderedDict(self.body.named_children()))
         self.program = _Program(nets[0], runs).to(self.device).train()
+        self.module = self.program
+        if engine is not None:
+            self.module = engine.prepare_model(self.program)  # may replace buffers
         named = [dict(net.named_parameters(prefix="net")) for net in nets]
         trained = {k for k, t in named[0].items() if t.requires_grad}
         for own, net in zip(named, nets, strict=True):
             own.update(net.named_buffers(prefix="net"))
-        if len(runs) == 1:
-            tensors, self.module = named[0], self.program
-            if engine is not None:
-                self.module = engine.prepare_model(self.program)
-        else:
+        tensors = named[0]
+        if len(runs) > 1:
             tensors = {k: self._stacked([own[k] for own in named]) for k in named[0]}
         self.parameters = {k: t.requires_grad_() for k, t in tensors.items() if k in trained}
         self.buffers = {k: t for k, t in tensors.items() if k not in trained}
