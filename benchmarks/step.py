@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import cll
 from cll.experiment import provenance
@@ -36,18 +35,17 @@ def lipschitz_step(model, loss, images, targets):
         {"name": "bench", "model": model, "input_shape": shape, "loss": loss, "epochs": 1}
     )
     stack = Stack([params], [cll.build(model, 10, shape)], images.device)
-    schedule = [torch.full((1,), v, device=images.device) for v in (0.15, 0.3, 1.0)]
+    schedule = stack.schedule(1.0)
     return lambda: stack.step(images[None], targets[None], *schedule)
 
 
 def plain_step(model, images, targets):
-    """The same network, stacked the same way, with cross-entropy only."""
+    """The same network and optimiser, with cross-entropy only."""
     net = cll.build(model, 10, tuple(images.shape[1:])).to(images.device)
-    parameters = {k: p.detach()[None].clone().requires_grad_() for k, p in net.named_parameters()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0, fused=True)
 
     def step():
-        logits = functional_call(net, {k: p.squeeze(0) for k, p in parameters.items()}, (images,))
+        logits = net(images)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, targets).backward()
         optimizer.step()
