@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .bounds import lipschitz_matrix
 from .layers import freeze
+from .local import local_radius
 from .progress import progress_bar
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
@@ -102,7 +103,14 @@ def cra_curve(radius, correct, radii):
 
 
 def certify(
-    model, dataset, radii=RADII, *, method="guaranteed", batch_size=1000, progress=False
+    model,
+    dataset,
+    radii=RADII,
+    *,
+    method="guaranteed",
+    batch_size=1000,
+    progress=False,
+    local=False,
 ) -> pd.DataFrame:
     """Certify every test sample of `dataset`; float64 logits, one row per sample.
 
@@ -114,12 +122,19 @@ def certify(
     radii: distances at which the CRA is reported, in input units.
     method: the bound, see ``cll.lipschitz_matrix``. "guaranteed" gives certificates; "power" is the
         converged estimate that papers report, from below, hence optimistic.
+    local: True to certify with local bounds as well, at each of the `radii`, see
+        ``local.local_radius``: a free gain for any network, guaranteed, on the CPU.
 
     Returns columns index, target, prediction, correct, radius; ``.attrs["summary"]`` holds clean
     and cra {radius: CRA}, fractions of all samples; mean_certified_radius (a wrong prediction
-    counts 0); K_f, the largest entry of K; and n.
-    Raises ValueError naming the first bad image or label.
+    counts 0); K_f, the largest entry of K; and n. With `local` also the column radius_local, never
+    below radius (and equal to it where the prediction is wrong), and cra_local {radius: CRA}.
+    Raises ValueError naming the first bad image or label, and for `local` with another method.
     """
+    if local and method != "guaranteed":
+        raise ValueError(
+            f'local bounds are guaranteed ones: use method="guaranteed", not {method!r}'
+        )
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
@@ -128,7 +143,14 @@ def certify(
     targets = _check_targets(targets, len(images), model.head.out_features).cpu()
     K = lipschitz_matrix(model, method).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
-    radius = certified_radius(logits, K).numpy()
+    radius = certified_radius(logits, K)
+    if local:
+        right = logits.argmax(dim=1) == targets
+        radius_local, kept = radius.clone(), images.cpu()[right]
+        radius_local[right] = local_radius(
+            model, kept, logits[right], radius[right], radii, K, progress
+        )
+    radius = radius.numpy()
     prediction, targets = logits.argmax(dim=1).numpy(), targets.numpy()
     correct = prediction == targets
     table = pd.DataFrame(
@@ -147,6 +169,10 @@ def certify(
         "K_f": float(K.max()),
         "n": len(targets),
     }
+    if local:
+        table["radius_local"] = radius_local.numpy()
+        cra = cra_curve(table["radius_local"], correct, radii).tolist()
+        table.attrs["summary"]["cra_local"] = dict(zip(radii, cra, strict=True))
     return table
 
 
@@ -322,6 +348,103 @@ def _best_pair(model, images, progress):
     D = f[a] - f[b]
     distance = (x[a] - x[b]).norm()
     return ((D.max() - D.min()) / distance).item() if distance > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------- attack
+
+
+def pgd_attack(
+    model,
+    images,
+    targets,
+    epsilon,
+    *,
+    steps=100,
+    restarts=5,
+    seed=0,
+    batch_size=250,
+    progress=False,
+):
+    """Try to change predictions within L2 distance epsilon: projected gradient descent on the
+    margin f_y - f_j. A sanity check that tries to break certificates; not an evaluation of
+    empirical robustness, for which stronger attacks exist.
+
+    model, images: as in ``certify``. targets: (N,), the classes y to leave; None for the model's
+        own predictions. epsilon: float or (N,), one distance per image (a certified radius).
+    steps, restarts: normalised gradient steps of 2.5 epsilon / steps from each of `restarts` points
+        drawn uniformly from the ball. The first restart lowers the margin to the best other class,
+        restart r aims at the r-th best one of the image (after the last, at the best again).
+
+    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's own
+    precision. The best point of each image is then moved in float64 to a distance of at most
+    epsilon, and judged there.
+
+    Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).
+    """
+    images = _check_images(images, model)
+    x = _scale(images.cpu(), torch.float64)
+    predicted = predict_logits(model, images).argmax(dim=1)
+    y = predicted if targets is None else torch.as_tensor(targets).cpu()
+    y = _check_targets(y, len(x), model.head.out_features)
+    epsilon = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(len(x))
+    if not (epsilon.isfinite().all() and (epsilon >= 0).all()):
+        raise ValueError("epsilon must be finite and >= 0, a distance in input units")
+    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    generator = torch.Generator().manual_seed(seed)
+    batches = [part.split(batch_size) for part in (x, y, epsilon)]
+    with progress_bar(len(batches[0]) * restarts, "attack", "restart", progress) as bar:
+        found = [
+            _descend(net, *batch, steps, restarts, generator, bar)
+            for batch in zip(*batches, strict=True)
+        ]
+    delta = torch.cat(found)
+    distance = _per_image(delta.flatten(1).norm(dim=1), x)
+    # a hair inside, for the rounding of x + delta and of the distance between the two
+    limit = _per_image((epsilon * (1 - 1e-9) - 1e-15 * x.flatten(1).norm(dim=1)).clamp_min(0), x)
+    adversarial = x + delta * (limit / distance.clamp_min(1e-300)).clamp(max=1)
+    return adversarial, predict_logits(model, adversarial).argmax(dim=1) != y
+
+
+def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
+    """The displacements (n, *input_shape) with the smallest margins that the search finds."""
+    weight = next(net.parameters())
+    x, epsilon = (t.to(weight.dtype).to(weight.device) for t in (x, epsilon))
+    y, radius, C = y.to(weight.device), _per_image(epsilon, x), net.head.out_features
+    is_y = y[:, None] == torch.arange(C, device=weight.device)
+    best, best_margin = torch.zeros_like(x), torch.full_like(epsilon, math.inf)
+    with full_precision(weight.device), torch.enable_grad():
+        order = net(x).masked_fill(is_y, -math.inf).argsort(dim=1, descending=True)
+        for restart in range(restarts):
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            share = torch.rand(len(x), generator=generator).to(x) ** (1 / x[0].numel())
+            length = noise.flatten(1).norm(dim=1)
+            delta = noise * _per_image(epsilon * share / length, x)
+            for step in range(steps + 1):
+                delta.requires_grad_()
+                f = net(x + delta)
+                own = f.gather(1, y[:, None])[:, 0]
+                margin = own - f.masked_fill(is_y, -math.inf).amax(dim=1)
+                aim = margin
+                if 0 < restart < C - 1:
+                    aim = own - f.gather(1, order[:, restart, None])[:, 0]
+                (gradient,) = torch.autograd.grad(aim.sum(), delta)
+                delta = delta.detach()
+                better = margin.detach() < best_margin
+                best_margin = torch.where(better, margin.detach(), best_margin)
+                best = torch.where(_per_image(better, x), delta, best)
+                if step == steps:
+                    break
+                length = _per_image(gradient.flatten(1).norm(dim=1), x).clamp_min(1e-30)
+                delta = delta - gradient / length * (2.5 * radius / steps)
+                length = _per_image(delta.flatten(1).norm(dim=1), x).clamp_min(1e-30)
+                delta = delta * (radius / length).clamp(max=1)
+            bar.update()
+    return best.to("cpu", torch.float64)
+
+
+def _per_image(values, x):
+    """(N,) -> (N, 1, ...), to broadcast over the images x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 # ------------------------------------------------------------------------------------------ input

@@ -1,13 +1,45 @@
-"""Local Lipschitz bounds: of the margins f_i - f_j near one input instead of everywhere."""
+"""Local Lipschitz bounds: of the margins f_i - f_j near one input instead of everywhere.
+
+    local_estimate     for training: differentiable, masked norms by power iteration (Local-Lip-B)
+    local_lipschitz    guaranteed, on a ball: bounds every generalised gradient
+    local_radius       guaranteed certified radii: bounds how far a margin can fall from its value
+                       at the image, which is less; what ``certify(..., local=True)`` uses
+
+The guaranteed ones follow a margin backward through the layers with slopes that hold at the image,
+and pay for the activations that may leave their piece in the ball. Which ones may, is known from
+the ball that each layer's values stay in; its radius is a product of proven norms. They need no
+training of a special kind and never exceed the global bound.
+"""
+
+import copy
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .bounds import _adjoint, _apply, head_rows, is_linear
-from .layers import ClampedMaxMin, MaxMin
+from .bounds import (
+    U,
+    _adjoint,
+    _apply,
+    _scaled_norm,
+    gamma,
+    head_rows,
+    is_linear,
+    layer_inputs,
+    lipschitz_matrix,
+    operator_norm,
+)
+from .layers import ClampedMaxMin, MaxMin, freeze
+from .progress import progress_bar
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
+RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
+TINY = 1e-300
+STEPS = 10  # of the search for the multiplier of a knapsack: more changes nothing visible
+BATCH = 50  # images whose activations are held at a time, and rows followed backward at a time
+ROUNDED = 1 + 1e-9  # more than the roundings of sums of up to a million terms, a few in a row
 
 # ------------------------------------------------------------------------------------ training
 
@@ -153,3 +185,399 @@ def _masked_norm(layer, v, inputs, outputs, iterations):
 def _unit(v):
     norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
     return v / torch.where(norm > 0, norm, 1).view(-1, *[1] * (v.ndim - 1))
+
+
+# --------------------------------------------------------------------------------- certification
+
+
+def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
+    """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
+    epsilon > 0 around an image, never above the global bound. float64, on the CPU.
+
+    model: as in `cll.lipschitz_matrix`, with model(x) = head(body((x - input_mean) / input_std)).
+    images: (N, *input_shape), uint8 or float in [0, 1]. K: the global bound; None computes it.
+    pairs: (M, 3) int64, rows (n, i, j): image, class, class; None for all.
+
+    Returns (M,), or without `pairs` (N, C, C), symmetric with zero diagonal.
+
+    Proof. m = f_i - f_j is piecewise linear above the last layer of an unknown kind (all but
+    Conv2d, Linear, MaxMin, ClampedMaxMin, ReLU and reshapes), and its Lipschitz constant on a
+    convex set is the largest norm of its gradient there. Every activation is linear but for terms
+    +-k_i |u_i|, coordinates u_i of an orthonormal system, its folds:
+
+        max, min of a and b    (a + b) / 2 +- |u| / sqrt(2),   u = (a - b) / sqrt(2)
+        min, max of z and h    (z + h) / 2 -+ |u| / 2,         u = z - h  (ReLU: h = 0)
+
+    Backward through the layers a gradient is c + e with a common vector c and ||e|| <= r.
+    Through W, c becomes W^T c and r at most ||W|| r; for an error in directions a - b alone, the
+    norm of the rows (w_a - w_b) / sqrt(2) counts. Through a fold with coefficient k_i, c takes the
+    slope t_i sign(u_i(image)), 0 <= t_i <= 1. The gradient has the slope sign(u_i), so the error is
+    (1 - t_i) |k_i|, or (1 + t_i) |k_i| where u_i has changed sign. For that it must move by
+    tau_i = |u_i(image)|: possible only if tau_i <= beta_i, the distance times the length of its
+    row, and together the changed ones have sum tau_i^2 <= B^2, B the radius of the ball that holds
+    the vector u. This knapsack has, for every lambda >= 0, at most the value
+
+        E^2 = lambda B^2 + sum_i max((1 - t_i)^2 k_i^2, (1 + t_i)^2 k_i^2 - lambda tau_i^2),
+
+    smallest for t_i = min(1, lambda tau_i^2 / (4 k_i^2)). Older errors do not grow, slopes being in
+    [-1, 1], so r becomes r + E. At every depth ||c|| + r times the Lipschitz constant of all below
+    is a bound, and the smallest counts. (Where u_i = 0 on an open set, its slope is free: any value
+    gives the gradient.) For epsilon -> 0 the bound becomes the norm of the gradient if no fold is
+    at its edge.
+    """
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
+    images = torch.as_tensor(images)
+    exact, layers = _exact(model)
+    rows = head_rows(exact.head)
+    K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
+    N, C = len(images), len(rows)
+    every = pairs is None
+    if every:
+        i, j = torch.triu_indices(C, C, 1)
+        n = torch.arange(N).repeat_interleave(len(i))
+        pairs = torch.stack([n, i.repeat(N), j.repeat(N)], 1)
+    n, i, j = torch.as_tensor(pairs).unbind(1)
+    bound = K[i, j]
+    with torch.inference_mode():
+        for first in range(0, N, BATCH):
+            chosen = ((n >= first) & (n < first + BATCH)).nonzero()[:, 0]
+            state = _forward(exact, layers, images[first : first + BATCH])
+            v = rows[i[chosen]] - rows[j[chosen]]
+            local, _ = _backward(exact, layers, state, n[chosen] - first, v, epsilon, _tilt)
+            bound[chosen] = torch.minimum(bound[chosen], local)
+    if not every:
+        return bound
+    matrix = torch.zeros(N, C, C, dtype=torch.float64)
+    matrix[n, i, j] = matrix[n, j, i] = bound
+    return matrix
+
+
+def local_radius(model, images, logits, radius, radii, K=None, progress=False):
+    """Certified radii (N,), float64: `radius`, raised where local bounds prove more.
+
+    model, images: as in `local_lipschitz`; logits: (N, C) in float64 as from
+    certify.predict_logits; radius: (N,) certified with the global bound K; radii: the distances rho
+    at which local bounds are tried, in input units; K None computes it.
+
+    For the prediction y and the margin m_j = f_y - f_j, `_backward` proves numbers K_j and E_j with
+        m_j(x) >= m_j(image) - E_j - K_j ||x - image||   for ||x - image|| <= rho,
+    E_j the rounding of this computation, the logits included. So the prediction holds within
+    min(rho, min_j (m_j - E_j) / K_j); and where m_j - E_j > rho K_j for all j, the global bound
+    goes on from the edge of the ball, up to min_j rho + (m_j - E_j - rho K_j) / K_yj > rho. The
+    largest radius of all counts. A NaN in a logit or bound proves nothing.
+
+    Proof. Read the proof in `local_lipschitz` up to c. Now only a fall of m_j costs, and only from
+    its value at the image. Fold i contributes k_i (|u_i + d| - |u_i|) when u_i moves by d. For
+    k_i >= 0 that is at least k_i sign(u_i) d, by convexity: linear, with slope t_i = 1, free of
+    charge. For k_i < 0 it is k_i t_i sign(u_i) d - |k_i| g(d) with g(d) = |tau_i + d| - tau_i -
+    t_i d, d now counted away from the edge: g = (1 - t_i) d for d >= -tau_i and
+    (1 + t_i) |d| - 2 tau_i below. With ||d|| <= B, for every lambda > 0,
+
+        sum_i |k_i| g(d_i) <= lambda B^2 + sum_i max_d (|k_i| g(d) - lambda d^2)
+                           <= lambda B^2 + sum_i (1 - t_i)^2 k_i^2 / (4 lambda)
+
+    for t_i = min(1, 2 lambda tau_i / |k_i|), which makes the two pieces' maxima equal; t_i = 1 and
+    no charge where tau_i > beta_i. The linear parts add up to c . (x - image) at the input, exactly
+    and without a norm in between; stopping at a depth, ||c|| times the radius of the ball there is
+    a bound too, and the smallest counts. The charge is divided by rho and enters K_j: within a
+    smaller ball it falls at least in proportion, because g(a d) <= a g(d) for 0 <= a <= 1.
+    """
+    exact, layers = _exact(model)
+    rows = head_rows(exact.head)
+    K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
+    images = torch.as_tensor(images)
+    logits, radius = logits.to("cpu", torch.float64), torch.as_tensor(radius).clone()
+    batches = range(0, len(images), BATCH)
+    with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
+        for first in batches:
+            part = slice(first, first + BATCH)
+            f = logits[part]
+            y = f.argmax(dim=1)
+            margin = f.gather(1, y[:, None]) - f  # (n, C)
+            is_y = y[:, None] == torch.arange(f.shape[1])
+            top = K[y].masked_fill(is_y, 0)
+            state = None
+            failed = ~((margin > 0) | is_y).all(dim=1) | ~f.isfinite().all(dim=1)
+            for rho in sorted(float(r) for r in radii if r > 0):
+                pending = ~failed & (radius[part] <= rho)
+                if not pending.any():
+                    continue
+                if state is None:
+                    state = _forward(exact, layers, images[part], f)
+                local, lost = top.clone(), torch.zeros_like(top)
+                ratio = torch.where(is_y, math.inf, margin / top)
+                nearest = ratio.argmin(dim=1)[:, None] == torch.arange(f.shape[1])
+                # the nearest class first: where it fails, the others need no work
+                for asked in (nearest, ~nearest & (ratio <= rho)):
+                    n, j = (asked & pending[:, None] & ~is_y).nonzero().unbind(1)
+                    v = rows[y[n]] - rows[j]
+                    bound, E = _backward(exact, layers, state, n, v, rho, _fall)
+                    local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
+                    left = margin - lost - rho * local
+                    pending = pending & ((left > 0) | is_y).all(dim=1)
+                tried = ~failed & (radius[part] <= rho)
+                within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
+                beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
+                found = torch.where(pending, beyond, within.clamp(max=rho))
+                better = tried & (found > radius[part])  # never where found is NaN
+                radius[part] = torch.where(better, found, radius[part])
+                failed = failed | (tried & ~pending)
+            bar.update()
+    return radius
+
+
+# -------------------------------------------------------------------------------- forward, backward
+
+
+class _Layer(NamedTuple):
+    """What is known about a layer beforehand. norm: its guaranteed Lipschitz constant. Of a Conv2d
+    or Linear also `rows`, the lengths of its rows per output channel (at borders they are shorter),
+    of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels 2i, 2i + 1
+    make no pairs; and `rounding`, such that A x and A^T y as computed are off by at most
+    rounding ||x|| and rounding ||y||: gamma(terms) || |A| ||, and || |A| || is at most the
+    geometric mean of the largest absolute row and column sums."""
+
+    layer: nn.Module
+    shape: tuple
+    norm: float
+    rows: Tensor | None = None
+    pair_norm: float | None = None
+    pair_rows: Tensor | None = None
+    rounding: float = 0.0
+    terms: int = 0
+
+
+def _exact(model):
+    """A float64 copy on the CPU in evaluation mode, and its layers, a list of _Layer."""
+    model = freeze(copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False))
+    layers = []
+    for _, layer, shape in layer_inputs(model.body, model.input_shape):
+        norm = operator_norm(layer, shape)
+        if not (type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1):
+            layers.append(_Layer(layer, shape, norm))
+            continue
+        W = layer.weight
+        sums = [W.abs().sum(tuple(range(1, W.ndim))), W.abs().sum((0, *range(2, W.ndim)))]
+        terms = max(W[0].numel(), W.numel() // W.shape[1]) + 4
+        rounding = gamma(terms) * math.sqrt(math.prod(t.max().item() for t in sums)) * ROUNDED
+        known = {"rows": _row_norms(W, len(shape) + 1) * ROUNDED, "rounding": rounding}
+        known["terms"] = terms
+        if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
+            half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
+            both = torch.stack([half, -half], 1).flatten(0, 1)
+            known["pair_norm"] = _scaled_norm(layer, both, shape, "guaranteed") * ROUNDED
+            known["pair_rows"] = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
+        layers.append(_Layer(layer, shape, norm, **known))
+    return model, layers
+
+
+class _State(NamedTuple):
+    """Of a batch of images: `folds`, per layer a list of (|u|, sign of u), (N, folds) in the shape
+    of the layer; `errors`, per layer input (N,): how far its computed value may be from the exact
+    one; `head_error` (N,), of the computed margins."""
+
+    folds: list
+    errors: list
+    head_error: Tensor
+
+
+def _forward(model, layers, images, logits=None):
+    """The _State of a batch. Errors add up from layer to layer; a layer of unknown kind is taken to
+    compute its output to a relative 1e-12. logits: the model's, to compare with."""
+    x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    channels = (-1,) + (1,) * (x.ndim - 2)
+    std, mean = (
+        torch.as_tensor(getattr(model, name, default), dtype=torch.float64).reshape(channels)
+        for name, default in (("input_std", 1.0), ("input_mean", 0.0))
+    )
+    h = (x - mean) / std
+    error = 4 * U * ((x.abs() + mean.abs()) / std).flatten(1).norm(dim=1)
+    folds, errors = [], [error]
+    for step in layers:
+        z = h
+        h = step.layer(z)
+        folds.append(_folds(step.layer, z))
+        if step.rows is not None:
+            error = step.norm * error + step.rounding * z.flatten(1).norm(dim=1)
+            if step.layer.bias is not None:
+                length = step.layer.bias.norm() * math.sqrt(h[0, 0].numel())
+                error = error + gamma(step.terms) * length
+        elif folds[-1] is None and not isinstance(step.layer, RESHAPES):
+            error = step.norm * error + 1e-12 * h.flatten(1).norm(dim=1)
+        errors.append(error * ROUNDED)
+    rows, bias = head_rows(model.head), getattr(model.head, "bias", None)
+    size = rows.norm(dim=1).max() * h.flatten(1).norm(dim=1)
+    if bias is not None:
+        size = size + bias.abs().max()
+    head_error = 4 * gamma(rows.shape[1] + 8) * size
+    own = model.head(h)
+    if logits is None:
+        logits = model(x)
+    close = (own - logits).abs().amax(dim=1) <= 1e-7 * size
+    if not (close | ~logits.isfinite().all(dim=1)).all():
+        raise ValueError(
+            "local bounds need model(x) = head(body((x - input_mean) / input_std)), and the logits "
+            "given are not these: give the model the attributes input_mean and input_std"
+        )
+    return _State(folds, errors, head_error)
+
+
+def _folds(layer, z):
+    """[(|u|, sign of u), ...] of an activation at z in forward order; None for other layers."""
+    if type(layer) not in ACTIVATIONS:
+        return None
+    if type(layer) is nn.ReLU:
+        stages = [z]
+    else:
+        a, b = z.unflatten(1, (-1, 2)).unbind(2)
+        stages = [(a - b) / math.sqrt(2)]
+        if type(layer) is ClampedMaxMin:
+            high, low = torch.maximum(a, b) - layer.high, torch.minimum(a, b) - layer.low
+            stages.append(torch.cat([high, low], 1))
+    return [(u.abs() / ROUNDED, torch.where(u >= 0, 1.0, -1.0).double()) for u in stages]
+
+
+def _backward(model, layers, state, index, v, rho, rule):
+    """(K (M,), E (M,)) of the margins with rows v (M, features) at images index (M,) of the batch.
+
+    rule _tilt: K bounds the Lipschitz constant on the ball of radius rho, E is of no use.
+    rule _fall: m(x) >= m(image) - E - K ||x - image|| in the ball, m(image) the computed margin.
+    """
+    parts = zip(index.split(BATCH), v.split(BATCH), strict=True)
+    found = [_follow(model, layers, state, n, c, rho, rule) for n, c in parts]
+    return tuple(map(torch.cat, zip(*found, strict=True))) if found else (v.new_empty(0),) * 2
+
+
+def _follow(model, layers, state, n, c, rho, rule):
+    """`_backward` of one part. Lengths are in units of rho: gain[i] is the radius of the ball of
+    layer i's inputs. charge: of _fall the sum of the charges; of _tilt r, with pair_charge its part
+    in directions a - b. The rounding of c itself is charged too. E collects what the error of the
+    computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
+    tilt = rule is _tilt
+    std = torch.as_tensor(model.input_std, dtype=torch.float64).reshape(-1)
+    gain = [ROUNDED / std.min().item()]
+    for step in layers:
+        gain.append(gain[-1] * step.norm * ROUNDED)
+    errors = [e[n] for e in state.errors]
+    size = c.norm(dim=1)
+    charge = 8 * U * size * (1 if tilt else gain[-1])
+    pair_charge = torch.zeros_like(charge)
+    bound, E, depth = (charge + size) * max(1, gain[-1]), state.head_error[n], len(layers)
+    while depth and _is_known(layers[depth - 1]):
+        depth -= 1
+        step = layers[depth]
+        E = E + 5 * size * torch.maximum(errors[depth], errors[depth + 1])
+        rounded = 8 * U * size
+        if step.rows is not None:
+            if tilt:
+                charge = charge * step.norm + pair_charge * (step.pair_norm or 0)
+                pair_charge = torch.zeros_like(charge)
+            rounded = step.rounding * size
+            c = _adjoint(step.layer, step.layer.weight, c, step.shape)
+        elif state.folds[depth]:
+            below = layers[depth - 1] if depth else None
+            for stage in reversed(range(len(state.folds[depth]))):
+                tau, side = (t[n] for t in state.folds[depth][stage])
+                pairs = stage == 0 and type(step.layer) is not nn.ReLU
+                ball, reach = _reach(below, step.layer, pairs, gain[depth - 1], gain[depth], c.ndim)
+                ball = torch.full_like(charge, ball)
+                if tilt:  # the computed u may be off
+                    ball = ball + errors[depth] / rho
+                    reach = reach + (errors[depth] / rho).view(-1, *[1] * (c.ndim - 1))
+                k = _coefficients(step.layer, pairs, c)
+                t, cost = rule(k, tau / rho, reach, ball)
+                slope = k * t * side
+                if pairs:
+                    mean, slope = sum(c.chunk(2, 1)) / 2, slope / math.sqrt(2)
+                    c = torch.stack([mean + slope, mean - slope], 2).flatten(1, 2)
+                else:
+                    c = c / 2 + slope
+                if tilt and pairs and below is not None and below.pair_norm is not None:
+                    pair_charge = pair_charge + cost
+                else:
+                    charge = charge + cost
+        else:
+            c = c.reshape(-1, *step.shape)
+        charge = charge + rounded * (1 if tilt else gain[depth])
+        size = c.flatten(1).norm(dim=1)
+        total = (size + charge + pair_charge) * gain[depth] if tilt else charge + size * gain[depth]
+        bound = torch.minimum(bound, total)
+    E = E + size * errors[depth]
+    if depth == 0:  # the gradient in the un-normalised input
+        size = (c / std.view(-1, *[1] * (c.ndim - 2))).flatten(1).norm(dim=1)
+        bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
+    return bound * ROUNDED, E * ROUNDED
+
+
+def _is_known(step):
+    return step.rows is not None or type(step.layer) in (*ACTIVATIONS, *RESHAPES)
+
+
+def _reach(below, layer, pairs, gain_below, gain, ndim):
+    """(ball, reach): radius of the ball that holds the vector u of a fold, and how far each u_i may
+    move, a tensor that broadcasts to u, in units of rho."""
+    if below is None or below.rows is None:
+        return gain, torch.tensor(gain).double()
+    if pairs:
+        if below.pair_norm is None:
+            return gain, torch.tensor(gain).double()
+        return below.pair_norm * gain_below, below.pair_rows * gain_below
+    if type(layer) is nn.ReLU:
+        return gain, below.rows * gain_below
+    largest = below.rows.unflatten(1, (-1, 2)).amax(2)
+    return gain, torch.cat([largest, largest], 1) * gain_below
+
+
+def _coefficients(layer, pairs, c):
+    """k of the folds, from the gradient c in the layer's outputs."""
+    if type(layer) is nn.ReLU:
+        return c / 2
+    first, second = c.chunk(2, 1)
+    return (first - second) / math.sqrt(2) if pairs else torch.cat([-first, second], 1) / 2
+
+
+def _fall(k, tau, reach, ball):
+    """(slopes t, charge (M,)) of the folds of one layer, see `local_radius`. k, tau: (M, ...).
+
+    With q = 1 / (2 lambda): t = min(1, tau / (q |k|)). The best q solves
+    sum (q^2 k^2 - tau^2)_+ = B^2; Newton's iteration in q^2 from above falls towards it and any q
+    on the way is valid.
+    """
+    shape = k.shape
+    k = torch.where((k < 0) & (tau <= reach), -k, 0).flatten(1)
+    tau, square = tau.flatten(1), k.square().flatten(1)
+    tau_square = tau.square()
+    q_square = torch.full_like(ball, math.inf)
+    for _ in range(STEPS):
+        active = (q_square[:, None] * square > tau_square).double()
+        below = (square * active).sum(1)
+        q_square = (ball.square() + (tau_square * active).sum(1)) / below.clamp_min(TINY)
+    q = q_square.sqrt()
+    missing = (1 - tau / (q[:, None] * k).clamp_min(TINY)).clamp_min(0)  # 1 - t
+    missing = torch.where(k > 0, missing, 0)
+    active_square = square * (missing > 0)
+    # the last term: rounding of the two maxima that t makes equal
+    charge = (missing.square() * square).sum(1) + 64 * U * active_square.sum(1)
+    charge = torch.where(square.sum(1) > 0, ball.square() / (2 * q) + q / 2 * charge, 0)
+    return (1 - missing).view(shape), charge
+
+
+def _tilt(k, tau, reach, ball):
+    """(slopes t, charge E (M,)) of the folds of one layer, see `local_lipschitz`. lambda by
+    bisection: at the best one, sum tau^2 / 2 (1 - lambda tau^2 / (4 k^2))_+ = B^2."""
+    shape = k.shape
+    square = torch.where(tau <= reach, k.square(), 0).flatten(1)
+    tau_square = tau.square().flatten(1)
+    total = square.sum(1)
+    high = total / ball.square().clamp_min(TINY)  # there, lambda B^2 is the charge of lambda = 0
+    low = high * 1e-12
+    for _ in range(2 * STEPS):
+        middle = (low * high).sqrt()
+        missing = (1 - middle[:, None] * tau_square / (4 * square).clamp_min(TINY)).clamp_min(0)
+        larger = (tau_square / 2 * missing * (square > 0)).sum(1) > ball.square()
+        low, high = torch.where(larger, middle, low), torch.where(larger, high, middle)
+    missing = (1 - low[:, None] * tau_square / (4 * square).clamp_min(TINY)).clamp_min(0)
+    missing = torch.where(square > 0, missing, 0)  # 1 - t
+    charge = low * ball.square() + (missing.square() * square).sum(1) + 64 * U * total
+    return (1 - missing).view(shape), charge.sqrt()

@@ -1,0 +1,527 @@
+"""Local bounds: never below what a gradient, a neighbour or an attack shows, never above global."""
+
+import importlib
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call, vmap
+
+from cll.architectures import LipschitzNet, build
+from cll.bounds import lipschitz_matrix, operator_norm, register
+from cll.certify import RADII, certified_radius, certify, pgd_attack, predict_logits
+from cll.layers import ClampedMaxMin, CPLConv2d, MaxMin
+from cll.local import (
+    _backward,
+    _exact,
+    _fall,
+    _forward,
+    _tilt,
+    local_estimate,
+    local_lipschitz,
+    local_radius,
+)
+
+local = importlib.import_module("cll.local")
+KINDS = ("MaxMin", "ClampedMaxMin", "ReLU")
+
+
+def activation(kind, shape):
+    if kind == "ClampedMaxMin":
+        layer = ClampedMaxMin(shape)
+        with torch.no_grad():  # thresholds that some activations reach and others do not
+            layer.high.uniform_(-0.2, 1.5)
+            layer.low.uniform_(-1.5, 0.2)
+        return layer
+    return {"MaxMin": MaxMin, "ReLU": nn.ReLU}[kind]()
+
+
+def spread(net):
+    """Weights and biases larger than PyTorch's, so that gradients change from place to place."""
+    with torch.no_grad():
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.weight.mul_(2)
+                layer.bias.mul_(2)
+    return net.eval()
+
+
+def dense(kind="MaxMin", seed=0, widths=(3, 12, 16, 8), classes=4):
+    torch.manual_seed(seed)
+    layers = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), activation(kind, (b,))]
+    body = nn.Sequential(*layers)
+    return spread(LipschitzNet(body, nn.Linear(widths[-1], classes), (widths[0],)))
+
+
+def conv(kind="MaxMin", seed=0, size=(7, 6), bottom=()):
+    torch.manual_seed(seed)
+    h, w = size
+    layers = [*bottom, nn.Conv2d(2, 6, 3, 1, 1), activation(kind, (6, h, w))]
+    k, s, p = [(3, 2, 1), (4, 2, 1), (3, 3, 0), (2, 1, 1)][seed % 4]
+    h, w = ((n + 2 * p - k) // s + 1 for n in size)
+    layers += [nn.Conv2d(6, 8, k, s, p), activation(kind, (8, h, w)), nn.Flatten()]
+    layers += [nn.Linear(8 * h * w, 10), activation(kind, (10,))]
+    net = LipschitzNet(nn.Sequential(*layers), nn.Linear(10, 3), (2, *size), (0.5, 0.8), (0.4, 0.6))
+    return spread(net)
+
+
+def images_of(net, N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(N, *net.input_shape, generator=generator, dtype=torch.float64)
+
+
+def in_ball(x, rho, count, seed=0):
+    """(count, N, *shape): points at most rho from each image, half of them on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(count, *x.shape, generator=generator, dtype=torch.float64)
+    share = torch.rand(count, len(x), generator=generator, dtype=torch.float64)
+    share[: count // 2] = 1
+    length = d.flatten(2).norm(dim=2) / (rho * (1 - 1e-9) * share)
+    return x + d / length.view(count, len(x), *[1] * (x.ndim - 1))
+
+
+def gradients(net, x):
+    """(N, C, features) of the logits, float64."""
+    x = x.clone().requires_grad_()
+    f = net(x)
+    rows = [torch.autograd.grad(f[:, c].sum(), x, retain_graph=True)[0] for c in range(f.shape[1])]
+    return torch.stack(rows, 1).flatten(2)
+
+
+def gradient_norms(net, x):
+    """Norms of the gradients of all f_i - f_j: (N, C, C)."""
+    g = gradients(net, x)
+    return (g[:, :, None] - g[:, None]).norm(dim=3)
+
+
+def climbed(net, x, start, rho, sign, steps=12):
+    """Points of the ball where the margins of class 0 against all others were followed up or down
+    from `start`: gradients change most along such paths. All points of the paths."""
+    points, y = [], start.clone()
+    for _ in range(steps):
+        g = gradients(net, y)
+        direction = (sign * (g[:, 0] - g[:, 1:].mean(dim=1))).view_as(y)
+        y = y + rho / 4 * direction / direction.flatten(1).norm(dim=1).view(-1, *[1] * (y.ndim - 1))
+        d = (y - x).flatten(1).norm(dim=1).view(-1, *[1] * (y.ndim - 1))
+        y = x + (y - x) * (rho * (1 - 1e-9) / d).clamp(max=1)
+        points.append(y)
+    return torch.stack(points)
+
+
+# ------------------------------------------------------------------------------------- soundness
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-3, 0.02, 0.1, 0.3, 1.0, 5.0]),
+    st.sampled_from([None, (7, 6), (5, 5), (8, 3)]),
+)
+def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size):
+    net = dense(kind, seed) if size is None else conv(kind, seed, size)
+    exact, x = net.double(), images_of(net, 4, seed)
+    bound = local_lipschitz(exact, x, rho)
+    assert (bound <= lipschitz_matrix(exact)).all()
+    points = in_ball(x, rho, 20, seed)
+    paths = [climbed(exact, x, points[i], rho, sign) for i in (0, 1) for sign in (1, -1)]
+    y = torch.cat([x[None], points, *paths])
+    norms = gradient_norms(exact, y.flatten(0, 1)).view(len(y), *bound.shape)
+    assert (norms <= bound * (1 + 1e-12)).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-3, 0.02, 0.1, 0.3, 1.0, 5.0]),
+    st.sampled_from([None, (7, 6), (5, 5), (8, 3)]),
+)
+def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
+    net = dense(kind, seed) if size is None else conv(kind, seed, size)
+    exact, x = net.double(), images_of(net, 4, seed)
+    copy, layers = _exact(exact)
+    with torch.no_grad():
+        f = exact(x)
+    for i, j in itertools.permutations(range(f.shape[1]), 2):
+        with torch.no_grad():
+            state = _forward(copy, layers, x, f)
+            v = (copy.head.weight[i] - copy.head.weight[j]).expand(4, -1)
+            K, E = _backward(copy, layers, state, torch.arange(4), v, rho, _fall)
+        assert (E < 1e-9).all()
+        y = in_ball(x, rho, 4, seed)
+        x_all, y = x.repeat(4, *[1] * (x.ndim - 1)), y.flatten(0, 1)
+        expand = (-1,) + (1,) * (x.ndim - 1)
+        for _ in range(15):  # descend on the margin within the ball
+            y = y.detach().requires_grad_()
+            logits = exact(y)
+            margin = logits[:, i] - logits[:, j]
+            (g,) = torch.autograd.grad(margin.sum(), y)
+            distance = (y.detach() - x_all).flatten(1).norm(dim=1)
+            drop = (f[:, i] - f[:, j]).repeat(4) - margin.detach()
+            assert (drop <= E.repeat(4) + K.repeat(4) * distance * (1 + 1e-12)).all()
+            length = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(expand)
+            y = y.detach() - rho / 4 * g / length
+            d = (y - x_all).flatten(1).norm(dim=1).view(expand)
+            y = x_all + (y - x_all) * (rho * (1 - 1e-9) / d).clamp(max=1)
+
+
+@pytest.mark.parametrize("rule", [_fall, _tilt])
+def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
+    """And not far above: what the layers' bounds are made of."""
+    generator = torch.Generator().manual_seed(0)
+    excess = []
+    for case in range(60 if rule is _fall else 200):
+        P = 6
+        k = torch.randn(1, P, generator=generator).double()
+        tau = torch.rand(1, P, generator=generator).double() * (3 if case % 2 else 0.5)
+        ball = 0.05 + 2 * torch.rand(1, generator=generator).double()
+        reach = (ball * (0.3 + torch.rand(1, P, generator=generator).double())).minimum(ball)
+        t, charge = rule(k, tau, reach, ball)
+        assert ((t >= 0) & (t <= 1)).all()
+        best = 0.0
+        if rule is _tilt:  # which folds change sign: all subsets that fit
+            for changed in itertools.product([False, True], repeat=P):
+                changed = torch.tensor(changed)
+                if (tau[0, changed] <= reach[0, changed]).all():
+                    if tau[0, changed].norm() <= ball:
+                        gap = torch.where(changed, 1 + t[0], 1 - t[0]) * k[0]
+                        best = max(best, gap.norm().item())
+        else:  # moves d with |d_i| <= reach_i, ||d|| <= ball, by ascent from random points
+            d = torch.randn(400, P, generator=generator).double()
+            for step in range(150):
+                d = d * (ball / d.norm(dim=1, keepdim=True)).clamp(max=1)
+                d = torch.minimum(torch.maximum(d, -reach), reach).requires_grad_()
+                moved = k * ((tau + d).abs() - tau - t * d)
+                worst = -moved.sum(1)
+                best = max(best, worst.max().item())
+                (g,) = torch.autograd.grad(worst.sum(), d)
+                d = d.detach() + 0.2 * 0.97**step * g / g.norm(dim=1, keepdim=True).clamp_min(1e-9)
+        assert charge.item() >= best * (1 - 1e-12) - 1e-14
+        excess.append(charge.item() - best)
+    assert sum(excess) / len(excess) < 0.5
+
+
+def test_a_layer_of_unknown_kind_ends_the_backward_pass_and_not_the_proof():
+    pooled = conv(bottom=[nn.AvgPool2d(3, 1, 1)])
+    residual = conv("ReLU", seed=1, bottom=[CPLConv2d((2, 7, 6), 3)])
+    for net in (pooled, residual.settle()):
+        exact, x = net.double(), images_of(net, 4)
+        K = lipschitz_matrix(exact)
+        bound = local_lipschitz(exact, x, 0.01)
+        assert (bound <= K).all()
+        assert bound.sum() < 0.95 * len(x) * K.sum()  # what is above the unknown layer still helps
+        for y in in_ball(x, 0.01, 30):
+            assert (gradient_norms(exact, y) <= bound).all()
+
+
+def test_a_registered_subclass_is_not_taken_for_its_parent():
+    class Doubled(nn.ReLU):
+        def forward(self, x):
+            return 2 * x.relu()
+
+    @register(Doubled)
+    def _(layer, input_shape, method):
+        return 2.0
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 8), Doubled(), nn.Linear(8, 8), nn.ReLU())
+    net = LipschitzNet(body, nn.Linear(8, 3), (3,)).double()
+    x = images_of(net, 5)
+    assert (local_lipschitz(net, x, 1e-3) >= gradient_norms(net, x)).all()
+
+
+def test_a_model_that_does_something_else_before_its_body_is_refused():
+    class Shifted(LipschitzNet):
+        def forward(self, x):
+            return super().forward(x + 0.1)
+
+    torch.manual_seed(0)
+    net = Shifted(nn.Sequential(nn.Linear(3, 8), MaxMin()), nn.Linear(8, 3), (3,))
+    with pytest.raises(ValueError, match="input_mean"):
+        local_lipschitz(net, torch.randn(5, 3), 0.1)
+    x = torch.randn(5, 3)
+    logits = predict_logits(net, x)
+    with pytest.raises(ValueError, match="input_mean"):
+        local_radius(net, x, logits, torch.zeros(5), [0.1])
+
+
+# ------------------------------------------------------------------------------------- tightness
+
+
+@pytest.mark.parametrize("net", [dense("MaxMin"), conv("MaxMin"), conv("ReLU", 1)])
+def test_on_a_vanishing_ball_the_bound_is_the_gradient(net):
+    exact, x = net.double(), images_of(net, 6)
+    g, bound = gradient_norms(exact, x), local_lipschitz(exact, x, 1e-9)
+    torch.testing.assert_close(bound, g, rtol=1e-5, atol=1e-9)
+
+
+def test_the_bound_grows_with_the_ball_up_to_the_global_one():
+    net = conv().double()
+    x, K = images_of(net, 6), lipschitz_matrix(net)
+    bounds = [local_lipschitz(net, x, rho) for rho in (1e-3, 1e-2, 0.1, 1.0, 1e3)]
+    for small, large in itertools.pairwise(bounds):
+        assert (small <= large * (1 + 1e-6)).all()
+    assert (bounds[0].sum() < 0.7 * K.sum() * 6) and torch.equal(bounds[-1], K.expand(6, 3, 3))
+
+
+def test_pairs_are_rows_of_the_whole():
+    net = conv().double()
+    x = images_of(net, 60)  # more than one batch
+    every = local_lipschitz(net, x, 0.05)
+    pairs = torch.tensor([[59, 2, 0], [3, 0, 1], [3, 1, 0], [0, 1, 2]])
+    some = local_lipschitz(net, x, 0.05, pairs)
+    torch.testing.assert_close(some, every[tuple(pairs.T)], rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="epsilon"):
+        local_lipschitz(net, x, 0.0)
+
+
+# ------------------------------------------------------------------------------------ certificates
+
+
+def certified(net, N=120, radii=(0.02, 0.05, 0.1, 0.2), seed=0):
+    x = images_of(net, N, seed)
+    logits = predict_logits(net, x)
+    table = certify(net, (x, logits.argmax(dim=1)), radii, local=True)
+    return x, table, torch.tensor(table["radius_local"].to_list(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [dense, conv])
+def test_no_attack_breaks_a_local_certificate(make, kind):
+    net = make(kind, seed=3)
+    x, table, radius = certified(net)
+    summary = table.attrs["summary"]
+    assert (table["radius_local"] >= table["radius"]).all()
+    assert (table["radius_local"] > 1.02 * table["radius"]).mean() > 0.3  # the bounds do something
+    for rho, cra in summary["cra_local"].items():
+        assert cra >= summary["cra"][rho]
+        assert cra == (table["radius_local"] > rho).mean()
+    _, broken = pgd_attack(net, x, None, radius, steps=30, restarts=3)
+    assert not broken.any()
+    _, broken = pgd_attack(net, x, None, 20 * radius, steps=30, restarts=3)
+    assert broken.any()  # the attack is able to
+
+
+def test_wrong_predictions_keep_their_radius():
+    net = dense(seed=3)
+    x = images_of(net, 40)
+    y = predict_logits(net, x).argmax(dim=1)
+    wrong = torch.where(torch.arange(40) % 2 == 0, y, (y + 1) % 4)
+    table = certify(net, (x, wrong), (0.05, 0.1), local=True)
+    assert (table["radius_local"] == table["radius"])[1::2].all()
+    assert (table["radius_local"] > table["radius"])[0::2].any()
+
+
+def test_linear_models_have_nothing_to_gain():
+    torch.manual_seed(0)
+    net = LipschitzNet(nn.Sequential(), nn.Linear(5, 4), (5,))
+    x = torch.randn(30, 5, dtype=torch.float64)
+    logits = predict_logits(net, x)
+    K = lipschitz_matrix(net)
+    radius = certified_radius(logits, K)
+    raised = local_radius(net, x, logits, radius, RADII, K)
+    torch.testing.assert_close(raised, radius, rtol=1e-8, atol=1e-10)
+
+
+def test_nan_certifies_nothing():
+    net = dense(seed=3)
+    x = images_of(net, 20)
+    logits, K = predict_logits(net, x), lipschitz_matrix(net)
+    radius = certified_radius(logits, K)
+    holes = logits.clone()
+    holes[::2, 1] = math.nan
+    lost = certified_radius(holes, K)
+    raised = local_radius(net, x, holes, lost, (0.01, 0.1), K)
+    assert (raised[::2] == 0).all() and (raised[1::2] > lost[1::2]).any()
+    no_bound = torch.full_like(K, math.nan)
+    nothing = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), no_bound)
+    assert (nothing == 0).all()
+    one = K.clone()
+    one[:, 2] = math.nan
+    y = logits.argmax(dim=1)
+    raised = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), one)
+    assert (raised[y != 2] == 0).all() and (radius[y != 2] > 0).all()
+
+
+def test_a_bound_that_came_out_nan_certifies_nothing(monkeypatch):
+    def poisoned(k, tau, reach, ball):
+        t, charge = _fall(k, tau, reach, ball)
+        return t, charge * math.nan
+
+    net = dense(seed=3)
+    x = images_of(net, 20)
+    logits, K = predict_logits(net, x), lipschitz_matrix(net)
+    monkeypatch.setattr(local, "_fall", poisoned)
+    raised = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), K)
+    ratio = certified_radius(logits, K)
+    # beyond the radius of the global bound nothing is certified; classes it decides need no other
+    assert ((raised == 0) | (ratio >= 0.01)).all()
+
+
+def test_ties_stay_at_zero():
+    net = dense()
+    with torch.no_grad():
+        net.head.weight[1] = net.head.weight[0]
+        net.head.bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
+    x = images_of(net, 20)
+    logits, K = predict_logits(net, x), lipschitz_matrix(net)
+    radius = certified_radius(logits, K)
+    tied = logits[:, 0] == logits[:, 1]
+    assert tied.any() and (radius[tied] == 0).all()
+    assert (local_radius(net, x, logits, radius, (0.01, 0.1), K)[tied] == 0).all()
+
+
+def test_local_bounds_with_the_power_method_are_refused():
+    net = dense()
+    with pytest.raises(ValueError, match="guaranteed"):
+        certify(net, (images_of(net, 3), torch.zeros(3).long()), method="power", local=True)
+
+
+# ---------------------------------------------------------------------------- training estimate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimate_is_the_global_one_where_nothing_is_constant(kind):
+    net = dense("MaxMin" if kind == "MaxMin" else kind)
+    for _ in range(50):
+        K = net.lipschitz_matrix(5)
+    local_K = local_estimate(net, images_of(net, 5).float(), 1e6, 5)
+    assert local_K.shape == (5, 4, 4) and local_K.dtype == torch.float32
+    torch.testing.assert_close(local_K, K.expand(5, 4, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ClampedMaxMin", "ReLU"])
+def test_estimate_lies_between_the_gradient_and_the_global_bound(kind):
+    """The masks leave out only what is constant, so the masked norms' product bounds the gradient
+    in the ball; converged, its estimate does too."""
+    smaller = 0
+    for seed in range(8):
+        for net in (dense(kind, seed), conv(kind, seed)):
+            x = images_of(net, 4, seed)
+            with torch.no_grad():
+                K = local_estimate(net, x.float(), 0.02, 100).double()
+            exact = net.double()
+            top = lipschitz_matrix(exact)
+            assert (K <= top * (1 + 1e-5)).all()
+            smaller += (K.sum((1, 2)) < 0.9 * top.sum()).sum().item()
+            for y in in_ball(x, 0.02, 20, seed):
+                assert (gradient_norms(exact, y) <= K * (1 + 1e-3) + 1e-6).all()
+    assert smaller > 10
+
+
+def test_estimate_masks_what_is_constant_and_nothing_else():
+    """One ReLU far below zero: its row and column vanish from the norms; at epsilon large enough to
+    wake it they are back."""
+    body = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    net = LipschitzNet(body, nn.Linear(2, 2), (2,))
+    with torch.no_grad():
+        body[0].weight.copy_(torch.tensor([[3.0, 0], [0.6, 0.8]]))
+        body[0].bias.copy_(torch.tensor([-6.0, 1]))
+        net.head.weight.copy_(torch.tensor([[1.0, 1], [-1, 0]]))
+    x = torch.tensor([[1.0, 1], [1.9, 1]])
+    K = local_estimate(net, x, 0.5, 100)[:, 0, 1]
+    # dead: row (0.6, 0.8), and the head's difference (2, 1) without its first entry
+    awake = operator_norm(body[0], 2, "exact") * math.sqrt(5)
+    torch.testing.assert_close(K, torch.tensor([1.0, awake]), rtol=1e-4, atol=1e-4)
+    assert local_estimate(net, x, 1.1, 100)[0, 0, 1].item() == pytest.approx(awake, rel=1e-4)
+
+
+def test_estimate_masks_pinned_outputs_and_the_inputs_that_only_they_read():
+    body = nn.Sequential(nn.Linear(2, 2), ClampedMaxMin((2,), high=1.0, low=-1.0))
+    net = LipschitzNet(body, nn.Linear(2, 2), (2,))
+    with torch.no_grad():
+        body[0].weight.copy_(torch.tensor([[3.0, 0], [0.3, 0.4]]))
+        body[0].bias.zero_()
+        net.head.weight.copy_(torch.tensor([[1.0, 0.5], [0, 0]]))
+    # a = 6 is pinned at 1; b = 0.6 (row of length 0.5) is not, and they cannot change order
+    K = local_estimate(net, torch.tensor([[2.0, 0.0]]), 0.1, 100)
+    assert K[0, 0, 1].item() == pytest.approx(0.5 * 0.5, rel=1e-4)
+    # both free, and they may change order
+    K = local_estimate(net, torch.tensor([[0.1, 0.5]]), 0.1, 100)
+    free = operator_norm(body[0], 2, "exact") * math.sqrt(1.25)
+    assert K[0, 0, 1].item() == pytest.approx(free, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimate_under_vmap_equals_each_network_alone(kind):
+    nets = [conv(kind, seed=4 * s, size=(7, 6)) for s in range(3)]
+    named = [{**dict(n.named_parameters()), **dict(n.named_buffers())} for n in nets]
+    tensors = {k: torch.stack([d[k].detach() for d in named]) for k in named[0]}
+    x = torch.rand(3, 5, 2, 7, 6)
+    epsilon = torch.tensor([0.0, 0.05, 0.3])
+
+    class Estimate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nets[0]
+
+        def forward(self, x, epsilon):
+            return local_estimate(self.net, x, epsilon)
+
+    def one(tensors, x, epsilon):
+        own = {f"net.{k}": t for k, t in tensors.items()}
+        return functional_call(Estimate(), own, (x, epsilon))
+
+    stacked = vmap(one)(tensors, x, epsilon)
+    for s, net in enumerate(nets):
+        torch.testing.assert_close(stacked[s], local_estimate(net, x[s], epsilon[s]))
+        for name, v in net.named_buffers():  # the network's vectors have moved alike
+            torch.testing.assert_close(tensors[name][s], v, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimate_has_finite_gradients_even_where_all_is_constant(kind):
+    net = conv(kind)
+    with torch.no_grad():
+        net.body[0].bias.fill_(-100)  # every ReLU is dead
+    x = images_of(net, 4).float()
+    for epsilon in (0.0, 0.05, torch.tensor(0.1)):
+        K = local_estimate(net, x, epsilon)
+        assert K.isfinite().all() and (K.diagonal(dim1=1, dim2=2) == 0).all()
+        weights = [p for p in net.parameters() if p.ndim > 1 and p.requires_grad]
+        grads = torch.autograd.grad(K.sum(), weights, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
+    assert (K == 0).all() if kind == "ReLU" else (K > 0).any()
+
+
+def test_gradient_of_the_estimate_is_that_of_the_masked_norm():
+    net = dense("ReLU", seed=2).double()
+    x = images_of(net, 3)
+    layer = net.body[2].weight
+    K = local_estimate(net, x, 0.05, 300).sum()
+    (g,) = torch.autograd.grad(K, layer)
+    direction = torch.randn_like(layer)
+    step = 1e-6
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            layer.add_(sign * step * direction)
+            values.append(local_estimate(net, x, 0.05, 300).sum())
+            layer.sub_(sign * step * direction)
+    numeric = (values[0] - values[1]) / (2 * step)
+    torch.testing.assert_close((g * direction).sum(), numeric, rtol=1e-3, atol=1e-3)
+
+
+def test_estimate_refuses_layers_that_it_does_not_know():
+    body = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    with pytest.raises(TypeError, match="Tanh"):
+        local_estimate(LipschitzNet(body, nn.Linear(4, 2), (3,)), torch.rand(2, 3), 0.1)
+    body = nn.Sequential(nn.Flatten(), MaxMin())
+    with pytest.raises(TypeError, match="right after"):
+        local_estimate(LipschitzNet(body, nn.Linear(4, 2), (4,)), torch.rand(2, 4), 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_the_paper_take_local_bounds(kind):
+    torch.manual_seed(0)
+    net = build("6C2F", 4, input_shape=(3, 12, 12), width=0.125, activation=kind)
+    x = torch.rand(3, 3, 12, 12)
+    assert local_estimate(net, x, 0.1).shape == (3, 4, 4)
+    assert (local_lipschitz(net, x, 0.01) <= lipschitz_matrix(net)).all()
