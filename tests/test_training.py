@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import cll
 from cll.experiment import load_dataset, run_dir
-from cll.training import Stack, _schedules
+from cll.training import Stack, _learning_rate, _schedules, build_network
 
 MOONS = {
     "name": "moons",
@@ -44,6 +45,51 @@ DIGITS = MOONS | {
     "augmentation": {"crop": 1, "flip": True, "jitter": 0.25, "rotation": 2},
     "loss": {"name": "CLL", "epsilon": 0.15, "p": 0.3, "lambda": 1e-4},
 }
+
+
+LOSSES = {
+    "CLL": {"name": "CLL", "epsilon": 0.15, "p": 0.1, "lambda": 1e-3},
+    "CLL, K not detached": {"name": "CLL", "epsilon": 0.15, "p": 0.1, "detach": False},
+    "GloRo": {"name": "GloRo", "epsilon": 0.15},
+    "GloRo-TRADES": {"name": "GloRo", "epsilon": 0.15, "trades": 2.0, "trades_start": 0.5},
+    "Hinge": {"name": "Hinge"},
+    "AOL": {"name": "AOL"},
+    "SOC": {"name": "SOC", "gamma": 0.3},
+    "Local-Lip-B": {"name": "Local-Lip-B", "epsilon": 0.15},
+}
+IMAGES = {  # every kind of network, at a size for a test
+    "4C3F": {"model": "4C3F", "input_shape": [3, 8, 8], "size": {"width": 0.125}},
+    "clamped": {
+        "model": "6C2F",
+        "activation": "ClampedMaxMin",
+        "input_shape": [3, 8, 8],
+        "size": {"width": 0.25},
+    },
+    "LipConvNet": {
+        "model": "LipConvNet-5",
+        "input_shape": [3, 32, 32],
+        "size": {"width": 0.125},
+        "input_std": 0.25,
+    },
+    "CPL": {"model": "CPL-S", "input_shape": [3, 8, 8], "size": {"width": 0.2, "depth": 0.1}},
+    "SLL": {
+        "model": "SLL-S",
+        "input_shape": [3, 8, 8],
+        "size": {"width": 0.2, "depth": 0.1},
+        "head": "normalized",
+        "input_mean": [0.4, 0.5, 0.6],
+    },
+    "Sandwich": {"model": "Sandwich", "input_shape": [3, 32, 32], "size": {"width": 0.125}},
+}
+
+
+def image_run(kind, loss="CLL", **overrides):
+    """(params, network, images (1, 8, ...), targets (1, 8))."""
+    base = DIGITS | IMAGES[kind] | {"loss": LOSSES[loss], "epochs": 1} | overrides
+    p = cll.load_params(base)
+    torch.manual_seed(0)
+    net = build_network(p, 10, p.input_shape)
+    return p, net, torch.rand(1, 8, *p.input_shape), torch.randint(0, 10, (1, 8))
 
 
 def params(base=MOONS, **overrides):
@@ -152,32 +198,265 @@ def test_schedules_reach_the_loss(tmp_path):
     assert frame.lr.iloc[-1] == pytest.approx(1e-4)
 
 
-def test_gloro_gradient_flows_through_K_and_cll_detaches_it():
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("form", ["pairwise", "per-logit"])
+def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
     """One step's gradient, against autograd of the loss written out for a single network."""
-    for loss in (
-        {"name": "GloRo", "epsilon": 0.15},
-        {"name": "CLL", "epsilon": 0.15, "p": 0.1, "lambda": 1e-3, "form": "pairwise"},
-        {"name": "CLL", "epsilon": 0.15, "p": 0.1, "lambda": 0.0, "form": "per-logit"},
-    ):
-        p = cll.load_params(MOONS | {"loss": loss})
-        torch.manual_seed(0)
-        net = cll.build("MLP", 2, (2,))
-        stack = Stack([p], [copy.deepcopy(net)], "cpu")
-        x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
-        stack.step(x, y, *stack.schedule(1.0))
-        grads = {k.removeprefix("net."): t.grad for k, t in stack.parameters.items()}
-        K = net.lipschitz_matrix(5)  # the network's own vectors started where the stack's did
-        if loss["name"] == "GloRo":
-            value = cll.gloro_loss(net(x[0]), y[0], K, epsilon=0.15)
-        else:
-            own = K.detach()
-            if loss["form"] == "per-logit":
-                own = (net.body_lipschitz(0) * net.head.weight.norm(dim=1)).detach()
-            value = cll.cll_loss(net(x[0]), y[0], own, epsilon=0.15, p=0.1)
-            value = value + loss["lambda"] * K.max() ** 2
-        expected = torch.autograd.grad(value, list(net.parameters()))
-        for (name, _), g in zip(net.named_parameters(), expected, strict=True):
-            assert torch.allclose(grads[name], g, rtol=1e-3, atol=1e-6), (loss, name)
+    config = dict(LOSSES[loss])
+    if form == "per-logit":
+        if loss != "CLL":
+            return
+        config["form"] = form
+    p = cll.load_params(MOONS | {"loss": config})
+    torch.manual_seed(0)
+    net = cll.build("MLP", 2, (2,))
+    stack = Stack([p], [copy.deepcopy(net)], "cpu")
+    x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
+    loss_of_step, *_ = stack.step(x, y, *stack.schedule(0.25))
+    grads = {k.removeprefix("net."): t.grad for k, t in stack.parameters.items()}
+
+    # the network's own vectors started where the stack's did
+    f, y, C = net(x[0]), y[0], 2
+    if loss == "Local-Lip-B":  # half the ramp
+        K = cll.local.local_estimate(net, x[0], 0.075, 2)
+        value = cll.losses.local_bcp_loss(f, y, K, epsilon=0.075, kappa=0.5)
+    else:
+        K = net.lipschitz_matrix(5)
+    if loss == "GloRo":
+        value = cll.gloro_loss(f, y, K, epsilon=0.15)
+    if loss == "GloRo-TRADES":
+        value = cll.gloro_loss(f, y, K, epsilon=0.15, trades=0.5 + 0.25 * 1.5)
+    if loss == "Hinge":
+        value = torch.nn.functional.multi_margin_loss(f, y, margin=0.7)
+    if loss == "AOL":
+        shifted = f - 1.5 * 2**0.5 * torch.nn.functional.one_hot(y, C)
+        value = 0.25 * torch.nn.functional.cross_entropy(shifted / 0.25, y)
+    if loss == "SOC":
+        value = cll.certificate_regularized_loss(f, y, K, gamma=0.3)
+    if loss.startswith("CLL"):
+        own = K if form == "pairwise" else net.body_lipschitz(0) * net.head.weight.norm(dim=1)
+        own = own if loss == "CLL, K not detached" else own.detach()
+        value = cll.cll_loss(f, y, own, epsilon=0.15, p=0.1)
+        value = value + config.get("lambda", 0.0) * K.max() ** 2
+    assert loss_of_step.item() == pytest.approx(value.item(), rel=1e-5)
+    expected = torch.autograd.grad(value, list(net.parameters()))
+    for (name, _), g in zip(net.named_parameters(), expected, strict=True):
+        assert torch.allclose(grads[name], g, rtol=1e-3, atol=1e-6), (loss, name)
+
+
+@pytest.mark.parametrize("loss", ["CLL", "Hinge", "AOL", "SOC"])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_every_loss_trains_every_network(kind, loss):
+    """The loss of one batch falls; angles, thresholds and all other parameters move."""
+    p, net, x, y = image_run(kind, loss, optimizer={"name": "Adam", "lr": 3e-3})
+    before = {k: t.detach().clone() for k, t in net.named_parameters()}
+    stack = Stack([p], [net], "cpu")
+    values = [stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(12)]
+    assert values[-1] < values[0]
+    still = [k for k, t in net.named_parameters() if torch.equal(t, before[k])]
+    # a threshold or q that decides nothing yet has no gradient
+    assert all(k.endswith((".high", ".low", ".q", ".angle")) for k in still), still
+
+
+def test_a_run_alone_trains_its_own_tensors():
+    p, net, x, y = image_run("CPL")
+    stack = Stack([p], [net], "cpu")
+    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    named = {k.removeprefix("net."): t for k, t in {**stack.parameters, **stack.buffers}.items()}
+    assert named.keys() == own.keys() and all(named[k] is own[k] for k in own)
+    frozen = next(iter(net.parameters())).requires_grad_(False)
+    stack = Stack([p], [net], "cpu")
+    before = frozen.clone()
+    stack.step(x, y, *stack.schedule(0.5))
+    assert (
+        torch.equal(frozen, before)
+        and len(stack.parameters) == len(dict(own)) - len(dict(net.named_buffers())) - 1
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("kind", ["LipConvNet", "CPL", "Sandwich"])
+def test_state_is_all_that_training_needs(kind, optimizer, tmp_path):
+    """Three steps equal two steps, a checkpoint on disk and one step, bit for bit."""
+    settings = {"name": optimizer, "lr": 1e-2, "weight_decay": 1e-3}
+    p, net, x, y = image_run(kind, optimizer=settings)
+    stack, other = (Stack([p], [copy.deepcopy(net)], "cpu") for _ in range(2))
+    for _ in range(2):
+        stack.step(x, y, *stack.schedule(0.5))
+    torch.save(stack.state(0), tmp_path / "state.pt")
+    other.load([torch.load(tmp_path / "state.pt", weights_only=True)])
+    for s in (stack, other):
+        s.step(x, y, *s.schedule(0.5))
+    a, b = ({**s.parameters, **s.buffers} for s in (stack, other))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_checkpointing_changes_no_gradient(kind):
+    grads = []
+    for checkpointing in (False, True):
+        p, net, x, y = image_run(kind, "GloRo", checkpointing=checkpointing)
+        stack = Stack([p], [net], "cpu")
+        stack.step(x, y, *stack.schedule(0.5))
+        grads.append({k: t.grad for k, t in stack.parameters.items()})
+        assert type(stack.networks()[0].body) is torch.nn.Sequential
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][k], grads[1][k]) for k in grads[0])
+
+
+def test_checkpointing_saves_memory():
+    """Bytes that the forward pass keeps for the backward pass of a stack of CPL layers."""
+    kept = []
+    for checkpointing in (False, True):
+        p, net, x, _ = image_run("CPL", "Hinge", checkpointing=checkpointing)
+        stack = Stack([p], [net], "cpu")
+        weights = {t.untyped_storage().data_ptr() for t in stack.parameters.values()}
+        bytes_kept = 0
+
+        def keep(t, weights=weights):
+            nonlocal bytes_kept
+            if t.untyped_storage().data_ptr() not in weights:
+                bytes_kept += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            stack.program.logits(x[0])
+        kept.append(bytes_kept)
+    assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_bfloat16_reaches_the_network_and_spares_K_and_the_loss(kind):
+    outputs = []
+    for precision in ("float32", "bfloat16"):
+        p, net, x, y = image_run(kind, "GloRo", precision=precision)
+        stack = Stack([p], [net], "cpu")
+        logits, K, *_ = stack.forward(x, 5, None)
+        outputs.append((logits.detach(), K.detach()))
+        assert logits.dtype == K.dtype == torch.float32
+        value, *_ = stack.step(x, y, *stack.schedule(0.5))
+        assert value.isfinite() and value.dtype == torch.float32
+        assert all(t.dtype == t.grad.dtype == torch.float32 for t in stack.parameters.values())
+    (f, K), (f16, K16) = outputs
+    assert torch.equal(K, K16)
+    assert not torch.equal(f, f16)
+    assert torch.allclose(f, f16, rtol=0.1, atol=0.05 * f.abs().max().item())
+
+
+def test_compile_falls_back_with_a_reason(monkeypatch):
+    """Where torch.compile does not work the run goes on, to the result that it has without."""
+
+    def broken(function):
+        def call(images):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    values = []
+    for compiled in (False, True):
+        p, net, x, y = image_run("4C3F", compile=compiled)
+        stack = Stack([p], [net], "cpu")
+        if compiled:
+            with pytest.warns(
+                UserWarning, match="failed for 4C3F .no C.. compiler.*compile: false"
+            ):
+                stack.step(x, y, *stack.schedule(0.5))
+        values += [stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(2)]
+    assert values[0] == values[2] or values[1] == values[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", IMAGES)
+def test_compiled_training_equals_plain_training(kind):
+    curves = []
+    for compiled in (False, True):
+        p, net, x, y = image_run(kind, compile=compiled, optimizer={"lr": 1e-4})
+        stack = Stack([p], [net], "cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            curves.append([stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(3)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
+def test_weight_decay_spares_angles_and_thresholds():
+    for kind, spared in (("LipConvNet", ".angle"), ("clamped", ".high")):
+        p, net, *_ = image_run(kind, optimizer={"name": "SGD", "lr": 0.1, "weight_decay": 0.1})
+        stack = Stack([p], [net], "cpu")
+        decay = {
+            id(t): group["weight_decay"]
+            for group in stack.optimizer.param_groups
+            for t in group["params"]
+        }
+        for name, t in stack.parameters.items():
+            none = name.endswith((".angle", ".high", ".low"))
+            assert decay[id(t)] == (0.0 if none else 0.1), name
+        assert any(name.endswith(spared) for name in stack.parameters)
+
+
+def test_optimisers_are_those_of_torch():
+    for name, extra in (("Adam", {"betas": [0.5, 0.9]}), ("SGD", {"momentum": 0.8})):
+        settings = {"name": name, "lr": 0.01, "weight_decay": 0.1, **extra}
+        p, net, x, y = image_run("4C3F", "AOL", optimizer=settings)
+        twin = copy.deepcopy(net)
+        theirs = getattr(torch.optim, name)(
+            twin.parameters(), **{k: v for k, v in settings.items() if k != "name"}
+        )
+        stack = Stack([p], [net], "cpu")
+        for _ in range(3):
+            stack.step(x, y, *stack.schedule(0.5))
+            theirs.zero_grad()
+            cll.aol_loss(twin(x[0]), y[0]).backward()
+            theirs.step()
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def optimizer(**settings):
+    return cll.load_params(MOONS | {"optimizer": settings}).optimizer
+
+
+def test_learning_rate_schedules():
+    steps = optimizer(lr=1.0, milestones=[40, 70], gamma=0.1)
+    assert [_learning_rate(steps, i, 100) for i in (0, 39, 40, 70)] == pytest.approx(
+        [1, 1, 0.1, 0.01]
+    )
+    triangle = optimizer(name="Adam", lr=1.0, schedule="triangular")
+    rates = [_learning_rate(triangle, i, 1000) for i in range(1000)]
+    assert min(rates) > 0 and max(rates) == pytest.approx(1, rel=2e-3)
+    assert rates.index(max(rates)) in (399, 400)
+    assert rates[800] == pytest.approx(1 / 20, rel=2e-2)
+    assert rates[199] == pytest.approx(0.5, abs=2e-3) and rates[0] == pytest.approx(0.5 / 400)
+    decay = optimizer(lr=1e-3, schedule="exponential", decay_from=0.5, final_lr=1e-6)
+    rates = [_learning_rate(decay, i, 1000) for i in (0, 500, 750, 1000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 10**-4.5, 1e-6])
+
+
+def test_loss_schedules():
+    """(epsilon, p, factor on K, weight) over training."""
+    trades = {"name": "GloRo", "epsilon": 0.2, "trades": 20, "trades_start": 0.5}
+    config = cll.load_params(MOONS | {"loss": trades | {"trades_until": 0.5}}).loss
+    weights = [_schedules(config, t)[3] for t in (0, 0.25, 0.5, 1)]
+    assert weights == pytest.approx([0.5, 10.25, 20, 20])
+    local = {"name": "Local-Lip-B", "epsilon": 0.2, "warmup": 0.1, "rampup": 0.5}
+    config = cll.load_params(MOONS | {"loss": local}).loss
+    for t, risen in ((0, 0), (0.1, 0), (0.3, 0.5), (0.5, 1), (1, 1)):
+        epsilon, _, _, kappa = _schedules(config, t)
+        assert (epsilon, kappa) == pytest.approx((0.2 * risen, 1 - risen))
+
+
+def test_settled_network_is_the_one_that_is_saved(tmp_path):
+    """CPL in evaluation divides by a proven norm, which comes back from disk with the weights."""
+    base = DIGITS | IMAGES["CPL"] | {"train_size": 64, "test_size": 32, "batch_size": 32}
+    record = cll.run(cll.load_params(base | {"epochs": 1}), tmp_path, progress=False)
+    net = cll.experiment.load_model(tmp_path)
+    assert cll.lipschitz_matrix(net).max().item() == record["K_f"]
+    layer = next(layer for layer in net.body if hasattr(layer, "norm"))
+    norm = cll.operator_norm(
+        torch.nn.Conv2d(6, 5, 3, padding=1, bias=False).requires_grad_(False), (6, 8, 8)
+    )
+    assert layer.norm != 1 and norm > 0
+    assert record["size"] == {"width": 0.2, "depth": 0.1} and record["head"] == "linear"
 
 
 def test_data_is_read_once(tmp_path):
