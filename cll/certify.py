@@ -371,9 +371,10 @@ def pgd_attack(
 
     model, images: as in ``certify``. targets: (N,), the classes y to leave; None for the model's
         own predictions. epsilon: float or (N,), one distance per image (a certified radius).
-    steps, restarts: normalised gradient steps of 2.5 epsilon / steps from each of `restarts` points
-        drawn uniformly from the ball. The first restart lowers the margin to the best other class,
-        restart r aims at the r-th best one of the image (after the last, at the best again).
+    steps, restarts: normalised gradient steps, whose lengths fall linearly from the smaller of
+        epsilon and 25 epsilon / steps, from each of `restarts` points drawn uniformly from the
+        ball. The first restart lowers the margin to the best other class, restart r aims at the
+        r-th best one of the image (after the last, at the best again).
 
     Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's own
     precision. The best point of each image is then moved in float64 to a distance of at most
@@ -435,7 +436,8 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
                 if step == steps:
                     break
                 length = _per_image(gradient.flatten(1).norm(dim=1), x).clamp_min(1e-30)
-                delta = delta - gradient / length * (2.5 * radius / steps)
+                stride = radius * min(1, 25 / steps) * (1 - step / steps)
+                delta = delta - stride * gradient / length
                 length = _per_image(delta.flatten(1).norm(dim=1), x).clamp_min(1e-30)
                 delta = delta * (radius / length).clamp(max=1)
             bar.update()
