@@ -41,8 +41,9 @@ from safetensors.torch import load_file, save_file
 
 from . import ROOT, ranks
 from .bounds import lipschitz_matrix
-from .certify import certified_radius, certify, cra_curve, lipschitz_lower_bound, predict_logits
+from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
 from .data import Augmentation, load
+from .local import local_radius
 from .losses import cll_scale
 from .training import build_network, load_checkpoints, train
 
@@ -630,17 +631,18 @@ def _set_aside(params, out_dir):
 
 
 def _certificates(net, images, targets, names, matrices):
-    """Predictions, correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}."""
+    """Logits (N, C), correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}."""
     logits = predict_logits(net, images)
-    prediction = logits.argmax(1)
-    correct = prediction == targets.cpu()
+    correct = logits.argmax(1) == targets.cpu()
     radii = {method: certified_radius(logits, K) for method, K in matrices.items()}
+    cra = {method: _cra(names, radius, correct) for method, radius in radii.items()}
+    return logits, correct, radii, cra
+
+
+def _cra(names, radius, correct):
+    """{radius name: CRA} of certified radii (N,)."""
     distances = [float(Fraction(name)) for name in names]
-    cra = {
-        method: dict(zip(names, cra_curve(r, correct, distances).tolist(), strict=True))
-        for method, r in radii.items()
-    }
-    return prediction, correct, radii, cra
+    return dict(zip(names, cra_curve(radius, correct, distances).tolist(), strict=True))
 
 
 def _composed_constant(loss, K_f):
@@ -658,7 +660,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
     epsilon = getattr(params.loss, "epsilon", None)
     trained_for = [] if epsilon is None else [f"{epsilon:g}"]
     names = list(dict.fromkeys([*params.radii, *trained_for]))
-    prediction, correct, radii, cra = _certificates(
+    logits, correct, radii, cra = _certificates(
         net, dataset.test_images, dataset.test_targets, names, matrices
     )
     K_f, K_f_paper = (matrices[m].max().item() for m in ("guaranteed", "power"))
@@ -691,10 +693,17 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
     if params.size != Size():
         record["size"] = params.size.model_dump()
     if params.local:
-        distances = {name: float(Fraction(name)) for name in names}
-        table = certify(net, dataset, distances.values(), local=True)
-        found = table.attrs["summary"]["cra_local"]
-        record["cra_local"] = {name: found[distance] for name, distance in distances.items()}
+        radii["local"] = radii["guaranteed"].clone()
+        radii["local"][correct] = local_radius(
+            net,
+            dataset.test_images.cpu()[correct],
+            logits[correct],
+            radii["guaranteed"][correct],
+            [float(Fraction(name)) for name in names],
+            matrices["guaranteed"],
+            progress,
+        )
+        record["cra_local"] = _cra(names, radii["local"], correct)
     if params.certify_train:
         _, train_correct, _, train_cra = _certificates(
             net, dataset.train_images, dataset.train_targets, names, matrices
@@ -719,12 +728,14 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         "params_hash": params.hash(),
         **provenance(device),
     }
+    local = {"radius_local": radii["local"].numpy()} if params.local else {}
     np.savez_compressed(
         out_dir / "radii.npz",
+        **local,
         radius=radii["guaranteed"].numpy(),
         radius_paper_style=radii["power"].numpy(),
         correct=correct.numpy(),
-        prediction=prediction.numpy(),
+        prediction=logits.argmax(1).numpy(),
         target=dataset.test_targets.cpu().numpy(),
     )
     net.cpu()

@@ -158,7 +158,7 @@ def _compiled(function, model):
         except TorchDynamoException as error:
             if compiled is function:
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+            reason = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"compile = true, but torch.compile failed for {model} ({reason}): training goes "
                 "on without it; set compile: false to avoid this warning",

@@ -268,10 +268,8 @@ def test_a_run_alone_trains_its_own_tensors():
     stack = Stack([p], [net], "cpu")
     before = frozen.clone()
     stack.step(x, y, *stack.schedule(0.5))
-    assert (
-        torch.equal(frozen, before)
-        and len(stack.parameters) == len(dict(own)) - len(dict(net.named_buffers())) - 1
-    )
+    assert torch.equal(frozen, before)
+    assert len(stack.parameters) == len(list(net.parameters())) - 1
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
@@ -367,14 +365,14 @@ def test_compile_falls_back_with_a_reason(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("kind", ["4C3F", "CPL"])
 def test_compiled_training_equals_plain_training(kind):
     curves = []
     for compiled in (False, True):
         p, net, x, y = image_run(kind, compile=compiled, optimizer={"lr": 1e-4})
         stack = Stack([p], [net], "cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+            warnings.filterwarnings("error", message="compile = true")
             curves.append([stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(3)])
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
@@ -451,11 +449,11 @@ def test_settled_network_is_the_one_that_is_saved(tmp_path):
     record = cll.run(cll.load_params(base | {"epochs": 1}), tmp_path, progress=False)
     net = cll.experiment.load_model(tmp_path)
     assert cll.lipschitz_matrix(net).max().item() == record["K_f"]
-    layer = next(layer for layer in net.body if hasattr(layer, "norm"))
-    norm = cll.operator_norm(
-        torch.nn.Conv2d(6, 5, 3, padding=1, bias=False).requires_grad_(False), (6, 8, 8)
-    )
-    assert layer.norm != 1 and norm > 0
+    layers = [layer for layer in net.body if isinstance(layer, cll.layers.CPLLinear)]
+    for layer in layers:
+        true = torch.linalg.matrix_norm(layer.weight.detach().double(), 2).item()
+        assert true <= layer.norm.item() <= 1.001 * true
+    assert layers
     assert record["size"] == {"width": 0.2, "depth": 0.1} and record["head"] == "linear"
 
 
