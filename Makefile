@@ -10,6 +10,7 @@ SEEDS ?=
 DEVICE ?= auto
 DATA ?=
 LABEL ?=
+ROWS ?=
 JOBS ?=
 OUT ?= $(or $(CLL_OUTPUTS),outputs)
 FRESH ?=
@@ -92,6 +93,7 @@ help:
 	  'DEVICE=$(DEVICE)' 'auto, cpu or cuda' \
 	  'DATA=$(DATA)' 'npz:FILE or folder:FOLDER instead of the data of the experiment' \
 	  'LABEL=$(LABEL)' 'name of that data in tables and captions' \
+	  'ROWS=$(ROWS)' 'for table1, table2: row ids such as T2-05,T2-07; empty: all' \
 	  'JOBS=$(JOBS)' 'CPU threads; empty: as many as PyTorch chooses' \
 	  'OUT=$(OUT)' 'folder for results' \
 	  'FRESH=$(FRESH)' '1: run again what is already finished' \
@@ -134,7 +136,7 @@ $(VENV_FOLDER)/.installed: pyproject.toml
 # Rewritten only when a value changed, so that SEEDS=1-3 runs again and a repeat does not.
 $(RESULTS)/%/params.yaml: FORCE | $(ENVIRONMENT)
 	@$(PYTHON) tools/parameters.py $(NOTEBOOKS)/$*.ipynb $@ --profile $(PROFILE) --device '$(DEVICE)' \
-	  --seeds '$(SEEDS)' --data '$(DATA)' --label '$(LABEL)' --params-file '$(if $(filter train,$*),$(PARAMS))' \
+	  --seeds '$(SEEDS)' --data '$(DATA)' --label '$(LABEL)' --rows '$(ROWS)' --params-file '$(if $(filter train,$*),$(PARAMS))' \
 	  --outputs '$(if $(filter-out outputs,$(OUT)),$(abspath $(OUT)))'
 
 # Results depend on the notebook and its parameters, not on cll/*.py: an edited comment must not
@@ -152,8 +154,14 @@ $$(RESULTS)/$(1)/$(1).html: $$(RESULTS)/$(1)/$(1).ipynb
 endef
 $(foreach item,$(ITEMS),$(eval $(call NOTEBOOK,$(item))))
 
-.PHONY: all
+.PHONY: all smoke-systems
 all: $(ITEMS)
+
+# Local-Lip-B, GloRo, SOC, CPL and SLL with CLL on the same networks; GloRo-TRADES, LBDN
+smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smoke size
+	@$(MAKE) --no-print-directory table1 PROFILE=smoke ROWS=T1-02,T1-09
+	@$(MAKE) --no-print-directory table2 PROFILE=smoke \
+	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
 .PHONY: test test-notebooks refs lint lab bench clean

@@ -50,7 +50,7 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text in the PDF
 }
 PUBLISHED_RADII = {"cra_36": 36 / 255, "cra_72": 72 / 255, "cra_108": 108 / 255}
-BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#C1121F", "#8C8C8C"
+BLUE, ORANGE, SKY, RED, GRAY = "#0072B2", "#E69F00", "#56B4E9", "#C1121F", "#8C8C8C"
 
 styled = matplotlib.rc_context(STYLE)  # decorates every function below that draws
 
@@ -300,45 +300,87 @@ def radius_histogram(radii, result):
     return figure
 
 
+FAMILIES = {  # the panels of tables 1 and 2, by the first letters of a network's name
+    "SOC": ("LipConv",),
+    "CPL": ("CPL",),
+    "SLL": ("SLL",),
+    "LBDN": ("Sandwich",),
+}
+
+
 @styled
 def cra_comparison(radii, results):
-    """Certified robust accuracy against the radius, one curve per method and network.
+    """Certified robust accuracy against the radius, a panel per data set and family of networks.
 
     radii: the arrays of radii.npz (radius, correct) of each run; results: the runs' records. Of
-    several seeds the first one given is drawn. Open marks: the paper's values, for runs that
-    reproduce a row of table 2 on the paper's data; only where they are printed and sure.
+    several seeds the first one given is drawn. CLL is solid, GloRo or the family's own baseline
+    dashed, Local-Lip-B dotted. Open marks: the paper's values, for runs that reproduce a row of
+    its tables on its data; only where they are printed and sure.
     """
-    first = {}
+    panels, rows = {}, {}
+    for table in ("table1", "table2"):
+        rows |= {row_id: row for row_id, row in published(table).iterrows()}
     for arrays, result in zip(radii, results, strict=True):
-        first.setdefault((result["model"], result["method"]), (arrays, result))
-    figure = Figure(figsize=(6.4, 4))
-    ax = figure.subplots()
-    lines = {"CLL": "-", "GloRo": "--"}
-    colors = dict(zip(sorted({m for m, _ in first}), [BLUE, ORANGE, GREEN, RED], strict=False))
-    end = 1.25 * 108 / 255
-    grid = np.linspace(0, end, 400)
-    printed = published("table2")
-    for (model, method), (arrays, result) in sorted(first.items()):
-        cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], grid))
-        style = {"color": colors[model], "ls": lines.get(method, ":")}
-        ax.plot(grid, cra, label=f"{method} {model}", **style)
-        row = printed.loc[result["row"]] if result.get("row") in printed.index else None
-        if row is not None and same_data(result, row["dataset"]):
-            sure = [k for k in PUBLISHED_RADII if k not in uncertain(row)]
-            marker = {"CLL": "o", "GloRo": "s"}.get(method, "D")
-            marks = {"ls": "", "marker": marker, "mfc": "white", "mec": colors[model]}
-            label = f"paper, {method} {model}"
-            x = [PUBLISHED_RADII[k] for k in sure]
-            ax.plot(x, row[sure].astype(float), label=label, **marks)
-    ax.set_xlabel(_radius_label(results[0]))
-    ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
-    ax.set_xlim(0, end)
-    ax.set_ylim(0, 100)
-    top = ax.secondary_xaxis("top")
-    top.set_xticks([36 / 255, 72 / 255, 108 / 255], ["36/255", "72/255", "108/255"])
-    ax.legend(ncols=2, loc="upper right")
-    _title(figure, _drawn(results))
+        row = rows.get(result.get("row"))
+        family = [f for f, start in FAMILIES.items() if result["model"].startswith(start)]
+        key = result["data"] if row is None else row["dataset"], *(family or [""])
+        run = (result["row"] or result["name"]), (arrays, result, row)
+        panels.setdefault(key, {}).setdefault(*run)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    width = 6.4 if len(panels) == 1 else 2.7 * columns + 0.4
+    figure = Figure(figsize=(width, 4 if len(panels) == 1 else 2.7 * lines + 0.4))
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    end, marked = 1.25 * 108 / 255, False
+    for ax, (key, runs) in zip(axes, panels.items(), strict=False):
+        marked |= _cra_panel(ax, runs.values(), np.linspace(0, end, 400))
+        networks = dict.fromkeys(result["model"] for _, result, _ in runs.values())
+        ax.set_title(f"{key[0]}\n{', '.join(networks)}")
+        ax.set_xlim(0, end)
+        ax.set_xticks([0, *PUBLISHED_RADII.values()], ["0", "36/255", "72/255", "108/255"])
+        ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for i, ax in enumerate(axes[: len(panels)]):
+        if i + columns >= len(panels):
+            ax.set_xlabel(_radius_label(results[0]).replace(" (", "\n("))
+            ax.xaxis.set_tick_params(labelbottom=True)
+        if i % columns == 0:
+            ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
+    highest = max(100 * result["clean"] for result in results)
+    axes[0].set_ylim(0, min(100, 20 * np.ceil((highest + 20) / 20)))  # room for the legends
+    note = " · open marks: the paper's values" if marked else ""
+    _title(figure, _drawn(results) + note)
     return figure
+
+
+def _cra_panel(ax, runs, grid):
+    """One panel of `cra_comparison`; returns whether the paper's values are marked in it.
+
+    runs: (arrays, record, published row or None) each.
+    """
+    networks = {result["model"] for _, result, _ in runs}
+    ours, others = (itertools.cycle(colors) for colors in ((BLUE, SKY), (ORANGE, RED, GRAY)))
+    marked = False
+    for arrays, result, row in runs:
+        model, method = result["model"], result["method"]
+        line, marker = {"CLL": ("-", "o"), "Local-Lip-B": (":", "D")}.get(method, ("--", "s"))
+        color = next(ours if method == "CLL" else others)
+        cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], grid))
+        label = method if row is None else row["method"]
+        if result["params"]["loss"].get("trades"):
+            label += "-TRADES"
+        if len(networks) > 1:
+            label += f", {model}"
+        elif method == "CLL":
+            label += f", ε = {result['epsilon']:g}"
+        ax.plot(grid, cra, label=label, color=color, ls=line)
+        if row is not None and same_data(result, row["dataset"]):
+            sure = [k for k in PUBLISHED_RADII if k not in uncertain(row) and not np.isnan(row[k])]
+            marks = {"ls": "", "marker": marker, "mfc": "white", "mec": color, "clip_on": False}
+            ax.plot([PUBLISHED_RADII[k] for k in sure], row[sure].astype(float), **marks)
+            marked |= bool(sure)
+    return marked
 
 
 @styled

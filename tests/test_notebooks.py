@@ -12,8 +12,11 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+import cll
+
 sys.path.insert(0, str(ROOT / "tools"))
 import parameters  # noqa: E402
+import references  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REFERENCES = ROOT / "tests" / "nb_refs"
@@ -83,6 +86,10 @@ def test_reference_is_of_this_source(path):
     nb = read(reference)
     injected = [c for c in nb.cells if "injected-parameters" in tags(c)]
     assert len(injected) == 1 and 'profile = "smoke"' in injected[0].source, REFRESH
+    subset = f'rows = "{references.ROWS[path.stem]}"' if path.stem in references.ROWS else ""
+    assert subset in injected[0].source and ("rows = " in injected[0].source) == bool(subset), (
+        REFRESH
+    )
     kept = [(c.cell_type, c.source) for c in nb.cells if "injected-parameters" not in tags(c)]
     assert kept == [(c.cell_type, c.source) for c in read(path).cells], REFRESH
     for cell in code_cells(nb):
@@ -97,6 +104,22 @@ def test_some_output_is_checked(path):
     assert checked, "tag at least one cell with text output `nbval-check-output`"
     for cell in checked:
         assert not cell.source.rstrip().endswith(";"), "nbval shows what a final `;` hides: no tag"
+
+
+@pytest.mark.parametrize("name", ["table1", "table2"])
+def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
+    """make passes ROWS; the references name a few rows of the table, so that nbval stays short."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    assert parameters.declared(path)["rows"] == ""
+    out = tmp_path / "params.yaml"
+    for rows in ("", "T2-05,T2-07"):
+        assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
+        assert parameters.read_yaml(out).get("rows", "") == rows
+    subset = references.ROWS[name].split(",")
+    table = cll.paper.published(name)
+    assert set(subset) < set(table.index)
+    runs = cll.paper.table_runs(name, cll.experiment.experiment_params(name, "smoke"))
+    assert {run.row for run in runs} == set(table.index), "a parameter file for every row"
 
 
 def test_no_reference_without_a_source():

@@ -144,7 +144,36 @@ def test_cra_comparison_marks_printed_and_sure_values():
     heights = {tuple(item.get_ydata()) for item in marks}
     assert heights == {(61.4, 44.2, 29.1), (59.6, 40.8, 24.8)}
     digits = plots.cra_comparison([radii()], [record("T2-05", data="digits")])
-    assert "paper, CLL 4C3F" in texts(figure) and "paper, CLL" not in texts(digits)
+    assert "open marks" in texts(figure).replace("\xa0", " ")
+    assert "open marks" not in texts(digits).replace("\xa0", " ")
+    literature = plots.cra_comparison([radii()], [record("T1-01")])  # printed at 36/255 alone
+    (mark,) = [item for item in literature.axes[0].get_lines() if item.get_marker() == "s"]
+    assert list(mark.get_ydata()) == [22.4]
+    wrong = plots.cra_comparison([radii()], [record("T1-07")])  # 26.0 contradicts its own (+3.5)
+    (mark,) = [item for item in wrong.axes[0].get_lines() if item.get_marker() == "o"]
+    assert list(mark.get_ydata()) == [20.2, 15.5]
+
+
+@pytest.mark.parametrize(("table", "panels"), [("table1", 4), ("table2", 7)])
+def test_whole_tables_are_drawn_in_panels_by_data_and_family(table, panels):
+    runs = cll.paper.table_runs(table, cll.experiment.experiment_params(table, "quick"))
+    results = [
+        record(r.row, model=r.model, params={"loss": r.loss.model_dump()}, name=r.name)
+        for r in runs
+    ]
+    figure = plots.cra_comparison([radii(seed=i) for i in range(len(runs))], results)
+    drawn = [ax for ax in figure.axes if ax.get_lines()]
+    assert len(drawn) == panels
+    labels = []
+    for ax in drawn:
+        handles, own = ax.get_legend_handles_labels()
+        labels += [f"{ax.get_title()} {label}" for label in own]
+        assert 1 <= len(own) <= 5
+        looks = [(handle.get_color(), handle.get_linestyle()) for handle in handles]
+        assert len(set(looks)) == len(own), "every curve of a panel has its own look"
+        for handle, label in zip(handles, own, strict=True):
+            assert (handle.get_linestyle() == "-") == label.startswith("CLL")
+    assert len(set(labels)) == len(runs), "every run is named"
 
 
 def test_radius_histogram_counts_every_sample_up_to_its_end():

@@ -209,7 +209,9 @@ def headline(name, parameters, auto):
     if device == "auto":
         device = "cuda" if gpu else "cpu"
     extra = "".join(
-        f", {key} {parameters[key]}" for key in ("seeds", "seed", "data") if parameters.get(key)
+        f", {key} {parameters[key]}"
+        for key in ("seeds", "seed", "rows", "data")
+        if parameters.get(key)
     )
     return f"{name}: profile {profile}{why}, device {device}{extra}"
 

@@ -112,11 +112,14 @@ def main(arguments=None):
     parser.add_argument("out", help="the YAML file to write")
     parser.add_argument("--profile", required=True, help="smoke, quick or paper")
     parser.add_argument("--seeds", default="", help="1,2,3 or 1-9; empty: those of the profile")
+    parser.add_argument(
+        "--rows", default="", help="row ids of a table, comma-separated; empty: all"
+    )
     for name in ("device", "data", "label", "outputs"):
         parser.add_argument(f"--{name}", default="", help="empty: as in params/<profile>.yaml")
     parser.add_argument("--params-file", default="", help="a run's YAML file, for train.ipynb")
     options = parser.parse_args(arguments)
-    names = ("device", "data", "label", "outputs", "params_file")
+    names = ("device", "data", "label", "outputs", "rows", "params_file")
     given = {name: getattr(options, name) for name in names}
     given["data"] = absolute_source(given["data"])
     try:
