@@ -20,6 +20,7 @@ from cll.local import (
     _exact,
     _fall,
     _forward,
+    _reach,
     _tilt,
     local_estimate,
     local_lipschitz,
@@ -206,6 +207,38 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
         assert charge.item() >= best * (1 - 1e-12) - 1e-14
         excess.append(charge.item() - best)
     assert sum(excess) / len(excess) < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))  # strides 1, 2, 3
+def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
+    """Against dense matrices; and not much less, or another layer's norm was taken."""
+    net = conv(kind, seed).double()
+    _, layers = _exact(net)
+    for below, step in itertools.pairwise(layers):
+        if below.rows is None or isinstance(step.layer, nn.Flatten):
+            continue
+        size = math.prod(below.shape)
+        identity = torch.eye(size, dtype=torch.float64).view(-1, *below.shape)
+        with torch.no_grad():
+            A = below.layer(identity) - below.layer(torch.zeros_like(identity[:1]))
+        a, b = A.unflatten(1, (-1, 2)).unbind(2)  # (inputs, C/2, ...)
+        stages = [(a - b) / math.sqrt(2)] if kind != "ReLU" else [A]
+        if kind == "ClampedMaxMin":
+            stages.append(torch.cat([a, b], 1))  # a sorted pair moves at most as a or b does
+        for stage, u in enumerate(stages):
+            ball, reach = _reach(
+                below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm, A.ndim
+            )
+            norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item()
+            rows = 2 * u.norm(dim=0)
+            if stage:
+                rows = torch.maximum(*rows.chunk(2)).repeat(2, *[1] * (rows.ndim - 1))
+            assert norm <= ball < 1.3 * norm
+            assert (rows <= reach[0]).all()
+            # a row in the middle of the image is whole
+            largest = rows.flatten(1).amax(1) if rows.ndim > 1 else rows
+            torch.testing.assert_close(largest, reach[0].flatten(), rtol=1e-6, atol=0)
 
 
 def test_a_layer_of_unknown_kind_ends_the_backward_pass_and_not_the_proof():
