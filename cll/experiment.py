@@ -220,6 +220,25 @@ def _radius_name(value):
 Radius = Annotated[str, BeforeValidator(_radius_name)]
 
 
+def _per_channel(least):
+    """A validator of one number above `least`, or a list of them."""
+
+    def check(value):
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values or not all(
+            isinstance(v, int | float) and least < v < float("inf") for v in values
+        ):
+            above = f" > {least}" if least == 0 else ""
+            raise ValueError(f"give one finite number{above}, or a list with one per channel")
+        return value
+
+    return BeforeValidator(check)
+
+
+Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf"))]
+Std = Annotated[float | tuple[float, ...], _per_channel(0)]
+
+
 class Params(_Record):
     """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
 
@@ -231,8 +250,8 @@ class Params(_Record):
     test_size: Annotated[int, Field(gt=0)] | None = None
     model: str
     input_shape: tuple[int, ...] = Field((3, 32, 32), description="the network's input")
-    input_mean: Finite | tuple[Finite, ...] = Field(0.0, description="one, or one per channel")
-    input_std: Positive | tuple[Positive, ...] = Field(1.0, description="K has 1 / min(input_std)")
+    input_mean: Mean = 0.0
+    input_std: Std = Field(1.0, description="K carries 1 / min(input_std)")
     head: Literal["linear", "normalized", "truncated"] = "linear"
     activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
     variant: str = Field("sound", description="form of SLL layers; others cannot be certified")
@@ -309,7 +328,9 @@ class Params(_Record):
 
 def _explain(error, values, where):
     """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
-    nested = {"loss": LOSSES.get(_name(values.get("loss")), CLL), "optimizer": Optimizer}
+    loss = values.get("loss")
+    loss = LOSSES.get(str(loss.get("name")) if isinstance(loss, dict) else "", CLL)
+    nested = {"loss": loss, "optimizer": Optimizer}
     nested |= {"tightness": Tightness, "size": Size, "augmentation": Augmentation}
     lines = []
     for e in error.errors():
@@ -328,10 +349,6 @@ def _explain(error, values, where):
         else:
             lines.append(f"{key or '(top level)'} = {e.get('input')!r}: {e['msg']}")
     return ValueError(f"{where}: " + "; ".join(lines))
-
-
-def _name(loss):
-    return loss.get("name") if isinstance(loss, dict) else None
 
 
 def _merge(base, over):

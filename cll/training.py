@@ -391,6 +391,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """
     first, S, out_dirs = runs[0], len(runs), [Path(d) for d in out_dirs]
     engine, main = ranks.connect(str(device)), ranks.is_main()
+    if engine is not None and S > 1:
+        raise ValueError(f"several ranks train one run at a time, not {S}")
     n = len(datasets[0].train_targets)
     batch = min(first.batch_size, n)
     share = _share(batch, engine)

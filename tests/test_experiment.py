@@ -75,7 +75,9 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"head": "lln"}, "head = 'lln'"),
         ({"precision": "float16"}, "precision = 'float16'"),
         ({"input_std": [0.2, 0.2, 0.2]}, "input_std has 3 values for 2 channels"),
-        ({"input_std": 0}, "input_std"),
+        ({"input_std": 0}, "input_std = 0: Value error, give one finite number > 0, or a list"),
+        ({"loss": {"name": ["CLL"]}}, "loss"),
+        ({"loss": 3}, "loss = 3"),
     ],
 )
 def test_bad_parameters_are_named_in_one_line(change, message):

@@ -268,6 +268,7 @@ def test_a_run_alone_trains_its_own_tensors():
     stack = Stack([p], [net], "cpu")
     before = frozen.clone()
     stack.step(x, y, *stack.schedule(0.5))
+    assert stack.networks()[0] is net and not net.training
     assert torch.equal(frozen, before)
     assert len(stack.parameters) == len(list(net.parameters())) - 1
 
@@ -287,6 +288,35 @@ def test_state_is_all_that_training_needs(kind, optimizer, tmp_path):
         s.step(x, y, *s.schedule(0.5))
     a, b = ({**s.parameters, **s.buffers} for s in (stack, other))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("base", ["moons", "CPL"])
+def test_a_run_alone_interrupted_ends_in_the_same_bits(base, tmp_path, monkeypatch):
+    short = {"train_size": 64, "test_size": 8, "batch_size": 16, "epochs": 3}
+    p = cll.load_params((MOONS if base == "moons" else DIGITS | IMAGES[base]) | short)
+    data, step, left = load_dataset(p), Stack.step, 7
+
+    def interrupted(self, *arguments):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
+    folders = [tmp_path / "whole", tmp_path / "interrupted"]
+    for folder in folders:
+        folder.mkdir()
+    (whole,), _ = cll.training.train([p], [data], folders[:1], progress=False)
+    monkeypatch.setattr(Stack, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cll.training.train([p], [data], folders[1:], progress=False)
+    (resumed,), _ = cll.training.train([p], [data], folders[1:], progress=False)
+    assert left == 7 - 7 - 8  # the second of three epochs was repeated
+    a, b = whole.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    curves = [pd.read_csv(folder / "curve.csv").drop(columns="seconds") for folder in folders]
+    pd.testing.assert_frame_equal(*curves, check_exact=True)
 
 
 @pytest.mark.parametrize("kind", IMAGES)
