@@ -36,7 +36,7 @@ from .progress import progress_bar
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
-TINY = 1e-300
+TINY = 1e-200
 STEPS = 10  # of the search for the multiplier of a knapsack: more changes nothing visible
 BATCH = 50  # images whose activations are held at a time, and rows followed backward at a time
 ROUNDED = 1 + 1e-9  # more than the roundings of sums of up to a million terms, a few in a row
@@ -227,7 +227,7 @@ def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
-    images = torch.as_tensor(images)
+    images = torch.as_tensor(images).cpu()
     exact, layers = _exact(model)
     rows = head_rows(exact.head)
     K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
@@ -286,7 +286,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     exact, layers = _exact(model)
     rows = head_rows(exact.head)
     K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
-    images = torch.as_tensor(images)
+    images = torch.as_tensor(images).cpu()
     logits, radius = logits.to("cpu", torch.float64), torch.as_tensor(radius).clone()
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
@@ -334,7 +334,7 @@ class _Layer(NamedTuple):
     """What is known about a layer beforehand. norm: its guaranteed Lipschitz constant. Of a Conv2d
     or Linear also `rows`, the lengths of its rows per output channel (at borders they are shorter),
     of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels 2i, 2i + 1
-    make no pairs; and `rounding`, such that A x and A^T y as computed are off by at most
+    are no pairs; and `rounding`, such that A x and A^T y as computed are off by at most
     rounding ||x|| and rounding ||y||: gamma(terms) || |A| ||, and || |A| || is at most the
     geometric mean of the largest absolute row and column sums."""
 
@@ -361,13 +361,16 @@ def _exact(model):
         sums = [W.abs().sum(tuple(range(1, W.ndim))), W.abs().sum((0, *range(2, W.ndim)))]
         terms = max(W[0].numel(), W.numel() // W.shape[1]) + 4
         rounding = gamma(terms) * math.sqrt(math.prod(t.max().item() for t in sums)) * ROUNDED
-        known = {"rows": _row_norms(W, len(shape) + 1) * ROUNDED, "rounding": rounding}
-        known["terms"] = terms
+        wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
+        rows = _row_norms(W, len(shape) + 1)
+        rows = torch.full_like(rows, norm) if wraps else rows * ROUNDED
+        known = {"rows": rows, "rounding": rounding, "terms": terms}
         if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
             half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
             both = torch.stack([half, -half], 1).flatten(0, 1)
             known["pair_norm"] = _scaled_norm(layer, both, shape, "guaranteed") * ROUNDED
-            known["pair_rows"] = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
+            rows = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
+            known["pair_rows"] = torch.full_like(rows, known["pair_norm"]) if wraps else rows
         layers.append(_Layer(layer, shape, norm, **known))
     return model, layers
 
@@ -403,7 +406,7 @@ def _forward(model, layers, images, logits=None):
             if step.layer.bias is not None:
                 length = step.layer.bias.norm() * math.sqrt(h[0, 0].numel())
                 error = error + gamma(step.terms) * length
-        elif folds[-1] is None and not isinstance(step.layer, RESHAPES):
+        elif not _is_known(step):
             error = step.norm * error + 1e-12 * h.flatten(1).norm(dim=1)
         errors.append(error * ROUNDED)
     rows, bias = head_rows(model.head), getattr(model.head, "bias", None)
@@ -463,7 +466,8 @@ def _follow(model, layers, state, n, c, rho, rule):
     size = c.norm(dim=1)
     charge = 8 * U * size * (1 if tilt else gain[-1])
     pair_charge = torch.zeros_like(charge)
-    bound, E, depth = (charge + size) * max(1, gain[-1]), state.head_error[n], len(layers)
+    bound = torch.full_like(charge, math.inf)
+    E, depth = state.head_error[n], len(layers)
     while depth and _is_known(layers[depth - 1]):
         depth -= 1
         step = layers[depth]
@@ -480,7 +484,7 @@ def _follow(model, layers, state, n, c, rho, rule):
             for stage in reversed(range(len(state.folds[depth]))):
                 tau, side = (t[n] for t in state.folds[depth][stage])
                 pairs = stage == 0 and type(step.layer) is not nn.ReLU
-                ball, reach = _reach(below, step.layer, pairs, gain[depth - 1], gain[depth], c.ndim)
+                ball, reach = _reach(below, step.layer, pairs, gain[depth - 1], gain[depth])
                 ball = torch.full_like(charge, ball)
                 if tilt:  # the computed u may be off
                     ball = ball + errors[depth] / rho
@@ -514,14 +518,12 @@ def _is_known(step):
     return step.rows is not None or type(step.layer) in (*ACTIVATIONS, *RESHAPES)
 
 
-def _reach(below, layer, pairs, gain_below, gain, ndim):
-    """(ball, reach): radius of the ball that holds the vector u of a fold, and how far each u_i may
-    move, a tensor that broadcasts to u, in units of rho."""
-    if below is None or below.rows is None:
-        return gain, torch.tensor(gain).double()
+def _reach(below, layer, pairs, gain_below, gain):
+    """(ball, reach) of the folds of a layer: radius of the ball that holds the vector u, and how
+    far each u_i may move, a tensor that broadcasts to u, in units of rho."""
+    if below is None or below.rows is None or pairs and below.pair_norm is None:
+        return gain, torch.tensor(gain, dtype=torch.float64)
     if pairs:
-        if below.pair_norm is None:
-            return gain, torch.tensor(gain).double()
         return below.pair_norm * gain_below, below.pair_rows * gain_below
     if type(layer) is nn.ReLU:
         return gain, below.rows * gain_below
@@ -559,7 +561,9 @@ def _fall(k, tau, reach, ball):
     active_square = square * (missing > 0)
     # the last term: rounding of the two maxima that t makes equal
     charge = (missing.square() * square).sum(1) + 64 * U * active_square.sum(1)
-    charge = torch.where(square.sum(1) > 0, ball.square() / (2 * q) + q / 2 * charge, 0)
+    charge = torch.where(
+        square.sum(1) > 0, ball.square() / (2 * q).clamp_min(TINY) + q / 2 * charge, 0
+    )
     return (1 - missing).view(shape), charge
 
 

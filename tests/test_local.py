@@ -173,6 +173,41 @@ def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed
             y = x_all + (y - x_all) * (rho * (1 - 1e-9) / d).clamp(max=1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [dense, conv])
+@pytest.mark.parametrize("extreme", ["zeros", 1e-6, 1e6, "rank one", "no bias", "circular"])
+def test_extreme_weights(extreme, make, kind):
+    net = make(kind).double()
+    with torch.no_grad():
+        for layer in net.body:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                W = layer.weight
+                if extreme == "zeros":
+                    W.zero_()
+                elif extreme == "rank one":
+                    W.copy_(torch.outer(W.flatten(1).sum(1), W[0].flatten()).view_as(W))
+                elif isinstance(extreme, float):
+                    W.mul_(extreme)
+                    layer.bias.mul_(extreme)
+                else:
+                    layer.bias.zero_()
+            if extreme == "circular" and isinstance(layer, nn.Conv2d):
+                layer.padding_mode = "circular"
+    x = images_of(net, 4)
+    K = lipschitz_matrix(net)
+    logits = predict_logits(net, x)
+    for rho in (1e-3, 0.3):
+        bound = local_lipschitz(net, x, rho)
+        assert (bound <= K).all()
+        for y in in_ball(x, rho, 10):
+            assert (gradient_norms(net, y) <= bound * (1 + 1e-12) + 1e-30).all()
+        radius = local_radius(net, x, logits, torch.zeros(4), [rho])
+        assert not radius.isnan().any()
+        assert (radius >= (certified_radius(logits, K) * (1 - 1e-6)).clamp(max=rho)).all()
+        if not radius.isinf().any():
+            assert not pgd_attack(net, x, None, radius, steps=10, restarts=2)[1].any()
+
+
 @pytest.mark.parametrize("rule", [_fall, _tilt])
 def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
     """And not far above: what the layers' bounds are made of."""
@@ -228,7 +263,7 @@ def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
             stages.append(torch.cat([a, b], 1))  # a sorted pair moves at most as a or b does
         for stage, u in enumerate(stages):
             ball, reach = _reach(
-                below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm, A.ndim
+                below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm
             )
             norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item()
             rows = 2 * u.norm(dim=0)
