@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -48,9 +47,8 @@ from .progress import progress_bar
 __all__ = ["Stack", "build_network", "train", "load_checkpoints"]
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
-CHECKPOINT_SECONDS = (
-    20  # a kill loses at most this much work, plus one epoch; saving a large network less often
-)
+# A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
+CHECKPOINT_SECONDS = 20
 CHUNK_IMAGES = 4096  # per run, gathered and augmented at a time: keeps the device busy
 NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero means nothing there
 
@@ -155,7 +153,7 @@ def _compiled(function, model):
         nonlocal compiled
         try:
             return compiled(images)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # imported by torch.compile
             if compiled is function:
                 raise
             reason = " ".join(str(error).split())[:200]
@@ -298,8 +296,6 @@ class Stack:
                 own = {k.removeprefix("net."): t for k, t in self.state(s)["tensors"].items()}
                 net.load_state_dict(own, strict=False)  # constants of the input are not saved
             net.settle()
-        if self.engine is not None:
-            self.engine.free_memory()
         return self.nets
 
 
@@ -482,7 +478,6 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             saving = time.monotonic()
             _save(stack, out_dirs, generators, epoch + 1, diverged, elapsed)
             last_checkpoint = time.monotonic()
-            # a checkpoint of gigabytes takes long: no more than a twentieth of the time
             pause = CHECKPOINT_SECONDS * max(1.0, last_checkpoint - saving)
         if done:
             break
@@ -491,6 +486,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         curve.close()
     if any(diverged):
         raise FloatingPointError("; ".join(message for message in diverged if message))
+    if engine is not None:
+        engine.free_memory()  # it would keep this network while the next one trains
     return stack.networks() if main else None, (seconds + time.monotonic() - began) / S
 
 
