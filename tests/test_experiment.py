@@ -279,3 +279,12 @@ def test_threads_do_not_change_a_certificate(tmp_path):
     two = cll.certify(net, dataset)["radius"]
     torch.set_num_threads(threads)
     assert np.allclose(one, two, rtol=1e-10)
+
+
+def test_an_sll_variant_without_proof_trains_and_certifies_nothing(tmp_path):
+    """The published forms are there for ablation: accuracy and the paper's columns, no proof."""
+    base = DIGITS | {"model": "SLL-S", "head": "normalized", "loss": {"name": "AOL"}}
+    base |= {"size": {"width": 0.1, "depth": 0.1}, "variant": "abs-q", "radii": ["36/255"]}
+    record = cll.run(cll.load_params(base), tmp_path, progress=False)
+    assert not any(record["cra"].values()) and record["K_f"] == float("inf")
+    assert record["cra_paper_style"]["36/255"] > 0
