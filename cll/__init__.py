@@ -18,6 +18,7 @@ from .certify import (  # noqa: E402
     certify,
     cra_curve,
     lipschitz_lower_bound,
+    pgd_attack,
 )
 from .experiment import load_params, outputs_dir, run, run_all  # noqa: E402
 from .layers import MaxMin  # noqa: E402

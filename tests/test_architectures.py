@@ -108,6 +108,23 @@ def test_every_network_at_a_small_size(name, head):
     assert (steepest <= K * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_attack_breaks_no_certificate(name):
+    """Random networks of every system, attacked at each image's own certified radius."""
+    torch.manual_seed(2)
+    shape, options = SMALL[name]
+    net = cll.build(name, 3, shape, **options)
+    net.lipschitz_matrix(20)
+    net.eval().settle()
+    images, targets = torch.rand(24, *shape), torch.zeros(24, dtype=torch.int64)
+    radius = torch.from_numpy(cll.certify(net, (images, targets))["radius"].to_numpy(copy=True))
+    assert radius.min() > 0
+    _, broken = cll.pgd_attack(net, images, None, radius, steps=25, restarts=2)
+    assert not broken.any()
+    _, broken = cll.pgd_attack(net, images, None, 1000 * radius, steps=25, restarts=2)
+    assert broken.any()  # the attack is one
+
+
 def test_reduced_networks_are_built_alike():
     full, small = cll.build("4C3F"), cll.build("4C3F", width=0.5)
     kinds = [[type(m) for m in net.modules()] for net in (full, small)]
