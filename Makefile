@@ -185,8 +185,10 @@ lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 lab: | $(ENVIRONMENT)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $$(test $$(id -u) = 0 && echo --allow-root)
 
-bench: | $(ENVIRONMENT)  ## time a training step with and without the Lipschitz terms
+bench: | $(ENVIRONMENT)  ## time the training step of every system, with the cost of its bound
 	@$(PYTHON) benchmarks/step.py
+	@echo
+	@$(PYTHON) benchmarks/systems.py
 
 clean:  ## delete caches and smoke results; PROFILE=quick or paper deletes those, nothing else
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
