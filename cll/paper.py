@@ -23,6 +23,7 @@ __all__ = [
     "caption",
     "claims",
     "comparison_table",
+    "data_source",
     "display_table",
     "moons_table",
     "published",
@@ -120,6 +121,14 @@ def same_data(result, dataset):
     return _plain(result["data"]) == _plain(dataset) and classes == CLASSES.get(dataset)
 
 
+def data_source(result):
+    """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
+    whole = {_plain(name): count for name, count in CLASSES.items()}.get(_plain(result["data"]))
+    seen = result.get("num_classes", whole)
+    part = f"{seen} of {whole} classes"
+    return result["data"] if whole is None or seen == whole else f"{result['data']} ({part})"
+
+
 def _reproduces(result, row):
     """Whether a run reproduces a published row; its epsilon and p must be the row's if those are
     sure, so that a changed parameter file does not pass for the published setting."""
@@ -177,7 +186,7 @@ def caption(results):
     short = any(n < 0.99 * m for n, m in zip(done, whole, strict=True))
     parts = [
         f"profile {listed(r['profile'] for r in results)}",
-        f"data {listed(r['data'] for r in results)}",
+        f"data {listed(map(data_source, results))}",
         f"{_range(counts)} seed{'s' * (max(counts) > 1)}",
         f"{_range(done)}{f' of {_range(whole)}' * short} epochs",
     ]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
-from .paper import TRUE_MARGIN, caption, published, same_data, uncertain
+from .paper import TRUE_MARGIN, caption, data_source, published, same_data, uncertain
 
 __all__ = [
     "STYLE",
@@ -331,11 +331,17 @@ def cra_comparison(radii, results):
     width = 6.4 if len(panels) == 1 else 2.7 * columns + 0.4
     figure = Figure(figsize=(width, 4 if len(panels) == 1 else 2.7 * lines + 0.4))
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    end, marked = 1.25 * 108 / 255, False
+    end, marked, top = 1.25 * 108 / 255, False, 0
     for ax, (key, runs) in zip(axes, panels.items(), strict=False):
         marked |= _cra_panel(ax, runs.values(), np.linspace(0, end, 400))
         networks = dict.fromkeys(result["model"] for _, result, _ in runs.values())
-        ax.set_title(f"{key[0]}\n{', '.join(networks)}")
+        own = all(same_data(result, key[0]) for _, result, _ in runs.values())
+        seen = data_source(next(iter(runs.values()))[1])
+        ax.set_title(f"{key[0] if own else f'rows of {key[0]}, on {seen}'}\n{', '.join(networks)}")
+        curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
+        # the legend fills the right half from above, a twelfth of the height for each line
+        free = 0.95 - len(curves) / 12
+        top = max(top, *(y.max() + 5 for y in curves), *(y[160] / free for y in curves))
         ax.set_xlim(0, end)
         ax.set_xticks([0, *PUBLISHED_RADII.values()], ["0", "36/255", "72/255", "108/255"])
         ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
@@ -347,8 +353,8 @@ def cra_comparison(radii, results):
             ax.xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
             ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
-    highest = max(100 * result["clean"] for result in results)
-    axes[0].set_ylim(0, min(100, 20 * np.ceil((highest + 20) / 20)))  # room for the legends
+    axes[0].set_ylim(0, top)
+    axes[0].set_yticks(range(0, 20 * int(min(top, 100) // 20) + 1, 20))
     note = " · open marks: the paper's values" if marked else ""
     _title(figure, _drawn(results) + note)
     return figure

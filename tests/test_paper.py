@@ -242,6 +242,8 @@ def test_a_part_of_the_classes_is_another_task():
     assert frame["n"].eq(1).all() and frame["difference"].isna().all()
     whole = record("T1-04", data="tiny-imagenet", num_classes=200)
     assert paper.comparison_table([whole], "table1", rows=["T1-04"])["difference"].notna().any()
+    assert "data tiny-imagenet (20 of 200 classes) ·" in paper.caption([mini])
+    assert "classes" not in paper.caption([whole])
 
 
 def test_unknown_row_is_named():

@@ -146,6 +146,8 @@ def test_cra_comparison_marks_printed_and_sure_values():
     digits = plots.cra_comparison([radii()], [record("T2-05", data="digits")])
     assert "open marks" in texts(figure).replace("\xa0", " ")
     assert "open marks" not in texts(digits).replace("\xa0", " ")
+    assert figure.axes[0].get_title() == "CIFAR-10\n4C3F"
+    assert digits.axes[0].get_title() == "rows of CIFAR-10, on digits\n4C3F"
     literature = plots.cra_comparison([radii()], [record("T1-01")])  # printed at 36/255 alone
     (mark,) = [item for item in literature.axes[0].get_lines() if item.get_marker() == "s"]
     assert list(mark.get_ydata()) == [22.4]
