@@ -23,7 +23,18 @@ def make(tmp_path):
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "CLL_"))}
-    for name in ("PROFILE", "SEEDS", "DEVICE", "DATA", "LABEL", "JOBS", "FRESH", "PARAMS", "VENV"):
+    for name in (
+        "PROFILE",
+        "SEEDS",
+        "DEVICE",
+        "DATA",
+        "LABEL",
+        "ROWS",
+        "JOBS",
+        "FRESH",
+        "PARAMS",
+        "VENV",
+    ):
         env.pop(name, None)
     decoy = tmp_path / "jupyter" / "kernels" / "python3"  # of another environment: not to be used
     decoy.mkdir(parents=True)
