@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from cll.certify import certify, pgd_attack
+from cll.attack import pgd_attack
+from cll.certify import certify
 from cll.experiment import Params, load_dataset, load_model
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outpu
 
 from . import bounds, data, experiment, layers, local, losses, paper, plots, training  # noqa: E402
 from .architectures import LipschitzNet, build  # noqa: E402
+from .attack import pgd_attack  # noqa: E402
 from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
 from .certify import (  # noqa: E402
     certified_accuracy,
@@ -18,7 +19,6 @@ from .certify import (  # noqa: E402
     certify,
     cra_curve,
     lipschitz_lower_bound,
-    pgd_attack,
 )
 from .experiment import load_params, outputs_dir, run, run_all  # noqa: E402
 from .layers import MaxMin  # noqa: E402

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cll.architectures import LipschitzNet
+from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix
 from cll.certify import (
     RADII,
@@ -19,7 +20,6 @@ from cll.certify import (
     cra_curve,
     full_precision,
     lipschitz_lower_bound,
-    pgd_attack,
     predict_logits,
 )
 from cll.layers import MaxMin

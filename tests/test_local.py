@@ -12,8 +12,9 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from cll.architectures import LipschitzNet, build
+from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix, operator_norm, register
-from cll.certify import RADII, certified_radius, certify, pgd_attack, predict_logits
+from cll.certify import RADII, certified_radius, certify, predict_logits
 from cll.layers import ClampedMaxMin, CPLConv2d, MaxMin
 from cll.local import (
     _backward,
