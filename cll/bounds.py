@@ -1,20 +1,15 @@
-"""Lipschitz bounds: the L2 operator norm of a layer, and K, the bound of every logit difference.
+"""Lipschitz bounds: the constant of every layer, and K, the bound of every logit difference.
 
-Three answers to "what is the norm of this layer?", all in float64 on the CPU:
+Four answers to "what is the constant of this layer?", all in float64 on the CPU:
 
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use
+    guaranteed   an upper bound by construction, rounding included: what a certificate may use.
+                 Of Linear and Conv2d the smallest that can be proven, see `norms`
+    fast         an upper bound too, by the cheapest proof, some permille larger
     power        what converged power iteration finds, as the paper reports: never above the norm;
                  1 for layers that are 1-Lipschitz by design, as their papers count them
     exact        dense singular value decomposition, for small layers: the judge in tests
 
-and a fourth, `estimate`, for training: a few warm-started power iterations, differentiable.
-
-Arithmetic assumed by "guaranteed" and "power": IEEE float64, round to nearest, unit roundoff
-u = 2^-53, with or without fused multiply-add. An inner product of n terms, summed in any order, is
-off by at most gamma(n) = n u / (1 - n u) times the sum of the absolute products (Higham,
-"Accuracy and Stability of Numerical Algorithms", 2002, section 3.1); matrix products and
-convolutions on the CPU in float64 are such sums (no Winograd, no Strassen). Everything is written
-in real arithmetic, so that no assumption about complex products is needed.
+and a fifth, `estimate`, for training: a few warm-started power iterations, differentiable.
 """
 
 import copy
@@ -24,9 +19,7 @@ from fractions import Fraction
 
 import numpy as np
 import pandas as pd
-import scipy.sparse.linalg
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from cll.layers import (
@@ -44,17 +37,25 @@ from cll.layers import (
     SOCConv2d,
     Truncation,
 )
+from cll.norms import (
+    CHUNK,
+    DENSE_ENTRIES,
+    METHODS,
+    U,
+    apply_adjoint,
+    apply_linear,
+    bounds,
+    describe,
+    gamma,
+    matrix_norm,
+    pair,
+    proven_norm,
+    proven_square,
+    round_down,
+    round_up,
+)
 
-METHODS = ("guaranteed", "power", "exact")
 HEADS = (NormalizedLinear, Truncation)
-U = 2.0**-53  # unit roundoff of float64
-TINY = 1e-280  # after scaling to largest weight 1, more than all underflows of a norm together
-DENSE_ENTRIES = 60_000_000  # largest matrix that "exact" decomposes
-CHUNK = 4_000_000  # float64 numbers per temporary of the torus bound (32 MB)
-
-
-def gamma(n):
-    return n * U / (1 - n * U)
 
 
 # ------------------------------------------------------------------------------ layers, one by one
@@ -66,7 +67,9 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
 
     layer        nn.Linear, nn.Conv2d or any layer known to `layer_lipschitz`
     input_shape  shape of one sample: (C, H, W) or (features,)
-    method       "guaranteed": never below the true norm, rounding included
+    method       "guaranteed": never below the true norm, rounding included; seconds for a large
+                 convolution, see `norms`
+                 "fast": as "guaranteed", by the cheapest proof, some permille larger
                  "power": the number that the paper's power iteration converges to (computed by
                  Lanczos from a fixed start), rounded down so that it is never above the true norm;
                  1 for SOC, CPL, SLL and Sandwich layers, as published
@@ -78,21 +81,23 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     wrong shape or method, a matrix too large for "exact", and weights that are not finite.
     """
     if method not in METHODS:
-        raise ValueError(f'unknown method {method!r}: use "guaranteed", "power" or "exact"')
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
     if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
         raise ValueError(
-            f"input_shape of {_name(layer)} is {input_shape!r}: "
+            f"input_shape of {describe(layer)} is {input_shape!r}: "
             "give the shape of one sample, (C, H, W) or (features,)"
         )
     _refuse_overridden(layer)
     if start is not None:
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
-        return _matrix_norm(layer, shape, method, start)
+        return matrix_norm(layer, _weight(layer, shape), shape, method, start)
+    if method == "fast" and not is_linear(layer):  # other layers know one proof only
+        method = "guaranteed"
     bound = float(layer_lipschitz(layer, shape, method))
     if not bound >= 0:
-        raise ValueError(f"the bound registered for {_name(layer)} returned {bound}")
+        raise ValueError(f"the bound registered for {describe(layer)} returned {bound}")
     return bound
 
 
@@ -107,7 +112,7 @@ def layer_lipschitz(layer, input_shape, method):
     evaluation mode, for "power" the value that papers report.
     """
     raise TypeError(
-        f"no Lipschitz bound known for {_name(layer)}: register one with "
+        f"no Lipschitz bound known for {describe(layer)}: register one with "
         f"@cll.bounds.register({type(layer).__name__}) on a function (layer, input_shape, method)"
     )
 
@@ -148,17 +153,17 @@ def _max_pool(layer, input_shape, method):
     largest move in its window, so the squared moves of all outputs are at most r times those of the
     inputs. r = ceil(k/s) per dimension, and no more than there are outputs."""
     _check_shape(layer, input_shape)
-    if _pair(layer.dilation) != (1, 1):
+    if pair(layer.dilation) != (1, 1):
         raise TypeError(
-            f"no Lipschitz bound known for {_name(layer)} with dilation: "
+            f"no Lipschitz bound known for {describe(layer)} with dilation: "
             "register one with cll.bounds.register"
         )
     if method != "guaranteed" and method != "exact":
         return 1.0  # a lower bound: one window that holds the single non-zero input
-    kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
+    kernel, stride = pair(layer.kernel_size), pair(layer.stride)
     outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
     windows = [min(-(-k // s), m) for k, s, m in zip(kernel, stride, outputs, strict=True)]
-    return _up(math.sqrt(math.prod(windows)))
+    return round_up(math.sqrt(math.prod(windows)))
 
 
 @register(nn.AvgPool2d)
@@ -171,9 +176,9 @@ def _avg_pool(layer, input_shape, method):
     for n, m, k, s, p in zip(
         input_shape[-2:],
         outputs,
-        _pair(layer.kernel_size),
-        _pair(layer.stride),
-        _pair(layer.padding),
+        pair(layer.kernel_size),
+        pair(layer.stride),
+        pair(layer.padding),
         strict=True,
     ):
         matrix = torch.zeros(m, n, dtype=torch.float64)
@@ -183,44 +188,33 @@ def _avg_pool(layer, input_shape, method):
             count = last - first if layer.count_include_pad else inside[1] - inside[0]
             matrix[i, inside[0] : inside[1]] = 1 if layer.divisor_override else 1 / count
         if method == "guaranteed":
-            norm *= _proven_norm(matrix[None])
+            norm *= proven_norm(matrix[None])
         else:
             norm *= torch.linalg.svdvals(matrix)[0].item()
     if layer.divisor_override:
         norm /= abs(layer.divisor_override)
-    return {"guaranteed": _up(norm), "exact": norm, "power": _down(norm)}[method]
+    return {"guaranteed": round_up(norm), "exact": norm, "power": round_down(norm)}[method]
 
 
 @register(nn.Linear)
 @register(nn.Conv2d)
-def _matrix_norm(layer, input_shape, method, start=None):
-    """Largest singular value of a linear layer. The weight is scaled by a power of two, exactly, to
-    largest entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
+def _matrix_norm(layer, input_shape, method):
+    """Largest singular value of a linear layer."""
+    return matrix_norm(layer, _weight(layer, input_shape), input_shape, method)
+
+
+def _weight(layer, input_shape):
+    """The weight of a Linear or Conv2d in float64 on the CPU, checked."""
     _check_shape(layer, input_shape)
     if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
         raise TypeError(
-            f"no Lipschitz bound known for {_name(layer)}, padding_mode={layer.padding_mode!r}: "
+            f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
             'use "zeros" or "circular", or register a bound with cll.bounds.register'
         )
     weight = layer.weight.detach().to("cpu", torch.float64)
     if not weight.isfinite().all():
-        raise ValueError(f"the weight of {_name(layer)} holds NaN or infinite numbers: no bound")
-    return _scaled_norm(layer, weight, input_shape, method, start)
-
-
-def _scaled_norm(layer, weight, input_shape, method, start=None):
-    """`_matrix_norm` of a layer like `layer` with a float64 weight of its own."""
-    largest = weight.abs().max().item()
-    if largest == 0:
-        return 0.0
-    exponent = math.frexp(largest)[1] - 1
-    half = -exponent // 2  # in two steps: 2^1062, for subnormal weights, is no float64
-    weight = weight * 2.0**half * 2.0 ** (-exponent - half)
-    if method == "guaranteed":
-        return _ldexp(_guaranteed(layer, weight, input_shape), exponent, math.inf)
-    if method == "power":
-        return _ldexp(_power(layer, weight, input_shape, start), exponent, 0.0)
-    return _ldexp(_exact(layer, weight, input_shape), exponent)
+        raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
+    return weight
 
 
 # ------------------------------------------------------------ layers that bound themselves
@@ -242,13 +236,13 @@ def _soc(layer, input_shape, method):
     if method == "exact":
         return _exact_linear(layer, input_shape)
     kernel, terms = layer.effective(), layer.terms[1]
-    norm = layer.kernel_size * min(_proven_norm(U[None]) for U in layer.unfoldings(kernel))
-    gain = taylor_gain(terms, _up(norm))
+    norm = layer.kernel_size * min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
+    gain = taylor_gain(terms, round_up(norm))
     if gain > 1:
         size = [n // layer.stride for n in input_shape[-2:]]
-        proven = _scaled_norm(_plain(kernel), kernel, (len(kernel), *size), "guaranteed")
+        proven = matrix_norm(_plain(kernel), kernel, (len(kernel), *size), "fast")
         gain = min(gain, taylor_gain(terms, proven))
-    return _up(gain)
+    return round_up(gain)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -292,7 +286,7 @@ def taylor_gain(terms, norm):
             right.append(b[-1])
         pending += [left, right[::-1]]
     proven = max([proven, *map(max, pending)])
-    return 1.0 if proven == 1 else _up(math.sqrt(proven))
+    return 1.0 if proven == 1 else round_up(math.sqrt(proven))
 
 
 @register(CPLLinear)
@@ -306,19 +300,19 @@ def _potential_step(layer, input_shape, method):
         return 1.0
     if getattr(layer, "variant", "sound") != "sound":
         raise TypeError(
-            f"no Lipschitz bound known for {_name(layer)}: variant {layer.variant!r} is the "
+            f"no Lipschitz bound known for {describe(layer)}: variant {layer.variant!r} is the "
             'published form, for ablation only; build with variant="sound" to certify'
         )
     layer = _evaluation_copy(layer)
     D, W = layer.effective(), layer.weight
     scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
     _check_shape(_plain(W), input_shape)
-    norm = _scaled_norm(_plain(W), scaled, input_shape, method)
+    norm = matrix_norm(_plain(W), scaled, input_shape, "exact" if method == "exact" else "fast")
     if method == "exact":
         return max(1.0, 2 * norm**2 - 1)
     # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
     norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
-    return _up(max(1.0, _up(2 * norm**2) - 1))
+    return round_up(max(1.0, round_up(2 * norm**2) - 1))
 
 
 @register(SandwichLinear)
@@ -337,11 +331,11 @@ def _sandwich(layer, input_shape, method):
     elif both.is_complex():
         square = 0.0
         for part in both.split(max(1, CHUNK // (8 * both.shape[1] ** 2))):
-            square = max(square, _proven_square(part.real, part.imag)[0])
+            square = max(square, proven_square(part.real, part.imag)[0])
     else:
-        square = _proven_square(both)[0]
+        square = proven_square(both)[0]
     excess = max(0.0, square - 1)
-    return _up(math.sqrt(1 + _up(4 * excess * (1 + excess))))
+    return round_up(math.sqrt(1 + round_up(4 * excess * (1 + excess))))
 
 
 def settle(model):
@@ -354,10 +348,10 @@ def settle(model):
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         if isinstance(layer, SOCConv2d):
             kernel = _evaluation_copy(layer).skew_kernel()
-            norm = min(_proven_norm(U[None]) for U in layer.unfoldings(kernel))
+            norm = min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
         elif isinstance(layer, CPLLinear | CPLConv2d):
             W = _evaluation_copy(layer).weight
-            norm = _scaled_norm(_plain(W), W, shape, "guaranteed")
+            norm = matrix_norm(_plain(W), W, shape, "fast")
         else:
             continue
         stored = torch.tensor(norm, dtype=layer.norm.dtype)
@@ -379,7 +373,7 @@ def _evaluation_copy(layer):
     layer = copy.deepcopy(layer).to("cpu", torch.float64).eval().requires_grad_(False)
     layer.frozen = None
     if not all(t.isfinite().all() for t in layer.state_dict().values()):
-        raise ValueError(f"the weight of {_name(layer)} holds NaN or infinite numbers: no bound")
+        raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
     return layer
 
 
@@ -416,333 +410,6 @@ def _refuse_overridden(layer):
             )
 
 
-# -------------------------------------------------------- the linear map of a layer, its adjoint
-
-
-def _apply(layer, weight, x):
-    """A x, the layer without its bias; x is one sample, (features,) or (C, H, W), or a batch."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight)
-    stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-    if layer.padding_mode == "zeros":
-        return F.conv2d(x, weight, None, stride, layer.padding, dilation, groups)
-    (top, bottom), (left, right) = _padding(layer)
-    x = F.pad(x, (left, right, top, bottom), mode="circular")
-    return F.conv2d(x, weight, None, stride, 0, dilation, groups)
-
-
-def _adjoint(layer, weight, y, input_shape):
-    """A^T y, the transpose of `_apply` at exactly this input shape. A strided convolution skips the
-    last rows of some inputs; without the output padding computed here the transpose would live on a
-    smaller image, whose norm is smaller (a fault of the published code)."""
-    if isinstance(layer, nn.Linear):
-        return y @ weight
-    stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-    sides = _padding(layer)
-    symmetric = layer.padding_mode == "zeros" and all(a == b for a, b in sides)
-    inside = [a if symmetric else 0 for a, _ in sides]
-    whole = [
-        n if symmetric else n + a + b for n, (a, b) in zip(input_shape[-2:], sides, strict=True)
-    ]
-    skipped = [
-        n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-        for n, m, s, p, d, k in zip(
-            whole, y.shape[-2:], stride, inside, dilation, layer.kernel_size, strict=True
-        )
-    ]
-    x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, groups, dilation)
-    if symmetric:
-        return x
-    for axis, (a, b), n in zip((-2, -1), sides, input_shape[-2:], strict=True):
-        before, x, after = x.split([a, n, b], axis)
-        if layer.padding_mode == "circular":  # copies of the border add up where they came from
-            x = x + _place(before, axis, n - a, n) + _place(after, axis, 0, n)
-    return x
-
-
-def _place(x, axis, first, n):
-    """x with zeros before and after it along the axis, up to length n."""
-    ends = (first, n - first - x.shape[axis])
-    return F.pad(x, ends if axis == -1 else (0, 0, *ends))
-
-
-def _padding(layer):
-    """((top, bottom), (left, right)) of a convolution, also for "same" and "valid"."""
-    if layer.padding == "valid":
-        return ((0, 0), (0, 0))
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in _pair(layer.padding))
-
-
-def _output_shape(layer, input_shape):
-    if isinstance(layer, nn.Linear):
-        return (*input_shape[:-1], layer.out_features)
-    sizes = [
-        (n + a + b - d * (k - 1) - 1) // s + 1
-        for n, (a, b), d, k, s in zip(
-            input_shape[-2:],
-            _padding(layer),
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
-        )
-    ]
-    if min(sizes) < 1:
-        raise ValueError(f"{_name(layer)} has a kernel larger than its padded input {input_shape}")
-    return (layer.out_channels, *sizes)
-
-
-def _dense(layer, weight, input_shape):
-    """The matrix (inputs, outputs) of the layer: its answer to the identity. float64."""
-    size = math.prod(input_shape)
-    matrix = torch.empty(size, math.prod(_output_shape(layer, input_shape)), dtype=torch.float64)
-    for first in range(0, size, 256):
-        rows = torch.zeros(min(256, size - first), size, dtype=torch.float64)
-        rows[:, first:].fill_diagonal_(1)
-        rows = rows.view(-1, *input_shape)
-        matrix[first : first + len(rows)] = _apply(layer, weight, rows).flatten(1)
-    return matrix
-
-
-# -------------------------------------------------------------------------------- exact and power
-
-
-def _exact(layer, weight, input_shape):
-    entries = math.prod(input_shape) * math.prod(_output_shape(layer, input_shape))
-    if entries > DENSE_ENTRIES:
-        raise ValueError(
-            f'method "exact" would decompose {entries:.1e} matrix entries for {_name(layer)} on '
-            f'{input_shape}, limit {DENSE_ENTRIES:.0e}: use "guaranteed" or "power"'
-        )
-    return torch.linalg.svdvals(_dense(layer, weight, input_shape))[0].item()
-
-
-def _power(layer, weight, input_shape, start=None):
-    """Top singular vector by Lanczos (ARPACK on A^T A), then ||A v|| / ||v|| in float64 minus its
-    own rounding error: any v, however badly converged, gives a lower bound. Convolutions on 32x32
-    have relative gaps near 1e-3 at the top, where plain power iteration needs thousands of steps.
-    Large layers search v in float32, five times faster: an error d in v costs only d^2 in the
-    value, which stays within about 1e-7 of the norm."""
-    if isinstance(layer, nn.Linear):  # every leading index sees the same matrix
-        input_shape = input_shape[-1:]
-    size = math.prod(input_shape)
-    if start is None:
-        v = np.random.default_rng(0).standard_normal(size)
-    else:
-        v = torch.as_tensor(start).detach().to("cpu", torch.float64).reshape(-1).numpy()
-        if v.size != size or not np.isfinite(v).all() or not v.any():
-            raise ValueError(f"start must be a finite non-zero vector of shape {input_shape}")
-    dtype = np.float64 if size <= 8192 else np.float32
-    searched = weight.to(torch.float64 if dtype is np.float64 else torch.float32)
-
-    def gram(v):
-        x = torch.from_numpy(np.ascontiguousarray(v, dtype)).view(input_shape)
-        return _adjoint(layer, searched, _apply(layer, searched, x), input_shape).flatten().numpy()
-
-    v = (v / np.abs(v).max()).astype(dtype)
-    if size <= 32:
-        v = np.linalg.eigh(np.stack([gram(row) for row in np.eye(size)]))[1][:, -1]
-    elif gram(v).any():
-        operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=gram, dtype=dtype)
-        tolerance = 1e-9 if dtype is np.float64 else 1e-6
-        try:
-            v = scipy.sparse.linalg.eigsh(operator, 1, v0=v, ncv=24, tol=tolerance, maxiter=300)[1]
-        except scipy.sparse.linalg.ArpackError:  # not converged: what the steps themselves reach
-            for _ in range(100):
-                v = gram(v)
-                v = v / np.linalg.norm(v)
-    x = torch.from_numpy(np.ascontiguousarray(v, np.float64)).view(input_shape)
-    y = _apply(layer, weight, x)
-    error = gamma(weight[0].numel() + 2) * _apply(layer, weight.abs(), x.abs()).norm().item()
-    image = y.norm().item() * (1 - gamma(y.numel() + 2)) - error * 1.01
-    return max(0.0, _down(image / (x.norm().item() * (1 + gamma(size + 2)))))
-
-
-# ------------------------------------------------------------------------------------ guaranteed
-
-
-def _guaranteed(layer, weight, input_shape):
-    """Upper bound of the norm of a linear layer whose largest weight lies in [1, 2)."""
-    if isinstance(layer, nn.Linear):
-        return _proven_norm(weight[None])
-    bound = _torus_norm(layer, weight, input_shape)
-    if layer.padding_mode == "zeros":  # an odd grid has no frequency pi, where norms often peak
-        bound = min(bound, _torus_norm(layer, weight, input_shape, 1))
-    inputs, outputs = math.prod(input_shape), math.prod(_output_shape(layer, input_shape))
-    wraps = layer.padding_mode == "circular" and any(
-        d * (k - 1) >= n
-        for d, k, n in zip(layer.dilation, layer.kernel_size, input_shape[-2:], strict=True)
-    )  # then taps meet on one pixel and the entries of the matrix are rounded sums
-    if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
-        bound = min(bound, _proven_norm(_dense(layer, weight, input_shape)[None]))
-    return bound
-
-
-def _torus_norm(layer, weight, input_shape, extra=0):
-    """Upper bound of the norm of a convolution by the DFT on a torus that contains it.
-
-    Per dimension the layer computes y[i] = sum_a w[a] x[i s + t_a], 0 <= i < m, for offsets
-    t_a = d a - (padding before), where x[j] = 0 outside 0 <= j < n.
-
-    Zero padding. Let the input occupy 0..n-1 of Z_N, zero elsewhere, for N a multiple of s with
-    N >= m s, N >= n - min(0, lowest position read) and N > highest position read. The circular
-    operator z[i] = sum_a w[a] x[(i s + t_a) mod N], 0 <= i < N/s, then agrees with the layer for
-    i < m <= N/s: a position below 0 wraps to n or above, a position from n on does not wrap, and
-    both meet zeros. So the layer is a part of the circular operator (embedding, operator, selection
-    of outputs), and its norm is no larger. Taps and outputs that meet only padding are dropped
-    first, which leaves the layer as it is and makes N smaller. Every larger N is valid too: `extra`
-    adds that many multiples of s to the smallest one.
-
-    Circular padding is the case N = n if s divides n. In general the outputs stand at multiples of
-    g = gcd(s, n), each visited at most r = ceil(m g / n) times, and the norm is at most sqrt(r)
-    times that of the circular operator of stride g.
-
-    Write t_a = s q_a + r_a, 0 <= r_a < s, and x_r[j] = x[s j + r] (polyphase components). Then
-    z[i] = sum_a w[a] x_{r_a}[i + q_a] on Z_M, M = N/s, and the unitary DFT turns the operator into
-    independent blocks, one per frequency f,
-        B_f[o, (c, r)] = sum over a with r_a = r of w[o, c, a] exp(2 pi i f q_a / M).
-    The norm is the largest norm of a block. Real weights make B_{-f} the conjugate of B_f, so half
-    of the frequencies suffice. Groups are independent operators: the largest of their norms counts.
-
-    Rounding: each exp is off by less than 32 u in its real and imaginary part (an exact integer
-    phase, reduced to [-pi, pi], then a cosine or sine within 2 ulp), each sum of T products by
-    gamma(T), so an entry of a block by sqrt(2) (32 u + gamma(T + 1)) sum_a |w[a]|. The Frobenius
-    norm of that is added to the proven norm of the blocks as computed.
-    """
-    groups = layer.groups
-    axes, repeats = [], 1
-    for n, m, k, s, d, (before, _) in zip(
-        input_shape[-2:],
-        _output_shape(layer, input_shape)[-2:],
-        layer.kernel_size,
-        layer.stride,
-        layer.dilation,
-        _padding(layer),
-        strict=True,
-    ):
-        offsets = d * torch.arange(k) - before
-        taps = torch.arange(k)
-        if layer.padding_mode == "circular":
-            step, size = math.gcd(s, n), n
-            repeats *= -(-m * step // n)
-        else:
-            read = s * torch.arange(m)[:, None] + offsets  # (outputs, taps)
-            inside = (read >= 0) & (read < n)
-            if not inside.any():
-                return 0.0
-            taps, outputs = inside.any(0).nonzero()[:, 0], inside.any(1).nonzero()[:, 0]
-            read = read[outputs[0] : outputs[-1] + 1, taps]
-            step, offsets = s, read[0]
-            size = max(n - min(0, read.min().item()), read.max().item() + 1, len(read) * s)
-            size += extra * s
-        axes.append((taps, offsets // step, offsets % step, -(-size // step)))
-    (rows, q_h, r_h, M_h), (columns, q_w, r_w, M_w) = axes
-    weight = weight[:, :, rows][:, :, :, columns].unflatten(0, (groups, -1))  # (G, O/G, C/G, k, k)
-
-    phases, kernels, mass = [], [], []  # one entry per pair of polyphase components that is read
-    for r in r_h.unique():
-        for t in r_w.unique():
-            a, b = (r_h == r).nonzero()[:, 0], (r_w == t).nonzero()[:, 0]
-            kernel = weight[..., a, :][..., b].flatten(-2)  # (G, O/G, C/G, T)
-            phases.append(torch.cartesian_prod(q_h[a] * M_w, q_w[b] * M_h))  # (T, 2)
-            kernels.append(kernel.movedim(-1, 0).flatten(1))  # (T, G * O/G * C/G)
-            mass.append(kernel.abs().sum(-1))
-    rounding = math.sqrt(2) * (32 * U + gamma(rows.numel() * columns.numel() + 1))
-    mass = torch.cat(mass, -1)  # (G, O/G, C/G * components)
-    entry_error = 1.01 * rounding * mass.square().sum((-2, -1)).max().sqrt().item()
-
-    period = M_h * M_w
-    frequencies = torch.cartesian_prod(torch.arange(M_h), torch.arange(M_w // 2 + 1))
-    short, long = sorted(mass.shape[1:])
-    chunk = max(1, CHUNK // (groups * short * max(4 * short, long)))
-    square, t = 0.0, 0.0
-    for f in frequencies.split(chunk):
-        real, imag = [], []
-        for phase, kernel in zip(phases, kernels, strict=True):
-            turns = f @ phase.T % period  # (F, T), exact integers
-            turns = torch.where(2 * turns > period, turns - period, turns)
-            angle = turns.double() * (2 * math.pi) / period
-            for part, function in ((real, torch.cos), (imag, torch.sin)):
-                part.append((function(angle) @ kernel).view(-1, *weight.shape[1:3]))
-        bound, t = _proven_square(torch.cat(real, -1), torch.cat(imag, -1), t)
-        square = max(square, bound)
-    return _up(math.sqrt(repeats) * (math.sqrt(square) + entry_error + TINY))
-
-
-def _proven_norm(matrices):
-    return _up(math.sqrt(_proven_square(matrices)[0]))
-
-
-def _proven_square(real, imag=None, t=0.0):
-    """Upper bound of the squared norm of every matrix B = real + i imag of a stack (..., p, q), the
-    entries taken as exact, proven by floating-point Cholesky factorisation. Returns (bound, t); a
-    later stack of the same operator may start from t, which saves estimating it again.
-
-    Let n = min(p, q) and G = B^H B (or B B^H), for complex B in its real form [[P, -Q], [Q, P]] of
-    twice the size. Computed in float64, G is off by at most gamma(2p + 2) ||B||_F^2 in norm (twice
-    that in real form). For an estimate t of its largest eigenvalue, factorise t I - G. If that runs
-    to completion, the factor R satisfies R^T R = t I - G + D, |D| <= gamma(n + 1) |R|^T |R|, and
-    since the columns of R have squared lengths at most t / (1 - gamma(n + 1)),
-        ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * n t,
-    hence G <= t I + D, a bound whatever the quality of the estimate (Rump, "Verification of
-    positive definiteness", BIT 2006; Higham, theorem 10.3). One more rounding per product is
-    allowed for libraries that multiply by reciprocals of the diagonal. If it breaks down, t was too
-    small: take the eigenvalues of blocks that failed, raise t, try the failed ones again. Should
-    that not end, the Frobenius norm is the answer.
-    """
-    real = real.reshape(-1, *real.shape[-2:])
-    imag = None if imag is None else imag.reshape(real.shape)
-    if real.shape[-2] < real.shape[-1]:
-        real, imag = real.mT, None if imag is None else imag.mT
-    p, n = real.shape[-2:]
-    parts = real if imag is None else torch.cat([real, imag], -2)
-    frobenius = parts.square().sum((-2, -1)).max().item() * (1 + gamma(2 * p * n + 2))
-    gram = parts.mT @ parts
-    if imag is not None:
-        cross = real.mT @ imag
-        cross = cross - cross.mT
-        gram = torch.cat([torch.cat([gram, -cross], -1), torch.cat([cross, gram], -1)], -2)
-        n *= 2
-    factor = gamma(n + 2) / (1 - gamma(n + 2)) * n + 2 * U  # 2 U: the diagonal of t I - G
-    error = gamma(2 * p + 2) * frobenius * (1 if imag is None else 2) + TINY
-
-    identity = torch.eye(n, dtype=torch.float64)
-    pending = torch.linalg.matrix_norm(gram).argsort(descending=True)
-    margin = 4 * (n + 8) * U  # what Cholesky in floating point needs above the largest eigenvalue
-    t = max(t, TINY)
-    for _ in range(60):
-        top = _largest_eigenvalue(gram[pending[:4]])
-        raised = max(t, top * (1 + margin))
-        if raised == t:
-            margin *= 2
-            raised = t * (1 + margin)
-        t = raised
-        factors, info = torch.linalg.cholesky_ex(t * identity - gram[pending])
-        failed = (info != 0) | ~factors.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-        pending = pending[failed]
-        if not len(pending):
-            return min((t * (1 + factor) + error) * (1 + 8 * U), frobenius + TINY), t
-    return frobenius + TINY, t
-
-
-def _largest_eigenvalue(grams):
-    """Estimate, of a few symmetric matrices; large ones by Lanczos, n^2 instead of n^3 a step."""
-    if grams.shape[-1] <= 1024:
-        return torch.linalg.eigvalsh(grams).max().item()
-    tops = []
-    for gram in grams.numpy():
-        v = np.random.default_rng(0).standard_normal(len(gram))
-        try:
-            top = scipy.sparse.linalg.eigsh(gram, 1, v0=v, return_eigenvectors=False, tol=1e-13)
-            tops.append(float(top[0]))
-        except scipy.sparse.linalg.ArpackError:
-            tops.append(float(np.linalg.eigvalsh(gram)[-1]))
-    return max(tops)
-
-
 # -------------------------------------------------------------------------------------- training
 
 
@@ -770,11 +437,11 @@ def estimate(layer, v, iterations=5, through=False):
             if iterations == 0:
                 v = v / torch.linalg.vector_norm(v)
             for _ in range(iterations):
-                square = _adjoint(layer, weight, _apply(layer, weight, v), v.shape)
+                square = apply_adjoint(layer, weight, apply_linear(layer, weight, v), v.shape)
                 # A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero
                 square = torch.add(square, v, alpha=1e-16)
                 v = square / torch.linalg.vector_norm(square)
-        return torch.linalg.vector_norm(_apply(layer, layer.weight, v)), v.detach()
+        return torch.linalg.vector_norm(apply_linear(layer, layer.weight, v)), v.detach()
 
 
 def pairwise_distances(W):
@@ -811,7 +478,7 @@ def _trace(body, shape):
                     x = layer(x)
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(
-                        f"layer {name} ({_name(layer)}) does not accept an input of shape "
+                        f"layer {name} ({describe(layer)}) does not accept an input of shape "
                         f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
                     ) from error
     finally:
@@ -837,8 +504,8 @@ def lipschitz_matrix(model, method="guaranteed"):
 
     over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
     attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
-    and input_std (float or one per channel). With method "guaranteed" every factor and every
-    product is rounded up.
+    and input_std (float or one per channel). With the methods "guaranteed" and "fast" every factor
+    and every product is rounded up.
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
@@ -852,18 +519,22 @@ def lipschitz_matrix(model, method="guaranteed"):
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
     matrix = K * pairwise_distances(W)
-    if method == "guaranteed":  # roundings: product of the layers, distances (D + 3), last product
+    if method in (
+        "guaranteed",
+        "fast",
+    ):  # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
     return matrix.fill_diagonal_(0)
 
 
 def layer_bounds(model):
-    """Table of what is known about every layer with weights: DataFrame (layer, lower, upper).
+    """What is proven about every layer with weights: DataFrame (layer, lower, upper, proof).
 
-    upper is the guaranteed bound; lower is the converged power iteration, for SOC, CPL, SLL and
-    Sandwich layers the largest stretch found at a random point: the constant lies between. The row
-    of a linear head is its spectral norm as a layer; the certificate does not use it, in K stand
-    the distances ||w_i - w_j|| between its rows.
+    upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
+    vector shows. Of Linear and Conv2d both enclose the norm, for large maps to 1e-3, else closer;
+    of SOC, CPL, SLL and Sandwich layers lower is the largest stretch found at a random point. The
+    row of a linear head is its spectral norm as a layer; the certificate does not use it, in K
+    stand the distances ||w_i - w_j|| between its rows.
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
@@ -872,12 +543,15 @@ def layer_bounds(model):
         layers.append(("head", head, features))
     rows = []
     for name, layer, shape in layers:
-        if next(layer.parameters(), None) is not None:
-            seen = hasattr(layer, "effective")
-            lower = _stretch(layer, shape) if seen else operator_norm(layer, shape, "power")
-            upper = operator_norm(layer, shape, "guaranteed")
-            rows.append((f"{name} {type(layer).__name__}", lower, upper))
-    return pd.DataFrame(rows, columns=["layer", "lower", "upper"])
+        if next(layer.parameters(), None) is None:
+            continue
+        if is_linear(layer):
+            lower, upper, proof = bounds(layer, _weight(layer, shape), shape)
+        else:
+            lower, upper = _stretch(layer, shape), operator_norm(layer, shape)
+            proof = "by construction"
+        rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
+    return pd.DataFrame(rows, columns=["layer", "lower", "upper", "proof"])
 
 
 def _stretch(layer, input_shape, steps=20):
@@ -905,7 +579,7 @@ def _head(model, features):
     head = model.head
     if not (isinstance(head, HEADS) or isinstance(head, nn.Linear) and is_linear(head)):
         raise TypeError(
-            f"the head must be nn.Linear, NormalizedLinear or Truncation, got {_name(head)}"
+            f"the head must be nn.Linear, NormalizedLinear or Truncation, got {describe(head)}"
         )
     if features != (head.in_features,):
         raise ValueError(
@@ -926,32 +600,4 @@ def _check_shape(layer, shape):
         fits = len(shape) == 3 and channels in (None, shape[0])
         wanted = f"({channels or 'C'}, H, W)"
     if not fits:
-        raise ValueError(f"{_name(layer)} takes inputs of shape {wanted}, got {shape}")
-
-
-def _name(layer):
-    line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
-    return line.removesuffix("(")  # of a container, the name
-
-
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _up(x):
-    """Rounded up past the roundings of a few scalar operations and of a singular value
-    decomposition, so that a guaranteed bound also stays above norms that others compute."""
-    return math.nextafter(x * (1 + 1e-13), math.inf)
-
-
-def _down(x):
-    return math.nextafter(x * (1 - 1e-13), 0.0)
-
-
-def _ldexp(x, exponent, towards=None):
-    """x * 2^exponent; infinite when it overflows; where it underflows, rounded in the direction."""
-    try:
-        scaled = math.ldexp(x, exponent)
-    except OverflowError:
-        return math.inf
-    return math.nextafter(scaled, towards) if towards is not None and scaled < 1e-300 else scaled
+        raise ValueError(f"{describe(layer)} takes inputs of shape {wanted}, got {shape}")

@@ -20,11 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bounds import (
-    U,
-    _adjoint,
-    _apply,
-    _scaled_norm,
-    gamma,
     head_rows,
     is_linear,
     layer_inputs,
@@ -32,6 +27,7 @@ from .bounds import (
     operator_norm,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
+from .norms import U, apply_adjoint, apply_linear, gamma, matrix_norm
 from .progress import progress_bar
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
@@ -109,9 +105,9 @@ def _pre_activation(layer, h, low, high, R):
     middle, radius = (low + high) / 2, (high - low) / 2
     bias = layer.bias
     bias = 0 if bias is None else bias.view(-1, *[1] * (h.ndim - 2))
-    z, middle = _apply(layer, layer.weight, torch.cat([h, middle])).chunk(2)
+    z, middle = apply_linear(layer, layer.weight, torch.cat([h, middle])).chunk(2)
     z, middle = z + bias, middle + bias
-    radius = _apply(layer, layer.weight.abs(), radius)
+    radius = apply_linear(layer, layer.weight.abs(), radius)
     R = R.view(-1, *[1] * (h.ndim - 1))
     ball = R * _row_norms(layer.weight, h.ndim)
     low, high = torch.maximum(middle - radius, z - ball), torch.minimum(middle + radius, z + ball)
@@ -175,10 +171,10 @@ def _masked_norm(layer, v, inputs, outputs, iterations):
         weight = layer.weight
         v = _unit(v * inputs)
         for _ in range(iterations):
-            y = _apply(layer, weight, v) * outputs
-            square = _adjoint(layer, weight, y, inputs.shape[1:]) * inputs
+            y = apply_linear(layer, weight, v) * outputs
+            square = apply_adjoint(layer, weight, y, inputs.shape[1:]) * inputs
             v = _unit(torch.add(square, v, alpha=1e-16))
-    y = _apply(layer, layer.weight, v) * outputs
+    y = apply_linear(layer, layer.weight, v) * outputs
     return torch.linalg.vector_norm(y.flatten(1), dim=1)
 
 
@@ -368,7 +364,7 @@ def _exact(model):
         if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
             half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
             both = torch.stack([half, -half], 1).flatten(0, 1)
-            known["pair_norm"] = _scaled_norm(layer, both, shape, "guaranteed") * ROUNDED
+            known["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
             rows = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
             known["pair_rows"] = torch.full_like(rows, known["pair_norm"]) if wraps else rows
         layers.append(_Layer(layer, shape, norm, **known))
@@ -478,7 +474,7 @@ def _follow(model, layers, state, n, c, rho, rule):
                 charge = charge * step.norm + pair_charge * (step.pair_norm or 0)
                 pair_charge = torch.zeros_like(charge)
             rounded = step.rounding * size
-            c = _adjoint(step.layer, step.layer.weight, c, step.shape)
+            c = apply_adjoint(step.layer, step.layer.weight, c, step.shape)
         elif state.folds[depth]:
             below = layers[depth - 1] if depth else None
             for stage in reversed(range(len(state.folds[depth]))):

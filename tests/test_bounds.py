@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from cll import bounds
+from cll import bounds, build, norms
 from cll.bounds import (
     estimate,
     is_linear,
@@ -69,7 +69,7 @@ def convolutions(draw, entries=300_000):
     if padding == "same":
         stride = [1, 1]
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular"]))
-    pads = [0, 0] if isinstance(padding, str) else bounds._pair(padding)
+    pads = [0, 0] if isinstance(padding, str) else norms.pair(padding)
     smallest = [
         max(4, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, pads, strict=True)
     ]
@@ -103,9 +103,47 @@ def test_guaranteed_exact_power_are_ordered_on_random_convolutions(case):
     assert power >= exact * (1 - 1e-6)
     # the torus alone, as large layers see it
     scale = layer.weight.detach().abs().max().double().item() or 1.0
-    torus = bounds._torus_norm(layer, layer.weight.detach().double() / scale, shape)
+    torus = norms.torus_norm(layer, layer.weight.detach().double() / scale, shape)
     assert torus * scale * (1 + 1e-14) >= exact
     assert guaranteed <= torus * scale * (1 + 1e-11)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(convolutions(entries=60_000))
+def test_strip_and_block_proofs_on_random_convolutions(case):
+    """The proofs of large layers, all orientations: above the norm, and the last one tight."""
+    layer, shape = case
+    layer.padding_mode = "zeros"
+    weight, _ = norms._scaled(layer.weight.detach().double())
+    if weight is None or min(norms.output_shape(layer, shape)) < 1:
+        return
+    exact = norms._exact(layer, weight, shape)
+    lower = norms.lower_bound(layer, weight, shape)
+    torus = norms.torus_norm(layer, weight, shape) * (1 + 1e-12)
+    for flip, other in itertools.product((False, True), repeat=2):
+        strip = norms.strip_norm(layer, weight, shape, flip, other, lower, torus)
+        assert exact <= strip <= torus
+        rows = norms.rows_norm(layer, weight, shape, flip, other, lower, torus)
+        assert exact <= rows <= max(exact * (1 + 1e-4), norms.TINY)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_block_proof_refuses_a_hair_less_than_the_norm(adjoint):
+    layer, shape = convolution("stride 2, even")
+    weight, _ = norms._scaled(layer.weight.detach().double())
+    exact = norms._exact(layer, weight, shape)
+    low, high = exact * (1 - 1e-9), exact * 1.5
+    found = norms.rows_norm(layer, weight, shape, False, adjoint, low, high)
+    assert exact <= found <= exact * (1 + 1e-6) * (1 + 1e-9)
+    assert norms.rows_norm(layer, weight, shape, False, adjoint, exact * 0.5, high) == high
+
+
+def test_layer_bounds_of_the_networks_of_the_paper_are_tight():
+    """Kaiming weights at full size; 8C2F, which takes minutes, is in benchmarks/norms.py."""
+    table = layer_bounds(build("4C3F"))
+    assert (table["lower"] <= table["upper"]).all()
+    assert (table["upper"] <= table["lower"] * (1 + 1e-5)).all()
+    assert set(table["proof"]) == {"Cholesky", "block Cholesky"}
 
 
 def test_torus_bound_on_every_tiny_layer():
@@ -120,10 +158,10 @@ def test_torus_bound_on_every_tiny_layer():
         layer = nn.Conv2d(1, 1, (1, k), (1, s), (0, p), (1, d), padding_mode=mode)
         for weight in torch.randn(2, 1, 1, 1, k, dtype=torch.float64):
             layer.weight.data = weight
-            dense = bounds._dense(layer, weight, (1, 1, n)).numpy()
+            dense = norms.dense_matrix(layer, weight, (1, 1, n)).numpy()
             reference = np.linalg.svd(dense, compute_uv=False)[0]
             for extra in (0, 1) if mode == "zeros" else (0,):
-                torus = bounds._torus_norm(layer, weight, (1, 1, n), extra)
+                torus = norms.torus_norm(layer, weight, (1, 1, n), extra)
                 assert torus >= reference, (layer, n, weight, extra)
             checked += 1
     assert checked > 2000
@@ -207,13 +245,13 @@ def test_norms_agree_with_the_defining_sum(name):
     assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
     assert operator_norm(layer, shape, "power") == pytest.approx(reference, rel=1e-6)
     assert operator_norm(layer, shape, "power") <= reference
-    assert bounds._torus_norm(layer, layer.weight.detach(), shape) >= reference
+    assert norms.torus_norm(layer, layer.weight.detach(), shape) >= reference
 
 
 @pytest.mark.parametrize("name", ["circular", "circular stride 2", "circular same"])
 def test_torus_is_exact_for_circular_padding(name):
     layer, shape = convolution(name)
-    torus = bounds._torus_norm(layer, layer.weight.detach(), shape)
+    torus = norms.torus_norm(layer, layer.weight.detach(), shape)
     assert torus == pytest.approx(operator_norm(layer, shape, "exact"), rel=1e-10)
 
 
@@ -221,12 +259,12 @@ def test_torus_is_exact_for_circular_padding(name):
 def test_adjoint_is_the_transpose(name):
     layer, shape = convolution(name)
     x = torch.randn(shape, dtype=torch.float64)
-    y = torch.randn_like(bounds._apply(layer, layer.weight, x))
-    left = (bounds._apply(layer, layer.weight, x) * y).sum()
-    adjoint = bounds._adjoint(layer, layer.weight, y, shape)
+    y = torch.randn_like(norms.apply_linear(layer, layer.weight, x))
+    left = (norms.apply_linear(layer, layer.weight, x) * y).sum()
+    adjoint = norms.apply_adjoint(layer, layer.weight, y, shape)
     assert adjoint.shape == shape
     assert left.item() == pytest.approx((x * adjoint).sum().item(), rel=1e-10, abs=1e-12)
-    assert torch.equal(bounds._apply(layer, layer.weight, x), layer(x[None])[0])
+    assert torch.equal(norms.apply_linear(layer, layer.weight, x), layer(x[None])[0])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -236,9 +274,9 @@ def test_adjoint_is_the_transpose_on_random_convolutions(case):
     weight = layer.weight.detach().double()
     weight = weight / (weight.abs().max() or 1.0)
     x = torch.randn(shape, dtype=torch.float64)
-    y = torch.randn_like(bounds._apply(layer, weight, x))
-    left = (bounds._apply(layer, weight, x) * y).sum().item()
-    right = (x * bounds._adjoint(layer, weight, y, shape)).sum().item()
+    y = torch.randn_like(norms.apply_linear(layer, weight, x))
+    left = (norms.apply_linear(layer, weight, x) * y).sum().item()
+    right = (x * norms.apply_adjoint(layer, weight, y, shape)).sum().item()
     size = math.sqrt(x.numel() * y.numel()) * math.sqrt(weight[0].numel())
     assert left == pytest.approx(right, rel=1e-9, abs=1e-12 * size)
 
@@ -299,7 +337,7 @@ def test_proven_norm_against_numpy(shape, is_complex):
     imag = torch.randn(shape, dtype=torch.float64) if is_complex else None
     B = real.numpy() + (1j * imag.numpy() if is_complex else 0)
     reference = np.linalg.svd(B, compute_uv=False).max()
-    square, _ = bounds._proven_square(real, imag)
+    square, _ = norms.proven_square(real, imag)
     assert reference**2 <= square * (1 + 1e-15)
     assert square <= reference**2 * (1 + 1e-11)
 
@@ -312,7 +350,7 @@ def test_proof_does_not_trust_the_estimate(monkeypatch, factor):
     reference = torch.linalg.svdvals(matrices).max().item()
     eigvalsh = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: factor * eigvalsh(x))
-    bound = bounds._proven_norm(matrices)
+    bound = norms.proven_norm(matrices)
     assert bound >= reference
     assert bound <= matrices.square().sum((1, 2)).max().sqrt().item() * (1 + 1e-9)
 
@@ -792,7 +830,7 @@ def test_models_that_do_not_compose_are_errors():
 def test_layer_bounds_holds_the_norms_between():
     network = small_network()
     table = layer_bounds(network)
-    assert list(table.columns) == ["layer", "lower", "upper"]
+    assert list(table.columns) == ["layer", "lower", "upper", "proof"]
     assert list(table["layer"]) == [
         "body.0 Conv2d",
         "body.1.1.0 Conv2d",
