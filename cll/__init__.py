@@ -9,8 +9,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outputs/ live here
 
-from . import bounds, data, experiment, layers, local, losses, paper, plots, training  # noqa: E402
-from .architectures import LipschitzNet, build  # noqa: E402
+from . import (  # noqa: E402
+    bounds,
+    data,
+    experiment,
+    layers,
+    local,
+    losses,
+    paper,
+    plots,
+    rounding,
+    training,
+)
+from .architectures import LipschitzNet, as_lipschitz_net, build  # noqa: E402
 from .attack import pgd_attack  # noqa: E402
 from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
 from .certify import (  # noqa: E402
@@ -21,7 +32,7 @@ from .certify import (  # noqa: E402
     lipschitz_lower_bound,
 )
 from .experiment import load_params, outputs_dir, run, run_all  # noqa: E402
-from .layers import MaxMin  # noqa: E402
+from .layers import GroupSort, MaxMin, Normalize, Residual  # noqa: E402
 from .losses import (  # noqa: E402
     aol_loss,
     binary_cll_loss,

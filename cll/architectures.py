@@ -16,19 +16,25 @@ from .bounds import (
     estimate,
     head_rows,
     is_linear,
+    is_open,
     layer_inputs,
+    leaves,
     operator_norm,
+    output_shape,
     pairwise_distances,
     settle,
 )
 from .layers import (
+    BatchNormalized,
     ClampedMaxMin,
     CPLConv2d,
     CPLLinear,
     Householder,
     MaxMin,
+    Normalize,
     NormalizedLinear,
     PadChannels,
+    Residual,
     SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
@@ -37,7 +43,7 @@ from .layers import (
     Truncation,
 )
 
-__all__ = ["LipschitzNet", "build"]
+__all__ = ["LipschitzNet", "as_lipschitz_net", "build"]
 
 
 class LipschitzNet(nn.Module):
@@ -128,6 +134,69 @@ class LipschitzNet(nn.Module):
         bounds.settle. Call it once, after training; other layers do not need it."""
         settle(self)
         return self
+
+
+def as_lipschitz_net(model, input_shape):
+    """The LipschitzNet of any classifier that is an nn.Sequential of layers with known bounds.
+
+    model: an nn.Sequential, also of nested ones, of Linear, Conv2d, activations, pools, BatchNorm,
+        Flatten, Dropout, transforms.Normalize (first), cll.Residual, our layers and registered
+        ones; or a LipschitzNet or a module with its attributes, which is returned as it is.
+    input_shape: of one sample, (C, H, W) or (features,).
+
+    The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
+    the last layer are the logits. A BatchNorm joins the Linear or Conv2d before it. The layers
+    themselves are shared with `model`, not copied, and nothing is computed anew.
+    Raises TypeError for a model with a forward of its own and for a layer without a known bound,
+    ValueError for logits behind a softmax and for an input_shape that does not fit.
+    """
+    if hasattr(model, "body") and hasattr(model, "head") and hasattr(model, "input_shape"):
+        return model
+    if not is_open(model):
+        raise TypeError(
+            f"{type(model).__name__} has a forward of its own, which no certificate can look into: "
+            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
+            "connections, and register the bounds of your own layers with cll.bounds.register"
+        )
+    layers = _joined(model)
+    while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
+        layers.pop()
+    if layers and isinstance(layers[-1], nn.Softmax | nn.LogSoftmax | nn.Softmax2d):
+        raise ValueError(
+            f"the model ends in {type(layers[-1]).__name__}: certificates are about logits, which "
+            "have the same argmax; leave that layer out"
+        )
+    body, head = layers, None
+    if layers and isinstance(layers[-1], nn.Linear | NormalizedLinear | Truncation):
+        body, head = layers[:-1], layers[-1]
+    body = nn.Sequential(*body)
+    if head is None:
+        features = output_shape(body, input_shape)
+        if len(features) != 1:
+            raise ValueError(
+                f"the model's outputs have shape {features}, not (classes,): end it with "
+                "nn.Flatten() and nn.Linear"
+            )
+        head = Truncation(features[0], features[0])
+    with torch.random.fork_rng(devices=[]):  # the vectors for training, which nobody asked for
+        return LipschitzNet(body, head, input_shape)
+
+
+def _joined(module):
+    """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
+    layers = []
+    for _, layer in leaves(module):
+        if isinstance(layer, Residual):
+            parts = (nn.Sequential(*_joined(part)) for part in (layer.branch, layer.shortcut))
+            layer = Residual(*parts)
+        elif type(layer).__name__ == "Normalize" and "torchvision" in type(layer).__module__:
+            layer = Normalize(layer.mean, layer.std)
+        pair = (layers[-1] if layers else None, layer)
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and is_linear(pair[0]):
+            layers[-1] = BatchNormalized(*pair)
+        else:
+            layers.append(layer)
+    return layers
 
 
 # Each convolution: channels, kernel, stride, padding.  Sources: the official code's

@@ -15,6 +15,7 @@ and a fifth, `estimate`, for training: a few warm-started power iterations, diff
 import copy
 import functools
 import math
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -23,13 +24,17 @@ import torch
 from torch import nn
 
 from cll.layers import (
+    BatchNormalized,
     ClampedMaxMin,
     CPLConv2d,
     CPLLinear,
+    GroupSort,
     Householder,
     MaxMin,
+    Normalize,
     NormalizedLinear,
     PadChannels,
+    Residual,
     SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
@@ -44,8 +49,8 @@ from cll.norms import (
     U,
     apply_adjoint,
     apply_linear,
-    bounds,
     describe,
+    enclose,
     gamma,
     matrix_norm,
     pair,
@@ -122,29 +127,136 @@ register = layer_lipschitz.register
 
 @register(MaxMin)
 @register(ClampedMaxMin)
+@register(GroupSort)
 @register(Householder)
 @register(PadChannels)
 @register(nn.PixelUnshuffle)
 @register(nn.PixelShuffle)
+@register(nn.ZeroPad2d)
 @register(nn.ReLU)
+@register(nn.ReLU6)
+@register(nn.Hardtanh)
 @register(nn.Tanh)
+@register(nn.Softsign)
+@register(nn.LogSigmoid)
+@register(nn.Softshrink)
+@register(nn.Tanhshrink)
 @register(nn.Identity)
 @register(nn.Flatten)
 @register(nn.Unflatten)
 @register(nn.Dropout)
+@register(nn.Dropout1d)
+@register(nn.Dropout2d)
+@register(nn.AlphaDropout)
+@register(nn.FeatureAlphaDropout)
 def _one(layer, input_shape, method):
     """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity."""
     return 1.0
 
 
+# Largest slopes of smooth activations, rounded up in the last digit. GELU: Phi(x) + x phi(x) peaks
+# at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4, where the second
+# derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha at 0 from below.
+SLOPES = {
+    nn.Sigmoid: 0.25,
+    nn.Hardsigmoid: 1 / 6 + 1e-15,
+    nn.GELU: 1.1291,
+    nn.SiLU: 1.0999,
+    nn.Mish: 1.0885,
+    nn.Hardswish: 1.5,
+    nn.SELU: 1.7581,
+}
+
+
 @register(nn.Sigmoid)
-def _quarter(layer, input_shape, method):
-    return 0.25
+@register(nn.Hardsigmoid)
+@register(nn.GELU)
+@register(nn.SiLU)
+@register(nn.Mish)
+@register(nn.Hardswish)
+@register(nn.SELU)
+def _smooth(layer, input_shape, method):
+    return next(slope for kind, slope in SLOPES.items() if isinstance(layer, kind))
 
 
 @register(nn.LeakyReLU)
 def _leaky_relu(layer, input_shape, method):
     return max(1.0, abs(layer.negative_slope))
+
+
+@register(nn.PReLU)
+def _parametric_relu(layer, input_shape, method):
+    return max(1.0, layer.weight.detach().abs().max().item())
+
+
+@register(nn.ELU)
+def _elu(layer, input_shape, method):
+    return max(1.0, abs(layer.alpha))
+
+
+@register(nn.CELU)
+def _celu(layer, input_shape, method):
+    """exp(x / alpha) below 0: slope 1 at most for alpha > 0, unbounded for alpha < 0."""
+    return 1.0 if layer.alpha > 0 else math.inf
+
+
+@register(Normalize)
+def _normalize(layer, input_shape, method):
+    return round_up(1 / layer.std.min().item())
+
+
+@register(nn.BatchNorm1d)
+@register(nn.BatchNorm2d)
+@register(nn.BatchNorm3d)
+def _batch_norm(layer, input_shape, method):
+    """The largest scale of a channel, in evaluation mode."""
+    scale = batch_norm_scale(layer).abs().max().item()
+    return {"guaranteed": round_up(scale), "power": round_down(scale)}.get(method, scale)
+
+
+def batch_norm_scale(layer):
+    """weight / sqrt(running_var + eps), (C,) float64, off by 4 u of its size."""
+    if layer.running_var is None:
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)} with track_running_stats=False: it "
+            "normalises by the batch at hand, so that images change each other's logits"
+        )
+    scale = 1 / (layer.running_var.detach().to("cpu", torch.float64) + layer.eps).sqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight.detach().to("cpu", torch.float64)
+    if not scale.isfinite().all():
+        raise ValueError(f"the statistics of {describe(layer)} give NaN or infinite scales")
+    return scale
+
+
+@register(BatchNormalized)
+def _batch_normalized(layer, input_shape, method):
+    """Norm of diag(scale) W. Its entries are off by 5 u, in norm by that times the sum over taps of
+    Frobenius norms, which is at most taps * sqrt(rank) times the norm."""
+    linear, norm = layer
+    if isinstance(linear, nn.Linear) and len(input_shape) > 1:  # the channels are another dimension
+        return chain_norm(nn.Sequential(linear, norm), input_shape, method)
+    weight = _weight(linear, input_shape)
+    scaled = batch_norm_scale(norm).view(-1, *[1] * (weight.ndim - 1)) * weight
+    found = matrix_norm(linear, scaled, input_shape, method)
+    if method in ("guaranteed", "fast"):
+        taps = math.prod(weight.shape[2:])
+        found = round_up(found * (1 + 6 * U * taps * math.sqrt(min(weight.shape[:2]))))
+    return found
+
+
+@register(Residual)
+def _residual(layer, input_shape, method):
+    total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
+    return round_up(total) if method == "guaranteed" else total
+
+
+def chain_norm(module, input_shape, method):
+    """Product of the bounds of the leaves of a module."""
+    total = 1.0
+    for _, layer, shape in layer_inputs(module, input_shape):
+        total *= operator_norm(layer, shape, method)
+    return round_up(total) if method in ("guaranteed", "fast") else total
 
 
 @register(nn.MaxPool2d)
@@ -164,6 +276,31 @@ def _max_pool(layer, input_shape, method):
     outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
     windows = [min(-(-k // s), m) for k, s, m in zip(kernel, stride, outputs, strict=True)]
     return round_up(math.sqrt(math.prod(windows)))
+
+
+@register(nn.AdaptiveAvgPool2d)
+@register(nn.AdaptiveMaxPool2d)
+def _adaptive_pool(layer, input_shape, method):
+    """Where the input divides into equal windows, the pool with these windows. Otherwise TypeError:
+    windows of different sizes overlap."""
+    _check_shape(layer, input_shape)
+    wanted = [
+        n if m is None else m
+        for n, m in zip(input_shape[-2:], _size(layer.output_size), strict=True)
+    ]
+    if any(n % m for n, m in zip(input_shape[-2:], wanted, strict=True)):
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)} on {tuple(input_shape)}, which does "
+            "not divide into equal windows: use a pool with a kernel size, or register a bound "
+            "with cll.bounds.register"
+        )
+    windows = [n // m for n, m in zip(input_shape[-2:], wanted, strict=True)]
+    same = nn.AvgPool2d if isinstance(layer, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
+    return operator_norm(same(windows), input_shape, method)
+
+
+def _size(value):
+    return (value, value) if value is None or isinstance(value, int) else tuple(value)
 
 
 @register(nn.AvgPool2d)
@@ -398,6 +535,7 @@ def is_linear(layer):
 
 def _refuse_overridden(layer):
     """A subclass of a known layer that computes something else must not inherit the bound."""
+    _refuse_hooks(layer)
     kind = type(layer)
     known = next((k for k in kind.__mro__ if k in layer_lipschitz.registry), object)
     if known is object or layer_lipschitz.registry[known].__module__ != __name__:
@@ -463,37 +601,65 @@ def layer_inputs(body, input_shape):
     return _trace(body, tuple(input_shape))[0]
 
 
+def output_shape(body, input_shape):
+    """Shape of one sample behind a body, see `layer_inputs`."""
+    return _trace(body, tuple(input_shape))[1]
+
+
 def _trace(body, shape):
     """(`layer_inputs`, output shape)"""
     weight = next(body.parameters(), torch.empty(0))
     x = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
-    training = [(module, module.training) for module in body.modules()]
-    body.eval()
     layers = []
-    try:
-        with torch.no_grad():
-            for name, layer in _leaves(body):
-                layers.append((name, layer, tuple(x.shape[1:])))
-                try:
-                    x = layer(x)
-                except (RuntimeError, ValueError) as error:
-                    raise ValueError(
-                        f"layer {name} ({describe(layer)}) does not accept an input of shape "
-                        f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
-                    ) from error
-    finally:
-        for module, mode in training:
-            module.training = mode
+    with _evaluation(body), torch.no_grad():
+        for name, layer in leaves(body):
+            layers.append((name, layer, tuple(x.shape[1:])))
+            try:
+                x = layer(x)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"layer {name} ({describe(layer)}) does not accept an input of shape "
+                    f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
+                ) from error
     return layers, tuple(x.shape[1:])
 
 
-def _leaves(module, name=""):
-    opened = type(module).forward is nn.Sequential.forward
-    if not opened or layer_lipschitz.dispatch(type(module)) is not layer_lipschitz.dispatch(object):
+def leaves(module, name=""):
+    """(name, layer) in forward order; nn.Sequential is opened, also when nested."""
+    if not is_open(module):
         yield name, module
         return
-    for key, child in module.named_children():
-        yield from _leaves(child, f"{name}.{key}" if name else key)
+    _refuse_hooks(module)
+    for key, child in module._modules.items():  # named_children() skips a layer used twice
+        yield from leaves(child, f"{name}.{key}" if name else key)
+
+
+def is_open(module):
+    """True for a plain nn.Sequential, of which the layers count one by one."""
+    plain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    return plain and layer_lipschitz.dispatch(type(module)) is layer_lipschitz.dispatch(object)
+
+
+def _refuse_hooks(module):
+    """A hook may compute anything."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(module)} with forward hooks, which may change "
+            "what it computes: remove them (torch.nn.utils.remove_spectral_norm, "
+            "remove_weight_norm, or the handle of register_forward_hook)"
+        )
+
+
+@contextmanager
+def _evaluation(model):
+    """The model in evaluation mode; the former modes of its modules afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def lipschitz_matrix(model, method="guaranteed"):
@@ -513,16 +679,15 @@ def lipschitz_matrix(model, method="guaranteed"):
     if not (std > 0).all():
         raise ValueError(f"input_std must be positive, got {model.input_std}")
     K = 1 / std.min().item()
-    for _, layer, shape in layers:
-        K *= operator_norm(layer, shape, method)
-    W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
+    with _evaluation(model):  # where a weight is computed, this may depend on the mode
+        for _, layer, shape in layers:
+            K *= operator_norm(layer, shape, method)
+        W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
     matrix = K * pairwise_distances(W)
-    if method in (
-        "guaranteed",
-        "fast",
-    ):  # roundings: product of the layers, distances (D + 3), last product
+    if method in ("guaranteed", "fast"):
+        # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
     return matrix.fill_diagonal_(0)
 
@@ -532,9 +697,9 @@ def layer_bounds(model):
 
     upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
     vector shows. Of Linear and Conv2d both enclose the norm, for large maps to 1e-3, else closer;
-    of SOC, CPL, SLL and Sandwich layers lower is the largest stretch found at a random point. The
-    row of a linear head is its spectral norm as a layer; the certificate does not use it, in K
-    stand the distances ||w_i - w_j|| between its rows.
+    of other layers lower is the largest stretch found at a random point. The row of a linear head
+    is its spectral norm as a layer; the certificate does not use it, in K stand the distances
+    ||w_i - w_j|| between its rows.
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
@@ -542,15 +707,16 @@ def layer_bounds(model):
     if type(head) is nn.Linear:
         layers.append(("head", head, features))
     rows = []
-    for name, layer, shape in layers:
-        if next(layer.parameters(), None) is None:
-            continue
-        if is_linear(layer):
-            lower, upper, proof = bounds(layer, _weight(layer, shape), shape)
-        else:
-            lower, upper = _stretch(layer, shape), operator_norm(layer, shape)
-            proof = "by construction"
-        rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
+    with _evaluation(model):
+        for name, layer, shape in layers:
+            if next(layer.parameters(), None) is None:
+                continue
+            if is_linear(layer):
+                lower, upper, proof = enclose(layer, _weight(layer, shape), shape)
+            else:
+                lower, upper = _stretch(layer, shape), operator_norm(layer, shape)
+                proof = "by construction"
+            rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
     return pd.DataFrame(rows, columns=["layer", "lower", "upper", "proof"])
 
 

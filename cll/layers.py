@@ -119,6 +119,77 @@ class PadChannels(nn.Module):
         return str(self.channels)
 
 
+class GroupSort(nn.Module):
+    """Sort groups of adjacent channels, ascending: (N, C, ...) -> (N, C, ...). Everywhere a
+    permutation of each group and continuous, hence 1-Lipschitz.
+
+    Anil, Lucas and Grosse, ICML 2019. Raises ValueError where C is no multiple of group_size.
+    """
+
+    def __init__(self, group_size=2):
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x):
+        if x.ndim < 2 or x.shape[1] % self.group_size:
+            raise ValueError(
+                f"GroupSort({self.group_size}) sorts the channels of dimension 1 in groups and got "
+                f"shape {tuple(x.shape)}: use a multiple of {self.group_size} channels"
+            )
+        return x.unflatten(1, (-1, self.group_size)).sort(2).values.flatten(1, 2)
+
+    def extra_repr(self):
+        return str(self.group_size)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, as the first layer of a classifier that certifies
+    un-normalised images: (N, C, ...) -> (N, C, ...), 1 / min(std)-Lipschitz.
+
+    mean, std: float or one value per channel. Raises ValueError for a std that is not positive.
+    """
+
+    def __init__(self, mean, std):
+        super().__init__()
+        mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, std))
+        if not (std.isfinite().all() and (std > 0).all()):
+            raise ValueError(f"std must be positive and finite, got {std.tolist()}")
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float())
+
+    def forward(self, x):
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+    def extra_repr(self):
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+
+
+class Residual(nn.Module):
+    """y = shortcut(x) + branch(x), (L_shortcut + L_branch)-Lipschitz.
+
+    branch, shortcut: modules with known bounds, nn.Sequential included, whose outputs have one
+    shape; shortcut None is the identity. Write skip connections with it, so that the certificate
+    sees them.
+    """
+
+    def __init__(self, branch, shortcut=None):
+        super().__init__()
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x):
+        return self.shortcut(x) + self.branch(x)
+
+
+class BatchNormalized(nn.Sequential):
+    """A Linear or Conv2d and the BatchNorm after it, bounded as the one linear map that they are in
+    evaluation mode. `architectures.as_lipschitz_net` makes these pairs."""
+
+    def __init__(self, linear, norm):
+        super().__init__(linear, norm)
+
+
 # --------------------------------------------------------------------- layers that bound themselves
 #
 # What these compute from their weights alone is `effective()`: the tensors that `forward` applies

@@ -55,7 +55,7 @@ def matrix_norm(layer, weight, input_shape, method, start=None):
     optional start vector of "power". The weight is scaled by a power of two, exactly, to largest
     entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
     if method == "guaranteed":
-        return bounds(layer, weight, input_shape)[1]
+        return enclose(layer, weight, input_shape)[1]
     weight, exponent = _scaled(weight)
     if weight is None:
         return 0.0
@@ -66,7 +66,7 @@ def matrix_norm(layer, weight, input_shape, method, start=None):
     return _ldexp(_exact(layer, weight, input_shape), exponent)
 
 
-def bounds(layer, weight, input_shape):
+def enclose(layer, weight, input_shape):
     """(lower, upper, proof): a proven interval of the norm, and the name of the proof of `upper`.
     Proofs cost seconds, so that those of a weight seen before are remembered."""
     weight, exponent = _scaled(weight)
@@ -95,7 +95,7 @@ def _scaled(weight):
 
 
 def _prove(layer, weight, input_shape):
-    """`bounds` of a scaled weight: proofs from cheap to dear, until one is close enough."""
+    """`enclose` of a scaled weight: proofs from cheap to dear, until one is close enough."""
     output_shape(layer, input_shape)  # raises for a kernel larger than its input
     lower = lower_bound(layer, weight, input_shape)
     upper, proof = _fast(layer, weight, input_shape), "DFT"

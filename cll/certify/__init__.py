@@ -8,8 +8,9 @@ norm of the un-normalised input, and y = argmax f(x), then for every x' and j
 so the prediction holds within  r(x) = min_{j != y} (f_y(x) - f_j(x)) / K[y, j]. Certified robust
 accuracy CRA(epsilon) is the fraction of samples with y correct and r(x) > epsilon, strictly.
 
-A certificate is only as true as K: ``certify`` takes the guaranteed bound unless told otherwise.
-Logits are computed in float64; their rounding (about 1e-13 of their size) is not subtracted.
+A certificate is only as true as K and the margins: ``certify`` takes the guaranteed bound unless
+told otherwise, computes logits in float64, subtracts a bound of their rounding error from every
+margin (``cll.rounding`` has the model of arithmetic), and rounds radii down.
 """
 
 import copy
@@ -22,10 +23,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..architectures import as_lipschitz_net
 from ..bounds import lipschitz_matrix
 from ..layers import freeze
 from ..local import local_radius
+from ..norms import U
 from ..progress import progress_bar
+from ..rounding import margin_error
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
 
@@ -36,12 +40,14 @@ CPU_BATCH = 50
 # ------------------------------------------------------------------------------- pure functions
 
 
-def certified_radius(logits, K):
+def certified_radius(logits, K, error=None):
     """L2 distance within which the argmax provably cannot change: min_{j != y} (f_y - f_j) / K_yj.
 
     logits: (N, C); K: (C, C), or (N, C, C) with one bound per sample that holds everywhere (a
     local bound certifies only inside the region it was made for). The minimum runs over all other
     classes: the runner-up need not be the nearest. The diagonal of K is not read.
+    error: optional bound of the rounding error of the margins f_y - f_j, (N, C) or broadcasting to
+    it, see ``rounding.margin_error``: it is subtracted from them, and the radius is rounded down.
 
     Returns (N,) float64: 0 on exact ties and wherever a logit or a bound K_yj is NaN or infinite;
     infinite where every K_yj is 0 and the margins are positive (f_y - f_j is constant).
@@ -62,6 +68,10 @@ def certified_radius(logits, K):
     if (rows < 0).any():
         raise ValueError("K has a negative entry: a Lipschitz bound is >= 0")
     margin = f.gather(1, y[:, None]) - f
+    if error is not None:
+        # two differences and a quotient: each is off by at most u of its size
+        margin = (margin - _float64(error).to(f.device)) * (1 - 8 * U)
+    margin = margin.clamp_min(0)
     radius = torch.where(margin == 0, 0, margin / rows).masked_fill(is_y, math.inf).amin(dim=1)
     trusted = f.isfinite().all(dim=1) & rows.isfinite().all(dim=1)
     return torch.where(trusted, radius, 0)
@@ -114,8 +124,8 @@ def certify(
 ) -> pd.DataFrame:
     """Certify every test sample of `dataset`; float64 logits, one row per sample.
 
-    model: ``cll.LipschitzNet`` or any module with its attributes (body, head, input_shape,
-        input_std).
+    model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
+        ``cll.LipschitzNet`` or a module with its attributes (body, head, input_shape, input_std).
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
@@ -139,11 +149,13 @@ def certify(
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
     images, targets = _test_split(dataset)
+    model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     targets = check_targets(targets, len(images), model.head.out_features).cpu()
     K = lipschitz_matrix(model, method).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
-    radius = certified_radius(logits, K)
+    error = margin_error(model, images, logits.argmax(dim=1)) if method == "guaranteed" else None
+    radius = certified_radius(logits, K, error)
     if local:
         right = logits.argmax(dim=1) == targets
         radius_local, kept = radius.clone(), images.cpu()[right]
@@ -180,14 +192,16 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     """Logits (N, C) in float64 on the CPU, of a float64 copy of `model` in eval mode.
 
     images: uint8 (scaled by 1/255) or float, (N, *input_shape), tensor or array. `model` itself is
-    not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32.
+    not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
+    and cuDNN, which may choose algorithms that ``rounding`` does not cover.
     """
     images = torch.as_tensor(images)
     model, device = _float64_copy(model)
     if device.type == "cpu":
         batch_size = min(batch_size, CPU_BATCH)
     batches = images.split(batch_size)
-    with torch.inference_mode(), full_precision(device):
+    cudnn = torch.backends.cudnn.flags(enabled=False)
+    with torch.inference_mode(), full_precision(device), cudnn:
         logits = []
         with progress_bar(len(batches), "logits", "batch", progress) as bar:
             for batch in batches:

@@ -1,0 +1,268 @@
+"""How far computed logits may be from the exact ones: what a certificate subtracts from margins.
+
+The exact network has the weights as they are, real numbers; `certify` evaluates it in float64.
+`rounding` gives, for each layer, numbers (a, b) such that the layer as computed at z is off by at
+most a ||z|| + b in the L2 norm. Errors of the input of a layer grow by its Lipschitz constant, so
+that both add up along the network, see `chain`. Nothing is measured: the bounds hold for every
+input. They are worst cases, and far below 1e-6 in terms of a radius.
+
+Model of arithmetic, as in `norms`: IEEE float64, round to nearest; inner products are plain sums in
+any order, hence no Winograd, Strassen or FFT in a convolution or matrix product (`certify` switches
+cuDNN off); exp, log, erf, tanh, sin, cos within 8 ulp; FFTs with an error of at most
+16 u log2(n) ||z|| (Higham, 2002, theorem 24.2, has less for powers of 2).
+"""
+
+import copy
+import functools
+import math
+
+import torch
+from torch import nn
+
+from .bounds import (
+    batch_norm_scale,
+    head_rows,
+    layer_inputs,
+    operator_norm,
+    pairwise_distances,
+)
+from .layers import (
+    BatchNormalized,
+    ClampedMaxMin,
+    CPLConv2d,
+    CPLLinear,
+    GroupSort,
+    Householder,
+    MaxMin,
+    Normalize,
+    PadChannels,
+    Residual,
+    SandwichConv2d,
+    SandwichLinear,
+    SLLConv2d,
+    SLLLinear,
+    SOCConv2d,
+)
+from .norms import U, gamma, output_shape, proven_norm
+
+SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
+
+
+def margin_error(model, images, predicted):
+    """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
+
+    model: LipschitzNet or a module with its attributes, whose logits were computed in float64.
+    images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64.
+    """
+    x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    size = x.cpu().flatten(1).norm(dim=1) * SAFE
+    std, mean = (
+        torch.as_tensor(getattr(model, name, default), dtype=torch.float64).abs().reshape(-1)
+        for name, default in (("input_std", 1.0), ("input_mean", 0.0))
+    )
+    smallest, pixels = std.min().item(), math.prod(model.input_shape)
+    offset = mean.max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
+    body = copy.deepcopy(model.body).to("cpu", torch.float64).eval()
+    gain, shift, a, b = chain(body, model.input_shape)
+    error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
+    size = size / smallest + offset  # of what the body sees
+    error = (error + a * size + b) * SAFE  # of the features
+    head = copy.deepcopy(model.head).to("cpu", torch.float64)
+    rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
+    bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
+    features = gain * size + shift + error
+    logit = gamma(rows.shape[1] + 8) * (rows.norm(dim=1) * features[:, None] + bias)  # (N, C)
+    predicted = predicted.cpu()
+    both = logit + logit.gather(1, predicted[:, None])
+    return (pairwise_distances(rows)[predicted] * error[:, None] + both) * SAFE
+
+
+def chain(module, input_shape):
+    """(gain, shift, a, b) of the leaves of a module, one after the other: outputs have norms of at
+    most gain ||z|| + shift, and as computed they are off by at most a ||z|| + b."""
+    gain, shift, a, b = 1.0, 0.0, 0.0, 0.0
+    for _, layer, shape in layer_inputs(module, input_shape):
+        norm = operator_norm(layer, shape)
+        slope, constant = rounding(layer, shape)
+        # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
+        a = norm * a + slope * (gain + a)
+        b = norm * b + slope * (shift + b) + constant
+        gain, shift = norm * gain, norm * shift + at_zero(layer, shape)
+    return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
+
+
+@torch.no_grad()
+def at_zero(layer, input_shape):
+    """||layer(0)||, rounded up."""
+    return layer(torch.zeros(1, *input_shape, dtype=torch.float64)).norm().item() * SAFE
+
+
+@functools.singledispatch
+def rounding(layer, input_shape):
+    """The table of (a, b): as computed at z in float64, a layer is off by at most a ||z|| + b.
+
+    Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
+    of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
+    """
+    return 1e-12 * operator_norm(layer, input_shape), 1e-12 * at_zero(layer, input_shape)
+
+
+register = rounding.register
+
+EXACT = (MaxMin, ClampedMaxMin, GroupSort, PadChannels, nn.PixelUnshuffle, nn.PixelShuffle)
+EXACT += (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d)
+EXACT += (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+EXACT += (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
+ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.SiLU)
+ELEMENTWISE += (nn.Mish, nn.Hardswish)
+
+
+def _exact(layer, input_shape):
+    """Comparisons, copies and zeros round nothing."""
+    return 0.0, 0.0
+
+
+def _elementwise(layer, input_shape):
+    """A few operations and functions of |z| and of constants of size 1 or of the layer."""
+    largest = max(1.0, operator_norm(layer, input_shape), abs(getattr(layer, "alpha", 1.0)))
+    return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
+
+
+for _kind in EXACT:
+    register(_kind, _exact)
+for _kind in ELEMENTWISE:
+    register(_kind, _elementwise)
+
+
+@register(nn.Linear)
+@register(nn.Conv2d)
+def _linear(layer, input_shape):
+    """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included."""
+    weight = layer.weight.detach().cpu().double()
+    terms = weight[0].numel() + 2
+    constant = 0.0
+    if layer.bias is not None:
+        outputs = 1
+        if isinstance(layer, nn.Conv2d):
+            outputs = math.prod(output_shape(layer, input_shape)[1:])
+        elif len(input_shape) > 1:
+            outputs = math.prod(input_shape[:-1])
+        constant = layer.bias.detach().double().norm().item() * math.sqrt(outputs)
+    return gamma(terms) * absolute_norm(weight), gamma(terms) * constant
+
+
+def absolute_norm(weight):
+    """Upper bound of || |A| ||, A a matrix or convolution with this weight: the geometric mean of
+    the largest row sum and the largest column sum of |A|."""
+    sums = [weight.abs().sum(axes).max().item() for axes in _row_and_column(weight)]
+    return math.sqrt(math.prod(sums)) * SAFE
+
+
+def _row_and_column(weight):
+    kernel = tuple(range(2, weight.ndim))
+    return (1, *kernel), (0, *kernel)
+
+
+@register(nn.AvgPool2d)
+@register(nn.AdaptiveAvgPool2d)
+def _average(layer, input_shape):
+    """Positive weights: sums of at most all positions, relative to the exact average."""
+    terms = math.prod(input_shape[-2:]) + 4
+    return gamma(terms) * operator_norm(layer, input_shape), 0.0
+
+
+@register(Normalize)
+def _normalize(layer, input_shape):
+    smallest = layer.std.min().item()
+    offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
+    return 4 * U / smallest, 4 * U / smallest * offset
+
+
+@register(nn.BatchNorm1d)
+@register(nn.BatchNorm2d)
+@register(nn.BatchNorm3d)
+def _batch_norm(layer, input_shape):
+    """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
+    scale = batch_norm_scale(layer).abs()
+    offset = scale * layer.running_mean.detach().cpu().double().abs()
+    if layer.bias is not None:
+        offset = offset + layer.bias.detach().cpu().double().abs()
+    positions = math.sqrt(math.prod(input_shape[1:]))
+    return 16 * U * scale.max().item(), 16 * U * offset.norm().item() * positions
+
+
+@register(BatchNormalized)
+def _batch_normalized(layer, input_shape):
+    _, _, a, b = chain(nn.Sequential(*layer), input_shape)
+    return a, b
+
+
+@register(Residual)
+def _residual(layer, input_shape):
+    """Both parts, and the sum of the two."""
+    parts = [chain(part, input_shape) for part in (layer.branch, layer.shortcut)]
+    gain, shift, a, b = (sum(values) for values in zip(*parts, strict=True))
+    return a + U * (gain + a), b + U * (shift + b)
+
+
+@register(Householder)
+def _householder(layer, input_shape):
+    """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
+    the two sides agree up to rounding, costs no more."""
+    return 64 * U, 0.0
+
+
+@register(SOCConv2d)
+def _soc(layer, input_shape):
+    """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
+    off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
+    kernel = layer.effective().detach()
+    n = layer.kernel_size * min(proven_norm(M[None]) for M in layer.unfoldings(kernel))
+    m, g = absolute_norm(kernel), gamma(kernel[0].numel() + 4)
+    size, error = 1.0, 0.0
+    total, sizes = 0.0, 1.0
+    for k in range(1, layer.terms[1] + 1):
+        error = (n * error + g * (m + 1) * (size + error)) / k
+        size = n * size / k
+        total, sizes = total + error, sizes + size
+    bias = layer.bias.detach().norm().item() * math.sqrt(math.prod(input_shape[1:]))
+    return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
+
+
+@register(CPLLinear)
+@register(CPLConv2d)
+@register(SLLLinear)
+@register(SLLConv2d)
+def _potential_step(layer, input_shape):
+    """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
+    W, D = layer.weight.detach(), layer.effective().detach()
+    m, d = absolute_norm(W), D.max().item()
+    g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
+    positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
+    bias = layer.bias.detach().norm().item() * positions
+    # relu(W z + b): size s = m ||z|| + bias, error g s; then D, W^T, - and the error through them
+    return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE
+
+
+@register(SandwichLinear)
+@register(SandwichConv2d)
+def _sandwich(layer, input_shape):
+    """sqrt(2) A^T P relu(sqrt(2) / P B z + b), as products with m >= || |A| ||, || |B| ||; of the
+    convolution as products per frequency between two FFTs each."""
+    both, out = layer.effective().detach(), len(layer.bias)
+    A, B = both[..., :out].abs(), both[..., out:].abs()
+    m_A, m_B = (
+        math.sqrt((M.sum(-1).amax() * M.sum(-2).amax()).item()) * SAFE * 2 for M in (A, B)
+    )  # * 2: real and imaginary parts
+    P = torch.exp(layer.psi.detach())
+    high, low = P.max().item() * 1.001, P.min().item() / 1.001
+    g = gamma(2 * sum(both.shape[-2:]) + 32)
+    positions = 1
+    if isinstance(layer, SandwichConv2d):
+        positions = math.prod(layer.size)
+        g = g + 64 * U * math.log2(positions + 1)
+    bias = layer.bias.detach().norm().item() * math.sqrt(positions)
+    # after relu: size s = sqrt 2 / low m_B ||z|| + bias, error 2 g s; then P, A^T
+    factor = math.sqrt(2) * high * m_A * 4 * g * SAFE
+    return factor * math.sqrt(2) / low * m_B, factor * bias
