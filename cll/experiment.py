@@ -20,6 +20,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+import warnings
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -40,6 +42,7 @@ from pydantic import (
 from safetensors.torch import load_file, save_file
 
 from . import ROOT, ranks
+from .attack import attack_name, autoattack_curve
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
 from .data import Augmentation, load
@@ -212,6 +215,14 @@ class Tightness(_Record):
     steps: Annotated[int, Field(ge=0)] = 1000
 
 
+class Attack(_Record):
+    """Attack the first test images at each of the radii (attack.autoattack): accuracy from above,
+    where the certificate is accuracy from below."""
+
+    images: Annotated[int, Field(gt=0)] = 1000
+    version: Literal["standard", "apgd", "apgd-ce"] = "standard"
+
+
 def _radius_name(value):
     Fraction(str(value))  # a number or k/n, exactly
     return str(value)
@@ -276,6 +287,9 @@ class Params(_Record):
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
     local: bool = Field(False, description="certify with local bounds as well (cra_local)")
+    attack: Attack | None = Field(
+        None, description="cross-check; no part of the identity: finished runs gain it when read"
+    )
     seed: Annotated[int, Field(ge=0)] = 1
     profile: Literal["smoke", "quick", "paper"] = "paper"
     published_epochs: int | None = Field(None, description="epochs of the published schedule")
@@ -293,6 +307,11 @@ class Params(_Record):
             raise ValueError(
                 f"local: true needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
             )
+        if self.attack is not None and len(self.input_shape) != 3:
+            raise ValueError(
+                f"attack needs images (C, H, W), not input_shape = {list(self.input_shape)}: leave "
+                "it out"
+            )
         if getattr(self.loss, "gradient", "exact") == "published" and self.head != "linear":
             raise ValueError(
                 f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}"
@@ -307,12 +326,15 @@ class Params(_Record):
         return self
 
     def hash(self):
-        """Identity of the run: changes with any parameter except label and device.
+        """Identity of the run: changes with any parameter except label, device and attack.
 
         Values equal to their default are left out, so that a new key does not disown old results.
         """
         values = self.model_dump(
-            mode="json", by_alias=True, exclude={"label", "device"}, exclude_defaults=True
+            mode="json",
+            by_alias=True,
+            exclude={"label", "device", "attack"},
+            exclude_defaults=True,
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -332,6 +354,7 @@ def _explain(error, values, where):
     loss = LOSSES.get(str(loss.get("name")) if isinstance(loss, dict) else "", CLL)
     nested = {"loss": loss, "optimizer": Optimizer}
     nested |= {"tightness": Tightness, "size": Size, "augmentation": Augmentation}
+    nested["attack"] = Attack
     lines = []
     for e in error.errors():
         location = [str(part) for part in e["loc"] if part not in LOSSES]
@@ -507,6 +530,14 @@ def _finished(params, out_dir):
     return record
 
 
+def _lacks_attack(params, record):
+    """Whether a finished run was not attacked as the parameters ask."""
+    if params.attack is None:
+        return False
+    done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
+    return (done.get("images"), done.get("version")) != (images, params.attack.version)
+
+
 def _write(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -551,7 +582,11 @@ def run_all(runs, root, progress=True, stack=None):
     records = ranks.on_main(
         lambda: {folder: _finished(params, folder) for folder, params in unique.items()}, engine
     )
-    pending = [params for folder, params in unique.items() if records[folder] is None]
+    pending = [
+        params
+        for folder, params in unique.items()
+        if records[folder] is None or _lacks_attack(params, records[folder])
+    ]
     for batch in _batches(pending, root, stack):
         own = [run_dir(params, root) for params in batch]
         records |= zip(own, _run_together(batch, own, progress), strict=True)
@@ -561,7 +596,8 @@ def run_all(runs, root, progress=True, stack=None):
 def _batches(runs, root, stack):
     """Groups of runs that can train as one program, resumable ones with their own kind."""
     groups = {}
-    own = {"name", "row", "seed", "loss", "radii", "certify_train", "tightness", "local", "label"}
+    own = {"name", "row", "seed", "loss", "radii", "label"}
+    own |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
         alone = params.compile or params.checkpointing or params.loss.name == "Local-Lip-B"
         common = params.model_dump_json(exclude=own)
@@ -625,7 +661,14 @@ def _run_together(runs, out_dirs, progress):
 
             for i, record in zip(todo, ranks.on_main(evaluate, engine), strict=True):
                 records[i] = record
-    return records
+
+        def complete():
+            return [
+                record if i in todo else _completed(runs[i], record, out_dirs[i], progress)
+                for i, record in enumerate(records)
+            ]
+
+        return ranks.on_main(complete, engine)
 
 
 @contextlib.contextmanager
@@ -660,6 +703,68 @@ def _cra(names, radius, correct):
     """{radius name: CRA} of certified radii (N,)."""
     distances = [float(Fraction(name)) for name in names]
     return dict(zip(names, cra_curve(radius, correct, distances).tolist(), strict=True))
+
+
+def _completed(params, record, out_dir, progress):
+    """The record of a finished run with the attack that the parameters ask for."""
+    if not _lacks_attack(params, record):
+        return record
+    net, saved = load_model(out_dir).to(params.torch_device), np.load(out_dir / "radii.npz")
+    radii = {"guaranteed": saved["radius"]}
+    if "radius_local" in saved:
+        radii["local"] = saved["radius_local"]
+    attack = _attacked(params, net, load_dataset(params), radii, saved["correct"], progress)
+    if attack is not None:
+        record["attack"] = attack
+        record["params"]["attack"] = params.attack.model_dump()
+        _write(out_dir / "result.json", json.dumps(record, indent=1))
+    return record
+
+
+def _attacked(params, net, dataset, radii, correct, progress):
+    """Accuracy of the first test images under attack at each radius, between their CRA and their
+    clean accuracy; None, with a warning, where the attack library is missing.
+
+    radii: {"guaranteed": (N,)}, and "local" where there are local bounds; correct: (N,) bool.
+    Raises RuntimeError, which names the image, if an attack breaks a certificate: that is a bug of
+    this kit, and no result.
+    """
+    n, start = min(params.attack.images, len(correct)), time.perf_counter()
+    distances = [float(Fraction(name)) for name in params.radii]
+    try:
+        robust = autoattack_curve(
+            net, dataset.test_images[:n], dataset.test_targets[:n], distances,
+            version=params.attack.version, seed=params.seed, progress=progress,
+        ).numpy()  # fmt: skip
+    except ImportError as error:
+        warnings.warn(f"{params.name} was not attacked: {error}", stacklevel=2)
+        return None
+    correct = np.asarray(correct)[:n]
+    radii = {bound: np.asarray(radius)[:n] for bound, radius in radii.items()}
+    largest = radii.get("local", radii["guaranteed"])
+    for name, distance, withstood in zip(params.radii, distances, robust, strict=True):
+        broken = np.flatnonzero(correct & (largest > distance) & ~withstood)
+        if len(broken):
+            raise RuntimeError(
+                f"{params.name}: an attack at distance {name} broke {len(broken)} certificates, "
+                f"first that of test image {broken[0]}, whose radius is {largest[broken[0]]:.6g}: "
+                "please report this bug; no result was written"
+            )
+    record = {
+        "images": n,
+        "version": params.attack.version,
+        "method": attack_name(params.attack.version),
+        "clean": correct.mean().item(),
+        "cra": _cra(params.radii, radii["guaranteed"], correct),
+    }
+    if "local" in radii:
+        record["cra_local"] = _cra(params.radii, radii["local"], correct)
+    accuracy = dict(zip(params.radii, robust.mean(axis=1).tolist(), strict=True))
+    return record | {
+        "accuracy": accuracy,
+        "broken": 0,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def _composed_constant(loss, K_f):
@@ -741,6 +846,9 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         record["tightness"] = lower / K_f
         record["tightness_paper_style"] = lower / K_f_paper
         record["tightness_method"] = params.tightness.method
+    if params.attack is not None:
+        attack = _attacked(params, net, dataset, radii, correct, progress)
+        record |= {"attack": attack} if attack else {}
     record |= {
         "seconds": round(seconds, 1),
         "trained_together": companions,

@@ -20,10 +20,13 @@ from .losses import cll_scale
 
 __all__ = [
     "TRUE_MARGIN",
+    "attack_check",
+    "attack_table",
     "caption",
     "claims",
     "comparison_table",
     "data_source",
+    "display_attacks",
     "display_table",
     "moons_table",
     "published",
@@ -311,6 +314,88 @@ def display_table(comparison):
             seeds = str(part[0]["n"])
             lines.append(about | {"source": SHOWN[bound], "seeds": seeds} | cells)
     return pd.DataFrame(lines).set_index(["row", "dataset", "model", "method", "source"])
+
+
+# ----------------------------------------------------------------------------------------- attacks
+def attack_table(results):
+    """Certificates between attacks: a tidy frame of raw numbers, a line per run and radius.
+
+    Columns row_id, dataset, model, method, seed, images (the first of the test split, which were
+    attacked), attack (its name), radius, and of those images in percent cra, cra_local (nan
+    without local bounds), attacked (right and not broken), clean; certified: how many of them the
+    larger bound certifies; broken: how many of those the attack broke. A run that was not attacked
+    has one line, of nan and 0.
+    """
+    lines = []
+    for result in results:
+        table = f"table{result['row'][1]}" if result["row"] else None
+        about = {
+            "row_id": result["row"] or result["name"],
+            "dataset": data_source(result),
+            "model": result["model"],
+            "method": published(table).loc[result["row"], "method"] if table else result["method"],
+            "seed": result["seed"],
+        }
+        attack = result.get("attack")
+        for radius in attack["accuracy"] if attack else [None]:
+            line = dict.fromkeys(("attack", "radius"), "") | {"images": 0}
+            line |= dict.fromkeys(("cra", "cra_local", "attacked", "clean"), np.nan)
+            line |= {"certified": 0, "broken": 0}
+            if attack:
+                best = attack.get("cra_local", attack["cra"])[radius]
+                line |= {
+                    "images": attack["images"],
+                    "attack": attack["method"],
+                    "radius": radius,
+                    "cra": 100 * attack["cra"][radius],
+                    "cra_local": 100 * attack.get("cra_local", {}).get(radius, np.nan),
+                    "attacked": 100 * attack["accuracy"][radius],
+                    "clean": 100 * attack["clean"],
+                    "certified": round(best * attack["images"]),
+                    "broken": attack["broken"],
+                }
+            lines.append(about | line)
+    return pd.DataFrame(lines)
+
+
+def display_attacks(table):
+    """The frame of `attack_table` for reading: strings, a line per row, means over its seeds.
+
+    A cell reads "CRA ≤ accuracy under attack", with local bounds "CRA ≤ CRA with local bounds ≤
+    accuracy under attack", in percent of the attacked images.
+    """
+    index = ["row_id", "dataset", "model", "method"]
+    radii, lines = [r for r in table["radius"].unique() if r], []
+    for about, runs in table.groupby(index, sort=False):
+        attacked = runs[runs["images"] > 0]
+        line = dict(zip(index, about, strict=True)) | {"seeds": str(attacked["seed"].nunique())}
+        line["images"] = ", ".join(map(str, attacked["images"].unique())) or "not run"
+        for radius in radii:
+            part = attacked[attacked["radius"] == radius]
+            chain = part[["cra", "cra_local", "attacked"]].mean().dropna()
+            line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(_cell, chain)) or "not run"
+        line["clean %"] = _cell(attacked["clean"].mean()) if len(attacked) else "not run"
+        lines.append(line)
+    return pd.DataFrame(lines).rename(columns={"row_id": "row"}).set_index(["row", *index[1:]])
+
+
+def attack_check(table):
+    """One line on the frame of `attack_table`: how many certificates were attacked and broken, and
+    whether CRA <= accuracy under attack <= clean accuracy at every radius of every run."""
+    attacked = table[table["images"] > 0]
+    if attacked.empty:
+        return "no run was attacked: parameter `attack`, with pip install 'pyautoattack>=0.2'"
+    local = attacked["cra_local"].fillna(attacked["cra"])
+    ordered = attacked["cra"].le(local) & local.le(attacked["attacked"])
+    ordered &= attacked["attacked"].le(attacked["clean"])
+    of_run = attacked.groupby(["row_id", "seed"])["broken"].max()
+    count, broken = attacked["certified"].sum(), of_run.sum()
+    verdict = "no certified image broken" if not broken else f"{broken} CERTIFIED IMAGES BROKEN"
+    chain = "everywhere" if ordered.all() else f"NOT in {(~ordered).sum()} places"
+    return (
+        f"{verdict}: {count} certificates of {len(of_run)} runs attacked "
+        f"({'; '.join(attacked['attack'].unique())}); CRA ≤ accuracy under attack ≤ clean {chain}"
+    )
 
 
 # --------------------------------------------------------------------------------------- two moons

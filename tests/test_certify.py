@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cll.architectures import LipschitzNet
-from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix
 from cll.certify import (
     RADII,
@@ -379,58 +378,6 @@ def test_reduced_precision_is_off_and_comes_back():
     finally:
         torch.set_float32_matmul_precision(former[0])
         torch.backends.cudnn.allow_tf32 = former[1]
-
-
-# ------------------------------------------------------------------------------------------ attack
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attack_finds_the_decision_boundary_of_a_linear_model_and_not_more(dtype):
-    """There the radius is exact: a hair less cannot be broken, a hair more is."""
-    net = linear(features=6, classes=4).to(dtype)
-    x = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
-    radius = certified_radius(predict_logits(net, x), lipschitz_matrix(net))
-    adversarial, broken = pgd_attack(net, x, None, radius)
-    assert not broken.any()
-    adversarial, broken = pgd_attack(net, x, None, 1.02 * radius + 1e-6)
-    assert broken.float().mean() > 0.95
-    assert adversarial.dtype == torch.float64 and adversarial.shape == x.shape
-    distance = (adversarial - x.double()).norm(dim=1)
-    assert (distance <= 1.02 * radius + 1e-6).all()
-    changed = predict_logits(net, adversarial).argmax(1) != predict_logits(net, x).argmax(1)
-    assert torch.equal(changed, broken)
-
-
-def test_attack_reaches_a_class_that_is_not_the_nearest_in_logits():
-    """Class 2 is last by its logit and the only one whose logit can grow."""
-    net = linear(features=2, classes=3)
-    with torch.no_grad():
-        net.head.weight.copy_(torch.tensor([[0.0, 0], [0, 1e-3], [5, 0]]))
-        net.head.bias.copy_(torch.tensor([1.0, 0.5, 0.0]))
-    _, broken = pgd_attack(net, torch.zeros(3, 2), torch.zeros(3).long(), 0.21)
-    assert broken.all()
-    _, broken = pgd_attack(net, torch.zeros(3, 2), None, torch.tensor([0.19, 0.21, 0.0]))
-    assert broken.tolist() == [False, True, False]
-
-
-def test_attack_is_reproducible_keeps_the_model_and_leaves_the_unit_cube():
-    net = convnet().train()
-    images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
-    first, _ = pgd_attack(net, images, None, 2.0, steps=5, restarts=2)
-    again, _ = pgd_attack(net, images, None, 2.0, steps=5, restarts=2)
-    assert torch.equal(first, again) and net.training
-    assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    assert first.min() < 0 or first.max() > 1
-    distance = (first - images.double() / 255).flatten(1).norm(dim=1)
-    assert (distance <= 2).all() and (distance > 1.9).any()
-
-
-def test_bad_arguments_of_the_attack():
-    net, x = linear(), torch.randn(3, 4)
-    with pytest.raises(ValueError, match="epsilon must be finite"):
-        pgd_attack(net, x, None, -1.0)
-    with pytest.raises(ValueError, match=r"label 7 of sample 2 is outside 0\.\.2"):
-        pgd_attack(net, x, torch.tensor([0, 1, 7]), 0.1)
 
 
 # --------------------------------------------------------------------------------------- tightness

@@ -76,6 +76,10 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"precision": "float16"}, "precision = 'float16'"),
         ({"input_std": [0.2, 0.2, 0.2]}, "input_std has 3 values for 2 channels"),
         ({"input_std": 0}, "input_std = 0: Value error, give one finite number > 0, or a list"),
+        ({"attack": {"image": 3}}, "unknown key 'attack.image'; nearest: 'images'"),
+        ({"attack": {"version": "strong"}}, "attack.version = 'strong'"),
+        ({"attack": {"images": 0}}, "attack.images = 0"),
+        ({"attack": {}}, "attack needs images (C, H, W), not input_shape = [2]: leave it out"),
         ({"loss": {"name": ["CLL"]}}, "loss"),
         ({"loss": 3}, "loss = 3"),
     ],
@@ -105,7 +109,7 @@ def test_profiles_change_sizes_never_the_method(path):
     the head of the file says why."""
     paper = cll.load_params(path, "paper").model_dump()
     sizes = {"epochs", "batch_size", "train_size", "test_size", "tightness", "size"}
-    sizes |= {"data", "input_shape", "profile"}
+    sizes |= {"data", "input_shape", "profile", "attack"}
     for profile in ("smoke", "quick"):
         inside = {"optimizer": {"milestones"}, "augmentation": {"crop"}, "loss": set()}
         if any(f"\n# {said}:" in path.read_text() for said in (profile, "smoke and quick")):
@@ -152,6 +156,77 @@ def test_identities_outlive_new_keys():
         source = MOONS if name == "MOONS" else f"params/{name}.yaml"
         params = cll.load_params(source, None if name == "MOONS" else "paper", local=False)
         assert params.hash().startswith(expected), name
+
+
+ATTACKED = DIGITS | {
+    "input_shape": [3, 8, 8],
+    "size": {"width": 0.125},
+    "augmentation": {},
+    "optimizer": {"lr": 4e-3, "betas": [0.9, 0.9]},
+    "train_size": 1437,
+    "batch_size": 32,
+    "test_size": 40,
+    "local": True,
+    "radii": ["108/255", "36/255"],
+    "epochs": 4,
+}
+
+
+def test_an_attack_is_no_part_of_the_identity_and_completes_finished_runs(tmp_path, monkeypatch):
+    plain = cll.load_params(ATTACKED)
+    folder = run_dir(plain, tmp_path)
+    first = cll.run(plain, folder, progress=False)
+    assert "attack" not in first
+    weights = (folder / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(cll.experiment, "train", None)  # nothing is trained from here on
+    asked = cll.load_params(ATTACKED | {"attack": {"images": 30, "version": "apgd-ce"}})
+    assert asked.hash() == plain.hash()
+    (record,) = cll.experiment.run_all([asked], tmp_path, progress=False)
+    attack = record.pop("attack")
+    assert record.pop("params") == first.pop("params") | {"attack": asked.attack.model_dump()}
+    assert record == first and (folder / "checkpoint.safetensors").read_bytes() == weights
+    assert attack["images"] == 30 and attack["version"] == "apgd-ce" and attack["broken"] == 0
+    assert "AutoAttack apgd-ce" in attack["method"]
+    radii = np.load(folder / "radii.npz")
+    correct, radius = radii["correct"][:30], radii["radius"][:30]
+    assert attack["clean"] == correct.mean()
+    for name, distance in (("36/255", 36 / 255), ("108/255", 108 / 255)):
+        assert attack["cra"][name] == np.mean(correct & (radius > distance))
+        assert attack["cra"][name] <= attack["cra_local"][name] <= attack["accuracy"][name]
+        assert attack["accuracy"][name] <= attack["clean"]
+    assert 0 < attack["cra"]["36/255"] and attack["accuracy"]["108/255"] < attack["clean"]
+    monkeypatch.setattr(cll.experiment, "autoattack_curve", None)  # nothing is attacked again
+    for params in (asked, plain):
+        assert cll.run(params, folder, progress=False)["attack"] == attack
+
+
+def test_a_broken_certificate_is_an_error_and_no_result(tmp_path, monkeypatch):
+    def all_broken(model, images, targets, radii, **options):
+        return torch.zeros(len(radii), len(images), dtype=torch.bool)
+
+    monkeypatch.setattr(cll.experiment, "autoattack_curve", all_broken)
+    params = cll.load_params(ATTACKED | {"attack": {"images": 40}})
+    with pytest.raises(RuntimeError, match="broke .* certificates, first that of test image [0-9]"):
+        cll.run(params, tmp_path, progress=False)
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "radii.npz").exists()
+    monkeypatch.undo()
+    finished = cll.run(cll.load_params(ATTACKED), tmp_path, progress=False)
+    monkeypatch.setattr(cll.experiment, "autoattack_curve", all_broken)
+    with pytest.raises(RuntimeError, match="please report this bug"):
+        cll.run(params, tmp_path, progress=False)
+    assert json.loads((tmp_path / "result.json").read_text()) == finished
+
+
+def test_without_the_attack_library_a_run_says_so_and_gains_the_attack_later(tmp_path, monkeypatch):
+    params = cll.load_params(
+        ATTACKED | {"epochs": 1, "attack": {"images": 5, "version": "apgd-ce"}}
+    )
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyautoattack", None)
+        with pytest.warns(UserWarning, match="digits was not attacked: .*pip install"):
+            record = cll.run(params, tmp_path, progress=False)
+    assert "attack" not in record
+    assert cll.run(params, tmp_path, progress=False)["attack"]["images"] == 5
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,53 @@ def test_data_of_ones_own_replace_the_data_set_that_the_label_names():
         assert (run.data, run.label) == ("npz:x.npz", "my images")
 
 
+# ----------------------------------------------------------------------------------------- attacks
+def attacked(accuracy=(0.7, 0.6), cra=(0.65, 0.45), clean=0.8, local=None, **changes):
+    radii = ("36/255", "72/255")
+    attack = {"images": 20, "version": "apgd", "method": "AutoAttack apgd-ce, apgd-t"}
+    attack |= {"clean": clean, "cra": dict(zip(radii, cra, strict=True)), "broken": 0}
+    attack |= {"accuracy": dict(zip(radii, accuracy, strict=True))}
+    if local:
+        attack["cra_local"] = dict(zip(radii, local, strict=True))
+    return attack | changes
+
+
+def test_attacked_runs_stand_beside_those_that_were_not():
+    results = [record("T2-05", attack=attacked(local=(0.65, 0.5))), record("T2-03")]
+    table = paper.attack_table(results)
+    assert list(table["images"]) == [20, 20, 0] and list(table["certified"]) == [13, 10, 0]
+    shown = paper.display_attacks(table)
+    ours = shown.loc[("T2-05", "cifar10", "4C3F", "CLL")]
+    assert ours["CRA ≤ attacked at 36/255, %"] == "65.0 ≤ 65.0 ≤ 70.0"
+    assert ours["CRA ≤ attacked at 72/255, %"] == "45.0 ≤ 50.0 ≤ 60.0"
+    assert ours["clean %"] == "80.0" and ours["images"] == "20" and ours["seeds"] == "1"
+    other = shown.loc[("T2-03", "cifar10", "4C3F", "GloRo")]
+    assert set(other.drop("seeds")) == {"not run"} and other["seeds"] == "0"
+    assert paper.attack_check(table) == (
+        "no certified image broken: 23 certificates of 1 runs attacked "
+        "(AutoAttack apgd-ce, apgd-t); CRA ≤ accuracy under attack ≤ clean everywhere"
+    )
+
+
+def test_seeds_are_averaged_and_counted():
+    results = [record(seed=1, attack=attacked()), record(seed=2, attack=attacked((0.75, 0.7)))]
+    table = paper.attack_table(results)
+    (line,) = paper.display_attacks(table).to_dict("records")
+    assert line["CRA ≤ attacked at 72/255, %"] == "45.0 ≤ 65.0" and line["seeds"] == "2"
+    assert "44 certificates of 2 runs" in paper.attack_check(table)
+
+
+def test_a_broken_certificate_or_order_is_not_passed_over():
+    def check(**changes):
+        return paper.attack_check(paper.attack_table([record(attack=attacked(**changes))]))
+
+    assert check(broken=1).startswith("1 CERTIFIED IMAGES BROKEN")
+    assert check(accuracy=(0.7, 0.4)).endswith("clean NOT in 1 places")
+    assert check(clean=0.65).endswith("clean NOT in 1 places")
+    assert check(local=(0.71, 0.61)).endswith("clean NOT in 2 places")
+    assert paper.attack_check(paper.attack_table([record()])).startswith("no run was attacked")
+
+
 # ----------------------------------------------------------------------------- captions and tables
 def test_caption_says_what_was_shortened_and_on_which_data():
     assert paper.caption([record()]) == "profile paper · data cifar10 · 1 seed · 801 epochs"
