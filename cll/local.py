@@ -29,6 +29,7 @@ from .bounds import (
 from .layers import ClampedMaxMin, MaxMin, freeze
 from .norms import U, apply_adjoint, apply_linear, gamma, matrix_norm
 from .progress import progress_bar
+from .rounding import absolute_norm, rounding
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
@@ -330,18 +331,17 @@ class _Layer(NamedTuple):
     """What is known about a layer beforehand. norm: its guaranteed Lipschitz constant. Of a Conv2d
     or Linear also `rows`, the lengths of its rows per output channel (at borders they are shorter),
     of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels 2i, 2i + 1
-    are no pairs; and `rounding`, such that A x and A^T y as computed are off by at most
-    rounding ||x|| and rounding ||y||: gamma(terms) || |A| ||, and || |A| || is at most the
-    geometric mean of the largest absolute row and column sums."""
+    are no pairs; and `adjoint_error`, such that A^T y as computed is off by at most
+    adjoint_error ||y||. error: (a, b) of the layer, see `rounding.rounding`."""
 
     layer: nn.Module
     shape: tuple
     norm: float
+    error: tuple
     rows: Tensor | None = None
     pair_norm: float | None = None
     pair_rows: Tensor | None = None
-    rounding: float = 0.0
-    terms: int = 0
+    adjoint_error: float = 0.0
 
 
 def _exact(model):
@@ -349,25 +349,23 @@ def _exact(model):
     model = freeze(copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False))
     layers = []
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        norm = operator_norm(layer, shape)
+        norm, error = operator_norm(layer, shape), rounding(layer, shape)
         if not (type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1):
-            layers.append(_Layer(layer, shape, norm))
+            layers.append(_Layer(layer, shape, norm, error))
             continue
         W = layer.weight
-        sums = [W.abs().sum(tuple(range(1, W.ndim))), W.abs().sum((0, *range(2, W.ndim)))]
-        terms = max(W[0].numel(), W.numel() // W.shape[1]) + 4
-        rounding = gamma(terms) * math.sqrt(math.prod(t.max().item() for t in sums)) * ROUNDED
+        terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
         wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
         rows = _row_norms(W, len(shape) + 1)
         rows = torch.full_like(rows, norm) if wraps else rows * ROUNDED
-        known = {"rows": rows, "rounding": rounding, "terms": terms}
+        known = {"rows": rows, "adjoint_error": gamma(terms) * absolute_norm(W)}
         if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
             half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
             both = torch.stack([half, -half], 1).flatten(0, 1)
             known["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
             rows = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
             known["pair_rows"] = torch.full_like(rows, known["pair_norm"]) if wraps else rows
-        layers.append(_Layer(layer, shape, norm, **known))
+        layers.append(_Layer(layer, shape, norm, error, **known))
     return model, layers
 
 
@@ -382,8 +380,8 @@ class _State(NamedTuple):
 
 
 def _forward(model, layers, images, logits=None):
-    """The _State of a batch. Errors add up from layer to layer; a layer of unknown kind is taken to
-    compute its output to a relative 1e-12. logits: the model's, to compare with."""
+    """The _State of a batch. Errors add up from layer to layer. logits: what the model computes, to
+    compare with."""
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     channels = (-1,) + (1,) * (x.ndim - 2)
     std, mean = (
@@ -397,13 +395,8 @@ def _forward(model, layers, images, logits=None):
         z = h
         h = step.layer(z)
         folds.append(_folds(step.layer, z))
-        if step.rows is not None:
-            error = step.norm * error + step.rounding * z.flatten(1).norm(dim=1)
-            if step.layer.bias is not None:
-                length = step.layer.bias.norm() * math.sqrt(h[0, 0].numel())
-                error = error + gamma(step.terms) * length
-        elif not _is_known(step):
-            error = step.norm * error + 1e-12 * h.flatten(1).norm(dim=1)
+        a, b = step.error
+        error = step.norm * error + a * z.flatten(1).norm(dim=1) + b
         errors.append(error * ROUNDED)
     rows, bias = head_rows(model.head), getattr(model.head, "bias", None)
     size = rows.norm(dim=1).max() * h.flatten(1).norm(dim=1)
@@ -473,7 +466,7 @@ def _follow(model, layers, state, n, c, rho, rule):
             if tilt:
                 charge = charge * step.norm + pair_charge * (step.pair_norm or 0)
                 pair_charge = torch.zeros_like(charge)
-            rounded = step.rounding * size
+            rounded = step.adjoint_error * size
             c = apply_adjoint(step.layer, step.layer.weight, c, step.shape)
         elif state.folds[depth]:
             below = layers[depth - 1] if depth else None

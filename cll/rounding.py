@@ -155,13 +155,9 @@ def _linear(layer, input_shape):
 def absolute_norm(weight):
     """Upper bound of || |A| ||, A a matrix or convolution with this weight: the geometric mean of
     the largest row sum and the largest column sum of |A|."""
-    sums = [weight.abs().sum(axes).max().item() for axes in _row_and_column(weight)]
-    return math.sqrt(math.prod(sums)) * SAFE
-
-
-def _row_and_column(weight):
     kernel = tuple(range(2, weight.ndim))
-    return (1, *kernel), (0, *kernel)
+    sums = [weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0)]
+    return math.sqrt(math.prod(sums)) * SAFE
 
 
 @register(nn.AvgPool2d)
