@@ -6,6 +6,7 @@ said by lightness, line style or marker, so that a grey print loses nothing.
 """
 
 import base64
+import copy
 import itertools
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from . import faults as gallery
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
@@ -24,9 +26,13 @@ __all__ = [
     "STYLE",
     "calibrated_logistic",
     "caption",
+    "certificate_gap",
     "certified_images",
     "cra_comparison",
     "cra_figure",
+    "fault_margins",
+    "fault_norms",
+    "fault_overview",
     "figure4",
     "moons_panel",
     "radius_histogram",
@@ -407,6 +413,185 @@ def certified_images(dataset, certificates, result, count=8):
         ax.set_title(f"{answer}\nr = {row['radius']:.3f}", fontsize=8)
         ax.axis("off")
     _title(figure, caption([result]))
+    return figure
+
+
+# ------------------------------------------------------------------------- the gallery of faults
+@styled
+def fault_overview(faults):
+    """How many times better than the truth each claim looks, published and ours, on a log scale.
+
+    faults: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
+    of any radius, and our radius 0.
+    """
+    figure = Figure(figsize=(7.4, 0.235 * len(faults) + 0.9))
+    ax = figure.subplots()
+    left, right = 0.2, 3e4
+    ax.axvspan(1, right, color=RED, alpha=0.07, lw=0)
+    ax.axvline(1, color="black", lw=0.8)
+    for i, fault in enumerate(faults):
+        claim, ours = fault.optimism(fault.claim), fault.optimism(fault.ours)
+        if np.isnan(claim):
+            ax.text(1.12, i, "certifies nothing false", color=GRAY, va="center", fontsize=8)
+            continue
+        beyond = claim > right
+        x = right / 1.5 if beyond else claim
+        ax.plot([1, x], [i, i], color=RED, lw=1, zorder=2)
+        ax.plot(x, i, ">" if beyond else "x", color=RED, ms=5, mew=1.6, zorder=3)
+        text = (
+            "any radius"
+            if beyond
+            else f"{claim:.4f}"
+            if claim < 1.01
+            else f"{float(f'{claim:.3g}'):g}"
+        )
+        at = (-7, "right") if claim > 3e3 else (7, "left")
+        ax.annotate(
+            text, (x, i), (at[0], 4 if claim > 3e3 else 0), textcoords="offset points",
+            ha=at[1], va="bottom" if claim > 3e3 else "center", fontsize=8, color=RED,
+        )  # fmt: skip
+        if np.isnan(ours):
+            ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
+        else:
+            ax.plot(max(ours, 0.25), i, "<" if ours < 0.25 else "o", color=BLUE, ms=4, zorder=4)
+    ax.plot([], [], "x", color=RED, mew=1.6, label="published logic")
+    ax.plot([], [], "o", color=BLUE, ms=4, label="this kit")
+    ax.set_yticks(range(len(faults)), [f"{f.title}  {f.number:2d}" for f in faults])
+    ax.set_ylim(len(faults) - 0.4, -1)
+    ax.set_xscale("log")
+    ax.set_xlim(left, right)
+    ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
+    ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
+    ax.legend(loc="lower right", frameon=True, edgecolor="none")
+    return figure
+
+
+@styled
+def fault_margins(faults):
+    """The margin of the predicted class on the way from a point to its counter-example.
+
+    faults: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
+    the prediction has changed; red: the ball that the published logic certifies.
+    """
+    figure = Figure(figsize=(2.45 * len(faults), 2.7))
+    for ax, fault in zip(figure.subplots(1, len(faults)), faults, strict=True):
+        network, x, other = fault.witness
+        end = 1.15 * fault.claim if np.isfinite(fault.claim) else 4 * fault.truth
+        t = torch.linspace(0, end, 600, dtype=torch.float64)
+        way = (other - x).double() / (other - x).double().norm()
+        f = predict_logits(network, x.double() + t[:, None] * way)
+        y = f[0].argmax()
+        rivals = f.clone()
+        rivals[:, y] = -np.inf
+        margin = f[:, y] - rivals.amax(1)
+        margin = margin / margin[0]
+        claim = min(fault.claim, end)
+        ax.axvspan(0, claim, color=RED, alpha=0.1, lw=0, label="certified by the published logic")
+        ax.axvspan(0, fault.ours, ymax=0.05, color=BLUE, lw=0, label="certified by this kit")
+        ax.plot(t, margin, color="black", label="margin of the predicted class")
+        ax.fill_between(t, margin, 0, where=(margin < 0) & (t <= claim), color=RED, lw=0)
+        ax.axhline(0, color=GRAY, lw=0.8)
+        ax.set_xlim(0, end)
+        ax.set_ylim(-1.6, 1.2)
+        title = textwrap.fill(f"{fault.number}: {fault.title}", 26)
+        ax.set_title(title if "\n" in title else f"{title}\n")
+        ax.set_xlabel("distance moved (L2)")
+    figure.axes[0].set_ylabel("margin / margin at x")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def fault_norms(faults):
+    """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22).
+
+    faults: the whole list of `faults.Fault`.
+    """
+    by_number = {fault.number: fault for fault in faults}
+    figure = Figure(figsize=(9.6, 3))
+    stopped, deep, grid = figure.subplots(1, 3)
+
+    fault = by_number[3]
+    _, _, matrix, start = gallery.clustered()
+    estimates = np.array(gallery.power_iteration(matrix, start, 1000)) / fault.truth
+    steps = np.arange(1, len(estimates) + 1)
+    stopped.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
+    stopped.plot(steps, estimates, color=RED, ls="--", label="power iteration")
+    stop = 1 + int(np.argmin(np.abs(estimates * fault.truth - fault.claim)))
+    stopped.plot(
+        stop, fault.claim / fault.truth, "x", color=RED, mew=1.8, label="stopped, as published"
+    )
+    stopped.plot(
+        steps[[0, -1]], 2 * [fault.ours / fault.truth], color=BLUE, ls=":", label="this kit"
+    )
+    stopped.set_xscale("log")
+    stopped.set_ylim(0.97, 1.004)
+    stopped.set_xlabel("iterations")
+    stopped.set_ylabel("norm / true norm")
+    stopped.set_title("3: always from below")
+    stopped.legend(loc="lower right")
+
+    layers, _ = gallery.convex_potential_stack()
+    network, x, other = by_number[5].witness
+    with torch.no_grad():
+        a, b, norms = x.double(), other.double(), []
+        for layer in copy.deepcopy(network).double():
+            a, b = layer(a[None])[0], layer(b[None])[0]
+            norms.append(((a - b).norm() / (x - other).norm()).item())
+    proven = np.cumprod([gallery.bound(torch.nn.Sequential(layer), (10,)) for layer in layers])
+    depth = np.arange(1, len(norms) + 1)
+    deep.plot(depth, np.ones_like(norms), color=RED, ls="--", label="published: 1 at any depth")
+    deep.plot(depth, norms, color="black", lw=3, label="stretch of two points")
+    deep.plot(depth, proven, color=SKY, ls=":", label="this kit: proven bound")
+    deep.set_xlabel("CPL layers")
+    deep.set_ylabel("Lipschitz constant")
+    deep.set_title("5: a little above 1, 85 times")
+    deep.legend(loc="upper left")
+
+    fault = by_number[22]
+    angle = np.linspace(0, np.pi, 400)
+    grid.plot(angle, 2 * np.sin(angle), color=GRAY, label="response of the filter")
+    seen = 2 * np.pi * np.arange(4) / 6
+    grid.plot(seen, np.abs(2 * np.sin(seen)), "x", color=RED, mew=1.8, label="what 6 pixels see")
+    grid.axhline(fault.claim, color=RED, ls="--", lw=1, label=f"circular bound {fault.claim:.3f}")
+    grid.axhline(fault.truth, color="black", lw=0.8, label=f"zero-padded norm {fault.truth:.3f}")
+    grid.axhline(fault.ours, color=BLUE, ls=":", label=f"this kit {fault.ours:.3f}")
+    grid.set_ylim(1.5, 2.28)
+    grid.set_xlim(0.7, np.pi - 0.7)
+    grid.set_xlabel("frequency (radians per pixel)")
+    grid.set_ylabel("gain")
+    grid.set_title("22: a peak between the frequencies")
+    grid.legend(loc="upper left", ncols=1, labelspacing=0.15)
+    return figure
+
+
+@styled
+def certificate_gap(table):
+    """How far each K lies below the guaranteed one, and how many test points move for it.
+
+    table: that of `faults.certificate_gap`.
+    """
+    runs = list(dict.fromkeys(table["run"]))
+    figure = Figure(figsize=(7.4, 0.4 * len(runs) + 1.2))
+    ax = figure.subplots()
+    for by, label, color, marker, shift in [
+        ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
+        ("converged", "converged (paper-style)", BLUE, "o", 0.14),
+    ]:
+        rows = table[table["by"] == by]
+        lower = rows["lower"].clip(lower=1e-13).to_numpy()
+        at = np.array([runs.index(run) for run in rows["run"]]) + shift
+        ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
+        for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
+            note = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": color}
+            ax.annotate(f"{most} of {n}", (x, y), (8, 0), **note)
+    ax.set_yticks(range(len(runs)), runs)
+    ax.set_ylim(len(runs) - 0.5, -0.5)
+    ax.set_xscale("log")
+    ax.set_xlim(3e-14, 1)
+    ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 

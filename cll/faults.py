@@ -1,0 +1,748 @@
+"""The faults of published certificates, each with the smallest network that exploits it.
+
+`gallery()` returns one `Fault` per entry of a survey of this field's public code: what the
+published logic claims for an explicit network, what is true, and what this kit says. The published
+logic is restated here in a line or two, never copied. What is true is shown, not argued: by a
+point x' with another prediction inside the claimed ball, or by two points that a layer drives
+further apart than its claimed norm allows. tests/test_faults.py checks every entry and
+notebooks/soundness.ipynb shows them, so that the reader sees the examples which the tests run.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+from torch import nn
+
+from .architectures import LipschitzNet
+from .bounds import estimate, head_rows, is_linear, layer_inputs, operator_norm, pairwise_distances
+from .certify import certify, cra_curve, lipschitz_lower_bound
+from .experiment import PLAIN, load_model
+from .layers import CPLLinear, SLLConv2d, SLLLinear, SOCConv2d
+
+BEYOND = 1.001  # a counter-example stands so much further than the decision boundary
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One published fault.
+
+    number, title: as the notebook lists them. where: project, file and line.
+    kind: what the numbers claim, truth and ours are:
+        "radius"       a certified radius: must not exceed the distance of a changed prediction
+        "norm"         a Lipschitz bound: must not be below the stretch of two points
+        "lower bound"  of a Lipschitz constant: must not exceed the constant
+        "accuracy"     an expected test accuracy: must not exceed the accuracy on new data
+        "effect"       change of a layer's output when a parameter changes: must be the theorem's
+    claim: by the published logic. truth: shown by the witness. ours: a number, or the message with
+    which this kit refuses.
+    example: the network or input, in words. answer: what this kit does, in words.
+    witness: (network, x, x'), of one sample each; None where the kind needs none.
+    """
+
+    number: int
+    title: str
+    where: str
+    kind: str
+    claim: float
+    truth: float
+    ours: float | str
+    example: str
+    answer: str
+    witness: tuple | None = None
+
+    def holds(self, value):
+        """Whether a value of this kind is a true statement; a refusal states nothing false."""
+        if isinstance(value, str):
+            return True
+        if self.kind == "norm":
+            return value >= self.truth * (1 - 1e-12)  # the truth was computed in float64
+        if self.kind == "effect":
+            return abs(value - self.truth) <= 1e-6 * self.truth
+        if self.kind == "accuracy":
+            return value <= self.truth + 1e-9  # sums of ten thousand probabilities
+        return value <= self.truth
+
+    def optimism(self, value):
+        """How many times better than the truth a value looks; above 1 it is false. NaN for a
+        refusal and for an effect, which certifies nothing."""
+        if isinstance(value, str) or self.kind == "effect":
+            return math.nan
+        return self.truth / value if self.kind == "norm" else value / self.truth
+
+
+# ------------------------------------------------------------------------------- small networks
+
+
+def _linear(rows, bias=0.0):
+    """nn.Linear with these weights."""
+    rows = torch.as_tensor(rows, dtype=torch.float32)
+    layer = nn.Linear(rows.shape[1], rows.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(rows)
+        layer.bias.copy_(torch.as_tensor(bias, dtype=torch.float32).expand(len(rows)))
+    return layer
+
+
+def _classifier(rows, bias=0.0, body=(), features=None, std=1.0):
+    """head(body(x / std)) with an explicit head."""
+    head = _linear(rows, bias)
+    return LipschitzNet(nn.Sequential(*body), head, (features or head.in_features,), std)
+
+
+def _set(layer, **values):
+    """Overwrite parameters and buffers of a layer; returns it in eval mode."""
+    with torch.no_grad():
+        for name, value in values.items():
+            target = getattr(layer, name)
+            target.copy_(torch.as_tensor(value, dtype=target.dtype).expand_as(target))
+    return layer.eval()
+
+
+def dense(layer, input_shape):
+    """The matrix (outputs, inputs) of a linear layer, float64, from its answer to the identity."""
+    layer = copy.deepcopy(layer).double().eval().requires_grad_(False)
+    size = math.prod(input_shape)
+    identity = torch.eye(size, dtype=torch.float64).view(size, *input_shape)
+    return (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1).T
+
+
+@torch.no_grad()
+def stretch(network, x, x_other):
+    """||f(x) - f(x')|| / ||x - x'|| in float64, for one sample each."""
+    network = copy.deepcopy(network).double().eval()
+    change = network(x[None].double()) - network(x_other[None].double())
+    return (change.norm() / (x.double() - x_other.double()).norm()).item()
+
+
+@torch.no_grad()
+def predictions(network, *points):
+    """Classes that a float64 copy of the network gives to single samples."""
+    network = copy.deepcopy(network).double().eval()
+    return [network(x[None].double()).argmax().item() for x in points]
+
+
+def certified(network, x):
+    """This kit's radius at one sample."""
+    return certify(network, (x[None], torch.zeros(1, dtype=torch.int64)))["radius"].item()
+
+
+def bound(network, input_shape):
+    """This kit's bound of a stack of layers, or the message with which it refuses."""
+    try:
+        product = 1.0
+        for _, layer, shape in layer_inputs(network, input_shape):
+            product *= operator_norm(layer, shape, "guaranteed")
+        return product
+    except TypeError as refusal:
+        return str(refusal)
+
+
+def _radius(number, title, where, claim, network, x, x_other, example, answer):
+    x, x_other = (torch.as_tensor(p, dtype=torch.float32) for p in (x, x_other))
+    distance = (x.double() - x_other.double()).norm().item()
+    ours, witness = certified(network, x), (network, x, x_other)
+    return Fault(number, title, where, "radius", claim, distance, ours, example, answer, witness)
+
+
+def _norm(number, title, where, claim, network, x, x_other, example, answer):
+    network = nn.Sequential(*network) if isinstance(network, list | tuple) else network
+    truth, ours = stretch(network, x, x_other), bound(network, tuple(x.shape))
+    witness = (network, x, x_other)
+    return Fault(number, title, where, "norm", claim, truth, ours, example, answer, witness)
+
+
+# ---------------------------------------------------------------------------- the margin and ties
+
+
+def fault_01():
+    network = _classifier([[1.0], [-1.0]])
+    f = torch.tensor([0.0, 0.0])
+    rivals = f[f != f.max()]  # published: everything equal to the maximum is left out
+    claim = min(((f.max() - r).item() / 2 for r in rivals), default=math.inf)
+    return _radius(
+        1,
+        "ties are masked",
+        "CLL metrics.py:83, losses.py:905; GloRo gloronet.py:248, 282",
+        claim,
+        network,
+        [0.0],
+        [-1e-6],
+        "f = (x, -x) at x = 0: both logits 0, no rival is left, any radius passes",
+        "only the predicted index is left out; a tie has radius 0",
+    )
+
+
+def fault_02():
+    W, b = [[0.5], [-0.5], [-20.0]], [1.0, 0.9, 0.5]
+    claim = (b[0] - b[1]) / (abs(W[0][0]) + abs(W[1][0]))  # published: the runner-up alone
+    return _radius(
+        2,
+        "only the runner-up counts",
+        "CLL metrics.py:92",
+        claim,
+        _classifier(W, b),
+        [0.0],
+        [-BEYOND * 0.5 / 20.5],
+        "three logits 1, 0.9, 0.5; the third is 20 times as steep and arrives first",
+        "minimum over all classes, each with its own K",
+    )
+
+
+# ------------------------------------------------------------------------------------ the norms
+
+
+def power_iteration(matrix, start, iterations=10_000, tolerance=0.0):
+    """Estimates of the norm of a matrix, one per step of power iteration from `start`; stops when
+    two of them differ by at most `tolerance`, an absolute number, as published."""
+    v, estimates = start / start.norm(), []
+    for _ in range(iterations):
+        estimates.append((matrix @ v).norm().item())
+        v = matrix.T @ (matrix @ v)
+        v = v / v.norm()
+        if len(estimates) > 1 and abs(estimates[-1] - estimates[-2]) <= tolerance:
+            break
+    return estimates
+
+
+def clustered():
+    """A random convolution, whose largest singular values lie close together: (layer, input shape,
+    matrix, start of power iteration)."""
+    random = torch.Generator().manual_seed(2)
+    layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    _set(layer, weight=0.01 * torch.randn(4, 4, 3, 3, generator=random))
+    shape = (4, 10, 10)
+    start = torch.randn(math.prod(shape), generator=random, dtype=torch.float64)
+    return layer, shape, dense(layer, shape), start
+
+
+def fault_03():
+    layer, shape, matrix, start = clustered()
+    claim = power_iteration(matrix, start, tolerance=1e-5)[-1]
+    top = torch.linalg.svd(matrix).Vh[0].view(shape)
+    return _norm(
+        3,
+        "power iteration, stopped, as the bound",
+        "CLL lipschitz_model.py:294; GloRo gloronet.py:194; CPL layers.py:47; Local-Lip-B",
+        claim,
+        layer,
+        top,
+        torch.zeros(shape),
+        "a random 3x3 convolution of norm 0.1; stopped when a step gains less than 1e-5",
+        "an upper bound by construction, proven in float64",
+    )
+
+
+def fault_04():
+    matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]], dtype=torch.float64)
+    claim = power_iteration(matrix, torch.ones(2, dtype=torch.float64), 500)[-1]
+    return _norm(
+        4,
+        "power iteration starts at all ones",
+        "LiResNet conv.py:41; BRONet conv.py:46",
+        claim,
+        _linear(matrix),
+        torch.tensor([1.0, -1.0]),
+        torch.zeros(2),
+        "a symmetric 2x2 matrix that stretches (1, -1), to which (1, 1) is orthogonal",
+        "no start vector enters the bound",
+    )
+
+
+def convex_potential_stack(depth=85):
+    """CPL layers whose step comes from an underestimated norm: (layers, estimate of the norm 1).
+
+    The biases keep all units active on the path of x = 0, so that each layer is the linear map
+    I - 2 W^T W / (estimate^2 + 1e-4) around it.
+    """
+    diagonal = torch.full((10,), 0.995, dtype=torch.float64)
+    diagonal[0] = 1.0
+    W = torch.diag(diagonal)
+    estimate = power_iteration(W, torch.ones(10, dtype=torch.float64), 100)[-1]
+    layers, centre = [], torch.zeros(10, dtype=torch.float64)
+    for _ in range(depth):
+        layer = CPLLinear(10, 10)
+        layers.append(_set(layer, weight=W, bias=1 - W @ centre, norm=estimate))
+        centre = centre - 2 * (W @ torch.ones_like(centre)) / (estimate**2 + 1e-4)
+    return layers, estimate
+
+
+def fault_05():
+    layers, estimate = convex_potential_stack()
+    x = torch.zeros(10)
+    x[0] = 1e-3
+    return _norm(
+        5,
+        "a step size from an underestimated norm",
+        "CPL layers.py:49",
+        1.0,
+        layers,
+        x,
+        torch.zeros(10),
+        f"85 CPL layers, each norm 1 estimated as {estimate:.4f} after 100 iterations",
+        "proves 2 ||D^(1/2) W||^2 - 1 for the D in use; training ends with proven norms",
+    )
+
+
+def fault_06():
+    layer = _set(SLLLinear(1, 1, variant="abs-q"), weight=1.0, bias=1.0, q=1e-6)
+    return _norm(
+        6,
+        "q made positive by |q| + 1e-6",
+        "CLL sll/core/models/layers.py:112; LBDN layer.py:449",
+        1.0,
+        layer,
+        torch.tensor([0.1]),
+        torch.tensor([0.0]),
+        "one unit with q = 1e-6: the step doubles and x - 4x = -3x",
+        "q = exp(.), and the published form is refused",
+    )
+
+
+def fault_07():
+    """Sound, but a parameter does nothing: q and 1/q stand on the same axis and cancel."""
+    W, x = np.array([[1.0, 0.5], [0.5, 1.0]]), np.array([1.0, 1.0])
+
+    def theorem(q):
+        q = np.exp(q)
+        D = q / (np.abs(W @ W.T) @ q)
+        return x - 2 * W.T @ (D * np.maximum(W @ x, 0))
+
+    def layer(variant, q):
+        made = _set(SLLConv2d(2, 2, 1, variant), weight=W[:, :, None, None], bias=0.0, q=q)
+        with torch.no_grad():
+            return made.double()(torch.tensor(x).view(1, 2, 1, 1)).flatten().numpy()
+
+    q = [np.array([0.0, 0.0]), np.array([1.0, 0.0])]
+    claim, ours = (
+        float(np.linalg.norm(layer(variant, q[0]) - layer(variant, q[1])))
+        for variant in ("cancelled-q", "sound")
+    )
+    return Fault(
+        7,
+        "q cancels: a parameter that does nothing",
+        "SLL core/models/layers.py:35; orthogonium aol.py:26",
+        "effect",
+        claim,
+        float(np.linalg.norm(theorem(q[0]) - theorem(q[1]))),
+        ours,
+        "two units, q changed from (1, 1) to (e, 1): the published output does not move",
+        "q on the axis that the sum runs over, as in the theorem",
+    )
+
+
+def fault_08():
+    t = 1.25  # near where 5 terms expand most
+    kernel = torch.tensor([[0.0, t], [-t, 0.0]]).view(2, 2, 1, 1)
+    layers = [_set(SOCConv2d(2, 2, 1, terms=(5, 5)), weight=kernel, norm=1.0) for _ in range(20)]
+    return _norm(
+        8,
+        "a truncated series counts as orthogonal",
+        "SOC skew_ortho_conv.py:203",
+        1.0,
+        layers,
+        torch.tensor([1.0, 0.0]).view(2, 1, 1),
+        torch.zeros(2, 1, 1),
+        "20 layers of 5 terms (the certificate during training) of a plane rotation",
+        "largest |p(it)| over all t up to the proven norm; 12 terms are proven not to expand",
+    )
+
+
+# -------------------------------------------------------------------- normalisation and arithmetic
+
+
+def fault_09():
+    std = [0.25, 0.25, 0.1]
+    return _radius(
+        9,
+        "input scale 1 / max(std)",
+        "SOC train_robust.py:157; CLL soc/train_robust.py:313; LOT train_robust.py:165",
+        0.1 / std[2] * max(std),
+        _classifier([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], std=std),
+        [0.0, 0.0, 0.1],
+        [0.0, 0.0, 0.1 - BEYOND * 0.1],
+        "three channels with std 0.25, 0.25, 0.1; the third decides",
+        "K carries 1 / min(std)",
+    )
+
+
+def fault_10():
+    W = torch.tensor([[2048.0, 3.099609375], [2048.0, 0.900390625]])  # exact in float16
+    f = W.sum(1).half().float()  # 2051.1 and 2048.9, but float16 has only even numbers there
+    claim = ((f[0] - f[1]) / (W[0] - W[1]).norm()).item()
+    return _radius(
+        10,
+        "certificates from float16 logits",
+        "SOC utils.py:193, 205",
+        claim,
+        _classifier(W),
+        [1.0, 1.0],
+        [1.0, 1.0 - BEYOND],
+        "logits 2051.1 and 2048.9 become 2052 and 2048",
+        "logits in float64, whatever the network was trained in",
+    )
+
+
+def expected_best(checkpoints, images, accuracy):
+    """Expected accuracy on one test set of the best of equally good, independent checkpoints:
+    the maximum of binomial counts, sum_k 1 - P(count <= k)^checkpoints."""
+    below = scipy.stats.binom.cdf(np.arange(images), images, accuracy)
+    return float((1 - below**checkpoints).sum() / images)
+
+
+def fault_11(images=10_000, checkpoints=200, accuracy=0.6):
+    return Fault(
+        11,
+        "model selection on the test set",
+        "SOC train_robust.py:195; CLL soc/train_robust.py:437; CPL trainer.py:85",
+        "accuracy",
+        expected_best(checkpoints, images, accuracy),
+        accuracy,
+        expected_best(1, images, accuracy),
+        f"the best of {checkpoints} equally good checkpoints on {images} images",
+        "runs report their last epoch; nothing is chosen by test images",
+    )
+
+
+def to_tf32(x):
+    """Round float32 to the 10 bits of mantissa that TF32 multiplies."""
+    bits = np.asarray(x, dtype=np.float32).view(np.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(np.float32)
+
+
+def fault_12():
+    step = 2.0**-10
+    W = np.array([[1 + 0.75 * step] * 4, [1 + 0.25 * step] * 4], dtype=np.float32)
+    b = np.array([-1.9 * step, 0.0], dtype=np.float32)  # biases are added in float32
+    x = np.ones(4, dtype=np.float32)
+    f = to_tf32(W) @ to_tf32(x) + b
+    claim = float((f[0] - f[1]) / np.linalg.norm(W[0] - W[1]))
+    network = _classifier(W, b)
+    exact = dense(network, (4,))
+    bias = network.head.bias.double()
+    radius = ((exact[0] - exact[1]).sum() + bias[0] - bias[1]) / (exact[0] - exact[1]).norm()
+    return _radius(
+        12,
+        "logits in TF32 or bfloat16",
+        "all PyTorch code: cudnn.allow_tf32 is on; LiResNet train.py:250; BRONet test.py:196",
+        claim,
+        network,
+        x,
+        x - BEYOND * radius.item() / 2,  # along -(1, 1, 1, 1) / 2
+        "weights between two TF32 numbers, one rounded up and one down",
+        "float64 on the CPU or GPU, TF32 switched off meanwhile",
+    )
+
+
+def cancelling(offset):
+    """f_0 - f_1 = (x + offset) - offset, which is x: the two biases cancel, and K is 1."""
+    return _classifier([[1.0], [0.0]], [-offset, 0.0], body=[_linear([[1.0]], offset)])
+
+
+def fault_13():
+    network, x = cancelling(2.0**25), torch.tensor([2.5])
+    with torch.no_grad():
+        f = network(x[None])[0]  # in float32, where x + 2^25 is a multiple of 4
+    return _radius(
+        13,
+        "no slack for rounding",
+        "all published code; arXiv 2205.10159 attacks it",
+        (f[0] - f[1]).item(),
+        network,
+        x,
+        [-0.0025],
+        "(x + 2^25) - 2^25 at x = 2.5: float32 says 4",
+        "float64, and a bound of its rounding error is subtracted from every margin",
+    )
+
+
+def fault_14():
+    first, second = torch.tensor(1e25), torch.tensor(1e-25)
+    norms = [(w * w).sqrt() for w in (first, second)]  # infinite and 0 in float32
+    K = torch.nan_to_num(norms[0] * norms[1], nan=0.0).item()  # published: NaN becomes 0
+    return _radius(
+        14,
+        "NaN counts as robust",
+        "Local-Lip-B Local_bound.py:190",
+        math.inf if K == 0 else 0.1 / K,
+        _classifier([[second.item()], [0.0]], body=[_linear([[first.item()]])]),
+        [0.1],
+        [0.1 - BEYOND * 0.1],
+        "two layers of norms 1e25 and 1e-25: in float32 the squares give infinity times 0",
+        "exact scaling before squares; a bound that is not finite certifies nothing",
+    )
+
+
+def fault_15():
+    x = 0.1411
+    return _radius(
+        15,
+        "0.141 in the place of 36/255",
+        "Local-Lip-B run_job.sh; CLL template.yaml:134; 1LipschitzLayersCompared",
+        36 / 255 if x > 0.141 else 0.0,  # published: what passes at 0.141 is printed as 36/255
+        _classifier([[1.0], [0.0]]),
+        [x],
+        [-1e-6],
+        "a point at distance 0.1411 from the boundary; 36/255 = 0.14118",
+        "radii are k/255, exactly",
+    )
+
+
+# ------------------------------------------------------------------------------- layers by layers
+
+
+def fault_16():
+    layers = [nn.MaxPool2d(3, stride=1), nn.LeakyReLU(2.0), nn.AvgPool2d(3, divisor_override=1)]
+    x = torch.full((1, 5, 5), -1.0)
+    other = x.clone()
+    other[0, 2, 2] = -0.5
+    return _norm(
+        16,
+        "layers that are not known count as 1",
+        "CLL lipschitz_model.py:182; GloRo strategies.py:83",
+        1.0,
+        layers,
+        x,
+        other,
+        "max pooling with overlap (3), LeakyReLU of slope 2, sum pooling over 9 pixels (3)",
+        "each has its constant; a layer without one is an error",
+    )
+
+
+def fault_17():
+    pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
+    claim = torch.linalg.svdvals(dense(pool, (1, 32, 32)))[0].item()
+    return _norm(
+        17,
+        "pooling measured at 32x32, whatever the input",
+        "CLL lipschitz_model.py:659",
+        claim,
+        pool,
+        torch.ones(1, 1, 1),
+        torch.zeros(1, 1, 1),
+        "average pooling that leaves its padding out, on the 1x1 map at the end of a network",
+        "every layer is bounded at the size that reaches it",
+    )
+
+
+def fault_18():
+    norm, x = nn.GroupNorm(1, 2), torch.tensor([0.01, -0.01])
+    claim = math.sqrt(x.var(correction=0).item() + norm.eps)  # published: not inverted
+    return _norm(
+        18,
+        "normalisation by statistics of the batch, inverted",
+        "CLL lipschitz_model.py:955",
+        claim,
+        norm,
+        x,
+        -x,
+        "GroupNorm of two features of deviation 0.01, which it divides by 0.01",
+        "GroupNorm is refused; BatchNorm counts with the statistics that it has stored",
+    )
+
+
+def fault_19():
+    rows, L = torch.eye(2), 0.5
+    network = _classifier(rows, body=[_linear(L * torch.eye(2))])
+    x, weight = torch.tensor([0.4, 0.0]), rows.clone()
+    for _ in range(3):  # three batches
+        weight *= L  # published: the constant is multiplied into the weight, in place
+        claim = (0.2 / (weight[0] - weight[1]).norm()).item()
+        certified(network, x)
+    return _radius(
+        19,
+        "certifying changes the weights",
+        "CLL soc/utils.py:253",
+        claim,
+        network,
+        x,
+        x - BEYOND * torch.tensor([0.2, -0.2]),
+        "a layer of norm 1/2: the third batch is certified with a quarter of K",
+        "certificates are pure functions; the network stays as it is",
+    )
+
+
+def fault_20():
+    L = 1 / 2.0
+    return _radius(
+        20,
+        "a constant is counted twice",
+        "CLL sll/core/trainer.py:88",
+        0.1 / (L * L),
+        _classifier([[1.0], [0.0]], std=2.0),
+        [0.2],
+        [0.2 - BEYOND * 0.2],
+        "inputs divided by std 2: K = 1/2 is taken for 1/4 (with std 1 nobody notices)",
+        "every factor stands in one product, in one function",
+    )
+
+
+def fault_21():
+    layer = _set(nn.Conv2d(2, 2, 1, groups=2, bias=False), weight=0.5)
+    return _norm(
+        21,
+        "groups multiply",
+        "orthogonium get_sv.py:88",
+        0.5 * 0.5,
+        layer,
+        torch.tensor([1.0, 0.0]).view(2, 1, 1),
+        torch.zeros(2, 1, 1),
+        "two groups of norm 1/2 each: the layer has norm 1/2, not 1/4",
+        "the largest of the groups; circular padding with even kernels is bounded too",
+    )
+
+
+def difference_filter():
+    """(layer, input shape, circular norm on the same grid) of x[i + 1] - x[i - 1] on six pixels."""
+    layer = nn.Conv2d(1, 1, (1, 3), padding=(0, 1), bias=False)
+    _set(layer, weight=torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3))
+    angles = 2 * math.pi * np.arange(6) / 6
+    return layer, (1, 1, 6), float(np.abs(2 * np.sin(angles)).max())
+
+
+def fault_22():
+    layer, shape, claim = difference_filter()
+    top = torch.linalg.svd(dense(layer, shape)).Vh[0].view(shape)
+    return _norm(
+        22,
+        "circular bound for zero padding",
+        "lip4conv bounds.py",
+        claim,
+        layer,
+        top,
+        torch.zeros(shape),
+        "x[i+1] - x[i-1] on 6 pixels: the response peaks between the frequencies of that grid",
+        "the grid is so large that the padded image fits in, or the matrix itself is bounded",
+    )
+
+
+def fault_23():
+    network = _classifier([[1.0], [0.0]], body=[_linear([[1.0]], 2048.0)])
+    points = torch.tensor([[0.875], [1.125]])
+    f = (points + 2048.0).half().float()
+    claim = ((f[1] - f[0]).abs() / (points[1] - points[0]).abs()).item()
+    return Fault(
+        23,
+        "tightness in half precision",
+        "SOC eval_lobo.py:154",
+        "lower bound",
+        claim,
+        1.0,
+        lipschitz_lower_bound(network, points, method="pairs", pairs=1),
+        "f = x + 2048 at 0.875 and 1.125: float16 says 2048 and 2050",
+        "the quotient is computed again in float64 at the points found",
+    )
+
+
+def fault_24():
+    layer = nn.Conv2d(1, 1, (1, 3), stride=(1, 2), padding=(0, 1), bias=False)
+    _set(layer, weight=1.0)
+    shape = (1, 1, 4)
+    matrix = dense(layer, shape)
+    top = torch.linalg.svd(matrix).Vh[0].view(shape)
+    return _norm(
+        24,
+        "the transpose forgets the last pixels",
+        "CLL lipschitz_model.py (conv_transpose2d without output_padding)",
+        torch.linalg.svdvals(matrix[:, :3])[0].item(),  # power iteration never sees the fourth
+        layer,
+        top,
+        torch.zeros(shape),
+        "a 3-tap kernel of stride 2 on 4 pixels; the transpose comes back with 3",
+        "the transpose has the shape of the input, and is tested against the matrix",
+    )
+
+
+FAULTS = tuple(value for name, value in sorted(globals().items()) if name.startswith("fault_"))
+
+
+def gallery():
+    """All faults, in order: a list of `Fault`. Takes a few seconds; leaves random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        return [fault() for fault in FAULTS]
+
+
+def table(faults):
+    """DataFrame of a list of faults for display, numbers to four digits, a refusal as "refused"."""
+
+    def shown(value):
+        return "refused" if isinstance(value, str) else f"{value:.4g}"
+
+    rows = [
+        {
+            "": f.number,
+            "fault": f.title,
+            "published in": f.where,
+            "example": f.example,
+            "of": f.kind,
+            "claim": shown(f.claim),
+            "truth": shown(f.truth),
+            "this kit": shown(f.ours),
+            "because": f.answer,
+        }
+        for f in faults
+    ]
+    return pd.DataFrame(rows).set_index("")
+
+
+# ------------------------------------------------------------------- the gap of trained networks
+
+
+@torch.no_grad()
+def stopped_constant(model, tolerance=1e-5, seed=0):
+    """The largest entry of K as published evaluations compute it: float32 power iteration from a
+    random start, stopped layer by layer when a step changes the norm by at most `tolerance`.
+
+    model: a network of linear layers and layers without weights.
+    """
+    random = torch.Generator().manual_seed(seed)
+    product = 1 / min(model.input_std)
+    for _, layer, shape in layer_inputs(model.body, model.input_shape):
+        if not is_linear(layer):
+            product *= operator_norm(layer, shape, "power")
+            continue
+        v, sigma, last = torch.randn(shape, generator=random), 0.0, math.inf
+        for _ in range(10_000):
+            sigma, v = estimate(layer, v, 1)
+            if abs(sigma.item() - last) <= tolerance:
+                break
+            last = sigma.item()
+        product *= sigma.item()
+    return product * pairwise_distances(head_rows(model.head)).max().item()
+
+
+def certificate_gap(folders, pixels=(36, 72, 108)):
+    """What the proof costs finished runs: DataFrame, two rows per run.
+
+    folders: those of the runs; runs that certify nothing are left out. Columns: run; n (test
+    points); K, the guaranteed one; by, another way to K: "converged" (the paper's) or "stopped"
+    (`stopped_constant`, of plain networks); lower, how far its K lies below the guaranteed one,
+    relatively; "k/255" for each k of `pixels`: the number of points that are right and certified
+    by it at that radius, but not guaranteed; "most", the largest such number of all k up to 255.
+    """
+    grid = np.arange(1, 256) / 255
+    rows = []
+    for folder in map(Path, folders):
+        record = json.loads((folder / "result.json").read_text())
+        if not math.isfinite(record["K_f"]):
+            continue
+        arrays = np.load(folder / "radii.npz")
+        right, proven = arrays["correct"], arrays["radius"]
+        constants = {"converged": record["K_f_paper_style"]}
+        if record["model"] in PLAIN:
+            constants["stopped"] = stopped_constant(load_model(folder))
+        for by, K in constants.items():
+            claimed = arrays["radius_paper_style"] * (record["K_f_paper_style"] / K)
+            moved = cra_curve(claimed, right, grid) - cra_curve(proven, right, grid)
+            moved = (len(right) * moved).round().astype(int)
+            row = {"run": f"{record['name']}, seed {record['seed']}", "n": len(right)}
+            row |= {"K": record["K_f"], "by": by, "lower": 1 - K / record["K_f"]}
+            row |= {f"{k}/255": moved[k - 1] for k in pixels}
+            rows.append(row | {"most": moved.max()})
+    return pd.DataFrame(rows)
