@@ -73,6 +73,9 @@ class ClampedMaxMin(nn.Module):
         self.low = nn.Parameter(torch.full(half, float(low)))
 
     def forward(self, x):
+        wanted = (2 * self.high.shape[0], *self.high.shape[1:])
+        if tuple(x.shape[1:]) != wanted:  # broadcasting would repeat the input
+            raise ValueError(f"ClampedMaxMin({wanted}) got an input of shape {tuple(x.shape)}")
         a, b = _pairs(x, "ClampedMaxMin").unbind(2)  # (N, C/2, ...) each
         high = torch.minimum(torch.maximum(a, b), self.high)
         return torch.cat([high, torch.maximum(torch.minimum(a, b), self.low)], 1)
@@ -97,6 +100,10 @@ class Householder(nn.Module):
         self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
 
     def forward(self, x):
+        if x.shape[1] != 2 * len(self.angle):  # broadcasting would repeat the input
+            raise ValueError(
+                f"Householder({2 * len(self.angle)}) got an input of shape {tuple(x.shape)}"
+            )
         a, b = x.chunk(2, 1)  # (N, C/2, ...) each
         angle = self.angle.view(-1, *[1] * (x.ndim - 2))
         mirrored = a * torch.sin(angle / 2) > b * torch.cos(angle / 2)
@@ -146,7 +153,8 @@ class Normalize(nn.Module):
     """(x - mean) / std per channel, as the first layer of a classifier that certifies
     un-normalised images: (N, C, ...) -> (N, C, ...), 1 / min(std)-Lipschitz.
 
-    mean, std: float or one value per channel. Raises ValueError for a std that is not positive.
+    mean, std: float or one value per channel. Raises ValueError for a std that is not positive and
+    for an input with another number of channels: broadcasting would repeat it, sqrt(C) longer.
     """
 
     def __init__(self, mean, std):
@@ -158,6 +166,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", std.float())
 
     def forward(self, x):
+        if not {len(self.mean), len(self.std)} <= {1, x.shape[1]}:
+            raise ValueError(
+                f"Normalize has {len(self.mean)} means and {len(self.std)} stds for an input with "
+                f"{x.shape[1]} channels: give one value, or one per channel"
+            )
         shape = (-1, *[1] * (x.ndim - 2))
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
@@ -170,7 +183,8 @@ class Residual(nn.Module):
 
     branch, shortcut: modules with known bounds, nn.Sequential included, whose outputs have one
     shape; shortcut None is the identity. Write skip connections with it, so that the certificate
-    sees them.
+    sees them. Raises ValueError for outputs of two shapes: broadcasting repeats the smaller one,
+    which makes it longer than its bound.
     """
 
     def __init__(self, branch, shortcut=None):
@@ -179,7 +193,13 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if shortcut is None else shortcut
 
     def forward(self, x):
-        return self.shortcut(x) + self.branch(x)
+        kept, added = self.shortcut(x), self.branch(x)
+        if kept.shape != added.shape:
+            raise ValueError(
+                f"Residual adds outputs of two shapes, {tuple(kept.shape[1:])} of the shortcut and "
+                f"{tuple(added.shape[1:])} of the branch: give both one shape"
+            )
+        return kept + added
 
 
 class BatchNormalized(nn.Sequential):
@@ -552,6 +572,11 @@ class SandwichConv2d(_Sandwich):
         with _full_precision(self.weight):  # no FFT in half precision
             if self.stride > 1:
                 x = F.pixel_unshuffle(x, self.stride)
+            if tuple(x.shape[-2:]) != self.size:  # another FFT would crop or repeat the image
+                raise ValueError(
+                    f"SandwichConv2d for images of {[n * self.stride for n in self.size]} got "
+                    f"an input of shape {tuple(x.shape)}"
+                )
             out = both.shape[-2]
             A, B = both[..., :out], both[..., out:]
             P = torch.exp(self.psi).view(-1, 1, 1)
