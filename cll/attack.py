@@ -11,8 +11,10 @@ import logging
 import math
 import sys
 
+import numpy as np
 import torch
 
+from .architectures import as_lipschitz_net
 from .certify import as_pixels, check_images, check_targets, full_precision, predict_logits
 from .layers import freeze
 from .progress import progress_bar
@@ -49,7 +51,7 @@ def autoattack(
         for a quick look.
     steps, restarts: of ``pgd_attack``; default: those of the version.
     The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
-    APGD on cross-entropy and PGD are all the gradient attacks there are.
+    none does. Square needs 5 rows of pixels and is left out for smaller images.
 
     The searches run in the model's own precision; the library's stays in [0, 1] and keeps its
     points in float32, ours may leave the cube. Points are then moved in float64 to a distance of
@@ -63,6 +65,7 @@ def autoattack(
     library = _library()
     if version not in VERSIONS:
         raise ValueError(f"version = {version!r} is not one of {', '.join(map(repr, VERSIONS))}")
+    model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if images.ndim != 4:
         raise ValueError(
@@ -134,8 +137,11 @@ def _search(library, model, x, y, epsilon, attacks, aims, seed, batch_size, prog
     net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
     weight = next(net.parameters())
     C = net.head.out_features
-    replaced = {"apgd-t": "apgd-dlr" if C == 3 else None} if C < 4 else {}
-    attacks = [a for a in (replaced.get(name, name) for name in attacks) if a]
+    unfit = {"square"} if x.shape[2] < 5 else set()
+    if C < 4:
+        unfit.add("apgd-t")
+        attacks = [*attacks, "apgd-dlr"] if C == 3 else attacks
+    attacks = [name for name in attacks if name not in unfit]
 
     def logits(points):
         return net(points.to(weight.dtype)).float()
@@ -206,6 +212,7 @@ def pgd_attack(
 
     Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).
     """
+    model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     x = as_pixels(images.cpu(), torch.float64)
     predicted = predict_logits(model, images).argmax(dim=1)

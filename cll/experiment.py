@@ -48,6 +48,7 @@ from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict
 from .data import Augmentation, load
 from .local import local_radius
 from .losses import cll_scale
+from .rounding import margin_error
 from .training import build_network, load_checkpoints, train
 
 __all__ = [
@@ -691,10 +692,16 @@ def _set_aside(params, out_dir):
 
 
 def _certificates(net, images, targets, names, matrices):
-    """Logits (N, C), correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}."""
+    """Logits (N, C), correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}.
+
+    The guaranteed radii allow for rounding, as in `certify`; the paper-style ones do not.
+    """
     logits = predict_logits(net, images)
-    correct = logits.argmax(1) == targets.cpu()
-    radii = {method: certified_radius(logits, K) for method, K in matrices.items()}
+    predicted = logits.argmax(1)
+    correct, errors = predicted == targets.cpu(), {}
+    if matrices["guaranteed"].isfinite().all():
+        errors["guaranteed"] = margin_error(net, images, predicted)
+    radii = {m: certified_radius(logits, K, errors.get(m)) for m, K in matrices.items()}
     cra = {method: _cra(names, radius, correct) for method, radius in radii.items()}
     return logits, correct, radii, cra
 
