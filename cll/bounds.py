@@ -14,6 +14,7 @@ and a fifth, `estimate`, for training: a few warm-started power iterations, diff
 
 import copy
 import functools
+import itertools
 import math
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from cll.layers import (
     BatchNormalized,
@@ -61,6 +63,10 @@ from cll.norms import (
 )
 
 HEADS = (NormalizedLinear, Truncation)
+FOREIGN = (
+    "a certificate needs model(x) = head(body((x - input_mean) / input_std)), and this model "
+    "computes something else: give it the attributes input_mean and input_std, and nothing beyond"
+)
 
 
 # ------------------------------------------------------------------------------ layers, one by one
@@ -93,7 +99,9 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
             f"input_shape of {describe(layer)} is {input_shape!r}: "
             "give the shape of one sample, (C, H, W) or (features,)"
         )
-    _refuse_overridden(layer)
+    refuse_overridden(layer)
+    if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
+        layer = _evaluation_copy(layer)
     if start is not None:
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
@@ -181,17 +189,22 @@ def _smooth(layer, input_shape, method):
 
 @register(nn.LeakyReLU)
 def _leaky_relu(layer, input_shape, method):
-    return max(1.0, abs(layer.negative_slope))
+    return _at_least_one(abs(layer.negative_slope))
 
 
 @register(nn.PReLU)
 def _parametric_relu(layer, input_shape, method):
-    return max(1.0, layer.weight.detach().abs().max().item())
+    return _at_least_one(layer.weight.detach().abs().max().item())
 
 
 @register(nn.ELU)
 def _elu(layer, input_shape, method):
-    return max(1.0, abs(layer.alpha))
+    return _at_least_one(abs(layer.alpha))
+
+
+def _at_least_one(slope):
+    """max(1, slope), NaN if that is NaN: max(1.0, nan) is 1.0."""
+    return slope if not slope <= 1 else 1.0
 
 
 @register(nn.CELU)
@@ -231,8 +244,8 @@ def batch_norm_scale(layer):
 
 @register(BatchNormalized)
 def _batch_normalized(layer, input_shape, method):
-    """Norm of diag(scale) W. Its entries are off by 5 u, in norm by that times the sum over taps of
-    Frobenius norms, which is at most taps * sqrt(rank) times the norm."""
+    """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
+    norm of the matrix of absolute values."""
     linear, norm = layer
     if isinstance(linear, nn.Linear) and len(input_shape) > 1:  # the channels are another dimension
         return chain_norm(nn.Sequential(linear, norm), input_shape, method)
@@ -240,13 +253,25 @@ def _batch_normalized(layer, input_shape, method):
     scaled = batch_norm_scale(norm).view(-1, *[1] * (weight.ndim - 1)) * weight
     found = matrix_norm(linear, scaled, input_shape, method)
     if method in ("guaranteed", "fast"):
-        taps = math.prod(weight.shape[2:])
-        found = round_up(found * (1 + 6 * U * taps * math.sqrt(min(weight.shape[:2]))))
+        found = round_up(found + 6 * U * absolute_norm(linear, scaled, input_shape))
     return found
+
+
+def absolute_norm(layer, weight, input_shape):
+    """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
+    of the largest row sum and the largest column sum of |A|."""
+    kernel = tuple(range(2, weight.ndim))
+    rows, columns = (weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0))
+    if getattr(layer, "padding_mode", "zeros") == "circular":
+        # a tap reads the positions s i + t mod n, i < m: one of them so many times
+        sizes = output_shape(layer, input_shape)[1:], layer.stride, input_shape[-2:]
+        columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
+    return math.sqrt(rows * columns) * (1 + 1e-6)
 
 
 @register(Residual)
 def _residual(layer, input_shape, method):
+    layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
     total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
     return round_up(total) if method == "guaranteed" else total
 
@@ -348,6 +373,10 @@ def _weight(layer, input_shape):
             f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
             'use "zeros" or "circular", or register a bound with cll.bounds.register'
         )
+    if layer.weight.is_complex():
+        raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
+    if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
+        layer = copy.deepcopy(layer).to("cpu", torch.float64).eval()
     weight = layer.weight.detach().to("cpu", torch.float64)
     if not weight.isfinite().all():
         raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
@@ -526,21 +555,27 @@ def _exact_linear(layer, input_shape):
 
 
 def is_linear(layer):
-    """True for nn.Linear and nn.Conv2d: the layers whose norm the training loop estimates."""
+    """True for nn.Linear and nn.Conv2d: the layers whose norm the training loop estimates. False
+    for a subclass with a bound of its own, which may compute anything."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return False
-    _refuse_overridden(layer)
-    return True
+    refuse_overridden(layer)
+    return is_bounded_as(layer, nn.Linear)
 
 
-def _refuse_overridden(layer):
+def is_bounded_as(layer, kind):
+    """True if the bound of this layer is the one registered for `kind`."""
+    return layer_lipschitz.dispatch(type(layer)) is layer_lipschitz.dispatch(kind)
+
+
+def refuse_overridden(layer):
     """A subclass of a known layer that computes something else must not inherit the bound."""
     _refuse_hooks(layer)
     kind = type(layer)
     known = next((k for k in kind.__mro__ if k in layer_lipschitz.registry), object)
     if known is object or layer_lipschitz.registry[known].__module__ != __name__:
         return
-    for method in ("forward", "_conv_forward"):
+    for method in ("forward", "_conv_forward", "__call__"):
         if method in vars(layer) or getattr(kind, method, None) is not getattr(known, method, None):
             raise TypeError(
                 f"no Lipschitz bound known for {kind.__name__}, which replaces {method} of "
@@ -608,12 +643,14 @@ def output_shape(body, input_shape):
 
 def _trace(body, shape):
     """(`layer_inputs`, output shape)"""
-    weight = next(body.parameters(), torch.empty(0))
+    tensors = itertools.chain(body.parameters(), body.buffers())
+    weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     x = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
     layers = []
-    with _evaluation(body), torch.no_grad():
+    with _evaluation(body), torch.inference_mode(False), torch.no_grad():
         for name, layer in leaves(body):
             layers.append((name, layer, tuple(x.shape[1:])))
+            before, version = x, x._version
             try:
                 x = layer(x)
             except (RuntimeError, ValueError) as error:
@@ -621,6 +658,11 @@ def _trace(body, shape):
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
                     f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
                 ) from error
+            if isinstance(layer, Residual) and before._version != version:
+                raise ValueError(
+                    f"layer {name} (Residual) changes its input before both of its parts have read "
+                    "it: give the first activation of the branch inplace=False"
+                )
     return layers, tuple(x.shape[1:])
 
 
@@ -636,13 +678,21 @@ def leaves(module, name=""):
 
 def is_open(module):
     """True for a plain nn.Sequential, of which the layers count one by one."""
-    plain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-    return plain and layer_lipschitz.dispatch(type(module)) is layer_lipschitz.dispatch(object)
+    kind = type(module)
+    plain = kind.forward is nn.Sequential.forward and kind.__call__ is nn.Module.__call__
+    plain = plain and "forward" not in vars(module)
+    return plain and is_bounded_as(module, object)
 
 
 def _refuse_hooks(module):
     """A hook may compute anything."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    everywhere = nn.modules.module
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    ):
         raise TypeError(
             f"no Lipschitz bound known for {describe(module)} with forward hooks, which may change "
             "what it computes: remove them (torch.nn.utils.remove_spectral_norm, "
@@ -675,9 +725,7 @@ def lipschitz_matrix(model, method="guaranteed"):
     """
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
-    std = torch.as_tensor(model.input_std, dtype=torch.float64).reshape(-1)
-    if not (std > 0).all():
-        raise ValueError(f"input_std must be positive, got {model.input_std}")
+    std, _ = normalisation(model)
     K = 1 / std.min().item()
     with _evaluation(model):  # where a weight is computed, this may depend on the mode
         for _, layer, shape in layers:
@@ -685,11 +733,26 @@ def lipschitz_matrix(model, method="guaranteed"):
         W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
-    matrix = K * pairwise_distances(W)
+    matrix = K * row_distances(head, W)
     if method in ("guaranteed", "fast"):
         # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
     return matrix.fill_diagonal_(0)
+
+
+def normalisation(model):
+    """(std, mean), float64, (1,) or one value per channel: what the inputs of a body are made with.
+    From the buffers that a LipschitzNet divides by, which a change of its dtype rounds, else from
+    the attributes input_std and input_mean. Raises ValueError for a std that is not positive."""
+    values = []
+    for name, default in (("std", 1.0), ("mean", 0.0)):
+        value = getattr(model, name, None)
+        if not torch.is_tensor(value):
+            value = getattr(model, f"input_{name}", default)
+        values.append(torch.as_tensor(value).detach().to("cpu", torch.float64).reshape(-1))
+    if not (values[0] > 0).all():
+        raise ValueError(f"input_std must be positive, got {values[0].tolist()}")
+    return values
 
 
 def layer_bounds(model):
@@ -734,6 +797,21 @@ def _stretch(layer, input_shape, steps=20):
     return pushforward(v)[0].norm().item() * (1 - 1e-10)
 
 
+def row_distances(head, W):
+    """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3) or above
+    the exact distance. Squares of tiny differences underflow: such pairs get an upper bound.
+    Rows that were divided by their length are off by gamma(D) each, which may be all of it."""
+    distances = pairwise_distances(W)
+    i, j = (distances < 1e-140).nonzero().unbind(1)
+    for row in i[i != j].unique():
+        others = j[i == row]
+        gap = (W[row] - W[others]).abs().amax(1)
+        distances[row, others] = gap * math.sqrt(W.shape[1]) * (1 + 1e-12)
+    if isinstance(head, NormalizedLinear):
+        distances = distances + 2 * gamma(W.shape[1] + 8)
+    return distances
+
+
 def head_rows(head):
     """The rows w_i of a head, (C, features), differentiable: logit_i = w_i^T features + b_i."""
     if hasattr(head, "rows"):
@@ -743,10 +821,13 @@ def head_rows(head):
 
 def _head(model, features):
     head = model.head
-    if not (isinstance(head, HEADS) or isinstance(head, nn.Linear) and is_linear(head)):
+    if not (type(head) in HEADS or isinstance(head, nn.Linear) and is_linear(head)):
         raise TypeError(
             f"the head must be nn.Linear, NormalizedLinear or Truncation, got {describe(head)}"
         )
+    _refuse_hooks(head)
+    if "forward" in vars(head):
+        raise TypeError(f"no bound known for {describe(head)}, of which forward was replaced")
     if features != (head.in_features,):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bounds import (
+    FOREIGN,
     head_rows,
     is_linear,
     layer_inputs,
     lipschitz_matrix,
+    normalisation,
     operator_norm,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
@@ -358,7 +360,7 @@ def _exact(model):
         wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
         rows = _row_norms(W, len(shape) + 1)
         rows = torch.full_like(rows, norm) if wraps else rows * ROUNDED
-        known = {"rows": rows, "adjoint_error": gamma(terms) * absolute_norm(W)}
+        known = {"rows": rows, "adjoint_error": gamma(terms) * absolute_norm(layer, W, shape)}
         if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
             half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
             both = torch.stack([half, -half], 1).flatten(0, 1)
@@ -384,10 +386,7 @@ def _forward(model, layers, images, logits=None):
     compare with."""
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     channels = (-1,) + (1,) * (x.ndim - 2)
-    std, mean = (
-        torch.as_tensor(getattr(model, name, default), dtype=torch.float64).reshape(channels)
-        for name, default in (("input_std", 1.0), ("input_mean", 0.0))
-    )
+    std, mean = (value.reshape(channels) for value in normalisation(model))
     h = (x - mean) / std
     error = 4 * U * ((x.abs() + mean.abs()) / std).flatten(1).norm(dim=1)
     folds, errors = [], [error]
@@ -408,10 +407,7 @@ def _forward(model, layers, images, logits=None):
         logits = model(x)
     close = (own - logits).abs().amax(dim=1) <= 1e-7 * size
     if not (close | ~logits.isfinite().all(dim=1)).all():
-        raise ValueError(
-            "local bounds need model(x) = head(body((x - input_mean) / input_std)), and the logits "
-            "given are not these: give the model the attributes input_mean and input_std"
-        )
+        raise ValueError(FOREIGN)
     return _State(folds, errors, head_error)
 
 
@@ -447,7 +443,7 @@ def _follow(model, layers, state, n, c, rho, rule):
     in directions a - b. The rounding of c itself is charged too. E collects what the error of the
     computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
     tilt = rule is _tilt
-    std = torch.as_tensor(model.input_std, dtype=torch.float64).reshape(-1)
+    std, _ = normalisation(model)
     gain = [ROUNDED / std.min().item()]
     for step in layers:
         gain.append(gain[-1] * step.norm * ROUNDED)

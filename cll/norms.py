@@ -73,7 +73,10 @@ def enclose(layer, weight, input_shape):
     if weight is None:
         return 0.0, 0.0, "zero"
     digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
-    geometry = layer.extra_repr() if isinstance(layer, nn.Conv2d) else "linear"
+    geometry = "linear"
+    if isinstance(layer, nn.Conv2d):
+        sides = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+        geometry = (*sides, layer.groups, layer.padding_mode)
     key = (digest, tuple(weight.shape), geometry, tuple(input_shape))
     if key not in _PROVEN:
         _PROVEN[key] = _prove(layer, weight, input_shape)

@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 from .bounds import (
+    absolute_norm,
     batch_norm_scale,
     head_rows,
     layer_inputs,
+    normalisation,
     operator_norm,
-    pairwise_distances,
+    row_distances,
 )
 from .layers import (
     BatchNormalized,
@@ -43,7 +45,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import U, gamma, output_shape, proven_norm
+from .norms import TINY, U, gamma, output_shape, proven_norm
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
@@ -56,25 +58,25 @@ def margin_error(model, images, predicted):
     """
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     size = x.cpu().flatten(1).norm(dim=1) * SAFE
-    std, mean = (
-        torch.as_tensor(getattr(model, name, default), dtype=torch.float64).abs().reshape(-1)
-        for name, default in (("input_std", 1.0), ("input_mean", 0.0))
-    )
+    std, mean = normalisation(model)
     smallest, pixels = std.min().item(), math.prod(model.input_shape)
-    offset = mean.max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
+    offset = mean.abs().max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
     body = copy.deepcopy(model.body).to("cpu", torch.float64).eval()
     gain, shift, a, b = chain(body, model.input_shape)
     error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
     size = size / smallest + offset  # of what the body sees
     error = (error + a * size + b) * SAFE  # of the features
-    head = copy.deepcopy(model.head).to("cpu", torch.float64)
+    head = copy.deepcopy(model.head).to("cpu", torch.float64).eval()
     rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
     bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
     features = gain * size + shift + error
-    logit = gamma(rows.shape[1] + 8) * (rows.norm(dim=1) * features[:, None] + bias)  # (N, C)
+    largest = rows.abs().amax(1).clamp_min(1e-300)  # squares of tiny rows underflow
+    length = (rows / largest[:, None]).norm(dim=1) * largest
+    # 2 D: rows that are divided by their length are themselves off by gamma(D)
+    logit = gamma(2 * rows.shape[1] + 16) * (length * features[:, None] + bias) + TINY  # (N, C)
     predicted = predicted.cpu()
     both = logit + logit.gather(1, predicted[:, None])
-    return (pairwise_distances(rows)[predicted] * error[:, None] + both) * SAFE
+    return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
 
 
 def chain(module, input_shape):
@@ -86,28 +88,36 @@ def chain(module, input_shape):
         slope, constant = rounding(layer, shape)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
         a = norm * a + slope * (gain + a)
-        b = norm * b + slope * (shift + b) + constant
-        gain, shift = norm * gain, norm * shift + at_zero(layer, shape)
+        b = norm * b + slope * (shift + b) + constant + TINY  # for underflow
+        gain, shift = norm * gain, norm * shift + at_zero(layer, shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
 
 
 @torch.no_grad()
 def at_zero(layer, input_shape):
-    """||layer(0)||, rounded up."""
+    """||layer(0)|| as computed, rounded up."""
     return layer(torch.zeros(1, *input_shape, dtype=torch.float64)).norm().item() * SAFE
 
 
-@functools.singledispatch
 def rounding(layer, input_shape):
-    """The table of (a, b): as computed at z in float64, a layer is off by at most a ||z|| + b.
+    """(a, b): as computed at z in float64, a layer is off by at most a ||z|| + b.
 
     Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
     of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
     """
+    kind = type(layer)
+    known = next(k for k in kind.__mro__ if k in _table.registry)
+    if known is not object and kind.forward is not known.forward:  # a subclass that does other work
+        known = object
+    return _table.registry[known](layer, input_shape)
+
+
+@functools.singledispatch
+def _table(layer, input_shape):
     return 1e-12 * operator_norm(layer, input_shape), 1e-12 * at_zero(layer, input_shape)
 
 
-register = rounding.register
+register = _table.register
 
 EXACT = (MaxMin, ClampedMaxMin, GroupSort, PadChannels, nn.PixelUnshuffle, nn.PixelShuffle)
 EXACT += (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d)
@@ -149,15 +159,7 @@ def _linear(layer, input_shape):
         elif len(input_shape) > 1:
             outputs = math.prod(input_shape[:-1])
         constant = layer.bias.detach().double().norm().item() * math.sqrt(outputs)
-    return gamma(terms) * absolute_norm(weight), gamma(terms) * constant
-
-
-def absolute_norm(weight):
-    """Upper bound of || |A| ||, A a matrix or convolution with this weight: the geometric mean of
-    the largest row sum and the largest column sum of |A|."""
-    kernel = tuple(range(2, weight.ndim))
-    sums = [weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0)]
-    return math.sqrt(math.prod(sums)) * SAFE
+    return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
 
 @register(nn.AvgPool2d)
@@ -215,7 +217,7 @@ def _soc(layer, input_shape):
     off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
     kernel = layer.effective().detach()
     n = layer.kernel_size * min(proven_norm(M[None]) for M in layer.unfoldings(kernel))
-    m, g = absolute_norm(kernel), gamma(kernel[0].numel() + 4)
+    m, g = absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
     size, error = 1.0, 0.0
     total, sizes = 0.0, 1.0
     for k in range(1, layer.terms[1] + 1):
@@ -233,7 +235,7 @@ def _soc(layer, input_shape):
 def _potential_step(layer, input_shape):
     """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
     W, D = layer.weight.detach(), layer.effective().detach()
-    m, d = absolute_norm(W), D.max().item()
+    m, d = absolute_norm(layer, W, input_shape), D.max().item()
     g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
     positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
     bias = layer.bias.detach().norm().item() * positions

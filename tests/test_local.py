@@ -119,13 +119,18 @@ def climbed(net, x, start, rho, sign, steps=12):
 # ------------------------------------------------------------------------------------- soundness
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(KINDS),
-    st.integers(0, 10**6),
-    st.sampled_from([1e-3, 0.02, 0.1, 0.3, 1.0, 5.0]),
-    st.sampled_from([None, (7, 6), (5, 5), (8, 3)]),
-)
+def many_nets(test):
+    """Runs test(kind, seed, rho, size) on networks, dense for size None, and radii of all kinds."""
+    drawn = given(
+        st.sampled_from(KINDS),
+        st.integers(0, 10**6),
+        st.sampled_from([1e-3, 0.02, 0.1, 0.3, 1.0, 5.0]),
+        st.sampled_from([None, (7, 6), (5, 5), (8, 3)]),
+    )
+    return settings(max_examples=40, deadline=None, derandomize=True)(drawn(test))
+
+
+@many_nets
 def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)
@@ -138,13 +143,7 @@ def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size
     assert (norms <= bound * (1 + 1e-12)).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(KINDS),
-    st.integers(0, 10**6),
-    st.sampled_from([1e-3, 0.02, 0.1, 0.3, 1.0, 5.0]),
-    st.sampled_from([None, (7, 6), (5, 5), (8, 3)]),
-)
+@many_nets
 def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)

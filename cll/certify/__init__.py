@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..architectures import as_lipschitz_net
-from ..bounds import lipschitz_matrix
+from ..architectures import LipschitzNet, as_lipschitz_net
+from ..bounds import FOREIGN, lipschitz_matrix, normalisation
 from ..layers import freeze
 from ..local import local_radius
 from ..norms import U
@@ -191,12 +191,17 @@ def certify(
 def predict_logits(model, images, batch_size=1000, *, progress=False):
     """Logits (N, C) in float64 on the CPU, of a float64 copy of `model` in eval mode.
 
+    They are head(body((x - input_mean) / input_std)), of which the bounds are; a model with another
+    forward must compute the same, or ValueError is raised.
+
     images: uint8 (scaled by 1/255) or float, (N, *input_shape), tensor or array. `model` itself is
     not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
     and cuDNN, which may choose algorithms that ``rounding`` does not cover.
     """
     images = torch.as_tensor(images)
+    foreign = _is_foreign(model)
     model, device = _float64_copy(model)
+    std, mean = (v.to(device).view(-1, *[1] * (images.ndim - 2)) for v in normalisation(model))
     if device.type == "cpu":
         batch_size = min(batch_size, CPU_BATCH)
     batches = images.split(batch_size)
@@ -205,9 +210,22 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
         logits = []
         with progress_bar(len(batches), "logits", "batch", progress) as bar:
             for batch in batches:
-                logits.append(model(as_pixels(batch.to(device), torch.float64)).cpu())
+                x = as_pixels(batch.to(device), torch.float64)
+                f = model.head(model.body((x - mean) / std))
+                if foreign:
+                    size = f.nan_to_num(0, 0, 0).abs().max().item()
+                    if not torch.allclose(f, model(x), 0, 1e-7 * size, equal_nan=True):
+                        raise ValueError(FOREIGN)
+                logits.append(f.cpu())
                 bar.update()
         return torch.cat(logits)
+
+
+def _is_foreign(model):
+    """Whether calling the model may be anything else than head(body(normalised input))."""
+    kind, ours = type(model), LipschitzNet
+    own = kind.forward is ours.forward and kind.__call__ is ours.__call__
+    return not own or "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
 
 
 @contextmanager
@@ -376,8 +394,11 @@ def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device
-    exact = copy.deepcopy(model).to(device).double().eval().requires_grad_(False)
-    return freeze(exact), device
+    exact = freeze(copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False))
+    for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
+        if getattr(layer, "frozen", None) is not None:
+            layer.frozen = layer.frozen.to(device)
+    return exact.to(device), device
 
 
 def as_pixels(images, dtype):
