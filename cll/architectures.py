@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from .bounds import (
+    HEADS,
     estimate,
     head_rows,
+    is_bounded_as,
     is_linear,
     is_open,
     layer_inputs,
@@ -22,6 +24,7 @@ from .bounds import (
     operator_norm,
     output_shape,
     pairwise_distances,
+    refuse_overridden,
     settle,
 )
 from .layers import (
@@ -72,6 +75,11 @@ class LipschitzNet(nn.Module):
         )
         if not (torch.isfinite(std).all() and std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
+        if not {std.numel(), mean.numel()} <= {1, self.input_shape[0]}:
+            raise ValueError(
+                f"input_std = {input_std} and input_mean = {input_mean} do not fit inputs of shape "
+                f"{self.input_shape}: give one value, or one per channel"
+            )
         # The buffers' own values, after rounding to float32: K must fit what forward divides by.
         self.input_std, self.input_mean = std.flatten().tolist(), mean.flatten().tolist()
         self.normalises = bool((std != 1).any() or (mean != 0).any())
@@ -87,7 +95,9 @@ class LipschitzNet(nn.Module):
                     constant = operator_norm(layer, shape, "power")
             self._layers.append((name, shape, constant))
             if is_linear(layer):
-                v = torch.randn(shape, device=layer.weight.device, dtype=layer.weight.dtype)
+                # parameters, not .weight: to look at one that is computed may change it
+                like = next(layer.parameters())
+                v = torch.randn(shape, device=like.device, dtype=like.dtype)
                 self.register_buffer(f"v{i}", v)
 
     def forward(self, x):
@@ -158,7 +168,8 @@ def as_lipschitz_net(model, input_shape):
             "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
             "connections, and register the bounds of your own layers with cll.bounds.register"
         )
-    layers = _joined(model)
+    weight = next(model.parameters(), torch.empty(0))
+    layers = _joined(model, weight.device)
     while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
         layers.pop()
     if layers and isinstance(layers[-1], nn.Softmax | nn.LogSoftmax | nn.Softmax2d):
@@ -167,8 +178,9 @@ def as_lipschitz_net(model, input_shape):
             "have the same argmax; leave that layer out"
         )
     body, head = layers, None
-    if layers and isinstance(layers[-1], nn.Linear | NormalizedLinear | Truncation):
-        body, head = layers[:-1], layers[-1]
+    last = layers[-1] if layers else None
+    if type(last) in HEADS or isinstance(last, nn.Linear) and is_linear(last):
+        body, head = layers[:-1], last
     body = nn.Sequential(*body)
     if head is None:
         features = output_shape(body, input_shape)
@@ -178,21 +190,23 @@ def as_lipschitz_net(model, input_shape):
                 "nn.Flatten() and nn.Linear"
             )
         head = Truncation(features[0], features[0])
-    with torch.random.fork_rng(devices=[]):  # the vectors for training, which nobody asked for
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
         return LipschitzNet(body, head, input_shape)
 
 
-def _joined(module):
+def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     layers = []
     for _, layer in leaves(module):
-        if isinstance(layer, Residual):
-            parts = (nn.Sequential(*_joined(part)) for part in (layer.branch, layer.shortcut))
-            layer = Residual(*parts)
+        refuse_overridden(layer)  # before anything is taken apart or left out
+        if is_bounded_as(layer, Residual):
+            parts = layer.branch, layer.shortcut
+            layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif type(layer).__name__ == "Normalize" and "torchvision" in type(layer).__module__:
-            layer = Normalize(layer.mean, layer.std)
+            layer = Normalize(layer.mean, layer.std).to(device)
         pair = (layers[-1] if layers else None, layer)
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and is_linear(pair[0]):
+        if is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
             layers[-1] = BatchNormalized(*pair)
         else:
             layers.append(layer)
