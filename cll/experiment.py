@@ -57,6 +57,8 @@ __all__ = [
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
+# Raised when certificates change: finished runs are then certified anew, from their weights.
+CERTIFIER = 2
 PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
 
@@ -531,6 +533,12 @@ def _finished(params, out_dir):
     return record
 
 
+def _is_incomplete(params, record):
+    """Whether a finished run misses what needs no training: a certificate of this version, or the
+    attack."""
+    return record.get("certifier") != CERTIFIER or _lacks_attack(params, record)
+
+
 def _lacks_attack(params, record):
     """Whether a finished run was not attacked as the parameters ask."""
     if params.attack is None:
@@ -586,7 +594,7 @@ def run_all(runs, root, progress=True, stack=None):
     pending = [
         params
         for folder, params in unique.items()
-        if records[folder] is None or _lacks_attack(params, records[folder])
+        if records[folder] is None or _is_incomplete(params, records[folder])
     ]
     for batch in _batches(pending, root, stack):
         own = [run_dir(params, root) for params in batch]
@@ -713,10 +721,16 @@ def _cra(names, radius, correct):
 
 
 def _completed(params, record, out_dir, progress):
-    """The record of a finished run with the attack that the parameters ask for."""
-    if not _lacks_attack(params, record):
+    """The record of a finished run, certified by this version, with the attack asked for."""
+    weights = Path(out_dir) / "checkpoint.safetensors"
+    if not _is_incomplete(params, record) or not weights.exists():
         return record
-    net, saved = load_model(out_dir).to(params.torch_device), np.load(out_dir / "radii.npz")
+    net = load_model(out_dir).to(params.torch_device)
+    if record.get("certifier") != CERTIFIER:
+        seconds, together = record["seconds"], record["trained_together"]
+        dataset = load_dataset(params)
+        return _evaluate(params, net, dataset, out_dir, seconds, together, progress, record)
+    saved = np.load(out_dir / "radii.npz")
     radii = {"guaranteed": saved["radius"]}
     if "radius_local" in saved:
         radii["local"] = saved["radius_local"]
@@ -781,8 +795,9 @@ def _composed_constant(loss, K_f):
     return K_f / loss.temperature if loss.name == "AOL" else K_f
 
 
-def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
-    """Certify a trained network by both bounds, write radii, weights and result.json."""
+def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, finished=None):
+    """Certify a trained network by both bounds, write radii, weights and result.json. finished: the
+    record of an earlier certificate of the same weights, of which the lower bound of K is kept."""
     device = params.torch_device
     net = net.to(device)
     matrices = {"power": lipschitz_matrix(net, "power").cpu()}
@@ -845,10 +860,12 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
         record["train_cra"] = train_cra["guaranteed"]
         record["train_cra_paper_style"] = train_cra["power"]
     if params.tightness is not None:
-        lower = lipschitz_lower_bound(
-            net, dataset.train_images, seed=params.seed, progress=progress,
-            **params.tightness.model_dump(),
-        )  # fmt: skip
+        lower = (finished or {}).get("K_lower")
+        if lower is None:
+            lower = lipschitz_lower_bound(
+                net, dataset.train_images, seed=params.seed, progress=progress,
+                **params.tightness.model_dump(),
+            )  # fmt: skip
         record["K_lower"] = lower
         record["tightness"] = lower / K_f
         record["tightness_paper_style"] = lower / K_f_paper
@@ -856,13 +873,17 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress):
     if params.attack is not None:
         attack = _attacked(params, net, dataset, radii, correct, progress)
         record |= {"attack": attack} if attack else {}
+    now = provenance(device)
+    trained = {key: (finished or now)[key] for key in ("device", "git_revision", "date")}
     record |= {
+        "certifier": CERTIFIER,
+        "trained": (finished or {}).get("trained", trained),
         "seconds": round(seconds, 1),
         "trained_together": companions,
         "ranks": ranks.count(),
         "params": params.model_dump(mode="json", by_alias=True),
         "params_hash": params.hash(),
-        **provenance(device),
+        **now,
     }
     local = {"radius_local": radii["local"].numpy()} if params.local else {}
     np.savez_compressed(

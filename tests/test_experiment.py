@@ -137,7 +137,8 @@ def iterations(params, epochs):
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
 def test_milestones_keep_their_place_in_the_schedule(path):
     paper = cll.load_params(path, "paper")
-    published = [m / iterations(paper, paper.published_epochs) for m in paper.optimizer.milestones]
+    epochs = paper.published_epochs or paper.epochs
+    published = [m / iterations(paper, epochs) for m in paper.optimizer.milestones]
     for profile in ("quick", "smoke"):
         short = cll.load_params(path, profile)
         here = [m / iterations(short, short.epochs) for m in short.optimizer.milestones]
@@ -363,3 +364,19 @@ def test_an_sll_variant_without_proof_trains_and_certifies_nothing(tmp_path):
     record = cll.run(cll.load_params(base), tmp_path, progress=False)
     assert not any(record["cra"].values()) and record["K_f"] == float("inf")
     assert record["cra_paper_style"]["36/255"] > 0
+
+
+def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypatch):
+    """From their weights, without training; where and when they were trained stays on record."""
+    params = cll.load_params(SHORT)
+    first = cll.run(params, tmp_path, progress=False)
+    path = tmp_path / "result.json"
+    old = json.loads(path.read_text()) | {"certifier": 1, "K_f": 1.0, "device": "a GPU"}
+    del old["trained"]
+    path.write_text(json.dumps(old))
+    monkeypatch.setattr(cll.experiment, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = cll.run(params, tmp_path, progress=False)
+    assert (again["K_f"], again["cra"]) == (first["K_f"], first["cra"])
+    assert again["certifier"] == cll.experiment.CERTIFIER and again["device"] == first["device"]
+    assert again["trained"]["device"] == "a GPU"
+    assert json.loads(path.read_text()) == again
