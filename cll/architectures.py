@@ -14,12 +14,14 @@ from torch import nn
 
 from .bounds import (
     HEADS,
+    batch_norm_scale,
     estimate,
     head_rows,
     is_bounded_as,
     is_linear,
     is_open,
     layer_inputs,
+    layer_lipschitz,
     leaves,
     operator_norm,
     output_shape,
@@ -172,7 +174,7 @@ def as_lipschitz_net(model, input_shape):
     layers = _joined(model, weight.device)
     while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
         layers.pop()
-    if layers and isinstance(layers[-1], nn.Softmax | nn.LogSoftmax | nn.Softmax2d):
+    if layers and isinstance(layers[-1], _SOFTMAX):
         raise ValueError(
             f"the model ends in {type(layers[-1]).__name__}: certificates are about logits, which "
             "have the same argmax; leave that layer out"
@@ -195,16 +197,24 @@ def as_lipschitz_net(model, input_shape):
         return LipschitzNet(body, head, input_shape)
 
 
+_SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
+
+
 def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     layers = []
     for _, layer in leaves(module):
-        refuse_overridden(layer)  # before anything is taken apart or left out
+        if type(layer) not in HEADS:  # before anything is run, taken apart or left out
+            refuse_overridden(layer)
         if is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
             layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif type(layer).__name__ == "Normalize" and "torchvision" in type(layer).__module__:
             layer = Normalize(layer.mean, layer.std).to(device)
+        elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
+            layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
+        elif is_bounded_as(layer, nn.BatchNorm2d):
+            batch_norm_scale(layer)  # raises where statistics of the batch are used
         pair = (layers[-1] if layers else None, layer)
         if is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
             layers[-1] = BatchNormalized(*pair)

@@ -167,7 +167,7 @@ def _one(layer, input_shape, method):
 # derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha at 0 from below.
 SLOPES = {
     nn.Sigmoid: 0.25,
-    nn.Hardsigmoid: 1 / 6 + 1e-15,
+    nn.Hardsigmoid: 0.1667,
     nn.GELU: 1.1291,
     nn.SiLU: 1.0999,
     nn.Mish: 1.0885,
@@ -246,15 +246,23 @@ def batch_norm_scale(layer):
 def _batch_normalized(layer, input_shape, method):
     """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
     norm of the matrix of absolute values."""
-    linear, norm = layer
-    if isinstance(linear, nn.Linear) and len(input_shape) > 1:  # the channels are another dimension
-        return chain_norm(nn.Sequential(linear, norm), input_shape, method)
-    weight = _weight(linear, input_shape)
-    scaled = batch_norm_scale(norm).view(-1, *[1] * (weight.ndim - 1)) * weight
-    found = matrix_norm(linear, scaled, input_shape, method)
-    if method in ("guaranteed", "fast"):
-        found = round_up(found + 6 * U * absolute_norm(linear, scaled, input_shape))
-    return found
+    if not _is_one_map(layer, input_shape):
+        return chain_norm(nn.Sequential(*layer), input_shape, method)
+    scaled, error = _scaled_weight(layer, input_shape)
+    found = matrix_norm(layer[0], scaled, input_shape, method)
+    return round_up(found + error) if method in ("guaranteed", "fast") else found
+
+
+def _is_one_map(layer, input_shape):
+    """Whether the channels that BatchNorm scales are the outputs of the linear layer."""
+    return isinstance(layer[0], nn.Conv2d) or len(input_shape) == 1
+
+
+def _scaled_weight(layer, input_shape):
+    """(diag(scale) W, bound of its own rounding in norm) of a BatchNormalized."""
+    weight = _weight(layer[0], input_shape)
+    scaled = batch_norm_scale(layer[1]).view(-1, *[1] * (weight.ndim - 1)) * weight
+    return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape)
 
 
 def absolute_norm(layer, weight, input_shape):
@@ -645,9 +653,9 @@ def _trace(body, shape):
     """(`layer_inputs`, output shape)"""
     tensors = itertools.chain(body.parameters(), body.buffers())
     weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    x = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
     layers = []
     with _evaluation(body), torch.inference_mode(False), torch.no_grad():
+        x = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
         for name, layer in leaves(body):
             layers.append((name, layer, tuple(x.shape[1:])))
             before, version = x, x._version
@@ -756,11 +764,13 @@ def normalisation(model):
 
 
 def layer_bounds(model):
-    """What is proven about every layer with weights: DataFrame (layer, lower, upper, proof).
+    """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
+    lower, upper, proof).
 
     upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
-    vector shows. Of Linear and Conv2d both enclose the norm, for large maps to 1e-3, else closer;
-    of other layers lower is the largest stretch found at a random point. The row of a linear head
+    vector shows. Of Linear and Conv2d, alone or joined with BatchNorm, both enclose the norm, for
+    large maps to 1e-3, else closer; of other layers lower is the largest stretch found at a random
+    point. The row of a linear head
     is its spectral norm as a layer; the certificate does not use it, in K stand the distances
     ||w_i - w_j|| between its rows.
     """
@@ -772,13 +782,17 @@ def layer_bounds(model):
     rows = []
     with _evaluation(model):
         for name, layer, shape in layers:
-            if next(layer.parameters(), None) is None:
+            upper = operator_norm(layer, shape)
+            if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
                 continue
             if is_linear(layer):
                 lower, upper, proof = enclose(layer, _weight(layer, shape), shape)
+            elif is_bounded_as(layer, BatchNormalized) and _is_one_map(layer, shape):
+                scaled, error = _scaled_weight(layer, shape)
+                lower, _, proof = enclose(layer[0], scaled, shape)
+                lower = max(0.0, round_down(lower - error))
             else:
-                lower, upper = _stretch(layer, shape), operator_norm(layer, shape)
-                proof = "by construction"
+                lower, proof = _stretch(layer, shape), "by construction"
             rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
     return pd.DataFrame(rows, columns=["layer", "lower", "upper", "proof"])
 

@@ -124,8 +124,7 @@ EXACT += (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten,
 EXACT += (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 EXACT += (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
-ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.SiLU)
-ELEMENTWISE += (nn.Mish, nn.Hardswish)
+ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
 
 
 def _exact(layer, input_shape):
@@ -143,6 +142,13 @@ for _kind in EXACT:
     register(_kind, _exact)
 for _kind in ELEMENTWISE:
     register(_kind, _elementwise)
+
+
+@register(nn.Hardsigmoid)
+@register(nn.Hardswish)
+def _sixth(layer, input_shape):
+    """On GPUs torch multiplies by 1 / 6 rounded to float32, whatever the type of the input."""
+    return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
 
 
 @register(nn.Linear)
