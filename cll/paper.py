@@ -393,7 +393,7 @@ def attack_check(table):
     verdict = "no certified image broken" if not broken else f"{broken} CERTIFIED IMAGES BROKEN"
     chain = "everywhere" if ordered.all() else f"NOT in {(~ordered).sum()} places"
     return (
-        f"{verdict}: {count} certificates of {len(of_run)} runs attacked "
+        f"{verdict}: {count} certificates of {len(of_run)} run{'s' * (len(of_run) > 1)} attacked "
         f"({'; '.join(attacked['attack'].unique())}); CRA ≤ accuracy under attack ≤ clean {chain}"
     )
 

@@ -297,7 +297,7 @@ def test_attacked_runs_stand_beside_those_that_were_not():
     other = shown.loc[("T2-03", "cifar10", "4C3F", "GloRo")]
     assert set(other.drop("seeds")) == {"not run"} and other["seeds"] == "0"
     assert paper.attack_check(table) == (
-        "no certified image broken: 23 certificates of 1 runs attacked "
+        "no certified image broken: 23 certificates of 1 run attacked "
         "(AutoAttack apgd-ce, apgd-t); CRA ≤ accuracy under attack ≤ clean everywhere"
     )
 
