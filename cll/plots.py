@@ -30,11 +30,14 @@ __all__ = [
     "certified_images",
     "cra_comparison",
     "cra_figure",
+    "extreme_images",
     "fault_margins",
     "fault_norms",
     "fault_overview",
     "figure4",
+    "layer_bars",
     "moons_panel",
+    "radius_comparison",
     "radius_histogram",
     "save",
     "slack_figure",
@@ -413,6 +416,120 @@ def certified_images(dataset, certificates, result, count=8):
         ax.set_title(f"{answer}\nr = {row['radius']:.3f}", fontsize=8)
         ax.axis("off")
     _title(figure, caption([result]))
+    return figure
+
+
+# ---------------------------------------------------------------------- networks of one's own
+@styled
+def layer_bars(tables):
+    """What each layer can stretch: lower and upper bound per layer, on a logarithmic axis.
+
+    tables: {name of the network: frame of `cll.layer_bounds`}, one panel each.
+    """
+    rows = max(len(table) for table in tables.values())
+    figure = Figure(figsize=(3.9 * len(tables), 0.27 * rows + 1.1))
+    axes = figure.subplots(1, len(tables), squeeze=False, sharex=True)[0]
+    for ax, (name, table) in zip(axes, tables.items(), strict=True):
+        at = np.arange(len(table))
+        lower = table["lower"].to_numpy(dtype=float).clip(1e-3)
+        upper = table["upper"].to_numpy(dtype=float).clip(1e-3)
+        bar = {"height": 0.66, "align": "center"}
+        ax.barh(at, upper - 1, left=1, color=BLUE, label="upper, proven", **bar)
+        ax.plot(lower, at, "d", color="black", mfc=ORANGE, ms=6, ls="", label="lower, shown")
+        for y, high in zip(at, upper, strict=True):
+            note = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            right = high >= 1
+            ax.annotate(
+                f"{high:.3g}",
+                (high, y),
+                (6 if right else -6, 0),
+                ha="left" if right else "right",
+                **note,
+            )
+        ax.axvline(1, color="black", lw=0.8)
+        ax.set_yticks(at, [label.removeprefix("body.") for label in table["layer"]])
+        ax.set_ylim(len(table) - 0.4, -0.6)
+        ax.set_xscale("log")
+        ax.set_xlabel("Lipschitz constant of the layer")
+        ax.set_title(name)
+    ends = [v for table in tables.values() for v in (*table["lower"], *table["upper"]) if v > 0]
+    axes[0].set_xlim(min(0.3, min(ends) / 2), 4 * max(ends))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+@styled
+def radius_comparison(certificates, title):
+    """Histogram of the certified radii of several networks, right answers apart, on one
+    logarithmic axis.
+
+    certificates: {name of the network: frame of `cll.certify`}. title: the caption.
+    """
+    figure = Figure(figsize=(6, 1.35 * len(certificates) + 0.9))
+    axes = figure.subplots(len(certificates), 1, sharex=True, squeeze=False)[:, 0]
+    radii = np.concatenate([table["radius"] for table in certificates.values()])
+    radii = radii[(radii > 0) & np.isfinite(radii)]
+    bins = np.geomspace(np.quantile(radii, 0.005), max(radii.max(), 0.5), 41)
+    for ax, (name, table) in zip(axes, certificates.items(), strict=True):
+        radius = table["radius"].to_numpy().clip(bins[0], bins[-1])
+        right = table["correct"].to_numpy()
+        ax.hist(
+            [radius[right], radius[~right]],
+            bins,
+            stacked=True,
+            color=[BLUE, ORANGE],
+            edgecolor="white",
+            lw=0.3,
+            label=[f"right ({right.sum()})", f"wrong ({(~right).sum()})"],
+        )
+        for patch in ax.containers[1]:
+            patch.set_hatch("////")
+        ax.axvline(36 / 255, color="black", lw=1, ls="--")
+        ax.set_xscale("log")
+        ax.set_ylabel("test images")
+        ax.set_title(name, loc="left")
+        ax.legend(loc="upper left")
+    axes[0].annotate(
+        "36/255 ",
+        (36 / 255, 1),
+        (-2, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8,
+    )
+    axes[-1].set_xlabel("certified radius (L2 distance, pixels in [0, 1])")
+    _title(figure, title)
+    return figure
+
+
+@styled
+def extreme_images(dataset, certificates, title, count=4):
+    """The right answers of least and of largest certified radius, a row per network.
+
+    dataset: data.Dataset of images. certificates: {name of the network: frame of `cll.certify`}.
+    """
+    figure = Figure(figsize=(0.95 * 2 * count + 0.9, 1.45 * len(certificates) + 0.3))
+    rows = figure.subplots(len(certificates), 2 * count + 1, squeeze=False)
+    for line, (name, table) in zip(rows, certificates.items(), strict=True):
+        right = table[table["correct"]].sort_values("radius")
+        shown = [*right.head(count).to_dict("records"), None]
+        shown += right.tail(count).to_dict("records")
+        for ax, row in zip(line, shown, strict=True):
+            ax.axis("off")
+            if row is None:
+                ax.text(0.5, 0.5, "…", ha="center", va="center", transform=ax.transAxes)
+                continue
+            image = dataset.test_images[row["index"]].permute(1, 2, 0).numpy()
+            ax.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
+            names = dataset.class_names
+            answer = names[row["prediction"]] if names else row["prediction"]
+            ax.set_title(f"{answer}\nr = {row['radius']:.2g}", fontsize=8)
+        line[0].text(
+            -0.12, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes
+        )
+    _title(figure, title)
     return figure
 
 
