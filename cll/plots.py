@@ -421,13 +421,13 @@ def certified_images(dataset, certificates, result, count=8):
 
 # ---------------------------------------------------------------------- networks of one's own
 @styled
-def layer_bars(tables):
+def layer_bars(tables, title):
     """What each layer can stretch: lower and upper bound per layer, on a logarithmic axis.
 
-    tables: {name of the network: frame of `cll.layer_bounds`}, one panel each.
+    tables: {name of the network: frame of `cll.layer_bounds`}, one panel each. title: the caption.
     """
     rows = max(len(table) for table in tables.values())
-    figure = Figure(figsize=(3.9 * len(tables), 0.27 * rows + 1.1))
+    figure = Figure(figsize=(3.9 * len(tables), 0.27 * rows + 1.6))
     axes = figure.subplots(1, len(tables), squeeze=False, sharex=True)[0]
     for ax, (name, table) in zip(axes, tables.items(), strict=True):
         at = np.arange(len(table))
@@ -454,7 +454,8 @@ def layer_bars(tables):
         ax.set_title(name)
     ends = [v for table in tables.values() for v in (*table["lower"], *table["upper"]) if v > 0]
     axes[0].set_xlim(min(0.3, min(ends) / 2), 4 * max(ends))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _title(figure, title)
     return figure
 
 
