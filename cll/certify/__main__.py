@@ -1,0 +1,86 @@
+"""Write and check certificates from the command line, see cll.certificate."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cll import certificate
+from cll.data import DataNotFound
+from cll.experiment import Params, load_dataset, load_model
+
+EPILOG = """examples:
+  python -m cll.certify write outputs/quick/runs/digits-MLP-CLL-seed1-5f893c
+  python -m cll.certify verify outputs/quick/runs/digits-MLP-CLL-seed1-5f893c/certificate.json
+
+verify exits with 0 and "certificate holds: ...", with 1 and "certificate fails: ..." naming what is
+wrong, or with 2 where it cannot check (a file or the data are missing)."""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m cll.certify",
+        description="Write the certificate of a finished run, or check one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    writer = commands.add_parser("write", help="certify a finished run: RUN/certificate.json")
+    writer.add_argument("run", type=Path, help="folder with result.json, checkpoint.safetensors")
+    writer.add_argument("--out", type=Path, help="default: certificate.json in that folder")
+    checker = commands.add_parser("verify", help="check a certificate, believing nothing in it")
+    checker.add_argument("certificate", type=Path)
+    checker.add_argument("--weights", type=Path, help="safetensors file; default: the one it names")
+    checker.add_argument("--data", help="source of the images, e.g. npz:PATH; default: as it names")
+    checker.add_argument(
+        "--images", type=int, metavar="N", help="check the first N images only; default: all"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "write":
+            print(_write(args.run, args.out))
+            return 0
+        content = certificate.verify(
+            args.certificate,
+            weights=args.weights,
+            data=args.data,
+            images=args.images,
+            progress=True,
+        )
+    except certificate.Invalid as error:
+        print(f"certificate fails: {error}")
+        return 1
+    except (OSError, ValueError, TypeError, DataNotFound) as error:
+        print(f"cannot {args.command}: {error}", file=sys.stderr)
+        return 2
+    summary, checked = content["summary"], content["checked"]
+    cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in summary["cra"].items())
+    part = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    print(
+        f"certificate holds: {len(content['bounds'])} layers, largest K "
+        f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
+        f"{100 * summary['clean']:.2f} %, certified at {cra}"
+    )
+    return 0
+
+
+def _write(run, out):
+    """The certificate of a run folder, about the weights that lie there."""
+    record = json.loads((run / "result.json").read_text())
+    params = Params.model_validate(record["params"])
+    source = {"source": params.data, "input_shape": list(params.input_shape)}
+    source |= {"train_size": params.train_size, "test_size": params.test_size}
+    source |= {"seed": params.seed} if params.data == "two_moons" else {}
+    return certificate.write(
+        load_model(run),
+        load_dataset(params),
+        out or run / "certificate.json",
+        list(record["cra"]),
+        weights=run / "checkpoint.safetensors",
+        source=source,
+        progress=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""A network as plain data, from which it can be built again without the code that made it.
+
+    {"type": "Sequential", "layers": {"0": {"type": "Linear", "in_features": 2, ...}, ...}}
+
+Each layer is its type and the arguments of its constructor. Weights lie elsewhere, in a dict of
+tensors. Only layers with a bound of this kit's own can be named: what another layer computes stands
+in code that a reader of the description does not have.
+"""
+
+import inspect
+import json
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from . import bounds, layers, norms
+from .architectures import LipschitzNet
+from .layers import BatchNormalized, Residual
+
+__all__ = ["describe", "rebuild", "tensors_of"]
+
+
+def describe(net):
+    """The description of a LipschitzNet or a module with its attributes: a dict for JSON."""
+    std, mean = bounds.normalisation(net)
+    return {
+        "input_shape": list(net.input_shape),
+        "input_mean": mean.tolist(),
+        "input_std": std.tolist(),
+        "body": _description(net.body, "body"),
+        "head": _description(net.head, "head"),
+    }
+
+
+def rebuild(description, tensors):
+    """The network of a description with these tensors, of whatever type, in evaluation mode.
+
+    Raises ValueError where the two do not fit together or the description says what is not so."""
+    a = description
+    with torch.random.fork_rng(devices=[]):
+        parts = _module(a["body"]), _module(a["head"])
+        net = LipschitzNet(*parts, a["input_shape"], a["input_std"], a["input_mean"])
+    if type(net.head) not in (nn.Linear, *bounds.HEADS):
+        raise TypeError(f"{type(net.head).__name__} is no head: use nn.Linear")
+    expected = tensors_of(net)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        there = "has no place for" if name in tensors else "needs"
+        raise ValueError(f"the network {there} a tensor {name}")
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if (tensor.shape, tensor.is_floating_point()) != (like.shape, like.is_floating_point()):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {like.dtype} "
+                f"{tuple(like.shape)}"
+            )
+    net.load_state_dict(tensors, strict=False, assign=True)
+    said, built = (json.dumps(d, indent=1).splitlines() for d in (description, describe(net)))
+    for line, other in zip(said, built, strict=False):
+        if line != other:
+            raise ValueError(f"{line.strip()} is not what the network then has, {other.strip()}")
+    return net.eval().requires_grad_(False)
+
+
+def tensors_of(net):
+    """The tensors of body and head, without the vectors of a LipschitzNet's training estimate."""
+    return {k: v for k, v in net.state_dict().items() if k.startswith(("body.", "head."))}
+
+
+def _kinds():
+    """Layers that a certificate may name: those whose bound is this kit's own, by type name."""
+    registry = bounds.layer_lipschitz.registry
+    known = [kind for kind, bound in registry.items() if bound.__module__ == bounds.__name__]
+    return {kind.__name__: kind for kind in (*known, nn.Sequential, *bounds.HEADS)}
+
+
+_HIDDEN = ("self", "device", "dtype", "inplace", "min_value", "max_value", "args", "kwargs")
+_ARGUMENTS = {  # where a layer has no attribute of the name of a constructor argument
+    layers.Householder: lambda m: {"channels": 2 * len(m.angle)},
+    layers.ClampedMaxMin: lambda m: {"shape": [2 * len(m.high), *m.high.shape[1:]]},
+    layers.CPLLinear: lambda m: {"features": m.weight.shape[1], "inner": len(m.weight)},
+    layers.SLLLinear: lambda m: {
+        "features": m.weight.shape[1], "inner": len(m.weight), "variant": m.variant
+    },
+    layers.CPLConv2d: lambda m: {
+        "input_shape": list(m.v.shape), "inner": len(m.weight), "kernel_size": m.weight.shape[-1]
+    },
+    layers.SLLConv2d: lambda m: {
+        "channels": m.weight.shape[1], "inner": len(m.weight),
+        "kernel_size": m.weight.shape[-1], "variant": m.variant,
+    },
+    layers.SandwichLinear: lambda m: {
+        "in_features": m.weight.shape[1] - len(m.weight), "out_features": len(m.weight)
+    },
+    layers.SandwichConv2d: lambda m: {
+        "input_shape": [
+            (m.weight.shape[1] - len(m.weight)) // m.stride**2, *(n * m.stride for n in m.size)
+        ],
+        "out_channels": len(m.weight),
+        "kernel_size": m.weight.shape[-1] * m.stride, "stride": m.stride,
+    },
+    Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
+    BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
+}  # fmt: skip
+
+
+def _description(module, name):
+    """A module as {"type": name, constructor argument: value}, modules within modules alike."""
+    kind = type(module)
+    if _kinds().get(kind.__name__) is not kind:
+        raise TypeError(
+            f"{name} ({norms.describe(module)}) cannot go into a certificate, which names only "
+            "layers of torch.nn and cll with a bound proven by cll: write it with these, and undo "
+            "spectral_norm or weight_norm with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if kind is nn.Sequential:
+        inside = {k: _description(child, f"{name}.{k}") for k, child in module._modules.items()}
+        return {"type": "Sequential", "layers": inside}
+    if kind in _ARGUMENTS:
+        arguments = _ARGUMENTS[kind](module)
+    else:
+        known = [k for k in inspect.signature(kind.__init__).parameters if k not in _HIDDEN]
+        arguments = {k: getattr(module, k) for k in known}
+    described = {"type": kind.__name__}
+    for key, value in arguments.items():
+        if isinstance(value, nn.Module):
+            described[key] = _description(value, f"{name}.{key}")
+        elif key == "bias":
+            described[key] = value is not None
+        else:
+            described[key] = _plain(value)
+    return described
+
+
+def _module(description):
+    """The module of a description, with random weights."""
+    arguments = {
+        key: _module(value)
+        if isinstance(value, dict) and "type" in value
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in description.items()
+    }
+    kind = _kinds()[arguments.pop("type")]
+    if kind is nn.Sequential:
+        inside = arguments.pop("layers")
+        return nn.Sequential(OrderedDict((name, _module(d)) for name, d in inside.items()))
+    return kind(**arguments)
+
+
+def _plain(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,404 @@
+"""Certificates on paper: what was written can be checked, and nothing in it can be changed."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import cll
+from cll import norms
+from cll.certificate import Invalid, _proves, _sign, _tensor_record, verify, write
+from cll.certify.__main__ import main
+from cll.layers import ClampedMaxMin, GroupSort, Normalize, Residual
+
+RADII = ("36/255", 0.5)
+
+
+def sequential():
+    """Every way in which a network of torch's own layers is put together."""
+    block = Residual(
+        nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        nn.Conv2d(6, 6, 1, bias=False),
+    )
+    net = nn.Sequential(
+        Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)),
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.BatchNorm2d(6),
+        GroupSort(3),
+        block,
+        Residual(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), nn.GELU())),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(24, 10),
+        nn.BatchNorm1d(10),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.PReLU(10),
+        nn.Linear(10, 4),
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+def named(activation, **options):
+    return lambda: cll.build("4C3F", 4, (3, 16, 16), activation=activation, width=0.1, **options)
+
+
+def small(name, shape=(3, 16, 16), **options):
+    return lambda: cll.build(name, 4, shape, width=0.1, **options).settle()
+
+
+NETWORKS = {
+    "MLP": lambda: cll.build("MLP", 3, (2,)),
+    "plain": named("MaxMin", head="normalized"),
+    "normalised": lambda: cll.build("4C3F", 4, (3, 16, 16), (0.2, 0.3, 0.4), 0.5, width=0.1),
+    "clamped": named("ClampedMaxMin"),
+    "sequential": sequential,
+    "LipConvNet": small("LipConvNet-5", (3, 32, 32), head="truncated"),
+    "CPL": small("CPL-S", (3, 8, 8), depth=0.05),
+    "SLL": small("SLL-S", (3, 8, 8), depth=0.05),
+    "Sandwich": small("Sandwich", head="normalized"),
+}
+
+
+def images(shape, classes, n=24, seed=0):
+    random = np.random.default_rng(seed)
+    if len(shape) == 1:
+        x = random.standard_normal((n, *shape)).astype(np.float32)
+    else:
+        x = random.integers(0, 256, (n, *shape), dtype=np.uint8)
+    return torch.from_numpy(x), torch.from_numpy(random.integers(0, classes, n))
+
+
+def certified(name, folder):
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    shape = getattr(model, "input_shape", (3, 16, 16))
+    data = images(shape, 3 if name == "MLP" else 4)
+    return model, data, write(model, data, folder / "certificate.json", RADII)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
+    model, data, path = certified(name, tmp_path)
+
+    def search(*_):
+        raise AssertionError("verify searched for a bound that the certificate gives")
+
+    monkeypatch.setattr(norms, "_prove", search)
+    content = verify(path, data=data)
+    monkeypatch.undo()
+    table = cll.certify(model, data)
+    radius = np.array(content["images"]["radius"])
+    assert (radius <= table["radius"] * (1 + 1e-12)).all()
+    assert (radius >= table["radius"] * (1 - 1e-5) - 1e-6).all()
+    assert content["images"]["prediction"] == table["prediction"].tolist()
+    assert content["summary"]["n"] == content["checked"]["images"] == len(radius)
+
+
+@pytest.mark.parametrize(
+    "proof, layer, shape",
+    [
+        ("Cholesky", nn.Linear(30, 20), (30,)),
+        ("DFT", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 8, 8)),
+        ("block Cholesky", nn.Conv2d(3, 4, 3, padding=1), (3, 24, 24)),
+        ("DFT in one direction", nn.Conv2d(4, 4, 3, padding=1), (4, 12, 12)),
+    ],
+)
+def test_proofs_hold_at_the_number_claimed_and_not_below_the_norm(proof, layer, shape):
+    weight = 3e-5 * layer.weight.detach().double()
+    lower, upper, found = norms.enclose(layer, weight, shape)
+    if proof == "DFT in one direction":  # which `enclose` keeps for large layers
+        scaled = weight * 2.0**15
+        options = [(flip, half) for flip in (False, True) for half in (False, True)]
+        limits = lower * 2**15, 2 * upper * 2**15
+        strips = [norms.strip_norm(layer, scaled, shape, *o, *limits) for o in options]
+        found, upper = proof, min(strips) / 2**15
+    assert found == proof
+    assert _proves(layer, weight, shape, upper * (1 + 1e-7), proof)
+    assert not _proves(layer, weight, shape, lower * (1 - 1e-6), proof)
+    assert not _proves(layer, weight, shape, upper * (1 + 1e-7), "zero")
+
+
+# ------------------------------------------------------------------------------------- tampering
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """(certificate, tensors, images, targets) of a network with a residual block."""
+    folder = tmp_path_factory.mktemp("honest")
+    _, (x, y), path = certified("sequential", folder)
+    return json.loads(path.read_text()), load_file(folder / "certificate.safetensors"), x, y
+
+
+def best(c):
+    return int(np.argmax(c["images"]["radius"]))
+
+
+def scale(c, *keys, factor):
+    place = c
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] *= factor
+
+
+def forget(c, *keys):
+    place = c
+    for key in keys[:-1]:
+        place = place[key]
+    del place[keys[-1]]
+
+
+def put(c, *keys, value):
+    place = c
+    for key in keys[:-1]:
+        place = place[key]
+    assert place[keys[-1]] != value
+    place[keys[-1]] = value
+
+
+EDITS = {  # (edit, what the message must name)
+    "convolution bound": (
+        lambda c: scale(c, "bounds", "body.1", "bound", factor=1 - 1e-4),
+        "body.1",
+    ),
+    "bound in a block": (
+        lambda c: scale(c, "bounds", "body.3.branch.0", "bound", factor=1 - 1e-4),
+        "body.3.branch.0",
+    ),
+    "block bound": (lambda c: scale(c, "bounds", "body.3", "bound", factor=1 - 1e-4), "body.3 "),
+    "halved bound": (lambda c: scale(c, "bounds", "body.1", "bound", factor=0.5), "body.1"),
+    "pool bound": (lambda c: scale(c, "bounds", "body.6", "bound", factor=0.9), "body.6"),
+    "raised bound": (lambda c: scale(c, "bounds", "body.1", "bound", factor=1 + 1e-4), "K: "),
+    "another proof": (lambda c: put(c, "bounds", "body.1", "proof", value="zero"), "body.1"),
+    "K lowered": (lambda c: scale(c, "K", 1, 2, factor=1 - 1e-6), "classes 1 and 2"),
+    "K raised": (lambda c: scale(c, "K", 2, 1, factor=1 + 1e-6), "classes 2 and 1"),
+    "K short": (lambda c: c["K"].pop(), "K is not a matrix"),
+    "radius raised": (
+        lambda c: scale(c, "images", "radius", best(c), factor=1 + 1e-6),
+        "radius of image",
+    ),
+    "radius lowered": (
+        lambda c: scale(c, "images", "radius", best(c), factor=1 - 1e-6),
+        "radius of image",
+    ),
+    "prediction": (
+        lambda c: put(c, "images", "prediction", 5, value=(c["images"]["prediction"][5] + 1) % 4),
+        "image 5",
+    ),
+    "no class": (lambda c: put(c, "images", "prediction", 5, value=4), "image 5"),
+    "target": (
+        lambda c: put(c, "images", "target", 7, value=(c["images"]["target"][7] + 1) % 4),
+        "target of image 7",
+    ),
+    "column short": (lambda c: c["images"]["radius"].pop(), "entries of radius"),
+    "stride": (lambda c: put(c, "architecture", "body", "layers", "1", "linear", "stride",
+                             value=[1, 1]), "architecture"),
+    "padding": (lambda c: put(c, "architecture", "body", "layers", "4", "branch", "layers", "0",
+                              "padding_mode", value="zeros"), "image 0"),
+    "slope": (lambda c: put(c, "architecture", "body", "layers", "10", "negative_slope",
+                            value=2.0), "body.10"),
+    "normalisation": (lambda c: put(c, "architecture", "body", "layers", "0", "std", 1, value=1.0),
+                      "architecture"),
+    "std": (lambda c: put(c, "architecture", "input_std", value=[0.5]), "K: "),
+    "mean": (lambda c: put(c, "architecture", "input_mean", value=[0.5]), "image"),
+    "unknown layer": (lambda c: put(c, "architecture", "body", "layers", "2", "type",
+                                    value="Sigmoids"), "architecture"),
+    "no head": (lambda c: put(c, "architecture", "head", value={"type": "ReLU"}), "architecture"),
+    "tensor digest": (
+        lambda c: put(c, "weights", "tensors", "head.bias", "sha256", value="0" * 64),
+        "head.bias",
+    ),
+    "no tensor": (lambda c: forget(c, "weights", "tensors", "head.bias"), "head.bias"),
+    "no bound": (lambda c: forget(c, "bounds", "body.0"), "body.0"),
+    "no key": (lambda c: forget(c, "images", "radius"), "images.radius"),
+    "a key more": (lambda c: c.update(note="trust me"), "note"),
+    "not a number": (lambda c: put(c, "K", 0, 1, value="3"), "K.0.1"),
+    "infinite": (lambda c: put(c, "bounds", "body.1", "bound", value=float("inf")), "body.1"),
+    "negative": (lambda c: put(c, "bounds", "body.1", "bound", value=-1.0), "body.1"),
+    "accuracy": (lambda c: put(c, "summary", "clean", value=0.987), "clean"),
+    "CRA": (lambda c: put(c, "summary", "cra", "36/255", value=0.987), "cra"),
+    "no radius": (lambda c: c["summary"]["cra"].update({"a lot": 1.0}), "summary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_is_caught_and_named(edit, honest, tmp_path):
+    """Also by one who signs the file anew."""
+    certificate, tensors, x, y = honest
+    certificate = copy.deepcopy(certificate)
+    change, named = EDITS[edit]
+    change(certificate)
+    certificate["digest"] = _sign(certificate)
+    with pytest.raises(Invalid, match=named.replace(".", r"\.")) as caught:
+        check(certificate, tensors, x, y, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def leaves(place):
+    """(container, key) of every number and string in a certificate."""
+    items = place.items() if isinstance(place, dict) else enumerate(place)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from leaves(value)
+        else:
+            yield place, key
+
+
+def test_no_edit_crashes_the_check(honest, tmp_path):
+    """Whatever stands in the file, the answer is a verdict."""
+    random = np.random.default_rng(0)
+    values = [None, -1, 0, 1e300, "x", [], {}, True, 2**70, [2, 2], 10**4, 0.5]
+    for _ in range(80):
+        certificate, tensors, x, y = copy.deepcopy(honest[0]), *honest[1:]
+        sections = ["architecture", "architecture", "weights", "bounds", "K", "images", "summary"]
+        places = list(leaves(certificate[sections[random.integers(len(sections))]]))
+        place, key = places[random.integers(len(places))]
+        place[key] = values[random.integers(len(values))]
+        certificate["digest"] = _sign(certificate)
+        try:
+            check(certificate, tensors, x, y, tmp_path)
+        except Invalid:
+            pass
+
+
+def check(certificate, tensors, x, y, folder):
+    path = folder / "certificate.json"
+    path.write_text(json.dumps(certificate))
+    save_file(tensors, folder / "certificate.safetensors")
+    return verify(path, data=(x, y))
+
+
+def test_an_edit_that_is_not_signed_anew_is_caught(honest, tmp_path):
+    certificate, *rest = copy.deepcopy(honest)
+    check(certificate, *rest, tmp_path)
+    certificate["data"] = {"source": "digits"}
+    with pytest.raises(Invalid, match="edited after it was written"):
+        check(certificate, *rest, tmp_path)
+
+
+def test_truncated_json_is_caught(honest, tmp_path):
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(honest[0])[:-100])
+    with pytest.raises(Invalid, match="Invalid JSON"):
+        verify(path)
+
+
+def test_every_flipped_bit_of_a_weight_is_caught(honest, tmp_path):
+    certificate, tensors, x, y = honest
+    random = np.random.default_rng(0)
+    for name in list(tensors)[::3]:
+        flipped = {k: v.clone() for k, v in tensors.items()}
+        raw = flipped[name].reshape(-1).view(torch.uint8)
+        raw[random.integers(len(raw))] ^= 1 << int(random.integers(8))
+        with pytest.raises(Invalid, match=f"tensor {name} is not the one"):
+            check(certificate, flipped, x, y, tmp_path)
+
+
+def test_weights_scaled_by_one_who_knows_the_digests_break_a_bound(honest, tmp_path):
+    certificate, tensors, x, y = copy.deepcopy(honest)
+    name = "body.3.shortcut.0.weight"
+    tensors[name] = tensors[name] * 1.01
+    certificate["weights"]["tensors"][name] = _tensor_record(tensors[name])
+    certificate["digest"] = _sign(certificate)
+    with pytest.raises(Invalid, match=r"bounds: body\.3\.shortcut\.0 .* cannot be proven|is false"):
+        check(certificate, tensors, x, y, tmp_path)
+
+
+def test_changed_images_are_caught(honest, tmp_path):
+    certificate, tensors, x, y = honest
+    pixel = x.clone()
+    pixel[11, 2, 3, 4] ^= 1
+    swapped = x[[0, 1, 3, 2, *range(4, len(x))]]
+    for changed, image in ((pixel, 11), (swapped, 2), (x / 255, 0)):
+        with pytest.raises(Invalid, match=f"image {image} is not the one"):
+            check(certificate, tensors, changed, y, tmp_path)
+    with pytest.raises(Invalid, match="the data hold 23"):
+        check(certificate, tensors, x[:-1], y[:-1], tmp_path)
+    path = tmp_path / "certificate.json"
+    assert verify(path, data=(pixel, y), images=11)["checked"] == {"images": 11, "of": 24}
+
+
+def test_what_cannot_be_described_is_refused(tmp_path):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    cll.bounds.register(Twice, lambda layer, shape, method: 2.0)
+    data = images((4,), 3)
+    net = nn.Sequential(nn.Linear(4, 4), Twice(), nn.Linear(4, 3))
+    with pytest.raises(TypeError, match=r"body\.1 \(Twice\(\)\) cannot go into a certificate"):
+        write(net, data, tmp_path / "c.json")
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
+    with pytest.raises(TypeError, match="remove_parametrizations"):
+        write(net, data, tmp_path / "c.json")
+
+
+def test_clamped_thresholds_and_types_of_weights_survive(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), ClampedMaxMin((6,), 0.3, -0.2), nn.Linear(6, 3))
+    data = images((4,), 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        path = write(net.to(dtype), data, tmp_path / "c.json")
+        verify(path, data=data)
+        assert load_file(tmp_path / "c.safetensors")["body.0.weight"].dtype is dtype
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    params = {
+        "name": "digits", "data": "digits", "train_size": 64, "test_size": 40, "model": "MLP",
+        "input_shape": [1, 8, 8], "loss": {"name": "CLL", "epsilon": 0.3, "p": 0.01}, "epochs": 1,
+        "tightness": None,
+    }  # fmt: skip
+    params["model"], params["size"] = "4C3F", {"width": 0.1}
+    cll.run(params, folder, progress=False)
+    return folder
+
+
+def test_command_line(run_folder, capsys):
+    assert main(["write", str(run_folder)]) == 0
+    path = run_folder / "certificate.json"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert main(["verify", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("certificate holds: ")
+    assert main(["verify", str(path), "--images", "7"]) == 0
+    assert "the first 7 of 40 images" in capsys.readouterr().out
+    summary = json.loads((run_folder / "result.json").read_text())
+    certificate = json.loads(path.read_text())
+    assert certificate["summary"]["clean"] == summary["clean"]
+    assert certificate["weights"]["file"] == "checkpoint.safetensors"
+    assert main(["verify", str(path), "--weights", "nowhere.safetensors"]) == 2
+    assert main(["verify", str(path), "--data", "npz:nowhere.npz"]) == 2
+    assert main(["verify", str(path), "--data", "two_moons"]) == 2
+    assert main(["verify", str(run_folder / "nothing.json")]) == 2
+    scale(certificate, "K", 0, 1, factor=0.5)
+    (run_folder / "forged.json").write_text(json.dumps(certificate))
+    assert main(["verify", str(run_folder / "forged.json")]) == 1
+    assert capsys.readouterr().out.startswith("certificate fails: K: the entry of classes 0 and 1")
+
+
+def test_exit_codes_of_the_module(run_folder):
+    main(["write", str(run_folder), "--out", str(run_folder / "copy.json")])
+    broken = json.loads((run_folder / "copy.json").read_text())
+    broken["images"]["radius"][0] += 1.0
+    (run_folder / "broken.json").write_text(json.dumps(broken))
+    for name, code in (("copy.json", 0), ("broken.json", 1)):
+        command = [sys.executable, "-m", "cll.certify", "verify", str(run_folder / name)]
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
