@@ -735,7 +735,10 @@ def lipschitz_matrix(model, method="guaranteed"):
     head = _head(model, features)
     std, _ = normalisation(model)
     K = 1 / std.min().item()
-    with _evaluation(model):  # where a weight is computed, this may depend on the mode
+    with (
+        _evaluation(model.body),
+        _evaluation(model.head),
+    ):  # where a weight is computed, this may depend on the mode
         for _, layer, shape in layers:
             K *= operator_norm(layer, shape, method)
         W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
@@ -780,7 +783,7 @@ def layer_bounds(model):
     if type(head) is nn.Linear:
         layers.append(("head", head, features))
     rows = []
-    with _evaluation(model):
+    with _evaluation(model.body), _evaluation(model.head):
         for name, layer, shape in layers:
             upper = operator_norm(layer, shape)
             if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:

@@ -315,9 +315,10 @@ def test_a_model_that_does_something_else_before_its_body_is_refused():
     with pytest.raises(ValueError, match="input_mean"):
         local_lipschitz(net, torch.randn(5, 3), 0.1)
     x = torch.randn(5, 3)
-    logits = predict_logits(net, x)
     with pytest.raises(ValueError, match="input_mean"):
-        local_radius(net, x, logits, torch.zeros(5), [0.1])
+        predict_logits(net, x)
+    with pytest.raises(ValueError, match="input_mean"):
+        local_radius(net, x, net(x).detach().double(), torch.zeros(5), [0.1])
 
 
 # ------------------------------------------------------------------------------------- tightness

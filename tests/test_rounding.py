@@ -570,6 +570,7 @@ def test_underflow_certifies_nothing_false():
         for layer, size in zip(tiny, (1e-200, 1e-200, 1e200, 1e200), strict=True):
             layer.weight *= size
             layer.bias.zero_()
+        tiny[-1].bias[0] = 1  # a margin that K, which underflows as well, would not limit
     table = cll.certify(tiny, (x[:, :2], torch.zeros(20, dtype=torch.int64)))
     assert (table["radius"] == 0).all()
 
@@ -577,10 +578,11 @@ def test_underflow_certifies_nothing_false():
 @pytest.mark.parametrize("dtype, exponent", [(torch.float32, 25), (torch.float64, 54)])
 def test_logits_that_round_to_the_wrong_class_certify_nothing(dtype, exponent):
     """Numbers around 2^25 are 4 apart in float32, those around 2^54 in float64. Class 0 has 3,
-    class 1 gets 1.6 twice, which is lost twice: computed 4 to 0 where 3 to 3.2 is true."""
-    body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    class 1 gets 1.6 twice, which is lost twice: computed 4 to 0 where 3 to 3.2 is true. The
+    last numbers are small again, so that nothing in them tells of the error."""
+    body = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)])
     net = cll.LipschitzNet(body, nn.Linear(2, 2), (2,)).to(dtype)
-    biases = (2.0**exponent,) * 2, (0, 1.6), (0, 0)
+    biases = (2.0**exponent,) * 2, (0, 1.6), (-(2.0**exponent),) * 2, (0, 0)
     with torch.no_grad():
         for layer, bias in zip((*body, net.head), biases, strict=True):
             layer.weight.copy_(torch.eye(2))
