@@ -236,7 +236,7 @@ def test_any_sequential_network_can_be_attacked():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
     images = inner_images(8)
-    y = predict_logits(net, images).argmax(1)
+    y = net(images).argmax(1)
     assert not autoattack(net, images, y, 1.0, version="apgd-ce")[1].all()
     assert pgd_attack(net, images, None, 1.0, steps=20, restarts=1)[1].any()
 
