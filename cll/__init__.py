@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outpu
 
 from . import (  # noqa: E402
     bounds,
+    certificate,
     data,
     experiment,
     layers,
@@ -22,7 +23,7 @@ from . import (  # noqa: E402
     training,
 )
 from .architectures import LipschitzNet, as_lipschitz_net, build  # noqa: E402
-from .attack import pgd_attack  # noqa: E402
+from .attack import autoattack, pgd_attack  # noqa: E402
 from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
 from .certify import (  # noqa: E402
     certified_accuracy,

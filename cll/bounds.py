@@ -106,7 +106,8 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
         return matrix_norm(layer, _weight(layer, shape), shape, method, start)
-    if method == "fast" and not is_linear(layer):  # other layers know one proof only
+    several = is_linear(layer) or isinstance(layer, BatchNormalized | Residual)
+    if method == "fast" and not several:  # other layers know one proof only
         method = "guaranteed"
     bound = float(layer_lipschitz(layer, shape, method))
     if not bound >= 0:

@@ -29,12 +29,9 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
 from fractions import Fraction
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
-from unittest import mock
 
 import numpy as np
 import torch
@@ -59,7 +56,7 @@ from .certify import RADII, _test_split, check_images, check_targets, predict_lo
 from .data import load
 from .description import describe, rebuild, tensors_of
 from .layers import BatchNormalized, NormalizedLinear, Residual, freeze
-from .norms import U, enclose, gamma, matrix_norm
+from .norms import U, confirm, enclose, gamma
 from .progress import progress_bar
 from .rounding import margin_error
 
@@ -172,19 +169,18 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
     expected, got = (predict_logits(m, images[:8]) for m in (given, net))
     if not torch.allclose(expected, got, rtol=1e-9, atol=1e-9):
         raise ValueError("the network does not compute what its layers do one after the other")
-    with _memory(norms._PROVEN):
-        claims = {}
-        leaves = list(_layers(net.body, net.input_shape, "body"))
-        with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
-            for name, layer, shape in leaves:
-                claims[name] = _claim(layer, shape)
-                if not math.isfinite(claims[name]["bound"]):
-                    raise ValueError(f"{name} ({norms.describe(layer)}) has no finite bound")
-                bar.update()
-        K = _class_bounds(net, claims) * (1 + K_SLACK)
-        logits = predict_logits(net, images, progress=progress)
-        predicted = logits.argmax(1)
-        radius = _radii(logits, margin_error(net, images, predicted), predicted, K, 3.01)
+    claims = {}
+    leaves = list(_layers(net.body, net.input_shape, "body"))
+    with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
+        for name, layer, shape in leaves:
+            claims[name] = _claim(layer, shape)
+            if not math.isfinite(claims[name]["bound"]):
+                raise ValueError(f"{name} ({norms.describe(layer)}) has no finite bound")
+            bar.update()
+    K = _class_bounds(net, claims) * (1 + K_SLACK)
+    logits = predict_logits(net, images, progress=progress)
+    predicted = logits.argmax(1)
+    radius = _radii(logits, margin_error(net, images, predicted), predicted, K, 3.01)
     certificate = {
         "format": "cll certificate 1",
         "architecture": architecture,
@@ -233,12 +229,11 @@ def verify(path, *, weights=None, data=None, images=None, progress=False):
     n, classes = len(c.images.sha256), net.head.out_features
     if [len(row) for row in c.K] != [classes] * classes:
         raise Invalid(f"K is not a matrix of {classes} x {classes} classes")
-    with _memory({}):
-        _check_bounds(c, net, progress)
-        K = _checked_K(c, net)
-        logits = predict_logits(net, x, progress=progress)
-        predicted = torch.tensor(c.images.prediction[: len(x)])
-        error = margin_error(net, x, predicted)
+    _check_bounds(c, net, progress)
+    K = _checked_K(c, net)
+    logits = predict_logits(net, x, progress=progress)
+    predicted = torch.tensor(c.images.prediction[: len(x)])
+    error = margin_error(net, x, predicted)
     _check_images(c, x, logits, error, predicted, K)
     _check_summary(c)
     content = json.loads(text)
@@ -307,7 +302,6 @@ def _claim(layer, shape):
         linear, weight, extra = matrix
         _, bound, proof = enclose(linear, weight, shape)
         bound = bound * (1 + SLACK) + extra
-        _remember(layer, matrix, shape, bound, proof)
     return {"bound": bound, "proof": proof}
 
 
@@ -331,36 +325,13 @@ def _check_bounds(c, net, progress):
                         raise Invalid(f"{text} has no proof by {proof}")
                     if not needed <= claimed <= needed * (1 + 2 * SLACK):
                         raise Invalid(f"{text} is not the bound of this layer, {needed!r}")
-                elif not _proves(*matrix[:2], shape, claimed - matrix[2], proof):
+                elif not confirm(*matrix[:2], shape, claimed - matrix[2], proof):
                     raise Invalid(f"{text} cannot be proven by {proof}")
-                else:
-                    _remember(layer, matrix, shape, claimed, proof)
             except Invalid:
                 raise
             except (TypeError, ValueError) as error:
                 raise Invalid(f"bounds: {name}: {_line(error)}") from None
             bar.update()
-
-
-def _proves(layer, weight, shape, bound, proof):
-    """Whether the proof of that name holds at this bound: one factorisation, without a search."""
-    weight, exponent = norms._scaled(weight)
-    if weight is None:
-        return bound >= 0
-    bound = math.ldexp(bound, -exponent)
-    tried = bound * (1 - SLACK)
-    if proof in ("Cholesky", "DFT"):
-        return matrix_norm(layer, weight, shape, "fast") <= bound
-    if proof == "block Cholesky":  # its first guess is `tried`, and there is no room for a second
-        plan = norms._cheapest(layer, weight, shape)[1:]
-        limits = tried / (1 + 1e-6), bound * (1 + 2e-6)
-        return norms.rows_norm(layer, weight, shape, *plan, *limits) <= bound
-    if proof == "DFT in one direction":  # its first guess is `tried`, the next is far too small
-        return any(
-            norms.strip_norm(layer, weight, shape, flip, half, 0.0, tried / 0.85) <= bound
-            for flip, half in product((False, True), repeat=2)
-        )
-    return False
 
 
 def _stretch(layer, shape, steps=20):
@@ -378,27 +349,6 @@ def _stretch(layer, shape, steps=20):
         if not v.any():
             break
     return largest
-
-
-@contextmanager
-def _memory(proven):
-    """`norms.enclose` knows these proofs, and meanwhile those to come; the former afterwards."""
-    with mock.patch.object(norms, "_PROVEN", dict(proven)):
-        yield
-
-
-def _remember(layer, matrix, shape, bound, proof):
-    """Let `norms.enclose` answer with a proven bound, so that rounding errors, which need it again,
-    do not search for one."""
-    linear, weight, extra = matrix
-    known = [(weight, bound - extra)]
-    if layer is not linear:  # rounding errors see BatchNorm as a layer of its own
-        weight = linear.weight.detach().cpu().double()
-        known.append((weight, matrix_norm(linear, weight, shape, "fast")))
-    for weight, bound in known:
-        scaled = math.ldexp(bound, -norms._scaled(weight)[1])
-        with mock.patch.object(norms, "_prove", return_value=(0.0, scaled, proof)):
-            enclose(linear, weight, shape)
 
 
 def _class_rows(net):

@@ -72,16 +72,44 @@ def enclose(layer, weight, input_shape):
     weight, exponent = _scaled(weight)
     if weight is None:
         return 0.0, 0.0, "zero"
-    digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
-    geometry = "linear"
-    if isinstance(layer, nn.Conv2d):
-        sides = layer.kernel_size, layer.stride, layer.dilation, layer.padding
-        geometry = (*sides, layer.groups, layer.padding_mode)
-    key = (digest, tuple(weight.shape), geometry, tuple(input_shape))
+    key = _key(layer, weight, input_shape)
     if key not in _PROVEN:
         _PROVEN[key] = _prove(layer, weight, input_shape)
     lower, upper, proof = _PROVEN[key]
     return _ldexp(lower, exponent, 0.0), _ldexp(upper, exponent, math.inf), proof
+
+
+def confirm(layer, weight, input_shape, bound, proof):
+    """Whether the proof of that name holds at this bound, which is a little above what it proved
+    when `enclose` found it: one factorisation, no search. `enclose` then knows the bound."""
+    weight, exponent = _scaled(weight)
+    if weight is None:
+        return bound >= 0
+    bound = math.ldexp(bound, -exponent)
+    guess, holds = bound * (1 - 1e-7), False
+    if proof in ("Cholesky", "DFT"):
+        holds = _fast(layer, weight, input_shape) <= bound
+    elif proof == "block Cholesky":
+        plan = _cheapest(layer, weight, input_shape)[1:]
+        proven = rows_proof(layer, weight, input_shape, *plan)(guess)
+        holds = proven is not None and proven <= bound
+    elif proof == "DFT in one direction":
+        for flip, half in itertools.product((False, True), repeat=2):
+            proven = strip_proof(layer, weight, input_shape, flip, half)(guess)
+            holds = holds or proven is not None and proven <= bound
+    if holds:
+        _PROVEN.setdefault(_key(layer, weight, input_shape), (0.0, bound, proof))
+    return holds
+
+
+def _key(layer, weight, input_shape):
+    """What a norm depends on."""
+    geometry = "linear"
+    if isinstance(layer, nn.Conv2d):
+        sides = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+        geometry = (*sides, layer.groups, layer.padding_mode)
+    digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
+    return digest, tuple(weight.shape), geometry, tuple(input_shape)
 
 
 _PROVEN = {}
@@ -438,20 +466,10 @@ def _reach(reads):
 
 
 def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
-    """Upper bound of the norm of a zero-padded convolution, proven on the layer as it is: in terms
-    of image rows it is a banded matrix of dense blocks, the one-dimensional convolutions of a row
-    by each row of the kernel, whose entries are weights. `lower`, `upper` enclose the norm."""
-    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
-    kernel = weight.mT if flip else weight
-    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
-    taps = weight.new_zeros(*kernel.shape[:3], across.m, kernel.shape[3], across.n)
-    for b, reads in enumerate(across.reads().T):
-        outputs = (reads >= 0).nonzero()[:, 0]
-        taps[:, :, :, outputs, :, reads[outputs]] = kernel[..., b]
-    taps = taps.flatten(4).flatten(2, 3)  # (k, G, outputs, inputs)
-    # Lanczos is off by some 1e-7 of the norm, and a first guess that fails is lost time
-    prove = _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
-    for i in range(8):
+    """Upper bound of the norm of a zero-padded convolution by `rows_proof`; `lower` and `upper`
+    enclose it."""
+    prove = rows_proof(layer, weight, input_shape, flip, adjoint)
+    for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
         guess = lower * (1 + 1e-6 * 6**i)
         if guess >= upper:
             break
@@ -461,11 +479,38 @@ def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
     return upper
 
 
+def rows_proof(layer, weight, input_shape, flip, adjoint):
+    """`_banded_proof` of a zero-padded convolution as it is: in terms of image rows (columns if
+    `flip`) it is a banded matrix of dense blocks, the one-dimensional convolutions of a row by each
+    row of the kernel, whose entries are weights. adjoint: of the transpose, for smaller blocks."""
+    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+    kernel = weight.mT if flip else weight
+    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
+    taps = weight.new_zeros(*kernel.shape[:3], across.m, kernel.shape[3], across.n)
+    for b, reads in enumerate(across.reads().T):
+        outputs = (reads >= 0).nonzero()[:, 0]
+        taps[:, :, :, outputs, :, reads[outputs]] = kernel[..., b]
+    taps = taps.flatten(4).flatten(2, 3)  # (k, G, outputs, inputs)
+    return _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
+
+
 def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
-    """Upper bound of the norm of a zero-padded convolution by the DFT along image rows alone (along
+    """Upper bound of the norm of a zero-padded convolution by `strip_proof`; `lower` and `upper`
+    enclose it."""
+    prove, best = strip_proof(layer, weight, input_shape, flip, half), upper
+    for share in (0.85, 0.7, 0.5, 0.35, 0.2):
+        bound = prove(lower + (upper - lower) * share)
+        if bound is None:
+            break
+        best = min(best, bound)
+    return best
+
+
+def strip_proof(layer, weight, input_shape, flip, half):
+    """As `_banded_proof`, of a zero-padded convolution, by the DFT along image rows alone (along
     columns if `flip`), where it is embedded as in `torus_norm`; the other direction keeps its
     border. For each frequency there remains a convolution of one dimension, a banded matrix whose
-    blocks are complex matrices of channels. `lower`, `upper` enclose the norm.
+    blocks are complex matrices of channels.
 
     half: frequencies (f + 1/2) / M instead of f / M. Phases exp(i a j) on the positions j of inputs
     and outputs change no norm and turn w[b] into w[b] exp(i a q_b), up to a phase per component, so
@@ -493,13 +538,12 @@ def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
     mass = torch.cat(mass, -1).square().sum((-2, -1)).sqrt()  # (k, G)
     error = 1.01 * rounding * mass.sum(0).max().item()
     prove = _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
-    best = upper
-    for share in (0.85, 0.7, 0.5, 0.35, 0.2):
-        bound = prove(lower + (upper - lower) * share)
-        if bound is None:
-            break
-        best = min(best, round_up(bound + error))
-    return best
+
+    def prove_exact(s):
+        bound = prove(s)
+        return None if bound is None else round_up(bound + error)
+
+    return prove_exact
 
 
 def _banded_proof(taps, reads):

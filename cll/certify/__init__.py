@@ -69,9 +69,9 @@ def certified_radius(logits, K, error=None):
         raise ValueError("K has a negative entry: a Lipschitz bound is >= 0")
     margin = f.gather(1, y[:, None]) - f
     if error is not None:
-        # two differences and a quotient: each is off by at most u of its size
-        margin = (margin - _float64(error).to(f.device)) * (1 - 8 * U)
-    margin = margin.clamp_min(0)
+        # differences and a quotient: each is off by at most u of its size
+        margin = (margin * (1 - 2 * U) - _float64(error).to(f.device)) * (1 - 8 * U)
+    margin = torch.where(margin > 0, margin, 0)  # also where an error is NaN
     radius = torch.where(margin == 0, 0, margin / rows).masked_fill(is_y, math.inf).amin(dim=1)
     trusted = f.isfinite().all(dim=1) & rows.isfinite().all(dim=1)
     return torch.where(trusted, radius, 0)
