@@ -33,8 +33,8 @@ from ..rounding import margin_error
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
 
-# float64 convolutions on CPU unfold their whole input: small batches stay in cache, 4x faster
-CPU_BATCH = 50
+# float64 convolutions on CPU unfold their whole input: small batches stay in cache, several times faster
+CPU_BATCH = 10
 
 
 # ------------------------------------------------------------------------------- pure functions
