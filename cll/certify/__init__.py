@@ -33,7 +33,7 @@ from ..rounding import margin_error
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
 
-# float64 convolutions on CPU unfold their whole input: small batches stay in cache, several times faster
+# float64 convolutions on CPU unfold their whole input: small batches stay in cache, much faster
 CPU_BATCH = 10
 
 
@@ -202,7 +202,7 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     foreign = _is_foreign(model)
     model, device = _float64_copy(model)
     std, mean = (v.to(device).view(-1, *[1] * (images.ndim - 2)) for v in normalisation(model))
-    if device.type == "cpu":
+    if device.type == "cpu" and images.ndim == 4:
         batch_size = min(batch_size, CPU_BATCH)
     batches = images.split(batch_size)
     cudnn = torch.backends.cudnn.flags(enabled=False)
