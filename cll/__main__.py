@@ -38,14 +38,12 @@ def main():
         sys.exit(f"{type(error).__name__}: {error}" if ranks.is_main() else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted; repeat the command to resume")
-    ranks.close()
-    if not ranks.is_main():
-        return
-    for params, record in zip(runs, records, strict=True):
+    for params, record in zip(runs, records, strict=True) if ranks.is_main() else ():
         cra = "  ".join(f"{name}: {100 * value:.1f} %" for name, value in record["cra"].items())
         print(f"{record['name']} seed {record['seed']} on {record['data']} ({record['profile']})")
         print(f"  clean {100 * record['clean']:.1f} %   CRA {cra}   K {record['K_f']:.4g}")
         print(f"  {run_dir(params, root)}")
+    ranks.close()
 
 
 if __name__ == "__main__":
