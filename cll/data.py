@@ -35,12 +35,13 @@ OWN_DATA = (
     "DATA=folder:PATH (folders train/CLASS/ and test/CLASS/ of images)"
 )
 # What zipfile, zlib and numpy raise on a file that is cut short, overwritten or no archive at all.
+# RuntimeError: encrypted, or a compression method (NotImplementedError) that zipfile does not know.
 UNREADABLE = (
     OSError,
     ValueError,
     EOFError,
     KeyError,
-    NotImplementedError,
+    RuntimeError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     zlib.error,
@@ -248,7 +249,7 @@ def _cifar(kind, root, download):
     reason = ""
     try:
         train = cls(root, train=True, download=False)
-    except (RuntimeError, *UNREADABLE):
+    except UNREADABLE:
         archive = root / cls.filename
         train = None
         if download or check_integrity(str(archive), cls.tgz_md5):  # unpacking needs no network
@@ -256,7 +257,7 @@ def _cifar(kind, root, download):
             socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
             try:
                 train = cls(root, train=True, download=True)
-            except (RuntimeError, http.client.HTTPException, *UNREADABLE) as error:
+            except (http.client.HTTPException, *UNREADABLE) as error:
                 reason = f"; download and unpacking failed ({_one_line(error)})"
             finally:
                 socket.setdefaulttimeout(timeout)

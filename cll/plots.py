@@ -290,6 +290,17 @@ def radius_histogram(radii, result):
     figure = Figure(figsize=(4.8, 3))
     ax = figure.subplots()
     bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
+    _stacked_radii(ax, radius, correct, bins)
+    ax.set_xlabel(_radius_label(result))
+    ax.set_ylabel("test samples per bin")
+    ax.set_xlim(0, bins[-1])
+    ax.legend(loc="upper right")
+    _title(figure, f"{result['name']} · {caption([result])}")
+    return figure
+
+
+def _stacked_radii(ax, radius, correct, bins):
+    """Histogram of certified radii, wrong predictions on top of the right ones and hatched."""
     ax.hist(
         [radius[correct], radius[~correct]],
         bins,
@@ -301,12 +312,6 @@ def radius_histogram(radii, result):
     )
     for patch in ax.containers[1]:
         patch.set_hatch("////")
-    ax.set_xlabel(_radius_label(result))
-    ax.set_ylabel("test samples per bin")
-    ax.set_xlim(0, bins[-1])
-    ax.legend(loc="upper right")
-    _title(figure, f"{result['name']} · {caption([result])}")
-    return figure
 
 
 FAMILIES = {  # the panels of tables 1 and 2, by the first letters of a network's name
@@ -473,18 +478,7 @@ def radius_comparison(certificates, title):
     bins = np.geomspace(np.quantile(radii, 0.005), max(radii.max(), 0.5), 41)
     for ax, (name, table) in zip(axes, certificates.items(), strict=True):
         radius = table["radius"].to_numpy().clip(bins[0], bins[-1])
-        right = table["correct"].to_numpy()
-        ax.hist(
-            [radius[right], radius[~right]],
-            bins,
-            stacked=True,
-            color=[BLUE, ORANGE],
-            edgecolor="white",
-            lw=0.3,
-            label=[f"right ({right.sum()})", f"wrong ({(~right).sum()})"],
-        )
-        for patch in ax.containers[1]:
-            patch.set_hatch("////")
+        _stacked_radii(ax, radius, table["correct"].to_numpy(), bins)
         ax.axvline(36 / 255, color="black", lw=1, ls="--")
         ax.set_xscale("log")
         ax.set_ylabel("test images")
@@ -536,7 +530,7 @@ def extreme_images(dataset, certificates, title, count=4):
 
 # ------------------------------------------------------------------------- the gallery of faults
 @styled
-def fault_overview(faults):
+def fault_overview(faults, title="computed, not trained"):
     """How many times better than the truth each claim looks, published and ours, on a log scale.
 
     faults: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
@@ -581,11 +575,12 @@ def fault_overview(faults):
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
     ax.legend(loc="lower right", frameon=True, edgecolor="none")
+    _title(figure, title)
     return figure
 
 
 @styled
-def fault_margins(faults):
+def fault_margins(faults, title="computed, not trained"):
     """The margin of the predicted class on the way from a point to its counter-example.
 
     faults: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
@@ -611,17 +606,18 @@ def fault_margins(faults):
         ax.axhline(0, color=GRAY, lw=0.8)
         ax.set_xlim(0, end)
         ax.set_ylim(-1.6, 1.2)
-        title = textwrap.fill(f"{fault.number}: {fault.title}", 26)
-        ax.set_title(title if "\n" in title else f"{title}\n")
+        heading = textwrap.fill(f"{fault.number}: {fault.title}", 26)
+        ax.set_title(heading if "\n" in heading else f"{heading}\n")
         ax.set_xlabel("distance moved (L2)")
     figure.axes[0].set_ylabel("margin / margin at x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    _title(figure, title)
     return figure
 
 
 @styled
-def fault_norms(faults):
+def fault_norms(faults, title="computed, not trained"):
     """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22).
 
     faults: the whole list of `faults.Fault`.
@@ -681,14 +677,15 @@ def fault_norms(faults):
     grid.set_ylabel("gain")
     grid.set_title("22: a peak between the frequencies")
     grid.legend(loc="upper left", ncols=1, labelspacing=0.15)
+    _title(figure, title)
     return figure
 
 
 @styled
-def certificate_gap(table):
+def certificate_gap(table, title):
     """How far each K lies below the guaranteed one, and how many test points move for it.
 
-    table: that of `faults.certificate_gap`.
+    table: that of `faults.certificate_gap`. title: the caption.
     """
     runs = list(dict.fromkeys(table["run"]))
     figure = Figure(figsize=(7.4, 0.4 * len(runs) + 1.2))
@@ -709,7 +706,8 @@ def certificate_gap(table):
     ax.set_xscale("log")
     ax.set_xlim(3e-14, 1)
     ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
+    _title(figure, title)
     return figure
 
 
@@ -722,7 +720,8 @@ def _drawn(results):
 def _title(figure, text):
     """A title at 9 points, broken after a dot or comma where the figure's width asks for it."""
     text = text.replace(" ", "\u00a0").replace("·\u00a0", "· ").replace(",\u00a0", ", ")
-    figure.suptitle(textwrap.fill(text, int(15 * figure.get_figwidth())), fontsize=9)
+    lines = textwrap.wrap(text, int(15 * figure.get_figwidth()))
+    figure.suptitle("\n".join(line.removesuffix("·").rstrip() for line in lines), fontsize=9)
 
 
 def _number(radius):
