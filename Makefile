@@ -81,7 +81,7 @@ help:
 	@echo 'Experiments, one per notebook; the report is $(RESULTS)/<target>/<target>.html'
 	@for i in $(ITEMS); do printf '  %-15s ' $$i; \
 	  sed -n 's/^ *"# \(.*\)"\(,\)*$$/\1/p' $(NOTEBOOKS)/$$i.ipynb | head -n 1 | sed 's/\\n$$//; s/\\"/"/g'; done
-	@printf '  %-15s %s\n' all 'all of them, one after the other'
+	@printf '  %-15s %s\n' all 'all of them, one after the other, and the report'
 	@echo
 	@echo 'Work on the code'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf '  %-15s %s\n' "$$t" "$$h"; done
@@ -154,8 +154,12 @@ $$(RESULTS)/$(1)/$(1).html: $$(RESULTS)/$(1)/$(1).ipynb
 endef
 $(foreach item,$(ITEMS),$(eval $(call NOTEBOOK,$(item))))
 
-.PHONY: all smoke-systems
+.PHONY: all report smoke-systems
 all: $(ITEMS)
+	@$(MAKE) --no-print-directory report
+
+report: | $(ENVIRONMENT)  ## a web page of all that has finished in the profile: report/index.html
+	@$(PYTHON) tools/report.py $(RESULTS)
 
 # Local-Lip-B, GloRo, SOC, CPL and SLL with CLL on the same networks; GloRo-TRADES, LBDN
 smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smoke size

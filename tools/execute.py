@@ -25,6 +25,7 @@ import warnings
 from pathlib import Path
 
 import environment  # tools/ is on the path: this file is run as a script
+import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10  # an interrupted cell gets this long to leave its files in order
@@ -179,23 +180,6 @@ def run_in_thread(task, kernels):
     return outcome["value"]
 
 
-def export_html(nb, path):
-    """The report: text, tables and pictures without the code, in one file. Only the formulas need a
-    network: the page loads MathJax."""
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        require_js_url="",
-    )
-    html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": path.stem}})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def headline(name, parameters, auto):
     """`table2: profile quick (no CUDA device found; ...), device cpu`."""
     gpu = environment.cuda_device()
@@ -263,7 +247,8 @@ def run(options):
                 lambda: execute(notebook, partial, parameters, log, kernels), kernels
             )
             os.replace(partial, out / f"{name}.ipynb")
-            export_html(nb, out / f"{name}.html")
+            body = pages.notebook_body(nb)
+            pages.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
         log.end_line()
         new = [p.name for p in sorted(out.iterdir()) if p.is_file() and p.name not in INTERNAL]
         new = [f for f in new if f != f"{name}.html" and (out / f).stat().st_mtime >= started]

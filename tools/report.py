@@ -1,0 +1,171 @@
+"""Make a static site of everything that has run in a profile: OUT/<profile>/report/index.html.
+
+    python tools/report.py outputs/smoke
+
+The front page has tables, claims, figures and what they were made on; behind it stands a page for
+each notebook. No page asks another host for anything, so that the folder can be mailed, put behind
+any web server or opened as a file.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pages  # tools/ is on the path: this file is run as a script
+from PIL import Image
+
+THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
+SOURCES = "https://github.com/cll-kit/cll"
+
+
+def finished(folder):
+    """{name: executed notebook}, of those that ran to the end, in the order of their names."""
+    found = {}
+    for path in sorted(folder.glob("*/*.ipynb")):
+        if path.stem == path.parent.name:
+            found[path.stem] = nbformat.read(path, 4)
+    return found
+
+
+def markdown_table(path):
+    """(HTML of the table, HTML of the lines below it) of a file by paper.save_table."""
+    import mistune
+
+    table, _, notes = path.read_text(encoding="utf-8").partition("\n\n")
+    render = mistune.create_markdown(plugins=["table"])
+    return pages.scrolling(render(table)), render(notes.replace("\n", "\n\n"))
+
+
+def tables(folder):
+    """The tables of the paper, then the verdicts on their claims."""
+    parts = []
+    for file, title in (("table1", "Table 1"), ("table2", "Table 2")):
+        path = folder / file / f"{file}.md"
+        if path.exists():
+            table, notes = markdown_table(path)
+            claims, _ = markdown_table(path.with_name("claims.md"))
+            parts.append(
+                f'<h2 id="{file}">{title}</h2>\n{table}\n{notes}\n'
+                f'<h3 id="{file}-claims">Claims about {title.lower()}</h3>\n{claims}'
+            )
+    return "\n".join(parts)
+
+
+def gallery(folder, notebooks, report):
+    """Thumbnails of the figures that the notebooks show, with their alt texts."""
+    parts = []
+    for name, nb in notebooks.items():
+        names = {path.read_bytes(): path.stem for path in (folder / name).glob("*.png")}
+        for output in (out for cell in nb.cells for out in cell.get("outputs", [])):
+            if "image/png" not in output.get("data", {}):
+                continue
+            png = base64.b64decode(output["data"]["image/png"])
+            if png not in names:  # not a saved figure
+                continue
+            alt = output["metadata"].get("image/png", {}).get("alt", names[png])
+            file = f"{name}-{names[png]}.png"
+            with Image.open(io.BytesIO(png)) as picture:
+                picture.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
+                picture.convert("RGB").quantize(128).save(report / file, optimize=True)
+            parts.append(
+                f'<figure><a href="{name}.html"><img src="{file}" loading="lazy" '
+                f'alt="{html.escape(alt)}"></a>'
+                f"<figcaption>{name}: {names[png]}</figcaption></figure>"
+            )
+    return f'<div class="gallery">{"".join(parts)}</div>'
+
+
+def provenance(folder):
+    """What was trained, on what, with which code: one row per finished run."""
+    head = ("run", "seed", "data", "epochs", "seconds", "device", "torch", "revision", "trained")
+    rows = []
+    for path in sorted(folder.glob("runs/*/result.json")):
+        r = json.loads(path.read_text(encoding="utf-8"))
+        whole = r["published_epochs"] or r["epochs"]
+        epochs = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
+        where = r["trained"]
+        revision, _, changes = where["git_revision"].partition(" ")
+        revision = f"{revision[:10]}{' + changes' if changes else ''}"
+        rows.append(
+            (r["name"], r["seed"], r["data"], epochs, f"{r['seconds']:.0f}", where["device"],
+             r["versions"]["torch"], revision, where["date"][:10])
+        )  # fmt: skip
+    return _table(head, rows)
+
+
+def _table(head, rows):
+    cells = "".join(f"<th scope='col'>{html.escape(text)}</th>" for text in head)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>\n"
+        for row in rows
+    )
+    return pages.scrolling(
+        f"<table><thead><tr>{cells}</tr></thead><tbody>\n{lines}</tbody></table>"
+    )
+
+
+def contents(notebooks):
+    rows = []
+    for name, nb in notebooks.items():
+        seconds = nb.metadata.get("papermill", {}).get("duration") or 0
+        title = html.escape(pages.heading(nb, name))
+        rows.append(f'<li><a href="{name}.html">{title}</a> <span class="soft">{name}, '
+                    f"{seconds:.0f} s</span></li>")  # fmt: skip
+    return f"<ul>\n{chr(10).join(rows)}\n</ul>"
+
+
+def build(folder):
+    """Write the site of the results in `folder` (OUT/<profile>); returns the front page's path.
+
+    Raises ValueError where no notebook has finished."""
+    folder = Path(folder)
+    notebooks = finished(folder)
+    if not notebooks:
+        raise ValueError(f"no finished notebook in {folder}: run one first, e.g. make figure3")
+    report = folder / "report"
+    shutil.rmtree(report, ignore_errors=True)
+    report.mkdir()
+    for name, nb in notebooks.items():
+        title = pages.heading(nb, name)
+        back = '<a href="index.html">All results</a>'
+        pages.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
+    title = f"Certified robust models with CLL: results of profile {folder.name}"
+    pages.write(report / "index.html", pages.page(title, f"""
+<h1>{title}</h1>
+<p>What this kit computed of "Certified Robust Models with Slack Control and Large Lipschitz
+Constants" (Losch, Stutz, Schiele, Fritz; GCPR 2023). Each table and figure says below or above it
+which data, schedule and network sizes it comes from.
+<a href="{SOURCES}">Sources</a></p>
+<h2 id="notebooks">Notebooks</h2>
+{contents(notebooks)}
+{tables(folder)}
+<h2 id="figures">Figures</h2>
+{gallery(folder, notebooks, report)}
+<h2 id="provenance">Where the numbers come from</h2>
+{provenance(folder)}
+"""))  # fmt: skip
+    return report / "index.html"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="OUT/<profile>, which holds a folder for each notebook")
+    options = parser.parse_args()
+    try:
+        path = build(options.folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"FAILED report: {error}")
+    size = sum(file.stat().st_size for file in path.parent.iterdir()) / 2**20
+    print(f"report: wrote {path} ({len(list(path.parent.glob('*.html')))} pages, {size:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()
