@@ -120,6 +120,12 @@ class GloRo(_Record):
         return self
 
 
+class CE(_Record):
+    """Cross-entropy: no margin, no control of K."""
+
+    name: Literal["CE"]
+
+
 class Hinge(_Record):
     """Multi-class hinge loss (losses.hinge_loss), the baseline of CPL."""
 
@@ -162,7 +168,7 @@ class LocalLipB(_Record):
         return self
 
 
-LOSSES = {"CLL": CLL, "GloRo": GloRo, "Hinge": Hinge, "AOL": AOL, "SOC": SOC}
+LOSSES = {"CLL": CLL, "GloRo": GloRo, "CE": CE, "Hinge": Hinge, "AOL": AOL, "SOC": SOC}
 LOSSES["Local-Lip-B"] = LocalLipB
 
 
@@ -270,7 +276,7 @@ class Params(_Record):
     activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
     variant: str = Field("sound", description="form of SLL layers; others cannot be certified")
     size: Size = Size()
-    loss: Annotated[CLL | GloRo | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
+    loss: Annotated[CLL | GloRo | CE | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
     optimizer: Optimizer = Optimizer()
     epochs: Annotated[int, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)] = Field(128, description="over all ranks")

@@ -27,10 +27,12 @@ __all__ = [
     "comparison_table",
     "data_source",
     "display_attacks",
+    "display_shapes",
     "display_table",
     "moons_table",
     "published",
     "save_table",
+    "shape_table",
     "table_runs",
     "tightness_note",
     "uncertain",
@@ -447,6 +449,35 @@ def moons_table(results):
     )
 
 
+def shape_table(results):
+    """Two-moons records with their `moons.shape` under "shape": one line each, unrounded."""
+    lines = []
+    for r in results:
+        margin = f"{TRUE_MARGIN:g}"
+        line = {"method": r["method"], "p": r["p"], "seed": r["seed"]}
+        line |= {"cra": 100 * r["train_cra"][margin], "K_f": r["K_f"]}
+        lines.append(line | {"K_hf": _measured(r, "k_hf", "guaranteed")} | r["shape"])
+    return pd.DataFrame(lines)
+
+
+def display_shapes(table):
+    """The frame of `shape_table` for reading."""
+    shown = pd.DataFrame(
+        {
+            "method": table["method"],
+            "p": ["–" if pd.isna(p) else f"{p:g}" for p in table["p"]],
+            "CRA(0.15) % (train)": table["cra"].map("{:.2f}".format),
+            "K(f)": table["K_f"].map("{:.1f}".format),
+            "K(h∘f)": table["K_hf"].map("{:.1f}".format),
+            "median output |f₁ − f₀|": table["output"].map("{:.3g}".format),
+            "in the tails %": (100 * table["tails"]).map("{:.1f}".format),
+            "right, not robust": table["inside"].map(str),
+            "turns of the boundary": table["turns"].map("{:.2f}".format),
+        }
+    )
+    return shown.set_index(["method", "p"])
+
+
 def display_moons(table):
     """The frame of `moons_table` for reading: strings, CRA as mean ± std over the seeds."""
     lines = []
@@ -487,14 +518,16 @@ def run_table(result):
 def claims(experiment, results):
     """What the paper says about an experiment, and whether these runs show it.
 
-    experiment: "table1", "table2", "figure4", "slack_sweep", or "true_margin" (figure 4's column
-    0.15).
+    experiment: "table1", "table2", "figure1", "figure2", "figure4", "slack_sweep", or "true_margin"
+    (figure 4's column 0.15). Records of figures 1 and 2 have their `moons.shape` under "shape".
     Returns one line per claim: claim, paper (as printed), here (means over the seeds, guaranteed
     bound), verdict ("shown", "not shown", "not run", or "no verdict" and why).
     """
     known = {
         "table1": functools.partial(_table_claims, "table1"),
         "table2": functools.partial(_table_claims, "table2"),
+        "figure1": _figure1_claims,
+        "figure2": _figure2_claims,
         "figure4": _figure4_claims,
         "slack_sweep": _slack_claims,
         "true_margin": _true_margin_claims,
@@ -661,6 +694,99 @@ def _figure4_claims(results):
     K = [_line(table, "GloRo", epsilon, "K_f") for epsilon in (0.10, 0.15, 0.20, 0.25)]
     form = ", ".join(["{:.1f}"] * len(K))
     yield "GloRo's K(f) falls as the margin grows", "falls", form, K, lambda *k: all(np.diff(k) < 0)
+
+
+def _mean(results, key, **where):
+    """Mean over the seeds of a column of `shape_table`, nan if there is no such run."""
+    table = shape_table(results) if results else pd.DataFrame(columns=[key, *where])
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table[key].astype(float).mean()
+
+
+def _figure1_claims(results):
+    printed = published("two_moons").set_index("item")[["cra_printed", "k_hf_printed"]]
+    cra_many, K_many = printed.loc["high slack"]
+    cra_few, K_few = printed.loc["low slack"]
+    many, few = ({"method": "CLL", "p": p} for p in (0.75, 1e-15))
+    cra, turns, K = (
+        [_mean(results, key, **where) for where in (many, few)] for key in ("cra", "turns", "K_hf")
+    )
+    for about, value, paper in (("much", cra[0], cra_many), ("little", cra[1], cra_few)):
+        close = functools.partial(_close, float(paper))
+        yield f"{about} slack: CRA within a point", f"{paper}", "{:.2f}", [value], close
+    claim = "much slack: a smoother boundary (turns)"
+    yield claim, "overly smooth", "{:.2f} vs {:.2f}", turns, operator.lt
+    for about, value, paper in (("much", K[0], K_many), ("little", K[1], K_few)):
+        near = functools.partial(_similar, float(paper.strip("~")))
+        yield f"{about} slack: K(h∘f) within a quarter", paper, "{:.1f}", [value], near
+
+
+def _figure2_claims(results):
+    methods = ("CE", "GloRo", "CLL")
+    columns = ("cra", "K_f", "turns", "output", "tails", "inside")
+    value = {(m, c): _mean(results, c, method=m) for m in methods for c in columns}
+
+    def pair(column, first, second):
+        return [value[first, column], value[second, column]]
+
+    versus, small = "{:.1f} vs {:.1f}", "{:.2f} vs {:.2f}"
+    yield (
+        "cross-entropy: a far larger K(f) than GloRo's",
+        "larger",
+        versus,
+        pair("K_f", "CE", "GloRo"),
+        lambda a, b: a > 10 * b,
+    )
+    yield (
+        "cross-entropy: certifies less than GloRo",
+        "no margin",
+        versus,
+        pair("cra", "CE", "GloRo"),
+        operator.lt,
+    )
+    yield (
+        "cross-entropy: a less regular boundary than GloRo's (turns)",
+        "irregular",
+        small,
+        pair("turns", "CE", "GloRo"),
+        operator.gt,
+    )
+    yield (
+        "cross-entropy: outputs in the tails (more than half)",
+        "tails",
+        "{:.2f}",
+        [value["CE", "tails"]],
+        lambda a: a > 0.5,
+    )
+    yield (
+        "GloRo leaves points in the margin",
+        "more than 0",
+        "{:.0f}",
+        [value["GloRo", "inside"]],
+        lambda a: a > 0,
+    )
+    yield (
+        "CLL leaves none at the same margin: CRA 100",
+        "100",
+        "{:.2f}",
+        [value["CLL", "cra"]],
+        lambda a: round(a, 1) == 100,
+    )
+    yield (
+        "CLL's outputs are far larger than GloRo's (twice, median)",
+        "larger",
+        versus,
+        pair("output", "CLL", "GloRo"),
+        lambda a, b: a > 2 * b,
+    )
+    yield (
+        "GloRo's boundary is smoother than CLL's (turns)",
+        "smoother",
+        small,
+        pair("turns", "GloRo", "CLL"),
+        operator.lt,
+    )
 
 
 def _slack_claims(results):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import scipy.special
 import torch
 from matplotlib.figure import Figure
 
@@ -20,6 +21,7 @@ from . import faults as gallery
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
+from .moons import grid
 from .paper import TRUE_MARGIN, caption, data_source, published, same_data, uncertain
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "fault_margins",
     "fault_norms",
     "fault_overview",
+    "figure1",
+    "figure2",
     "figure4",
     "layer_bars",
     "moons_panel",
@@ -119,7 +123,7 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
     return figure
 
 
-# ------------------------------------------------------------- figures 1 and 4: the two-moons plane
+# ---------------------------------------------------------- figures 1, 2 and 4: the two-moons plane
 @styled
 def moons_panel(ax, model, points, targets, epsilon):
     """One classifier of the plane as the paper draws it; returns its CRA and K.
@@ -131,11 +135,8 @@ def moons_panel(ax, model, points, targets, epsilon):
     """
     K = lipschitz_matrix(model)
     points, targets = torch.as_tensor(points), torch.as_tensor(targets)
-    low, high = points.min(0).values - 0.35, points.max(0).values + 0.35
-    x, y = (torch.linspace(float(a), float(b), 201) for a, b in zip(low, high, strict=True))
-    grid = torch.cartesian_prod(x, y)  # (201 * 201, 2)
-    f = predict_logits(model, grid)
-    distance = ((f[:, 1] - f[:, 0]) / K[0, 1]).reshape(len(x), len(y)).T.numpy()
+    x, y, difference = grid(model, points)
+    distance = difference / float(K[0, 1])
     ax.contourf(x, y, np.abs(distance), [0, epsilon], colors=["#DDDDDD"])
     for level, line in [(-epsilon, GRAY), (epsilon, GRAY), (0, "black")]:
         width = 0.8 if level else 1.8
@@ -152,8 +153,8 @@ def moons_panel(ax, model, points, targets, epsilon):
     corner = {"transform": ax.transAxes, "fontsize": 8, "bbox": box, "zorder": 4}
     ax.text(0.02, 0.02, f"CRA {100 * cra:.2f} %", va="bottom", **corner)
     ax.text(0.02, 0.98, f"K {largest:.{int(largest < 100)}f}", va="top", **corner)
-    ax.set_xlim(float(low[0]), float(high[0]))
-    ax.set_ylim(float(low[1]), float(high[1]))
+    ax.set_xlim(x[0], x[-1])
+    ax.set_ylim(y[0], y[-1])
     ax.set_aspect("equal")
     return {"cra": cra, "K": largest}
 
@@ -195,6 +196,116 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
             else:
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
         axes[i, 0].set_ylabel(f"{method}\n$x_2$ (input units)")
+    _title(figure, _drawn(results))
+    return figure
+
+
+@styled
+def figure1(results, models, dataset):
+    """Figure 1, the teaser: two moons with much slack and with little, and the axis between them.
+
+    results, models, dataset: as for `figure4`, CLL runs at one margin with different p. Above: the
+    largest p and the smallest. Below: K of the calibrated loss, h o f, against p (a linear axis
+    from 1 to 0, as in the paper), with the CRA of every run.
+    """
+    first = {}
+    for result, model in zip(results, models, strict=True):
+        first.setdefault(result["p"], (result, model))
+    order = sorted(first, reverse=True)
+    epsilon = first[order[0]][0]["epsilon"]
+    figure = Figure(figsize=(6.2, 4.6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.1, 1.5])
+    for ax, p, name in zip(
+        top.subplots(1, 2, sharey=True), (order[0], order[-1]), ("high", "low"), strict=True
+    ):
+        moons_panel(ax, first[p][1], dataset.train_images, dataset.train_targets, epsilon)
+        k_hf = 1 / float(cll_scale(epsilon, p))
+        ax.set_title(f"{name} slack: p = {p:g}, $K^{{(h∘f)}}$ = {k_hf:.1f}")
+        ax.set_xlabel("$x_1$ (input units)")
+    top.axes[0].set_ylabel("$x_2$ (input units)")
+
+    ax = bottom.subplots()
+    curve = 1 - np.geomspace(1e-3, 1, 400)[::-1]  # dense where p is near 0
+    curve = np.append(np.geomspace(1e-16, 1e-3, 400), curve[curve > 1e-3])
+    ax.plot(curve, [1 / float(cll_scale(epsilon, p)) for p in curve], color=GRAY)
+    for i, p in enumerate(order):
+        k_hf = 1 / float(cll_scale(epsilon, p))
+        ax.plot(p, k_hf, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
+        cra = 100 * first[p][0]["train_cra"][f"{epsilon:g}"]
+        at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
+        ax.annotate(f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3 if i < 2 else 0),
+                    textcoords="offset points", fontsize=8, **at)  # fmt: skip
+    ax.set_xlim(1, 0)
+    ax.set_ylim(0, 1.08 / float(cll_scale(epsilon, order[-1])))
+    ax.set_xlabel("slack p: probability mass outside the margin")
+    ax.set_ylabel("$K^{(h∘f)}$")
+    _title(figure, _drawn(results))
+    return figure
+
+
+@styled
+def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN):
+    """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each.
+
+    results, models, dataset: as for `figure4`, one margin. Above: the plane, see `moons_panel`.
+    Below: the outputs f_1 - f_0 of the training points by class, with the logistic that turns them
+    into a probability (of scale 1; of CLL K sigma) and the margin K epsilon on either side. Red, in
+    both rows: wrong or not certified at epsilon.
+    """
+    names = {"CE": "cross-entropy"}
+    first = {}
+    for result, model in zip(results, models, strict=True):
+        first.setdefault(result["method"], (result, model))
+    points, targets = torch.as_tensor(dataset.train_images), torch.as_tensor(dataset.train_targets)
+    figure = Figure(figsize=(2.75 * len(methods), 4.2))
+    axes = figure.subplots(2, len(methods), height_ratios=[1.15, 1], squeeze=False)
+    for (above, below), method in zip(axes.T, methods, strict=True):
+        if method not in first:
+            above.text(0.5, 0.5, "not run", ha="center", transform=above.transAxes)
+            continue
+        result, model = first[method]
+        moons_panel(above, model, points, targets, epsilon)
+        above.set_title(names.get(method, method))
+        above.set_xlabel("$x_1$ (input units)")
+
+        K, f = lipschitz_matrix(model), predict_logits(model, points)
+        output = (f[:, 1] - f[:, 0]).numpy()
+        robust = ((f.argmax(1) == targets) & (certified_radius(f, K) > epsilon)).numpy()
+        scale, margin = 1.0, epsilon * float(K[0, 1])
+        if method == "CLL":
+            scale = float(K[0, 1]) * float(cll_scale(epsilon, result["p"]))
+        end = 1.1 * np.abs(output).max()
+        bins = np.linspace(-end, end, 61)
+        of_class = targets.numpy()
+        below.hist(
+            [output[robust & (of_class == c)] for c in (0, 1)] + [output[~robust]],
+            bins,
+            stacked=True,
+            color=[BLUE, ORANGE, RED],
+            label=["class 0", "class 1", "wrong or not robust"],
+        )
+        for at in (-margin, margin):
+            if margin < end:
+                below.axvline(at, color=GRAY, lw=0.9)
+        if margin >= end:
+            note = f"margin ±Kε\n= ±{margin:.0f},\noutside"
+            below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes)
+        below.set_xlim(-end, end)
+        below.set_xlabel("output $f_1 - f_0$")
+        logistic = below.twinx()
+        z = np.linspace(-end, end, 801)
+        logistic.plot(z, scipy.special.expit(z / scale), color="black", lw=1, ls="--")
+        logistic.set_ylim(0, 1.05)
+        logistic.spines["right"].set_visible(True)
+        logistic.set_yticks([0, 0.5, 1], ["0", "½", "1"] if method == methods[-1] else [])
+    axes[0, 0].set_ylabel("$x_2$ (input units)")
+    axes[1, 0].set_ylabel("training points")
+    logistic.set_ylabel("logistic, probability of class 1")
+    handles, labels = below.get_legend_handles_labels()
+    handles.append(matplotlib.lines.Line2D([], [], color="black", lw=1, ls="--"))
+    handles.append(matplotlib.lines.Line2D([], [], color=GRAY, lw=0.9))
+    labels += ["logistic", "margin ±Kε"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     _title(figure, _drawn(results))
     return figure
 

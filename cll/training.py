@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +83,8 @@ def _form(config):
 
 
 def _moves_K(config):
-    """Whether the loss has a gradient in K; AOL and Hinge train networks of constant K."""
+    """Whether the loss has a gradient in K; CE ignores it, AOL and Hinge train
+    networks of constant K."""
     if config.name == "CLL":
         return config.lam > 0 or not config.detach
     return config.name == "GloRo" or (config.name == "SOC" and config.gamma > 0)
@@ -304,6 +306,8 @@ def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
     if config.name == "GloRo":
         trades = None if config.trades is None else weight
         return gloro_loss(logits, targets, K_form, epsilon=epsilon, trades=trades)
+    if config.name == "CE":
+        return F.cross_entropy(logits, targets)
     if config.name == "Hinge":
         return hinge_loss(logits, targets, margin=config.margin)
     if config.name == "AOL":

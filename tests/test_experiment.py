@@ -233,6 +233,7 @@ def test_without_the_attack_library_a_run_says_so_and_gains_the_attack_later(tmp
 @pytest.mark.parametrize(
     "loss, K_hf",
     [
+        ({"name": "CE"}, 1.0),
         ({"name": "Hinge"}, 1.0),
         ({"name": "AOL", "temperature": 0.5}, 2.0),
         ({"name": "SOC", "gamma": 0.1}, 1.0),

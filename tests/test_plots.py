@@ -117,6 +117,36 @@ def test_titles_tell_a_shortened_schedule_from_a_whole_one(half_plane, points):
     assert " of " not in whole.replace("\u00a0", " ")
 
 
+def test_figure1_shows_the_extremes_and_the_axis_between(half_plane, points):
+    results = [moons_record(p=p, cra=c) for p, c in ((1e-4, 0.99), (0.75, 0.9), (1e-15, 1.0))]
+    figure = plots.figure1(results, [half_plane] * 3, points)
+    left, right, axis = figure.axes
+    assert "p = 0.75" in left.get_title() and "p = 1e-15" in right.get_title()
+    assert axis.get_xlim() == (1, 0)
+    for p in (0.75, 1e-4, 1e-15):
+        marked = [item.get_xydata()[0] for item in axis.get_lines() if item.get_marker() == "o"]
+        at = next(y for x, y in marked if x == p)
+        assert at == pytest.approx(1 / cll.cll_scale(0.15, p))
+    assert "CRA 99.00 %" in texts(figure) and "CRA 100.00 %" in texts(figure)
+
+
+def test_figure2_colours_the_outputs_by_robustness(half_plane, points):
+    """f_1 - f_0 = 2 x_1 and K = 2: outputs within 0.3 of 0 are not robust, one point is wrong."""
+    results = [
+        moons_record(m, epsilon=e) for m, e in (("CE", 0.15), ("GloRo", 0.15), ("CLL", 0.15))
+    ]
+    figure = plots.figure2(results, [half_plane] * 3, points)
+    below = next(ax for ax in figure.axes if ax.get_xlabel().startswith("output"))
+    counts = [sum(patch.get_height() for patch in bars) for bars in below.containers]
+    assert counts == [1, 2, 2]  # robust of class 0, of class 1; wrong or in the margin
+    lines = [item.get_xdata()[0] for item in below.get_lines()]
+    assert lines == pytest.approx([-0.3, 0.3])
+    plane, logistic = figure.axes[0], figure.axes[-1]
+    assert plane.get_xlabel() and plane.get_ylabel() and "probability" in logistic.get_ylabel()
+    empty = plots.figure2(results[1:], [half_plane] * 2, points)
+    assert "not run" in texts(empty)
+
+
 def test_training_curves_are_in_percent():
     curve = pd.DataFrame(
         {"epoch": [1, 2], "loss": [2.0, 1.0], "train_accuracy": [0.5, 0.75], "K": [10.0, 5.0]}
@@ -208,6 +238,7 @@ def test_images_are_ordered_by_radius():
 def test_every_axis_of_data_is_labelled(half_plane, points):
     figures = [
         plots.calibrated_logistic(),
+        plots.figure1([moons_record()], [half_plane], points),
         plots.figure4([moons_record()], [half_plane], points),
         plots.slack_figure([moons_record()], [half_plane], points),
         plots.cra_figure(radii(), record()),

@@ -52,6 +52,7 @@ LOSSES = {
     "CLL, K not detached": {"name": "CLL", "epsilon": 0.15, "p": 0.1, "detach": False},
     "GloRo": {"name": "GloRo", "epsilon": 0.15},
     "GloRo-TRADES": {"name": "GloRo", "epsilon": 0.15, "trades": 2.0, "trades_start": 0.5},
+    "CE": {"name": "CE"},
     "Hinge": {"name": "Hinge"},
     "AOL": {"name": "AOL"},
     "SOC": {"name": "SOC", "gamma": 0.3},
@@ -226,6 +227,8 @@ def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
         value = cll.gloro_loss(f, y, K, epsilon=0.15)
     if loss == "GloRo-TRADES":
         value = cll.gloro_loss(f, y, K, epsilon=0.15, trades=0.5 + 0.25 * 1.5)
+    if loss == "CE":
+        value = torch.nn.functional.cross_entropy(f, y)
     if loss == "Hinge":
         value = torch.nn.functional.multi_margin_loss(f, y, margin=0.7)
     if loss == "AOL":

@@ -1,0 +1,50 @@
+"""Two-moons networks in the plane: what figures 1, 2 and 4 draw, and what their shapes measure."""
+
+import contourpy
+import numpy as np
+import torch
+
+from .bounds import lipschitz_matrix
+from .certify import certified_radius, predict_logits
+
+
+def shape(model, dataset, epsilon):
+    """What a two-moons network looks like, in numbers, on the training points.
+
+    Returns turns (of the decision boundary in the picture, see `boundary_turns`), output (median of
+    |f_1 - f_0|), tails (fraction of points whose logistic, of scale 1, is beyond 0.99), and inside
+    (number of points that are right but not certified at epsilon).
+    """
+    points, targets = torch.as_tensor(dataset.train_images), torch.as_tensor(dataset.train_targets)
+    x, y, difference = grid(model, points)
+    f = predict_logits(model, points)
+    output = (f[:, 1] - f[:, 0]).abs()
+    right = f.argmax(1) == targets
+    inside = right & (certified_radius(f, lipschitz_matrix(model)) <= epsilon)
+    return {
+        "turns": boundary_turns(x, y, difference),
+        "output": output.median().item(),
+        "tails": (torch.sigmoid(output) > 0.99).double().mean().item(),
+        "inside": int(inside.sum()),
+    }
+
+
+def grid(model, points, resolution=201):
+    """(x, y, f_1 - f_0 (y, x)) of a two-class network of the plane, around points (N, 2)."""
+    low, high = points.min(0).values - 0.35, points.max(0).values + 0.35
+    x, y = (torch.linspace(float(a), float(b), resolution) for a, b in zip(low, high, strict=True))
+    f = predict_logits(model, torch.cartesian_prod(x, y))
+    return x.numpy(), y.numpy(), (f[:, 1] - f[:, 0]).reshape(len(x), len(y)).T.numpy()
+
+
+def boundary_turns(x, y, values, step=0.05):
+    """How much the lines values = 0 on a grid (y, x) turn: the sum of their absolute changes of
+    direction between points `step` apart, in full turns. 0 for straight lines, 1 for a circle."""
+    total = 0.0
+    for line in contourpy.contour_generator(x, y, values).lines(0.0):
+        length = np.append(0, np.hypot(*np.diff(line, axis=0).T).cumsum())
+        at = np.arange(0, length[-1], step)
+        steps = np.diff([np.interp(at, length, axis) for axis in line.T])
+        direction = np.unwrap(np.arctan2(steps[1], steps[0]))
+        total += np.abs(np.diff(direction)).sum() / (2 * np.pi)
+    return total
