@@ -49,11 +49,11 @@ from .data import Augmentation, load
 from .local import local_radius
 from .losses import cll_scale
 from .rounding import margin_error
-from .training import build_network, load_checkpoints, train
+from .training import build_network, load_checkpoints, load_snapshots, train
 
 __all__ = [
-    "Params", "load_params", "experiment_params", "run", "run_all", "results", "load_model",
-    "load_dataset", "run_dir", "outputs_dir",
+    "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "results",
+    "load_model", "load_dataset", "run_dir", "outputs_dir",
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
@@ -295,6 +295,9 @@ class Params(_Record):
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
+    snapshots: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="epochs whose weights are certified as well, after training"
+    )
     local: bool = Field(False, description="certify with local bounds as well (cra_local)")
     attack: Attack | None = Field(
         None, description="cross-check; no part of the identity: finished runs gain it when read"
@@ -315,6 +318,10 @@ class Params(_Record):
         if self.local and not plain:
             raise ValueError(
                 f"local: true needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
+            )
+        if self.snapshots and max(self.snapshots) > self.epochs:
+            raise ValueError(
+                f"snapshots: there is no epoch {max(self.snapshots)}, epochs = {self.epochs}"
             )
         if self.attack is not None and len(self.input_shape) != 3:
             raise ValueError(
@@ -468,6 +475,21 @@ def experiment_params(name, profile=None, seeds=None, **overrides):
         for seed in seeds or block.get("seeds") or values.get("seeds") or [first.seed]:
             runs.append(_resolve(values, where, profile, {**overrides, "seed": seed}))
     return runs
+
+
+SIZES = ("train_size", "test_size", "input_shape", "size", "epochs", "batch_size")
+SIZES += ("optimizer", "augmentation", "tightness")
+
+
+def sized_as(other, runs, **changes):
+    """The runs with the data, size and schedule of another, and no attack: a table's runs among
+    those of a sweep.
+
+    Where those are equal already, as in the profiles quick and paper, the table's finished runs
+    are read: an attack is no part of a run's identity.
+    """
+    same = {key: getattr(other, key) for key in (*SIZES, "data", "label")}
+    return [run.model_copy(update={**same, "attack": None, **changes}) for run in runs]
 
 
 # --- places ------------------------------------------------------------------------------------
@@ -876,6 +898,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record["tightness"] = lower / K_f
         record["tightness_paper_style"] = lower / K_f_paper
         record["tightness_method"] = params.tightness.method
+    if params.snapshots:
+        # weights of a finished run's snapshots are gone: its numbers stay
+        record["snapshots"] = (finished or {}).get("snapshots") or _snapshots(
+            params, dataset, out_dir, names, progress
+        )
     if params.attack is not None:
         attack = _attacked(params, net, dataset, radii, correct, progress)
         record |= {"attack": attack} if attack else {}
@@ -906,9 +933,31 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     save_file(state, out_dir / "checkpoint.safetensors.tmp")
     os.replace(out_dir / "checkpoint.safetensors.tmp", out_dir / "checkpoint.safetensors")
     _write(out_dir / "result.json", json.dumps(record, indent=1))
-    for path in out_dir.glob("checkpoint*.pt"):
+    for path in (*out_dir.glob("checkpoint*.pt"), *out_dir.glob("snapshot-*.safetensors")):
         path.unlink()
     return record
+
+
+def _snapshots(params, dataset, out_dir, names, progress):
+    """Clean accuracy, CRA, K and tightness of the weights after some epochs: a list of dicts."""
+    lines = []
+    for epoch, net in load_snapshots(params, dataset, out_dir):
+        net = net.to(params.torch_device)
+        matrices = {"guaranteed": lipschitz_matrix(net, "guaranteed").cpu()}
+        _, correct, _, cra = _certificates(
+            net, dataset.test_images, dataset.test_targets, names, matrices
+        )
+        K_f = matrices["guaranteed"].max().item()
+        line = {"epoch": epoch, "clean": correct.double().mean().item()}
+        line |= {"cra": cra["guaranteed"], "K_f": K_f}
+        if params.tightness is not None:
+            lower = lipschitz_lower_bound(
+                net, dataset.train_images, seed=params.seed, progress=progress,
+                **params.tightness.model_dump(),
+            )  # fmt: skip
+            line |= {"K_lower": lower, "tightness": lower / K_f}
+        lines.append(line)
+    return lines
 
 
 def provenance(device="cpu"):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
@@ -45,7 +46,7 @@ from .losses import (
 )
 from .progress import progress_bar
 
-__all__ = ["Stack", "build_network", "train", "load_checkpoints"]
+__all__ = ["Stack", "build_network", "train", "load_checkpoints", "load_snapshots"]
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
@@ -477,6 +478,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
             refresh=False,
         )
+        if main and epoch + 1 in first.snapshots:
+            _save_snapshots(stack, out_dirs, epoch + 1)
         done = epoch + 1 == first.epochs or all(diverged)
         if main and (done or time.monotonic() - last_checkpoint > pause):
             saving = time.monotonic()
@@ -587,6 +590,30 @@ def _save(stack, out_dirs, generators, epoch, diverged, seconds):
         if newest.exists():
             os.replace(newest, previous)
         os.replace(temporary, newest)
+
+
+def _snapshot(out_dir, epoch):
+    return Path(out_dir) / f"snapshot-{epoch}.safetensors"
+
+
+def _save_snapshots(stack, out_dirs, epoch):
+    """The weights after an epoch, to be certified when training is done. A resumed run writes those
+    after its checkpoint again, with the same content."""
+    for s, out_dir in enumerate(out_dirs):
+        tensors = stack.state(s)["tensors"].items()
+        weights = {k.removeprefix("net."): t.contiguous() for k, t in tensors}
+        temporary = out_dir / "snapshot.tmp"
+        save_file(weights, temporary)
+        os.replace(temporary, _snapshot(out_dir, epoch))
+
+
+def load_snapshots(run, dataset, out_dir):
+    """(epoch, settled network in eval mode) of each snapshot of a run, one at a time."""
+    for epoch in sorted(set(run.snapshots)):
+        net = build_network(run, dataset.num_classes, dataset.input_shape)
+        net.load_state_dict(load_file(_snapshot(out_dir, epoch)), strict=False)
+        net.eval().settle()
+        yield epoch, net
 
 
 def load_checkpoints(run, out_dir):

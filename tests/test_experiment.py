@@ -12,7 +12,7 @@ import yaml
 from test_training import DIGITS, MOONS
 
 import cll
-from cll import ROOT
+from cll import ROOT, experiment
 from cll.experiment import experiment_params, load_model, results, run_dir
 
 SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pairs", "pairs": 50}}
@@ -109,7 +109,7 @@ def test_profiles_change_sizes_never_the_method(path):
     the head of the file says why."""
     paper = cll.load_params(path, "paper").model_dump()
     sizes = {"epochs", "batch_size", "train_size", "test_size", "tightness", "size"}
-    sizes |= {"data", "input_shape", "profile", "attack"}
+    sizes |= {"data", "input_shape", "profile", "attack", "snapshots"}
     for profile in ("smoke", "quick"):
         inside = {"optimizer": {"milestones"}, "augmentation": {"crop"}, "loss": set()}
         if any(f"\n# {said}:" in path.read_text() for said in (profile, "smoke and quick")):
@@ -381,3 +381,57 @@ def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypat
     assert again["certifier"] == cll.experiment.CERTIFIER and again["device"] == first["device"]
     assert again["trained"]["device"] == "a GPU"
     assert json.loads(path.read_text()) == again
+
+
+class TestSnapshots:
+    """Weights of some epochs, certified when training is done."""
+
+    RUN = SHORT | {"snapshots": [1, 3]}
+
+    def test_the_last_one_is_the_result(self, tmp_path):
+        params = experiment.load_params(self.RUN)
+        result = experiment.run(params, tmp_path, progress=False)
+        first, last = result["snapshots"]
+        assert (first["epoch"], last["epoch"]) == (1, 3)
+        for key in ("clean", "cra", "K_f", "K_lower", "tightness"):
+            assert last[key] == result[key], key
+        assert first["K_f"] != last["K_f"]
+        assert not list(tmp_path.glob("snapshot*"))
+
+    def test_they_do_not_change_the_training(self, tmp_path):
+        runs = [experiment.load_params(self.RUN), experiment.load_params(SHORT)]
+        with_them, without = (
+            experiment.run(run, tmp_path / str(i), progress=False) for i, run in enumerate(runs)
+        )
+        assert with_them["K_f"] == without["K_f"] and with_them["cra"] == without["cra"]
+        assert "snapshots" not in without and runs[0].hash() != runs[1].hash()
+
+    def test_stacked_runs_keep_their_own(self, tmp_path):
+        runs = [experiment.load_params(self.RUN, seed=s) for s in (1, 2)]
+        for result in experiment.run_all(runs, tmp_path, progress=False, stack=2):
+            assert result["trained_together"] == 2
+            assert result["snapshots"][-1]["K_f"] == result["K_f"]
+
+    def test_an_epoch_that_never_comes_is_an_error(self):
+        with pytest.raises(ValueError, match="there is no epoch 4, epochs = 3"):
+            experiment.load_params(SHORT | {"snapshots": [1, 4]})
+
+
+def test_sized_as_another_keeps_the_loss_and_reads_finished_runs():
+    small = experiment.load_params(DIGITS)
+    table = experiment.load_params(DIGITS | {"attack": {"images": 10}, "name": "row"})
+    (same,) = experiment.sized_as(small, [table])
+    assert same.hash() == table.hash() and same.attack is None
+    longer = table.model_copy(update={"epochs": 9, "seed": 3})
+    (resized,) = experiment.sized_as(small, [longer])
+    assert (resized.epochs, resized.seed, resized.name) == (small.epochs, 3, "row")
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+@pytest.mark.parametrize("name", ["figure5", "lambda_sweep"])
+def test_sweeps_share_the_finished_runs_of_table2(name, profile):
+    first, *_ = experiment.experiment_params(name, profile)
+    table = experiment.experiment_params("table2", profile, seeds=[1])
+    rows = [run for run in table if run.row in ("T2-03", "T2-05")]
+    shared = experiment.sized_as(first, rows)
+    assert [run.hash() for run in shared] == [run.hash() for run in rows]
