@@ -31,8 +31,15 @@ __all__ = [
     "display_table",
     "moons_table",
     "published",
+    "display_gains",
+    "display_sweep",
+    "gain_table",
+    "lambda_slope",
+    "reached",
     "save_table",
     "shape_table",
+    "snapshot_table",
+    "sweep_table",
     "table_runs",
     "tightness_note",
     "uncertain",
@@ -514,14 +521,154 @@ def run_table(result):
     return pd.DataFrame.from_dict(lines, orient="index", columns=list(style)).rename_axis("")
 
 
+# ------------------------------------------------ figure 5 and the supplement: sweeps of one number
+def sweep_table(results):
+    """Runs by method, epsilon, p and lambda: means over the seeds, guaranteed bound, test samples.
+
+    Returns one line each: method, epsilon, p, lambda (nan where the loss has none), n (seeds),
+    clean, cra (at the training margin) and tightness in percent, K_f, K_hf, the standard deviations
+    of clean and cra, and where figure 5 prints that run's CRA, it and the difference (nan on other
+    data than CIFAR-10).
+    """
+    printed, groups, lines = published("figure5"), {}, []
+    for r in results:
+        lam = r["params"]["loss"].get("lambda")
+        groups.setdefault((r["method"], r["epsilon"], r["p"], lam), []).append(r)
+    for (method, epsilon, p, lam), runs in groups.items():
+        cra = 100 * np.array([r["cra"][f"{epsilon:g}"] for r in runs])
+        clean = 100 * np.array([r["clean"] for r in runs])
+        of_method = printed["method"].eq(method) & printed["epsilon"].eq(epsilon)
+        if method == "CLL":
+            of_method &= np.isclose(printed["p"], p) & np.isclose(printed["lambda"], lam)
+        row = printed[of_method & printed["cra_at_eps"].notna()]
+        known = len(row) and runs[0]["data"] != "two_moons"
+        in_print = row["cra_at_eps"].iloc[0] if known else np.nan
+        comparable = all(same_data(r, "CIFAR-10") for r in runs)
+        tightness = [r["tightness"] for r in runs if r.get("tightness") is not None]
+        lines.append(
+            {
+                "method": method,
+                "epsilon": epsilon,
+                "p": np.nan if p is None else p,
+                "lambda": np.nan if lam is None else lam,
+                "n": len(runs),
+                "clean": clean.mean(),
+                "cra": cra.mean(),
+                "K_f": np.mean([r["K_f"] for r in runs]),
+                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
+                "tightness": 100 * np.mean(tightness) if tightness else np.nan,
+                "clean_std": clean.std(ddof=1) if len(runs) > 1 else np.nan,
+                "cra_std": cra.std(ddof=1) if len(runs) > 1 else np.nan,
+                "cra_published": in_print,
+                "difference": cra.mean() - in_print if comparable else np.nan,
+            }
+        )
+    return pd.DataFrame(lines).sort_values(["method", "epsilon", "p", "lambda"], ignore_index=True)
+
+
+def display_sweep(table):
+    """The frame of `sweep_table` for reading: strings, accuracies as mean ± std over the seeds."""
+    lines = []
+    for row in table.to_dict("records"):
+        lines.append(
+            {
+                "method": row["method"],
+                "ε": f"{row['epsilon']:g}",
+                "p": "–" if np.isnan(row["p"]) else f"{row['p']:g}",
+                "λ": "–" if np.isnan(row["lambda"]) else f"{row['lambda']:.1e}",
+                "seeds": str(row["n"]),
+                "clean %": _cell(row["clean"], row["clean_std"]),
+                "CRA(ε) %": _cell(row["cra"], row["cra_std"], row["difference"]),
+                "paper": _cell(row["cra_published"]),
+                "K(f)": f"{row['K_f']:.2f}",
+                "K(h∘f)": f"{row['K_hf']:.2f}",
+                "tightness %": _cell(row["tightness"]),
+            }
+        )
+    return pd.DataFrame(lines).set_index(["method", "ε", "p", "λ"])
+
+
+def gain_table(table):
+    """The table of figure 5 from the frame of `sweep_table`: CRA(epsilon) of GloRo and CLL at each
+    printed margin in percent, CLL's relative gain in percent, and the three as printed.
+
+    A margin at which one of the two was not run has nan there.
+    """
+    printed = published("figure5").query("panel == 'eps_sweep_table'").set_index("method")
+    lines = []
+    for epsilon in printed["epsilon"].unique():
+        paper = printed[printed["epsilon"] == epsilon]["cra_at_eps"]
+        ours = table[np.isclose(table["epsilon"], epsilon)]
+        ours = ours[(ours["method"] == "GloRo") | np.isclose(ours["p"], 0.3)].set_index("method")
+        gloro, cll = (ours["cra"].get(method, np.nan) for method in ("GloRo", "CLL"))
+        lines.append(
+            {
+                "epsilon": epsilon,
+                "GloRo": gloro,
+                "CLL": cll,
+                "gain": 100 * (cll / gloro - 1) if gloro > 0 else np.nan,
+                "GloRo_published": paper["GloRo"],
+                "CLL_published": paper["CLL"],
+                "gain_published": 100 * (paper["CLL"] / paper["GloRo"] - 1),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def display_gains(gains):
+    """The frame of `gain_table` for reading, laid out as in the paper: a column per margin."""
+
+    def row(column, form):
+        return ["–" if np.isnan(v) else form.format(v) for v in gains[column]]
+
+    lines = {}
+    for where, end in (("here", ""), ("paper", "_published")):
+        for method in ("GloRo", "CLL"):
+            lines[f"{method}, CRA(ε) %", where] = row(method + end, "{:.1f}")
+        lines["relative gain %", where] = row("gain" + end, "{:+.1f}")
+    columns = [f"ε = {epsilon:g}" for epsilon in gains["epsilon"]]
+    frame = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
+    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["", "source"])
+    return frame
+
+
+def snapshot_table(results):
+    """Runs with snapshots, a line per method and epoch: means over the seeds of clean, cra (at the
+    training margin) and tightness in percent, and K_f; guaranteed bound, test samples."""
+    lines = []
+    for r in results:
+        for s in r.get("snapshots", []):
+            line = {"method": r["method"], "epoch": s["epoch"], "clean": 100 * s["clean"]}
+            line |= {"cra": 100 * s["cra"][f"{r['epsilon']:g}"], "K_f": s["K_f"]}
+            lines.append(line | {"tightness": 100 * s.get("tightness", np.nan)})
+    return pd.DataFrame(lines).groupby(["method", "epoch"], as_index=False).mean()
+
+
+def reached(epochs, values, share=0.95):
+    """The first epoch at which values (in order of epochs) are at `share` of their last one."""
+    values = np.asarray(values, float)
+    there = np.flatnonzero(values >= share * values[-1]) if len(values) else []
+    return float(np.asarray(epochs)[there[0]]) if len(there) else np.nan
+
+
+def lambda_slope(table):
+    """(exponent, factor) of the power law K_f = factor * lambda^exponent, fitted to the frame of
+    `sweep_table` by least squares of the logarithms; nan with fewer than two values of lambda."""
+    if table["lambda"].nunique() < 2:
+        return np.nan, np.nan
+    exponent, factor = np.polyfit(np.log(table["lambda"]), np.log(table["K_f"]), 1)
+    return exponent, np.exp(factor)
+
+
 # ---------------------------------------------------------------------------------------- verdicts
 def claims(experiment, results):
     """What the paper says about an experiment, and whether these runs show it.
 
-    experiment: "table1", "table2", "figure1", "figure2", "figure4", "slack_sweep", or "true_margin"
-    (figure 4's column 0.15). Records of figures 1 and 2 have their `moons.shape` under "shape".
+    experiment: "table1", "table2", "figure1", "figure2", "figure4", "figure5", "slack_sweep",
+    "convergence", "lambda_sweep", or "true_margin" (figure 4's column 0.15). Records of figures 1
+    and 2 have their `moons.shape` under "shape".
     Returns one line per claim: claim, paper (as printed), here (means over the seeds, guaranteed
-    bound), verdict ("shown", "not shown", "not run", or "no verdict" and why).
+    bound), verdict ("holds", "does not hold", "not run", or "no verdict" and why).
     """
     known = {
         "table1": functools.partial(_table_claims, "table1"),
@@ -531,6 +678,9 @@ def claims(experiment, results):
         "figure4": _figure4_claims,
         "slack_sweep": _slack_claims,
         "true_margin": _true_margin_claims,
+        "figure5": _figure5_claims,
+        "convergence": _convergence_claims,
+        "lambda_sweep": _lambda_claims,
     }
     if experiment not in known:
         raise ValueError(f"no claims about {experiment!r}; there are: {', '.join(known)}")
@@ -539,7 +689,7 @@ def claims(experiment, results):
         if not np.isfinite(values).all():
             here, verdict = "–", "not run"
         else:
-            here, verdict = form.format(*values), "shown" if holds(*values) else "not shown"
+            here, verdict = form.format(*values), "holds" if holds(*values) else "does not hold"
             if any(r["data"] == "digits" for r in results):
                 verdict = "no verdict: digits"
             elif "parameters" in claim and any(r.get("size") for r in results):
@@ -801,6 +951,78 @@ def _slack_claims(results):
     cra = list(table["cra"])
     form = ", ".join(["{:.1f}"] * len(cra))
     yield "less slack, more CRA", "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)
+
+
+def _figure5_claims(results):
+    table = sweep_table(results)
+    gains = gain_table(table)
+    grid = published("figure5").query("panel == 'slack_sweep_4C3F_left'")["p"]
+    slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], 0.15)]
+    slack = [slack[np.isclose(slack["p"], p)].mean(numeric_only=True) for p in grid]
+    clean, cra = ([line.get(column, np.nan) for line in slack] for column in ("clean", "cra"))
+    form = ", ".join(["{:.1f}"] * len(grid))
+    yield (
+        "S7: more slack costs clean accuracy (largest p below smallest)", "falls with p",
+        form, clean, lambda *c: c[-1] < c[0],
+    )  # fmt: skip
+    yield (
+        "S7: more slack first raises CRA (its peak is not at the smallest p)", "rises to a peak",
+        form, cra, lambda *c: max(c) > c[0],
+    )  # fmt: skip
+    printed = ", ".join(f"{gain:+.1f}" for gain in gains["gain_published"])
+    yield (
+        "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε", printed,
+        ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]].to_numpy().ravel(),
+        functools.partial(_in_all, lambda a, b: a > b and (b == 0 or round(100 * a / b, 1) >= 103)),
+    )  # fmt: skip
+    cll = table[(table["method"] == "CLL") & np.isclose(table["p"], 0.3)].set_index("epsilon")
+    gloro = table[table["method"] == "GloRo"].set_index("epsilon")
+    for column, name in [("K_f", "K(f)"), ("K_hf", "K(h∘f)"), ("tightness", "tightness")]:
+        pairs = []
+        for epsilon in gains["epsilon"]:
+            pairs += [frame[column].get(epsilon, np.nan) for frame in (cll, gloro)]
+        yield (
+            f"E2: CLL's {name} is above GloRo's at every ε", "CLL > GloRo",
+            ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), pairs,
+            functools.partial(_in_all, ABOVE),
+        )  # fmt: skip
+
+
+def _convergence_claims(results):
+    table = snapshot_table(results) if results else pd.DataFrame(columns=["method"])
+    for column, name in [("cra", "CRA"), ("tightness", "tightness")]:
+        epochs = []
+        for method in ("CLL", "GloRo"):
+            own = table[table["method"] == method]
+            epochs.append(reached(own["epoch"], own[column]) if len(own) else np.nan)
+        yield (
+            f"S4: CLL reaches 95 % of its last {name} in fewer epochs", "CLL before GloRo",
+            "epoch {:.0f} vs {:.0f}", epochs, BELOW,
+        )  # fmt: skip
+
+
+def _lambda_claims(results):
+    table = sweep_table(results)
+    lam, K = table["lambda"].to_numpy(), table["K_f"].to_numpy()
+    many = len(table) > 2
+    yield (
+        "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)", "set by λ",
+        "{:.1f} to {:.1f}", [K[0], K[-1]] if many else [np.nan], lambda a, b: a > b,
+    )  # fmt: skip
+    yield (
+        "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)", "– (derived: -0.5)",
+        "{:.2f}", [lambda_slope(table)[0] if many else np.nan], lambda b: abs(b + 0.5) <= 0.1,
+    )  # fmt: skip
+    decades = max(
+        np.log10(lam[j] / lam[i])
+        for i in range(len(table))
+        for j in range(i, len(table))
+        if all(np.ptp(table[c].to_numpy()[i : j + 1]) <= 1 for c in ("clean", "cra"))
+    )
+    yield (
+        "E3: insensitive to λ: clean and CRA each within a point over two decades", "a wide range",
+        "{:.1f} decades", [decades if many else np.nan], lambda d: d >= 1.99,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- saving

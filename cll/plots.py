@@ -22,7 +22,18 @@ from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
 from .moons import grid
-from .paper import TRUE_MARGIN, caption, data_source, published, same_data, uncertain
+from .paper import (
+    TRUE_MARGIN,
+    caption,
+    data_source,
+    lambda_slope,
+    published,
+    reached,
+    same_data,
+    snapshot_table,
+    sweep_table,
+    uncertain,
+)
 
 __all__ = [
     "STYLE",
@@ -30,6 +41,7 @@ __all__ = [
     "caption",
     "certificate_gap",
     "certified_images",
+    "convergence_figure",
     "cra_comparison",
     "cra_figure",
     "extreme_images",
@@ -39,6 +51,8 @@ __all__ = [
     "figure1",
     "figure2",
     "figure4",
+    "figure5",
+    "lambda_figure",
     "layer_bars",
     "moons_panel",
     "radius_comparison",
@@ -64,6 +78,7 @@ STYLE = {
 }
 PUBLISHED_RADII = {"cra_36": 36 / 255, "cra_72": 72 / 255, "cra_108": 108 / 255}
 BLUE, ORANGE, SKY, RED, GRAY = "#0072B2", "#E69F00", "#56B4E9", "#C1121F", "#8C8C8C"
+GREEN = "#009E73"
 
 styled = matplotlib.rc_context(STYLE)  # decorates every function below that draws
 
@@ -328,6 +343,161 @@ def slack_figure(results, models, dataset):
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {k_hf:.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
     _title(figure, _drawn(results))
+    return figure
+
+
+# ------------------------------------------- figure 5 and the supplement: sweeps and convergence
+LINES = {  # of the methods that figures 5 and D1 compare
+    "CLL": {"color": BLUE, "ls": "-", "marker": "o", "ms": 4},
+    "GloRo": {"color": ORANGE, "ls": "--", "marker": "s", "ms": 4},
+}
+OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's values
+
+
+@styled
+def figure5(results):
+    """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
+    tightness over the margin. Means over the seeds; open marks: what the paper prints.
+
+    results: records of the runs of params/figure5 and of rows T2-03 and T2-05 in any order; what is
+    missing leaves a gap.
+    """
+    table = sweep_table(results)
+    printed = published("figure5").query("panel == 'eps_sweep_table'")
+    cll = table[table["method"] == "CLL"]
+    slack = cll[np.isclose(cll["epsilon"], TRUE_MARGIN)].sort_values("p")
+    figure = Figure(figsize=(10, 3.1))
+    left, certified, constants, tight = figure.subplots(1, 4)
+    clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
+    left.plot(slack["p"], slack["clean"], label="clean", **clean)
+    left.plot(slack["p"], slack["cra"], label="CRA(0.15)", **LINES["CLL"])
+    left.set_xlabel("slack p")
+    left.set_ylabel("accuracy (%)")
+    left.set_xlim(0, 0.75)
+    left.set_title("slack, CLL at ε = 0.15")
+
+    same = all(same_data(r, "CIFAR-10") for r in results)
+    for method, line in LINES.items():
+        own = table[(table["method"] == method)]
+        own = own[own["p"].isna() | np.isclose(own["p"], 0.3)].sort_values("epsilon")
+        certified.plot(own["epsilon"], own["cra"], label=method, **line)
+        constants.plot(own["epsilon"], own["K_f"], label=f"{method}, $K^{{(f)}}$", **line)
+        tight.plot(own["epsilon"], own["tightness"], label=method, **line)
+        if method == "CLL":
+            at = np.linspace(0.13, 1.3, 100)
+            law = 1 / np.array([float(cll_scale(float(e), 0.3)) for e in at])
+            constants.plot(at, law, color=BLUE, ls=":", label="CLL, $K^{(h∘f)}$")
+        if same:
+            own = printed[printed["method"] == method]
+            mark = OPEN | {"marker": line["marker"], "mec": line["color"], "ms": 6}
+            certified.plot(own["epsilon"], own["cra_at_eps"], **mark)
+            constants.plot(own["epsilon"], own["k_f"], **mark)
+            tight.plot(own["epsilon"], own["tightness"], **mark)
+            if method == "CLL":
+                own = own.dropna(subset=["clean"])
+                left.plot(own["p"], own["clean"], **OPEN, marker="^", mec=GREEN, ms=6)
+                left.plot(own["p"], own["cra_at_eps"], **mark)
+    certified.set_ylabel("CRA at the trained ε (%)")
+    certified.set_title("certified accuracy")
+    _log_y(constants)
+    constants.set_ylabel("Lipschitz constant")
+    constants.set_title("K")
+    tight.set_ylabel("tightness (%)")
+    tight.set_title("tightness")
+    for ax in (certified, constants, tight):
+        ax.set_xlabel("training margin ε")
+        ax.set_xlim(0, 1.4)
+    for ax in (left, certified, tight):
+        ax.set_ylim(0, max(1, 1.35 * max(np.nanmax(line.get_ydata()) for line in ax.get_lines())))
+    low, high = constants.get_ylim()
+    constants.set_ylim(low, high * (high / low) ** 0.45)
+    for ax in (left, certified, constants, tight):
+        ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
+    _title(figure, caption(results) + " · open marks: the paper's values" * same)
+    return figure
+
+
+@styled
+def convergence_figure(results):
+    """Figure D1: tightness, CRA at the training margin and K while CLL and GloRo train.
+
+    results: records of runs with snapshots; means over the seeds. Rings: where a curve is first at
+    95 % of its last value.
+    """
+    table = snapshot_table(results)
+    figure = Figure(figsize=(9, 2.9))
+    axes = figure.subplots(1, 3)
+    for ax, (column, label) in zip(
+        axes,
+        [
+            ("tightness", "tightness (%)"),
+            ("cra", f"CRA at ε = {results[0]['epsilon']:g} (%)"),
+            ("K_f", "K(f), guaranteed"),
+        ],
+        strict=True,
+    ):
+        for method, line in LINES.items():
+            own = table[table["method"] == method]
+            if own.empty:
+                continue
+            ax.plot(own["epoch"], own[column], label=method, **line)
+            at = reached(own["epoch"], own[column])
+            if column != "K_f" and np.isfinite(at):
+                y = own[own["epoch"] == at][column]
+                ax.plot(at, y, "o", ms=10, mfc="none", mec=line["color"])
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(label)
+        if table["epoch"].max() > 30:
+            ax.set_xscale("log")
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+    _log_y(axes[2])
+    for ax in axes[:2]:
+        ax.set_ylim(0)
+    axes[1].legend(loc="best")
+    _title(figure, caption(results) + " · rings: first at 95 % of the last value")
+    return figure
+
+
+@styled
+def lambda_figure(images, moons):
+    """Figure D4a: accuracies (left) and K(f) (right) over lambda, for images and for two moons.
+
+    images, moons: result records of CLL with several lambda. The dashed line is the prediction
+    K(f) proportional to lambda^(-1/2) through the middle of the measured values, the dotted one the
+    fitted power law.
+    """
+    figure = Figure(figsize=(9, 5.4))
+    for (accuracy, constant), results in zip(figure.subplots(2, 2), (images, moons), strict=True):
+        table = sweep_table(results)
+        lam, K = table["lambda"], table["K_f"]
+        clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
+        accuracy.plot(lam, table["clean"], label="clean", **clean)
+        margin = f"CRA({table['epsilon'].iloc[0]:g})"
+        accuracy.plot(lam, table["cra"], label=margin, **LINES["CLL"])
+        accuracy.set_ylim(0, 105)
+        accuracy.set_ylabel(f"{results[0]['model']}, {data_source(results[0])}\naccuracy (%)")
+        constant.plot(lam, K, label="measured", ls="", color=BLUE, marker="o", ms=5)
+        middle = np.exp(np.log(K).mean() + 0.5 * np.log(lam).mean())
+        label = "predicted: λ$^{-1/2}$"
+        constant.plot(lam, middle * lam**-0.5, color="black", ls="--", label=label)
+        exponent, factor = lambda_slope(table)
+        label = f"fitted: λ$^{{{exponent:.2f}}}$".replace("-", "−")
+        constant.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
+        _log_y(constant)
+        constant.set_ylabel("K(f), guaranteed")
+        same = all(same_data(r, "CIFAR-10") for r in results)
+        if same:
+            row = published("table2").loc["T2-05"]
+            mark = OPEN | {"marker": "o", "mec": BLUE, "ms": 7}
+            constant.plot(1e-4, row["k_f"], label="paper", **mark)
+            accuracy.plot(1e-4, row["clean"], **OPEN, marker="^", mec=GREEN, ms=7)
+        for ax in (accuracy, constant):
+            ax.set_xscale("log")
+            ax.set_xlabel("λ, weight of K²")
+        accuracy.legend(loc="lower left", ncols=2)
+        constant.legend(loc="upper right")
+    _title(figure, f"{caption(images)} · below: {caption(moons)}")
     return figure
 
 
@@ -833,6 +1003,14 @@ def _title(figure, text):
     text = text.replace(" ", "\u00a0").replace("·\u00a0", "· ").replace(",\u00a0", ", ")
     lines = textwrap.wrap(text, int(15 * figure.get_figwidth()))
     figure.suptitle("\n".join(line.removesuffix("·").rstrip() for line in lines), fontsize=9)
+
+
+def _log_y(ax):
+    """A logarithmic ordinate with plain numbers at 1, 2 and 5 times the powers of ten."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _number(radius):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_paper import moons_record, record
+from test_paper import moons_record, record, snapshots, sweep_record
 
 import cll
 from cll import plots
@@ -273,3 +273,37 @@ def test_the_seed_that_is_drawn_is_named(half_plane, points):
     title = texts(plots.figure4(runs, [half_plane] * 2, points)).replace("\xa0", " ")
     assert "drawn: seed 4" in title
     assert "drawn" not in texts(plots.figure4(runs[:1], [half_plane], points))
+
+
+def test_figure5_draws_both_methods_and_the_papers_values_on_its_data_only():
+    runs = [sweep_record(p=p) for p in (0.1, 0.3)]
+    runs += [sweep_record(epsilon=0.5), sweep_record("GloRo", cra=0.5), sweep_record("GloRo", 0.5)]
+    figure = plots.figure5(runs)
+    slack, certified, constants, tight = figure.axes
+    assert list(line(slack, "clean")[0]) == [0.1, 0.3]
+    assert list(line(certified, "CLL")[0]) == list(line(certified, "GloRo")[0]) == [0.15, 0.5]
+    assert line(certified, "GloRo")[1][0] == pytest.approx(50)
+    x, y = line(constants, "CLL, $K^{(h")
+    assert np.interp(0.15, x, y) == pytest.approx(11.564, rel=1e-2)
+    assert "open marks" in texts(figure).replace("\xa0", " ")
+    digits = plots.figure5([r | {"data": "digits"} for r in runs])
+    assert "open marks" not in texts(digits).replace("\xa0", " ")
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
+
+
+def test_convergence_rings_stand_where_the_curve_arrives():
+    run = sweep_record(snapshots=snapshots({1: 0.2, 2: 0.59, 5: 0.6}))
+    figure = plots.convergence_figure([run])  # one method alone is drawn, too
+    assert list(line(figure.axes[1], "CLL")[0]) == [1, 2, 5]
+    (ring,) = [item for item in figure.axes[1].get_lines() if len(item.get_xdata()) == 1]
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (2, pytest.approx(59))
+
+
+def test_lambda_figure_fits_and_predicts():
+    runs = [sweep_record(lam=lam, K_f=0.7 * lam**-0.5) for lam in (1e-6, 1e-5, 1e-4)]
+    moons = [r | {"data": "two_moons", "model": "MLP"} for r in runs]
+    figure = plots.lambda_figure(runs, moons)
+    constant = figure.axes[1]
+    assert np.allclose(line(constant, "predicted")[1], line(constant, "measured")[1])
+    assert "fitted: λ$^{−0.50}$" in constant.get_legend_handles_labels()[1]
+    assert "two_moons" in figure.axes[2].get_ylabel()
