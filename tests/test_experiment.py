@@ -105,8 +105,8 @@ ALL_FILES = sorted((ROOT / "params").glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
 def test_profiles_change_sizes_never_the_method(path):
-    """Learning rate, Adam's memory and the TRADES weight may follow the number of iterations where
-    the head of the file says why."""
+    """Learning rate, Adam's memory, the TRADES weight and augmentation may follow the number of
+    iterations where the head of the file says why."""
     paper = cll.load_params(path, "paper").model_dump()
     sizes = {"epochs", "batch_size", "train_size", "test_size", "tightness", "size"}
     sizes |= {"data", "input_shape", "profile", "attack", "snapshots"}
@@ -115,6 +115,7 @@ def test_profiles_change_sizes_never_the_method(path):
         if any(f"\n# {said}:" in path.read_text() for said in (profile, "smoke and quick")):
             inside["optimizer"] |= {"lr", "betas"}
             inside["loss"] |= {"trades"}
+            inside["augmentation"] |= {"flip", "jitter", "rotation"}
         other = cll.load_params(path, profile).model_dump()
         changed = {k for k in paper if paper[k] != other[k]}
         assert changed <= sizes | inside.keys()
