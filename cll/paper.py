@@ -563,7 +563,11 @@ def sweep_table(results):
                 "difference": cra.mean() - in_print if comparable else np.nan,
             }
         )
-    return pd.DataFrame(lines).sort_values(["method", "epsilon", "p", "lambda"], ignore_index=True)
+    names = ["method", "epsilon", "p", "lambda", "n", "clean", "cra", "K_f", "K_hf", "tightness"]
+    names += ["clean_std", "cra_std", "cra_published", "difference"]
+    table = pd.DataFrame(lines, columns=names)
+    table = table.astype(dict.fromkeys(names[1:4] + names[5:], float))
+    return table.sort_values(["method", "epsilon", "p", "lambda"], ignore_index=True)
 
 
 def display_sweep(table):
@@ -641,7 +645,8 @@ def snapshot_table(results):
             line = {"method": r["method"], "epoch": s["epoch"], "clean": 100 * s["clean"]}
             line |= {"cra": 100 * s["cra"][f"{r['epsilon']:g}"], "K_f": s["K_f"]}
             lines.append(line | {"tightness": 100 * s.get("tightness", np.nan)})
-    return pd.DataFrame(lines).groupby(["method", "epoch"], as_index=False).mean()
+    names = ["method", "epoch", "clean", "cra", "K_f", "tightness"]
+    return pd.DataFrame(lines, columns=names).groupby(["method", "epoch"], as_index=False).mean()
 
 
 def reached(epochs, values, share=0.95):
@@ -1013,12 +1018,13 @@ def _lambda_claims(results):
         "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)", "– (derived: -0.5)",
         "{:.2f}", [lambda_slope(table)[0] if many else np.nan], lambda b: abs(b + 0.5) <= 0.1,
     )  # fmt: skip
-    decades = max(
+    flat = [
         np.log10(lam[j] / lam[i])
         for i in range(len(table))
         for j in range(i, len(table))
         if all(np.ptp(table[c].to_numpy()[i : j + 1]) <= 1 for c in ("clean", "cra"))
-    )
+    ]
+    decades = max(flat, default=np.nan)
     yield (
         "E3: insensitive to λ: clean and CRA each within a point over two decades", "a wide range",
         "{:.1f} decades", [decades if many else np.nan], lambda d: d >= 1.99,
