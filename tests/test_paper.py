@@ -405,18 +405,18 @@ def test_verdicts_on_figures_1_and_2():
     much = moons_record(p=0.75, cra=0.91, K_hf=3.4)
     little = moons_record(p=1e-15, cra=1.0, K_hf=234.9)
     found = paper.claims("figure1", [shaped(much, turns=0.1), shaped(little)])["verdict"]
-    assert set(found) == {"shown"} and len(found) == 5
+    assert set(found) == {"holds"} and len(found) == 5
     found = paper.claims("figure1", [shaped(much | {"train_cra": {"0.15": 0.8}})])["verdict"]
-    assert found.iloc[0] == "not shown" and set(found.iloc[1:3]) == {"not run"}
+    assert found.iloc[0] == "does not hold" and set(found.iloc[1:3]) == {"not run"}
 
     plain = shaped(moons_record("CE", cra=0, K=1e4, epsilon=0.15), turns=2)
     gloro = shaped(moons_record("GloRo", cra=0.98, K=100), turns=0.5, output=20, inside=3)
     found = paper.claims("figure2", [plain, gloro, shaped(little)])["verdict"]
-    assert set(found) == {"shown"} and len(found) == 8
+    assert set(found) == {"holds"} and len(found) == 8
     for change in ({"turns": 3}, {"inside": 0}, {"output": 30}):
         other = gloro | {"shape": gloro["shape"] | change}
         found = paper.claims("figure2", [plain, other, shaped(little)])["verdict"]
-        assert "not shown" in set(found)
+        assert "does not hold" in set(found)
 
 
 def test_slack_verdicts():
