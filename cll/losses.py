@@ -148,8 +148,7 @@ def aol_loss(logits, targets, *, offset=2**0.5 * 1.5, temperature=0.25, reductio
     """AOL loss (Prach & Lampert, ECCV 2022): t CE((f - u e_y) / t, y), offset u, temperature t.
 
     The defaults are those of SLL and LBDN; AOL itself has u = sqrt(2). Where all pairs have the
-    bound kappa, this is t times two-sided ``cll_loss`` with epsilon = u / (2 kappa) and p such that
-    sigma = t / kappa, i.e. p = 2 / (1 + exp(epsilon / sigma)).
+    same bound, this is t times two-sided ``cll_loss``, see ``aol_as_cll``.
     Raises ValueError on wrong shapes, an unknown reduction or a float temperature <= 0.
     """
     if not isinstance(temperature, Tensor) and not temperature > 0:
@@ -158,6 +157,13 @@ def aol_loss(logits, targets, *, offset=2**0.5 * 1.5, temperature=0.25, reductio
     t = _as(f, temperature)
     shifted = torch.where(_one_hot(targets, f), f - _as(f, offset), f)
     return _reduce(t * _cross_entropy(shifted / t, targets), reduction)
+
+
+def aol_as_cll(offset, temperature, kappa):
+    """(epsilon, p) of the two-sided ``cll_loss`` that, times t, is ``aol_loss`` with offset u and
+    temperature t, where K_ij = kappa for all pairs: epsilon = u / (2 kappa), sigma = t / kappa,
+    hence p = 2 / (1 + exp(u / (2 t))), whatever kappa, and K^(h o f) = kappa / t. Floats."""
+    return offset / (2 * kappa), 2 / (1 + math.exp(offset / (2 * temperature)))
 
 
 def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean"):

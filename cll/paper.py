@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from .losses import cll_scale
+from .losses import aol_as_cll, aol_loss, cll_loss, cll_scale
 
 __all__ = [
     "TRUE_MARGIN",
@@ -670,14 +671,16 @@ def claims(experiment, results):
     """What the paper says about an experiment, and whether these runs show it.
 
     experiment: "table1", "table2", "figure1", "figure2", "figure4", "figure5", "slack_sweep",
-    "convergence", "lambda_sweep", or "true_margin" (figure 4's column 0.15). Records of figures 1
-    and 2 have their `moons.shape` under "shape".
+    "convergence", "lambda_sweep", "true_margin" (figure 4's column 0.15), or "aol_mapping", which
+    is algebra and needs no results. Records of figures 1 and 2 have their `moons.shape` under
+    "shape".
     Returns one line per claim: claim, paper (as printed), here (means over the seeds, guaranteed
     bound), verdict ("holds", "does not hold", "not run", or "no verdict" and why).
     """
     known = {
         "table1": functools.partial(_table_claims, "table1"),
         "table2": functools.partial(_table_claims, "table2"),
+        "aol_mapping": _aol_claims,
         "figure1": _figure1_claims,
         "figure2": _figure2_claims,
         "figure4": _figure4_claims,
@@ -849,6 +852,48 @@ def _figure4_claims(results):
     K = [_line(table, "GloRo", epsilon, "K_f") for epsilon in (0.10, 0.15, 0.20, 0.25)]
     form = ", ".join(["{:.1f}"] * len(K))
     yield "GloRo's K(f) falls as the margin grows", "falls", form, K, lambda *k: all(np.diff(k) < 0)
+
+
+def aol_check(offset, temperature, kappa, samples=512, classes=100):
+    """Largest relative differences between the AOL loss and t times CLL at the mapped margin and
+    slack, of values and of gradients in the logits: (value, gradient), on random float64 logits."""
+    random = torch.Generator().manual_seed(0)
+    f = 3 * torch.randn(samples, classes, generator=random, dtype=torch.float64)
+    y = torch.randint(classes, (samples,), generator=random)
+    epsilon, p = aol_as_cll(offset, temperature, kappa)
+    K = torch.full((classes, classes), kappa, dtype=torch.float64)
+    both = []
+    for loss in (
+        lambda f: aol_loss(f, y, offset=offset, temperature=temperature, reduction="none"),
+        lambda f: temperature * cll_loss(f, y, K, epsilon=epsilon, p=p, reduction="none"),
+    ):
+        logits = f.clone().requires_grad_()
+        value = loss(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        both.append((value.detach(), gradient))
+    (value, gradient), (other, its_gradient) = both
+    return (
+        ((value - other).abs().max() / value.abs().max()).item(),
+        ((gradient - its_gradient).abs().max() / gradient.abs().max()).item(),
+    )
+
+
+AOL_SETTINGS = {"AOL": (2**0.5, 0.25), "SLL, LBDN": (2**0.5 * 1.5, 0.25)}  # offset, temperature
+
+
+def _aol_claims(results):
+    table = published("table2").set_index("row_id")
+    small = max(max(aol_check(*setting, 2**0.5)) for setting in AOL_SETTINGS.values())
+    claim = "the AOL loss is CLL where all pairs have one K (largest relative difference)"
+    yield claim, "behaves alike", "{:.0e}", [small], lambda a: a < 1e-12
+    K, K_hf = table.loc["T2-16", ["k_f", "k_hf"]].astype(float)
+    mapped = 1 / cll_scale(*aol_as_cll(*AOL_SETTINGS["SLL, LBDN"], K))
+    equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
+    claim = "CIFAR-100, SLL-XL: K(h∘f) that follows from the printed K(f)"
+    yield claim, f"{K_hf}", "{:.1f}", [mapped], equal
+    ours = float(table.loc["T2-17", "k_hf"])
+    claim = "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"
+    yield claim, f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}", [ours, K_hf], _similar
 
 
 def _mean(results, key, **where):

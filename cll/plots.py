@@ -54,6 +54,7 @@ __all__ = [
     "figure5",
     "lambda_figure",
     "layer_bars",
+    "loss_curves",
     "moons_panel",
     "radius_comparison",
     "radius_histogram",
@@ -135,6 +136,34 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         ax.legend(loc="upper left", borderaxespad=0.2, labelspacing=0.2)
     axes[0].set_ylabel("probability of the class y")
+    return figure
+
+
+@styled
+def loss_curves(settings, title):
+    """Two classes: calibrated losses against the certified distance of the right class.
+
+    settings: {label: (epsilon, p)} of two-sided CLL; title: the caption. The loss is multiplied by
+    sigma, which makes all slopes 1 far inside the wrong class: what is left are place and width of
+    the bend. Circles: d = 2 epsilon, where the probability is one half.
+    """
+    figure = Figure(figsize=(5.6, 3.1))
+    ax = figure.subplots()
+    d = np.linspace(-0.5, 3, 701)
+    styles = itertools.cycle([(ORANGE, "-"), (RED, "-"), (BLUE, "--"), (SKY, "-.")])
+    for (label, (epsilon, p)), (color, line) in zip(settings.items(), styles, strict=False):
+        sigma = float(cll_scale(epsilon, p))
+        loss = sigma * np.logaddexp(0, (2 * epsilon - d) / sigma)
+        name = f"{label}: ε = {epsilon:.3g}, p = {p:.2g}, $K^{{(h∘f)}}$ = {1 / sigma:.1f}"
+        ax.plot(d, loss, line, color=color, label=name)
+        ax.plot(2 * epsilon, sigma * np.log(2), "o", color=color, mfc="white", ms=5)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_xlim(d[0], d[-1])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("certified distance $d = (f_y - f_j) / K_{yj}$ (L2, input units)")
+    ax.set_ylabel("loss × σ (input units)")
+    ax.legend(loc="upper right")
+    _title(figure, title)
     return figure
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cll.losses import (
     OFFSETS,
+    aol_as_cll,
     aol_loss,
     binary_cll_loss,
     certificate_regularized_loss,
@@ -193,6 +194,7 @@ def test_aol_loss_is_two_sided_cll_with_a_constant_bound(offset, temperature, ka
     f, y, _ = batch()
     epsilon, sigma = offset / (2 * kappa), temperature / kappa
     p = 2 / (1 + math.exp(epsilon / sigma))
+    assert aol_as_cll(offset, temperature, kappa) == pytest.approx((epsilon, p), rel=1e-12)
     assert cll_scale(epsilon, p) == pytest.approx(sigma, rel=1e-12)
     K = kappa * (1 - torch.eye(5, dtype=torch.float64))
     a = aol_loss(f, y, offset=offset, temperature=temperature) / temperature

@@ -147,6 +147,16 @@ def test_figure2_colours_the_outputs_by_robustness(half_plane, points):
     assert "not run" in texts(empty)
 
 
+def test_loss_curves_bend_at_twice_the_margin():
+    figure = plots.loss_curves({"a": (0.5, 0.01), "b": (0.75, 0.03)}, "computed")
+    for label, epsilon, p in (("a", 0.5, 0.01), ("b", 0.75, 0.03)):
+        d, loss = line(figure.axes[0], label)
+        sigma = cll.cll_scale(epsilon, p)
+        assert np.interp(2 * epsilon, d, loss) == pytest.approx(sigma * np.log(2), rel=1e-3)
+        assert (loss[0] - loss[10]) / (d[10] - d[0]) == pytest.approx(1, abs=1e-3)
+    assert "computed" in texts(figure)
+
+
 def test_training_curves_are_in_percent():
     curve = pd.DataFrame(
         {"epoch": [1, 2], "loss": [2.0, 1.0], "train_accuracy": [0.5, 0.75], "K": [10.0, 5.0]}
@@ -238,6 +248,7 @@ def test_images_are_ordered_by_radius():
 def test_every_axis_of_data_is_labelled(half_plane, points):
     figures = [
         plots.calibrated_logistic(),
+        plots.loss_curves({"a": (0.5, 0.01)}, "computed"),
         plots.figure1([moons_record()], [half_plane], points),
         plots.figure4([moons_record()], [half_plane], points),
         plots.slack_figure([moons_record()], [half_plane], points),
