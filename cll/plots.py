@@ -333,7 +333,8 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
                 below.axvline(at, color=GRAY, lw=0.9)
         if margin >= end:
             note = f"margin ±Kε\n= ±{margin:.0f},\noutside"
-            below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes)
+            box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.2}
+            below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes, bbox=box)
         below.set_xlim(-end, end)
         below.set_xlabel("output $f_1 - f_0$")
         logistic = below.twinx()
