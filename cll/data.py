@@ -35,7 +35,7 @@ OWN_DATA = (
     "DATA=folder:PATH (folders train/CLASS/ and test/CLASS/ of images)"
 )
 # What zipfile, zlib and numpy raise on a file that is cut short, overwritten or no archive at all.
-# RuntimeError: encrypted, or a compression method (NotImplementedError) that zipfile does not know.
+# RuntimeError: encrypted, or compressed by a method that zipfile does not know.
 UNREADABLE = (
     OSError,
     ValueError,

@@ -328,10 +328,10 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
             color=[BLUE, ORANGE, RED],
             label=["class 0", "class 1", "wrong or not robust"],
         )
-        for at in (-margin, margin):
-            if margin < end:
+        if margin < end:
+            for at in (-margin, margin):
                 below.axvline(at, color=GRAY, lw=0.9)
-        if margin >= end:
+        else:
             note = f"margin ±Kε\n= ±{margin:.0f},\noutside"
             box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.2}
             below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes, bbox=box)

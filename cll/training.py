@@ -84,8 +84,8 @@ def _form(config):
 
 
 def _moves_K(config):
-    """Whether the loss has a gradient in K; CE ignores it, AOL and Hinge train
-    networks of constant K."""
+    """Whether the loss has a gradient in K; CE ignores K, AOL and Hinge train networks of constant
+    K."""
     if config.name == "CLL":
         return config.lam > 0 or not config.detach
     return config.name == "GloRo" or (config.name == "SOC" and config.gamma > 0)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import urllib.error
 from dataclasses import replace
@@ -218,7 +219,7 @@ def test_npz_of_another_shape_than_the_network(npz):
     one_line(error, "1x28x28", "3x32x32", "input_shape=[1, 28, 28]")
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, "flip", "npy", "text"])
+@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, "flip", "encrypted", "npy", "text"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_truncated_or_damaged(tmp_path, keep, save):
     path = tmp_path / "cut.npz"
@@ -226,6 +227,11 @@ def test_npz_truncated_or_damaged(tmp_path, keep, save):
     whole = bytearray(path.read_bytes())
     if keep == "flip":
         whole[len(whole) // 3] ^= 255  # inside x_train, behind its header
+        path.write_bytes(whole)
+    elif keep == "encrypted":  # the bit that says so, in both headers of each member
+        for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            for found in re.finditer(re.escape(signature), bytes(whole)):
+                whole[found.start() + flags] |= 1
         path.write_bytes(whole)
     elif keep == "npy":
         np.save(path.with_suffix(".npy"), arrays()["x_train"])

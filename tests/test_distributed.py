@@ -114,6 +114,17 @@ def test_a_killed_rank_resumes_to_the_same_result(tmp_path):
     assert all(torch.equal(weights[key], resumed[key]) for key in weights)
 
 
+def test_ranks_leave_without_shutting_the_interpreter_down(tmp_path):
+    """Worker threads of gloo that live on would abort a rank in its shutdown, once in a while."""
+    (tmp_path / "leave.py").write_text(
+        "import atexit, sys\nfrom cll import ranks\nranks.connect('cpu')\n"
+        "atexit.register(print, 'shut down', file=sys.stderr)\nprint('written')\nranks.close()\n"
+    )
+    done = launch([str(tmp_path / "leave.py")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written") == 2 and "shut down" not in done.stderr
+
+
 def test_errors_of_one_rank_end_all(tmp_path):
     done = launch(command_line(SHORT["moons"] | {"batch_size": 75}, tmp_path))
     assert done.returncode != 0

@@ -132,9 +132,7 @@ def test_figure1_shows_the_extremes_and_the_axis_between(half_plane, points):
 
 def test_figure2_colours_the_outputs_by_robustness(half_plane, points):
     """f_1 - f_0 = 2 x_1 and K = 2: outputs within 0.3 of 0 are not robust, one point is wrong."""
-    results = [
-        moons_record(m, epsilon=e) for m, e in (("CE", 0.15), ("GloRo", 0.15), ("CLL", 0.15))
-    ]
+    results = [moons_record(method) for method in ("CE", "GloRo", "CLL")]
     figure = plots.figure2(results, [half_plane] * 3, points)
     below = next(ax for ax in figure.axes if ax.get_xlabel().startswith("output"))
     counts = [sum(patch.get_height() for patch in bars) for bars in below.containers]

@@ -81,6 +81,9 @@ def results(tmp_path):
     empty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Nothing to see.")])
     nbformat.write(empty, folder / "plain" / "plain.ipynb")
     nbformat.write(empty, folder / "plain" / "plain.partial.ipynb")
+    nbformat.write(empty, folder / "table1" / "table1.ipynb")
+    (folder / "table2").mkdir()  # its notebook did not reach the end
+    (folder / "table2" / "table2.md").write_text("| unfinished |\n| --- |\n| 1 |\n\nx\n")
     (folder / "table1" / "table1.md").write_text(
         "| row | CRA |\n| --- | --- |\n| T1-01 | 22.4 |\n\nprofile x\n"
     )
@@ -101,7 +104,7 @@ def results(tmp_path):
 def test_the_site_is_whole_and_asks_nobody(results):
     site = report.build(results).parent
     found = {path.name: Links(path) for path in site.glob("*.html")}
-    assert found.keys() == {"index.html", "toy.html", "plain.html"}
+    assert found.keys() == {"index.html", "toy.html", "plain.html", "table1.html"}
     for name, page in found.items():
         for target in page.leads:
             file, _, anchor = target.partition("#")
@@ -118,6 +121,7 @@ def test_the_site_is_whole_and_asks_nobody(results):
         assert shown in front
     for shown in ("3 of 801", "0123456789 + changes", "2026-01-02", "digits", "2.6.0"):
         assert shown in front
+    assert "unfinished" not in front
     with Image.open(site / "toy-boundary.png") as thumbnail:
         assert thumbnail.width == report.THUMBNAIL
 

@@ -42,18 +42,23 @@ def markdown_table(path):
     return pages.scrolling(render(table)), render(notes.replace("\n", "\n\n"))
 
 
-def tables(folder):
-    """The tables of the paper, then the verdicts on their claims."""
+def tables(folder, notebooks):
+    """The tables of the paper."""
     parts = []
-    for file, title in (("table1", "Table 1"), ("table2", "Table 2")):
-        path = folder / file / f"{file}.md"
-        if path.exists():
+    for name in sorted(notebooks.keys() & {"table1", "table2"}):
+        table, notes = markdown_table(folder / name / f"{name}.md")
+        parts.append(f'<h2 id="{name}">Table {name[-1]}</h2>\n{table}\n{notes}')
+    return "\n".join(parts)
+
+
+def claims(folder, notebooks):
+    """What the paper says and whether the runs show it, of every notebook that judges it."""
+    parts = []
+    for name in notebooks:
+        for path in sorted((folder / name).glob("claims*.md")):
+            about = f"{name}{path.stem.removeprefix('claims').replace('_', ', ')}"
             table, notes = markdown_table(path)
-            claims, _ = markdown_table(path.with_name("claims.md"))
-            parts.append(
-                f'<h2 id="{file}">{title}</h2>\n{table}\n{notes}\n'
-                f'<h3 id="{file}-claims">Claims about {title.lower()}</h3>\n{claims}'
-            )
+            parts.append(f'<h3><a href="{name}.html">{about}</a></h3>\n{table}\n{notes}')
     return "\n".join(parts)
 
 
@@ -144,7 +149,9 @@ which data, schedule and network sizes it comes from.
 <a href="{SOURCES}">Sources</a></p>
 <h2 id="notebooks">Notebooks</h2>
 {contents(notebooks)}
-{tables(folder)}
+{tables(folder, notebooks)}
+<h2 id="claims">What the paper claims</h2>
+{claims(folder, notebooks)}
 <h2 id="figures">Figures</h2>
 {gallery(folder, notebooks, report)}
 <h2 id="provenance">Where the numbers come from</h2>
