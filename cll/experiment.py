@@ -52,8 +52,8 @@ from .rounding import margin_error
 from .training import build_network, load_checkpoints, load_snapshots, train
 
 __all__ = [
-    "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "results",
-    "load_model", "load_dataset", "run_dir", "outputs_dir",
+    "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "finished",
+    "results", "load_model", "load_dataset", "run_dir", "outputs_dir",
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
@@ -110,6 +110,7 @@ class GloRo(_Record):
     gradient: Literal["exact", "published"] = Field(
         "exact", description="published: the head's largest pair norm counts twice (official code)"
     )
+    temperature: Positive = Field(1.0, description="of the softmax: logits and K are divided by it")
 
     @model_validator(mode="after")
     def _check(self):
@@ -544,10 +545,12 @@ def load_model(out_dir):
     return net.eval()
 
 
-def _finished(params, out_dir):
+def _finished(params, out_dir, ever=False):
+    """The record of a finished run, else None. ever: even if FRESH=1 of make asks to redo it."""
     path = Path(out_dir) / "result.json"
-    # FRESH=1 of make: what was finished before that moment counts as not done
-    if not path.exists() or path.stat().st_mtime < float(os.environ.get("CLL_FRESH") or 0):
+    # what was finished before that moment counts as not done
+    since = 0 if ever else float(os.environ.get("CLL_FRESH") or 0)
+    if not path.exists() or path.stat().st_mtime < since:
         return None
     try:
         record = json.loads(path.read_text())
@@ -602,6 +605,12 @@ def run(params, out_dir, progress=True):
     if not isinstance(params, Params):
         params = load_params(params)
     return _run_together([params], [Path(out_dir)], progress)[0]
+
+
+def finished(runs, root):
+    """The result records of the runs that have finished under `root`, in order. Trains nothing."""
+    records = [_finished(params, run_dir(params, root), ever=True) for params in runs]
+    return [record for record in records if record is not None]
 
 
 def run_all(runs, root, progress=True, stack=None):
@@ -820,7 +829,7 @@ def _composed_constant(loss, K_f):
     """K^(h o f): Lipschitz constant of the network with the loss's own scale of the logits."""
     if loss.name == "CLL":
         return 1 / cll_scale(loss.epsilon, loss.p)
-    return K_f / loss.temperature if loss.name == "AOL" else K_f
+    return K_f / getattr(loss, "temperature", 1)
 
 
 def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, finished=None):

@@ -1,11 +1,31 @@
 """Two-moons networks in the plane: what figures 1, 2 and 4 draw, and what their shapes measure."""
 
+from typing import NamedTuple
+
 import contourpy
 import numpy as np
 import torch
 
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, predict_logits
+
+
+class Plane(NamedTuple):
+    """A network on the plane, enough to draw it at any margin: grid axes x and y, f_1 - f_0 on the
+    grid (y, x), logits of the points (N, 2), and the guaranteed K (2, 2)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    difference: np.ndarray
+    logits: torch.Tensor
+    K: torch.Tensor
+
+
+def plane(model, points, resolution=201):
+    """The `Plane` of a two-class network of the plane, around points (N, 2)."""
+    points = torch.as_tensor(points)
+    axes_and_values = grid(model, points, resolution)
+    return Plane(*axes_and_values, predict_logits(model, points), lipschitz_matrix(model))
 
 
 def shape(model, dataset, epsilon):

@@ -15,15 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.special
 import torch
 
-from .losses import aol_as_cll, aol_loss, cll_loss, cll_scale
+from .losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
 __all__ = [
     "TRUE_MARGIN",
     "attack_check",
     "attack_table",
     "caption",
+    "checklist",
     "claims",
     "comparison_table",
     "data_source",
@@ -32,16 +34,19 @@ __all__ = [
     "display_shapes",
     "display_sweep",
     "display_table",
+    "display_temperature",
     "gain_table",
     "lambda_slope",
     "moons_table",
     "published",
     "reached",
+    "read_claims",
     "save_table",
     "shape_table",
     "snapshot_table",
     "sweep_table",
     "table_runs",
+    "temperature_table",
     "tightness_note",
     "uncertain",
 ]
@@ -452,7 +457,9 @@ def moons_table(results):
                 "difference": cra.mean() - cra_printed,
             }
         )
-    return pd.DataFrame(lines).sort_values(
+    names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
+    names += ["cra_published", "K_hf_published", "difference"]
+    return pd.DataFrame(lines, columns=names).sort_values(
         ["method", "epsilon", "p"], ascending=[True, True, False], ignore_index=True
     )
 
@@ -666,14 +673,64 @@ def lambda_slope(table):
     return exponent, np.exp(factor)
 
 
+def temperature_table(results):
+    """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
+    CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
+    training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
+    groups, lines = {}, []
+    for r in results:
+        t = r["params"]["loss"].get("temperature", np.nan)
+        groups.setdefault((r["method"], t, np.nan if r["p"] is None else r["p"]), []).append(r)
+    for (method, t, p), runs in groups.items():
+        cra = 100 * np.array([r["train_cra"][f"{r['epsilon']:g}"] for r in runs])
+        clean = 100 * np.array([r["train_clean"] for r in runs])
+        one = len(runs) == 1
+        lines.append(
+            {
+                "method": method,
+                "t": t,
+                "p": p,
+                "n": len(runs),
+                "clean": clean.mean(),
+                "clean_std": np.nan if one else clean.std(ddof=1),
+                "cra": cra.mean(),
+                "cra_std": np.nan if one else cra.std(ddof=1),
+                "K_f": np.mean([r["K_f"] for r in runs]),
+                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
+            }
+        )
+    names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
+    table = pd.DataFrame(lines, columns=names)
+    order = ["method", "t", "p"]
+    return table.sort_values(order, ascending=[True, False, False], ignore_index=True)
+
+
+def display_temperature(table):
+    """The frame of `temperature_table` for reading."""
+    shown = pd.DataFrame(
+        {
+            "method": table["method"],
+            "t": ["–" if pd.isna(t) else f"{t:g}" for t in table["t"]],
+            "p": ["–" if pd.isna(p) else f"{p:g}" for p in table["p"]],
+            "seeds": table["n"].map(str),
+            "clean % (train)": map(_cell, table["clean"], table["clean_std"]),
+            "CRA(0.15) % (train)": map(_cell, table["cra"], table["cra_std"]),
+            "K(f)": table["K_f"].map("{:.3g}".format),
+            "K(h∘f)": table["K_hf"].map("{:.3g}".format),
+        }
+    )
+    return shown.set_index(["method", "t", "p"])
+
+
 # ---------------------------------------------------------------------------------------- verdicts
 def claims(experiment, results):
     """What the paper says about an experiment, and whether these runs show it.
 
     experiment: "table1", "table2", "figure1", "figure2", "figure4", "figure5", "slack_sweep",
-    "convergence", "lambda_sweep", "true_margin" (figure 4's column 0.15), or "aol_mapping", which
-    is algebra and needs no results. Records of figures 1 and 2 have their `moons.shape` under
-    "shape".
+    "convergence", "lambda_sweep", "temperature", "true_margin" (figure 4's column 0.15), or
+    "figure3" and "aol_mapping", which are algebra and need no results. results: records; of figures
+    1 and 2 with their `moons.shape` under "shape"; None for the tables and figure 5: the printed
+    numbers themselves take the place of ours.
     Returns one line per claim: claim, paper (as printed), here (means over the seeds, guaranteed
     bound), verdict ("holds", "does not hold", "not run", or "no verdict" and why).
     """
@@ -689,6 +746,8 @@ def claims(experiment, results):
         "figure5": _figure5_claims,
         "convergence": _convergence_claims,
         "lambda_sweep": _lambda_claims,
+        "figure3": _figure3_claims,
+        "temperature": _temperature_claims,
     }
     if experiment not in known:
         raise ValueError(f"no claims about {experiment!r}; there are: {', '.join(known)}")
@@ -697,10 +756,11 @@ def claims(experiment, results):
         if not np.isfinite(values).all():
             here, verdict = "–", "not run"
         else:
-            here, verdict = form.format(*values), "holds" if holds(*values) else "does not hold"
-            if any(r["data"] == "digits" for r in results):
+            here = form(*values) if callable(form) else form.format(*values)
+            verdict = "holds" if holds(*values) else "does not hold"
+            if any(r["data"] == "digits" for r in results or []):
                 verdict = "no verdict: digits"
-            elif "parameters" in claim and any(r.get("size") for r in results):
+            elif "parameters" in claim and any(r.get("size") for r in results or []):
                 verdict = "no verdict: reduced size"
         lines.append((claim, paper, here, verdict))
     return pd.DataFrame(lines, columns=["claim", "paper", "here", "verdict"]).set_index("claim")
@@ -751,6 +811,8 @@ TABLE_CLAIMS = {
          "CIFAR-10, LipConv-20: clean accuracy above SOC's"),
         ("T2-09", ["T2-08"], CRA, ABOVE, "CIFAR-10, CPL-XL: CLL certifies more than CPL"),
         ("T2-09", ["T2-08"], ["clean"], ABOVE, "CIFAR-10, CPL-XL: clean accuracy above CPL's"),
+        ("T2-17", ["T2-12", "T2-13", "T2-14", "T2-15", "T2-16"], CRA, NOT_BELOW,
+         "CIFAR-100: no row certifies more than SLL-XL with CLL"),
         ("T2-11", ["T2-10"], ["clean", *CRA], _close,
          "CIFAR-10, SLL-XL: no improvement over the AOL loss (within a point)"),
         ("T2-13", ["T2-12"], CRA, ABOVE, "CIFAR-100, LipConv-20: CLL certifies more than SOC"),
@@ -781,9 +843,56 @@ TABLE_CLAIMS = {
 }  # fmt: skip
 
 
+# CLL beside the loss that the same network was published with: name, row of CLL, its baseline
+PAIRS = {
+    "table1": [("8C2F", "T1-04", "T1-02"), ("LipConv-20", "T1-07", "T1-06")],
+    "table2": [
+        ("6C2F", "T2-04", "T2-02"),
+        ("4C3F", "T2-05", "T2-03"),
+        ("LipConv-20", "T2-07", "T2-06"),
+        ("CPL-XL", "T2-09", "T2-08"),
+        ("SLL-XL", "T2-11", "T2-10"),
+        ("LipConv-20 on CIFAR-100", "T2-13", "T2-12"),
+        ("CPL-XL on CIFAR-100", "T2-15", "T2-14"),
+        ("SLL-XL on CIFAR-100", "T2-17", "T2-16"),
+    ],
+}
+# what the abstract says of all pairs alike: claim, columns, whether (ours, baseline, ...) shows it
+EVERY_PAIR = [
+    ("every pair: CLL certifies more at every radius", CRA,
+     lambda *v: _in_all(ABOVE, *v)),
+    ("every pair: two points more CRA at some radius", CRA,
+     lambda *v: max(a - b for a, b in zip(v[::2], v[1::2], strict=True)) >= 1.95),
+    ("every pair: clean accuracy not below", ["clean"], lambda a, b: a >= b),
+    ("every pair: a larger K(h∘f)", ["k_hf"], lambda a, b: a > b),
+    ("every pair: a tighter bound", ["tightness"], lambda a, b: a > b),
+]  # fmt: skip
+
+
+def _every_pair(table, frame):
+    """One claim a line about all pairs of a table; a pair that lacks a number leaves no verdict,
+    unless the paper does not print it."""
+    for claim, columns, shows in EVERY_PAIR:
+        judged = {}
+        for name, ours, baseline in PAIRS[table]:
+            cells = [frame.loc[(row, column)] for column in columns for row in (ours, baseline)]
+            if all(pd.notna(cell["published"]) and not cell["uncertain"] for cell in cells):
+                means = [cell["mean"] for cell in cells]
+                judged[name] = float(shows(*means)) if np.isfinite(means).all() else np.nan
+
+        def counted(*shown, names=tuple(judged)):
+            failing = ", ".join(name for name, yes in zip(names, shown, strict=True) if not yes)
+            return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
+
+        yield claim, "consistently", counted, list(judged.values()), lambda *shown: all(shown)
+
+
 def _table_claims(table, results):
-    frame = comparison_table(results, table)
+    frame = comparison_table(results or [], table)
+    if results is None:  # the printed numbers are judged, where they are sure
+        frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
+    yield from _every_pair(table, frame)
     for ours, baselines, columns, relation, claim in TABLE_CLAIMS[table]:
         printed, values = [], []
         for column in columns:
@@ -798,7 +907,7 @@ def _table_claims(table, results):
     if table == "table1":
         sizes = []
         for row_id in ("T1-10", "T1-09", "T1-08"):
-            runs = [r for r in results if r.get("row") == row_id]
+            runs = [r for r in results or [] if r.get("row") == row_id]
             sizes.append(np.mean([r["parameters"] for r in runs]) / 1e6 if runs else np.nan)
         yield (
             "fewer parameters: 8C2F < Sandwich < SLL-XL",
@@ -896,6 +1005,80 @@ def _aol_claims(results):
     yield claim, f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}", [ours, K_hf], _similar
 
 
+def _figure3_claims(results):
+    """Algebra of the calibrated logistic, on numbers drawn at random and on those printed."""
+    random = np.random.default_rng(0)
+    epsilon, p, K = (
+        random.uniform(0.01, 2, 500),
+        random.uniform(1e-6, 0.999, 500),
+        10.0 ** random.uniform(-3, 3, 500),
+    )
+    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
+    tails = [
+        scipy.special.expit(-epsilon / sigma) - p / 2,
+        scipy.special.expit(epsilon / sigma) - (1 - p / 2),
+    ]
+    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
+    yield claim, "full control", "{:.0e}", [np.abs(tails).max()], lambda e: e < 1e-12
+    loss = [_loss_at(1.7 * k, k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
+    other = [_loss_at(1.7 * 9 * k, 9 * k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
+    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
+    yield claim, "any K", "{:.0e}", [np.abs(np.divide(loss, other) - 1).max()], lambda e: e < 1e-12
+    steep = [
+        _loss_at(-61 * w * k, k, e, q) - _loss_at(-60 * w * k, k, e, q)
+        for e, q, k, w in zip(epsilon, p, K, sigma, strict=True)
+    ]
+    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
+    one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
+    yield claim, "1", "{:.6f} to {:.6f}", [min(steep), max(steep)], lambda *s: one(s)
+    printed = _printed_constants()
+    equal = [round(1 / float(cll_scale(e, q)), 1) == k for e, q, k in printed]
+    claim = "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"
+    yield claim, f"{len(equal)}", "{:.0f}", [sum(equal)], lambda n: n == len(equal)
+    slack = np.geomspace(1e-6, 0.9, 60)
+    constants = np.array([1 / float(cll_scale(TRUE_MARGIN, q)) for q in slack])
+    claim = "K(h∘f) falls as p grows"
+    yield (
+        claim,
+        "inversely related",
+        "{:.1f} to {:.1f}",
+        [constants[0], constants[-1]],
+        lambda *k: all(np.diff(constants) < 0),
+    )
+    product = slack * constants
+    claim = "K(h∘f) is inversely proportional to p, word for word (p K within a factor of 2)"
+    yield (
+        claim,
+        "inversely proportional",
+        "factor {:.0f}",
+        [product.max() / product.min()],
+        lambda r: r <= 2,
+    )
+    product = [e / float(cll_scale(e, 0.01)) for e in np.geomspace(0.01, 2, 60)]
+    claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
+    yield claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
+
+
+def _loss_at(score, K, epsilon, p):
+    """Binary CLL of one sample of class 1 with score f, float64."""
+    f = torch.tensor([score], dtype=torch.float64)
+    return float(binary_cll_loss(f, torch.tensor([1]), K, epsilon=epsilon, p=p))
+
+
+def _printed_constants():
+    """(epsilon, p, K(h∘f)) wherever the paper prints all three."""
+    found = []
+    for table in ("table1", "table2"):
+        for row in published(table).to_dict("records"):
+            doubtful = {"epsilon", "p", "k_hf"} & uncertain(row)
+            if row["method"] == "CLL" and not doubtful:
+                found.append((row["epsilon"], row["p"], row["k_hf"]))
+    moons = published("two_moons").query("status == 'printed'")
+    p, K = (pd.to_numeric(moons[c], errors="coerce") for c in ("p_code", "k_hf_printed"))
+    found += zip(moons["epsilon"], p, K, strict=True)
+    return [values for values in found if np.isfinite(values).all()]
+
+
 def _mean(results, key, **where):
     """Mean over the seeds of a column of `shape_table`, nan if there is no such run."""
     table = shape_table(results) if results else pd.DataFrame(columns=[key, *where])
@@ -959,12 +1142,15 @@ def _slack_claims(results):
         yield f"{about}: K(h∘f)", f"{printed:.1f}", "{:.1f}", [line["K_hf"]], equal
     cra = list(table["cra"])
     form = ", ".join(["{:.1f}"] * len(cra))
+    cra = cra if len(cra) > 1 else [np.nan]
     yield "less slack, more CRA", "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)
 
 
 def _figure5_claims(results):
-    table = sweep_table(results)
+    table = sweep_table(results or [])
     gains = gain_table(table)
+    if results is None:  # the printed numbers are judged
+        gains[["GloRo", "CLL"]] = gains[["GloRo_published", "CLL_published"]]
     grid = published("figure5").query("panel == 'slack_sweep_4C3F_left'")["p"]
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], 0.15)]
     slack = [slack[np.isclose(slack["p"], p)].mean(numeric_only=True) for p in grid]
@@ -1033,6 +1219,207 @@ def _lambda_claims(results):
         "E3: insensitive to λ: clean and CRA each within a point over two decades", "a wide range",
         "{:.1f} decades", [decades if many else np.nan], lambda d: d >= 1.99,
     )  # fmt: skip
+
+
+def _temperature_claims(results):
+    table = temperature_table(results)
+    gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
+    enough = gloro["t"].nunique() > 2
+
+    def spread(frame, column):
+        return np.ptp(frame[column]) if len(frame) > 2 else np.nan
+
+    yield (
+        "S5: temperature does not change GloRo's CRA (spread within a point)", "no slack effect",
+        "{:.2f} points", [spread(gloro, "cra")], lambda a: a <= 1,
+    )  # fmt: skip
+    yield (
+        "S5: nor its clean accuracy (spread within a point)", "no slack effect",
+        "{:.2f} points", [spread(gloro, "clean")], lambda a: a <= 1,
+    )  # fmt: skip
+    slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0] if enough else np.nan
+    yield (
+        "S5: the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)", "– (derived: 1)",
+        "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1,
+    )  # fmt: skip
+    yield (
+        "S5: with calibration p does change CRA (spread above 5 points)", "slack",
+        "{:.2f} points", [spread(cll, "cra")], lambda a: a > 5,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ the checklist
+TABLES = ("table1", "table2")
+
+
+def _of_tables(*claims):
+    return [(table, claim) for table in TABLES for claim in claims]
+
+
+# What abstract, introduction, sections 3 and 4 and conclusion say, and the tests, by notebook, that
+# must all hold for a verdict. Claims are in our words.
+CHECKLIST = [
+    ("A1", "Common margin losses do not adapt to outputs that shrink when K is minimised", [
+        ("figure2", "GloRo leaves points in the margin"),
+        ("figure2", "CLL leaves none at the same margin: CRA 100"),
+        ("figure2", "CLL's outputs are far larger than GloRo's (twice, median)")]),
+    ("A2", "A small K can mean an overly smooth decision function", [
+        ("figure1", "much slack: a smoother boundary (turns)"),
+        ("figure1", "much slack: CRA within a point"),
+        ("figure4", "GloRo's K(f) falls as the margin grows"),
+        ("figure4", "beyond it, at 0.25, CLL keeps more CRA")]),
+    ("A3", "CLL calibrates the loss to margin and K: full control over slack", [
+        ("figure3", "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"),
+        ("figure3", "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"),
+        ("slack_sweep", "less slack, more CRA")]),
+    ("A4", "Certificates improve even with a larger K", [
+        ("table1", "8C2F, ε = 0.5: CLL certifies more than GloRo"),
+        ("table1", "8C2F: a larger K(h∘f) than GloRo's"),
+        ("table1", "LipConv-20: CLL certifies more than SOC, SLL and LBDN"),
+        ("table1", "LipConv-20: a larger K(h∘f) than SOC's"),
+        ("table2", "4C3F: CLL certifies more than GloRo"),
+        ("table2", "4C3F: a larger K(h∘f) than GloRo's"),
+        ("table2", "CIFAR-100, CPL-XL: CLL certifies more than CPL"),
+        ("table2", "CIFAR-100, CPL-XL: a larger K(h∘f) than CPL's")]),
+    ("A5", "On CIFAR-10, CIFAR-100 and Tiny-ImageNet CLL consistently outperforms losses that "
+     "leave K unattended", _of_tables("every pair: CLL certifies more at every radius")),
+    ("A6", "State of the art among deterministic L2 methods on CIFAR-100 and Tiny-ImageNet", [
+        ("table2", "CIFAR-100: no row certifies more than SLL-XL with CLL"),
+        ("table1", "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
+        ("table1", "LipConv-20: CLL certifies more than SOC, SLL and LBDN")]),
+    ("A7", "Much smaller networks without K = 1 become competitive", [
+        ("table1", "fewer parameters: 8C2F < Sandwich < SLL-XL"),
+        ("table1", "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
+        ("table1", "8C2F, ε = 1: clean accuracy not below LBDN's")]),
+    ("I1", "A larger K and tighter bounds at once",
+     _of_tables("every pair: a larger K(h∘f)", "every pair: a tighter bound")),
+    ("I2", "Existing systems gain several points of CRA and lose no clean accuracy",
+     _of_tables("every pair: two points more CRA at some radius",
+                "every pair: clean accuracy not below")),
+    ("I3", "On two moons CLL finds the right margin without errors, GloRo leaves some", [
+        ("figure4", "CLL keeps CRA at the true margin (99.9 or more)"),
+        ("figure4", "GloRo loses CRA at the true margin"),
+        ("slack_sweep", "CLL keeps CRA at the true margin (99.9 or more)"),
+        ("slack_sweep", "GloRo loses CRA at the true margin")]),
+    ("S1", "K(h∘f) = 1/σ(p), whatever f is", [
+        ("figure3", "the loss sees f / K only: f and K times 9 change nothing (largest relative "
+         "difference)"),
+        ("figure3", "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times "
+         "σ)")]),
+    ("S2", "K(h∘f) is inversely proportional to p", [
+        ("figure3", "K(h∘f) falls as p grows"),
+        ("figure3", "K(h∘f) is inversely proportional to p, word for word (p K within a factor of "
+         "2)")]),
+    ("S3", "K(f) may take any value; a light λ holds it", [
+        ("lambda_sweep", "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)"),
+        ("lambda_sweep", "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)")]),
+    ("S4", "CLL reaches its tightness and CRA faster than GloRo", [
+        ("convergence", "S4: CLL reaches 95 % of its last CRA in fewer epochs"),
+        ("convergence", "S4: CLL reaches 95 % of its last tightness in fewer epochs")]),
+    ("S5", "Without calibration the temperature of the softmax gives no slack", [
+        ("temperature", "S5: temperature does not change GloRo's CRA (spread within a point)"),
+        ("temperature", "S5: nor its clean accuracy (spread within a point)"),
+        ("temperature", "S5: with calibration p does change CRA (spread above 5 points)")]),
+    ("S6", "Data that can be separated need little slack, which allows a large K", [
+        ("slack_sweep", "less slack, more CRA"),
+        ("figure1", "little slack: CRA within a point"),
+        ("figure1", "little slack: K(h∘f) within a quarter")]),
+    ("S7", "On images slack trades clean accuracy for CRA, up to a peak", [
+        ("figure5", "S7: more slack costs clean accuracy (largest p below smallest)"),
+        ("figure5", "S7: more slack first raises CRA (its peak is not at the smallest p)")]),
+    ("E1", "4C3F: 3 % more CRA than GloRo (relative) at every ε", [
+        ("figure5", "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε")]),
+    ("E2", "4C3F: a larger K and a higher tightness than GloRo at every ε", [
+        ("figure5", "E2: CLL's K(f) is above GloRo's at every ε"),
+        ("figure5", "E2: CLL's tightness is above GloRo's at every ε")]),
+    ("E3", "Accuracy hardly depends on λ", [
+        ("lambda_sweep",
+         "E3: insensitive to λ: clean and CRA each within a point over two decades")]),
+    ("E4", "On models of the AOL loss CLL changes little", [
+        ("aol_mapping", "the AOL loss is CLL where all pairs have one K (largest relative "
+         "difference)"),
+        ("aol_mapping", "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"),
+        ("table2", "CIFAR-10, SLL-XL: no improvement over the AOL loss (within a point)")]),
+    ("E5", "GloRo loses CRA at the true margin; CLL does not, and loses slowly beyond it", [
+        ("figure4", "GloRo loses CRA at the true margin"),
+        ("figure4", "CLL keeps CRA at the true margin (99.9 or more)"),
+        ("figure4", "beyond it, at 0.20, CLL keeps more CRA"),
+        ("figure4", "beyond it, at 0.25, CLL keeps more CRA")]),
+]  # fmt: skip
+CHECKLIST += [
+    (name, text, list(dict.fromkeys(test for other, _, tests in CHECKLIST[:] if other in of
+                                    for test in tests)))
+    for name, text, of in [
+        ("C1", "The calibrated width of the loss is its slack", {"A3", "S1"}),
+        ("C2", "Slack governs smoothness and K", {"S2", "S6", "A2"}),
+        ("C3", "K can be large where the model separates the data well", {"S6", "A4"}),
+        ("C4", "Better clean and certified accuracy across data sets and methods", {"A5", "I2"}),
+    ]
+]  # fmt: skip
+
+
+def read_claims(folder):
+    """What the notebooks under a profile's folder judged: one line per claim with the columns
+    notebook, claim, paper, here, verdict and about (the caption of the runs). Reads the tables
+    that `save_table` left in <notebook>/claims*.csv and .md."""
+    frames = []
+    for path in sorted(Path(folder).glob("*/claims*.csv")):
+        if path.parent.name != "claims":
+            frame = pd.read_csv(path, keep_default_na=False)
+            _, _, about = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n\n")
+            frames.append(frame.assign(notebook=path.parent.name, about=about.strip()))
+    names = ["notebook", "claim", "paper", "here", "verdict", "about"]
+    return pd.concat(frames)[names] if frames else pd.DataFrame(columns=names)
+
+
+def checklist(found):
+    """The paper's claims and the tests of each: (summary, tests), two frames.
+
+    found: the frame of `read_claims`. tests has a line per claim and test: id, test, notebook,
+    paper, here, verdict, printed (the verdict on the paper's own numbers, "–" where there are
+    none), about. summary has a line per claim: id, claim, verdict, tests ("2 hold, 1 do not, 3 not
+    run"), printed. A claim holds if every test of it does, does not hold if any does not, and is
+    not run otherwise. One test with several runs, as on images and on two moons, counts for each.
+    """
+    own = {name: claims(name, None)["verdict"] for name in (*TABLES, "figure5")}
+    lines, summary = [], []
+    for name, text, tests in CHECKLIST:
+        of_claim = []
+        for notebook, test in tests:
+            printed = own[notebook].get(test, "–") if notebook in own else "–"
+            printed = "–" if printed == "not run" else printed
+            head = {"id": name, "test": test, "notebook": notebook, "printed": printed}
+            same = found[(found["notebook"] == notebook) & (found["claim"] == test)]
+            blank = {"paper": "", "here": "–", "verdict": "not run", "about": ""}
+            rows = same[list(blank)].to_dict("records") or [blank]
+            of_claim += [head | row for row in rows]
+        verdicts = [line["verdict"] for line in of_claim]
+        on_print = [line["printed"] for line in of_claim if line["printed"] != "–"]
+        summary.append(
+            {
+                "id": name,
+                "claim": text,
+                "verdict": _joint(verdicts),
+                "tests": _counted(verdicts),
+                "printed": _joint(on_print) if on_print else "–",
+            }
+        )
+        lines += of_claim
+    columns = ["id", "test", "notebook", "paper", "here", "verdict", "printed", "about"]
+    return pd.DataFrame(summary).set_index("id"), pd.DataFrame(lines)[columns].set_index("id")
+
+
+def _joint(verdicts):
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if set(verdicts) == {"holds"} else "not run"
+
+
+def _counted(verdicts):
+    counts = {"hold": verdicts.count("holds"), "do not": verdicts.count("does not hold")}
+    counts["not run"] = verdicts.count("not run")
+    counts["no verdict"] = len(verdicts) - sum(counts.values())
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 
 
 # ------------------------------------------------------------------------------------------- saving

@@ -18,10 +18,10 @@ import torch
 from matplotlib.figure import Figure
 
 from . import faults as gallery
+from . import moons
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
-from .moons import grid
 from .paper import (
     TRUE_MARGIN,
     caption,
@@ -41,6 +41,8 @@ __all__ = [
     "caption",
     "certificate_gap",
     "certified_images",
+    "choose_figure",
+    "claims_figure",
     "convergence_figure",
     "cra_comparison",
     "cra_figure",
@@ -55,11 +57,16 @@ __all__ = [
     "lambda_figure",
     "layer_bars",
     "loss_curves",
+    "moons_gallery",
     "moons_panel",
+    "moons_view",
     "radius_comparison",
     "radius_histogram",
     "save",
+    "slack_curves",
     "slack_figure",
+    "temperature_figure",
+    "temperature_planes",
     "training_curves",
 ]
 
@@ -169,24 +176,24 @@ def loss_curves(settings, title):
 
 # ---------------------------------------------------------- figures 1, 2 and 4: the two-moons plane
 @styled
-def moons_panel(ax, model, points, targets, epsilon):
+def moons_panel(ax, network, points, targets, epsilon):
     """One classifier of the plane as the paper draws it; returns its CRA and K.
 
-    ax: matplotlib Axes. model: a two-class network (cll.LipschitzNet). points (N, 2), targets (N,).
+    ax: matplotlib Axes. network: a two-class cll.LipschitzNet, or its `moons.plane`, which redraws
+    at another epsilon without computing anything. points (N, 2), targets (N,).
     Black: decision boundary. Grey band: where the certified radius is below epsilon. Red crosses:
     points that are wrong or not certified at epsilon. Corners: CRA(epsilon) of these points, in
     percent, and K, both with the guaranteed bound.
     """
-    K = lipschitz_matrix(model)
     points, targets = torch.as_tensor(points), torch.as_tensor(targets)
-    x, y, difference = grid(model, points)
+    known = network if isinstance(network, moons.Plane) else moons.plane(network, points)
+    x, y, difference, f, K = known
     distance = difference / float(K[0, 1])
     ax.contourf(x, y, np.abs(distance), [0, epsilon], colors=["#DDDDDD"])
     for level, line in [(-epsilon, GRAY), (epsilon, GRAY), (0, "black")]:
         width = 0.8 if level else 1.8
         ax.contour(x, y, distance, [level], colors=line, linewidths=width, linestyles="solid")
 
-    f = predict_logits(model, points)
     robust = (f.argmax(1) == targets) & (certified_radius(f, K) > epsilon)
     for label, color, marker in [(0, BLUE, "o"), (1, ORANGE, "^")]:
         inside = robust & (targets == label)
@@ -284,6 +291,233 @@ def figure1(results, models, dataset):
     ax.set_xlabel("slack p: probability mass outside the margin")
     ax.set_ylabel("$K^{(h∘f)}$")
     _title(figure, _drawn(results))
+    return figure
+
+
+@styled
+def moons_gallery(planes, dataset):
+    """Small multiples of many two-moons networks: a row per margin, a column per method and slack.
+
+    planes: {(method, epsilon, p): (result record, moons.Plane)}, p None for GloRo. dataset: the
+    points they were trained on. A combination that is not there leaves a gap.
+    """
+    margins = sorted({epsilon for _, epsilon, _ in planes})
+    columns = sorted({(m, p) for m, _, p in planes if p is not None}, key=lambda c: -c[1])
+    columns += sorted({(m, p) for m, _, p in planes if p is None})
+    figure = Figure(figsize=(1.5 * len(columns) + 0.5, 1.0 * len(margins) + 0.7))
+    axes = figure.subplots(len(margins), len(columns), sharex=True, sharey=True, squeeze=False)
+    points, targets = dataset.train_images, dataset.train_targets
+    for line, epsilon in zip(axes, margins, strict=True):
+        for ax, (method, p) in zip(line, columns, strict=True):
+            if (method, epsilon, p) not in planes:
+                ax.set_visible(False)
+                continue
+            moons_panel(ax, planes[method, epsilon, p][1], points, targets, epsilon)
+            for text in ax.texts:
+                text.set_fontsize(6.5)
+            ax.tick_params(labelsize=6.5)
+        line[0].set_ylabel(f"ε = {epsilon:.2f}")
+    for column, (method, p) in zip(axes.T, columns, strict=True):
+        top = next(ax for ax in column if ax.get_visible())
+        top.set_title(method if p is None else f"{method}, p = {p:g}")
+    figure.supxlabel("$x_1$, upwards $x_2$ (input units)", fontsize=8)
+    _title(figure, caption([result for result, _ in planes.values()]))
+    return figure
+
+
+@styled
+def moons_view(plane, dataset, epsilon, point, answer, radius, title):
+    """One network at a margin, and the certified ball around one point (x_1, x_2) of the plane."""
+    figure = Figure(figsize=(5.2, 3.7), layout="none")  # a layout engine would take half the time
+    ax = figure.subplots()
+    moons_panel(ax, plane, dataset.train_images, dataset.train_targets, epsilon)
+    color = (BLUE, ORANGE)[answer]
+    ball = matplotlib.patches.Circle(point, radius, fc=color, ec="black", alpha=0.45, zorder=5)
+    ax.add_patch(ball)
+    ax.plot(*point, "*", color="black", ms=7, zorder=6)
+    ax.set_xlabel(f"the star: class {answer}, certified radius {radius:.3f}")
+    ax.set_title(title)
+    return figure
+
+
+@styled
+def temperature_planes(results, models, dataset):
+    """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
+    slack from much to little.
+
+    results, models, dataset: as for `figure4`, one margin. Of several seeds the first is drawn.
+    """
+    first = {"GloRo": {}, "CLL": {}}
+    for result, model in zip(results, models, strict=True):
+        loss = result["params"]["loss"]
+        key = loss["temperature"] if result["method"] == "GloRo" else result["p"]
+        first[result["method"]].setdefault(key, (result, model))
+    columns = max(map(len, first.values()))
+    figure, axes = _moons_grid((2, columns), (2.0 * columns + 0.4, 3.3))
+    for line, (method, found) in zip(axes, first.items(), strict=True):
+        name = "t" if method == "GloRo" else "p"
+        for ax, key in itertools.zip_longest(line, sorted(found, reverse=True)):
+            if key is None:
+                ax.set_visible(False)
+                continue
+            result, model = found[key]
+            points, targets = dataset.train_images, dataset.train_targets
+            moons_panel(ax, model, points, targets, result["epsilon"])
+            K_hf = result["K_hf"]
+            ax.set_title(f"{name} = {key:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
+        line[0].set_ylabel(f"{method}\n$x_2$ (input units)")
+    _title(figure, _drawn(results))
+    return figure
+
+
+@styled
+def temperature_figure(table, title):
+    """Certified accuracy and K over what is meant to be the slack: the frame of
+    `paper.temperature_table`.
+
+    Left: CRA against K(h∘f). A knob that gives slack moves a system along; one that does not leaves
+    it where it is. Right: K(f) of GloRo against its temperature, with the line K(f) ∝ t.
+    """
+    figure = Figure(figsize=(6.4, 2.9))
+    left, right = figure.subplots(1, 2)
+    for method, color, marker in [("CLL", BLUE, "o"), ("GloRo", ORANGE, "^")]:
+        own = table[table["method"] == method]
+        knob, symbol = (own["p"], "p") if method == "CLL" else (own["t"], "t")
+        label = f"{method}, {len(own)} values of {symbol}"
+        left.errorbar(own["K_hf"], own["cra"], own["cra_std"], fmt=marker, ms=5, lw=1,
+                      color=color, label=label)  # fmt: skip
+        if method == "CLL":
+            for i, (x, y, p) in enumerate(zip(own["K_hf"], own["cra"], knob, strict=True)):
+                at = {"xytext": (0, -13 if i % 2 else 6), "textcoords": "offset points"}
+                left.annotate(f"p = {p:g}", (x, y), ha="center", fontsize=8, **at)
+    left.set_xscale("log")
+    left.margins(0.14)
+    left.set_xlabel("$K^{(h∘f)}$")
+    left.set_ylabel(f"CRA({TRUE_MARGIN:g}) %, training points")
+    own = table[table["method"] == "GloRo"].sort_values("t")
+    right.loglog(own["t"], own["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
+    if len(own):
+        middle = own.iloc[(np.log(own["t"]).abs()).argmin()]  # temperature 1, or next to it
+        line = middle["K_f"] / middle["t"] * own["t"]
+        right.loglog(own["t"], line, "--", color=GRAY, lw=1, label="$K^{(f)}$ ∝ t")
+    right.set_xlabel("temperature t of the softmax")
+    right.set_ylabel("$K^{(f)}$ of GloRo")
+    handles = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0][-1:]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    _title(figure, title)
+    return figure
+
+
+@styled
+def choose_figure(results, title, evaluate=TRUE_MARGIN):
+    """Two moons over the margin and the slack of the training: three maps of test numbers.
+
+    results: records of CLL runs over epsilon and p, means over seeds. Left: clean accuracy; middle:
+    CRA at the margin that a run was trained for; right: CRA at `evaluate`, the same for all. The
+    best is bold.
+    """
+    groups = {}
+    for r in results:
+        own = (100 * r["clean"], 100 * r["cra"][f"{r['epsilon']:g}"])
+        groups.setdefault((r["epsilon"], r["p"]), []).append(
+            (*own, 100 * r["cra"][f"{evaluate:g}"])
+        )
+    margins, slacks = (sorted({key[i] for key in groups}) for i in (0, 1))
+    maps = np.full((3, len(margins), len(slacks)), np.nan)
+    for (epsilon, p), values in groups.items():
+        maps[:, margins.index(epsilon), slacks.index(p)] = np.mean(values, axis=0)
+    figure = Figure(figsize=(8.6, 0.38 * len(margins) + 1.3))
+    names = ("clean %", "CRA at the training ε, %", f"CRA at {evaluate:g}, %")
+    for ax, values, name in zip(figure.subplots(1, 3, sharey=True), maps, names, strict=True):
+        low, high = np.nanmin(values), np.nanmax(values)
+        ax.imshow(values, cmap="Blues", vmin=low, vmax=high + 0.7 * (high - low), aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            text = "–" if np.isnan(value) else f"{value:.1f}"
+            best = {"fontweight": "bold"} if value == high else {}
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, **best)
+        ax.set_xticks(range(len(slacks)), [f"{p:g}" for p in slacks])
+        ax.set_yticks(range(len(margins)), [f"{epsilon:.2f}" for epsilon in margins])
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+        ax.set_xlabel("slack p of the training")
+        ax.set_title(name)
+    figure.axes[0].set_ylabel("margin ε of the training")
+    _title(figure, title)
+    return figure
+
+
+@styled
+def slack_curves(results, title):
+    """Images over slack: clean accuracy and CRA at each radius, and K(h∘f), against p.
+
+    results: records of CLL runs at one margin. Empty where nothing was run.
+    """
+    figure = Figure(figsize=(6.4, 2.9))
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    slacks = sorted({r["p"] for r in results})
+    own = [[r for r in results if r["p"] == p] for p in slacks]
+    clean = [100 * np.mean([r["clean"] for r in runs]) for runs in own]
+    radii = list(results[0]["cra"]) if results else []
+    if not results:
+        left.text(0.5, 0.5, "not run", ha="center", transform=left.transAxes)
+    left.plot(slacks, clean, "o-", color=GREEN, ms=4, label="clean")
+    styles = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
+    for name, (color, line) in zip(radii, styles, strict=False):
+        cra = [100 * np.mean([r["cra"][name] for r in runs]) for runs in own]
+        left.plot(slacks, cra, line, color=color, ms=4, label=f"CRA({name})")
+    left.set_ylim(bottom=0)
+    left.set_ylabel("test images, %")
+    left.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    right.plot(slacks, [runs[0]["K_hf"] for runs in own], "o-", color=BLUE, ms=4)
+    right.set_ylabel("$K^{(h∘f)}$")
+    right.set_ylim(bottom=0)
+    for ax in (left, right):
+        ax.set_xlabel("slack p")
+    _title(figure, title)
+    return figure
+
+
+@styled
+def claims_figure(summary, tests, title):
+    """The paper's claims and how many tests of each hold: the two frames of `paper.checklist`.
+
+    A bar per claim: its tests that hold, that do not, and that were not run. Left of it the verdict
+    on the paper's own numbers where the tests apply to them: + holds, x does not.
+    """
+    figure = Figure(figsize=(8.6, 0.235 * len(summary) + 1.0))
+    ax = figure.subplots()
+    kinds = {
+        "holds": (BLUE, None),
+        "does not hold": (RED, "////"),
+        "not run, or digits": ("#E4E4E4", None),
+    }
+    for i, (name, claim) in enumerate(summary.iterrows()):
+        verdicts = [v if v in kinds else "not run, or digits" for v in tests.loc[[name], "verdict"]]
+        start = 0
+        for kind, (color, hatch) in kinds.items():
+            n = verdicts.count(kind)
+            ax.barh(i, n, 0.72, start, color=color, hatch=hatch, ec="white", lw=0.6)
+            start += n
+        if claim["printed"] in ("holds", "does not hold"):
+            good = claim["printed"] == "holds"
+            ax.plot(-0.02, i, "P" if good else "X", color=BLUE if good else RED, ms=6,
+                    mec="none", clip_on=False, transform=ax.get_yaxis_transform())  # fmt: skip
+    boxes = [
+        matplotlib.patches.Patch(fc=color, hatch=hatch, ec="white", label=kind)
+        for kind, (color, hatch) in kinds.items()
+    ]
+    ax.plot([], [], "P", color=BLUE, ms=6, mec="none", label="printed numbers: hold")
+    ax.plot([], [], "X", color=RED, ms=6, mec="none", label="printed numbers: do not")
+    labels = [f"{claim['claim']}  {name}" for name, claim in summary.iterrows()]
+    ax.set_yticks(range(len(labels)), [textwrap.shorten(t, 96, placeholder=" …") for t in labels])
+    ax.tick_params(axis="y", length=0, pad=16, labelsize=8)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.set_xlabel("tests")
+    handles = [*boxes, *ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2)
+    _title(figure, title)
     return figure
 
 
@@ -605,6 +839,7 @@ def radius_histogram(radii, result):
     ax.set_xlabel(_radius_label(result))
     ax.set_ylabel("test samples per bin")
     ax.set_xlim(0, bins[-1])
+    ax.margins(y=0.3)  # room for the legend
     ax.legend(loc="upper right")
     _title(figure, f"{result['name']} · {caption([result])}")
     return figure

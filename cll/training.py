@@ -305,8 +305,8 @@ class Stack:
 def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
     """The loss of one run on one batch; epsilon, p, K_warmup and weight are 0-dim tensors."""
     if config.name == "GloRo":
-        trades = None if config.trades is None else weight
-        return gloro_loss(logits, targets, K_form, epsilon=epsilon, trades=trades)
+        trades, t = None if config.trades is None else weight, config.temperature
+        return gloro_loss(logits / t, targets, K_form / t, epsilon=epsilon, trades=trades)
     if config.name == "CE":
         return F.cross_entropy(logits, targets)
     if config.name == "Hinge":

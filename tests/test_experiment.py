@@ -237,6 +237,7 @@ def test_without_the_attack_library_a_run_says_so_and_gains_the_attack_later(tmp
         ({"name": "CE"}, 1.0),
         ({"name": "Hinge"}, 1.0),
         ({"name": "AOL", "temperature": 0.5}, 2.0),
+        ({"name": "GloRo", "epsilon": 0.1, "temperature": 4.0}, 0.25),
         ({"name": "SOC", "gamma": 0.1}, 1.0),
         ({"name": "Local-Lip-B", "epsilon": 0.1}, 1.0),
     ],

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_paper import moons_record, record, snapshots, sweep_record
+from test_paper import moons_record, record, snapshots, sweep_record, tempered
 
 import cll
-from cll import plots
+from cll import moons, paper, plots
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +316,68 @@ def test_lambda_figure_fits_and_predicts():
     assert np.allclose(line(constant, "predicted")[1], line(constant, "measured")[1])
     assert "fitted: λ$^{−0.50}$" in constant.get_legend_handles_labels()[1]
     assert "two_moons" in figure.axes[2].get_ylabel()
+
+
+def test_temperature_stands_above_slack(half_plane, points):
+    results = [tempered(t) for t in (0.1, 1, 10)] + [
+        moons_record(p=p, K_hf=9.0) for p in (0.75, 0.01)
+    ]
+    figure = plots.temperature_planes(results, [half_plane] * 5, points)
+    assert [ax.get_title()[:7] for ax in figure.axes[:3]] == ["t = 10,", "t = 1, ", "t = 0.1"]
+    below = [ax.get_title().split(",")[0] for ax in figure.axes[3:] if ax.get_visible()]
+    assert below == ["p = 0.75", "p = 0.01"]
+
+
+def test_temperature_figure_anchors_its_line_at_temperature_1():
+    results = [tempered(t, K=200 + t) for t in (0.1, 1, 10)]
+    results += [moons_record(p=p, train_clean=1.0) for p in (0.75, 0.01)]
+    figure = plots.temperature_figure(paper.temperature_table(results), "title")
+    t, K = line(figure.axes[1], "$K^{(f)}$ ∝ t")
+    assert list(K) == pytest.approx(list(201 * np.asarray(t)))
+    shown = texts(figure)
+    assert "p = 0.75" in shown and "p = 0.01" in shown and "5 values of t" not in shown
+
+
+def test_choose_figure_has_a_cell_for_each_margin_and_slack():
+    results = []
+    for epsilon, p, clean in ((0.1, 0.75, 0.9), (0.1, 0.01, 0.95), (0.2, 0.01, 0.8)):
+        cra = {f"{epsilon:g}": clean - 0.1, "0.15": 0.5}
+        results.append(moons_record(epsilon=epsilon, p=p, clean=clean, cra=0, K=1) | {"cra": cra})
+    left, middle, right = plots.choose_figure(results, "title").axes
+    cells = {t.get_position(): t for t in left.texts}
+    assert cells[0, 0].get_text() == "95.0" and cells[0, 0].get_fontweight() == "bold"
+    assert cells[1, 0].get_text() == "90.0" and cells[1, 1].get_text() == "–"
+    assert [t.get_text() for t in middle.texts] == ["85.0", "80.0", "70.0", "–"]
+    assert {t.get_text() for t in right.texts} == {"50.0", "–"}
+    assert [t.get_text() for t in left.get_yticklabels()] == ["0.10", "0.20"]
+
+
+def test_slack_curves_say_when_nothing_was_run():
+    assert "not run" in texts(plots.slack_curves([], "title"))
+    results = [record(p=p, clean=c) for p, c in ((0.5, 0.6), (0.1, 0.7))]
+    p, clean = line(plots.slack_curves(results, "title").axes[0], "clean")
+    assert list(p) == [0.1, 0.5] and list(clean) == pytest.approx([70, 60])
+
+
+def test_gallery_has_a_row_per_margin_and_leaves_gaps(half_plane, points):
+    plane = moons.plane(half_plane, points.train_images, 41)
+    planes = {
+        (m, epsilon, p): (moons_record(m, epsilon, p), plane)
+        for m, epsilon, p in (("CLL", 0.1, 0.75), ("CLL", 0.1, 0.01), ("GloRo", 0.2, None))
+    }
+    axes = plots.moons_gallery(planes, points).axes
+    assert [ax.get_visible() for ax in axes] == [True, True, False, False, False, True]
+    titles = [axes[i].get_title() for i in (0, 1, 5)]
+    assert titles == ["CLL, p = 0.75", "CLL, p = 0.01", "GloRo"]
+
+
+def test_claims_figure_counts_the_tests_of_each_claim():
+    summary, tests = paper.checklist(paper.read_claims("nothing"))
+    tests = tests.reset_index()
+    tests.loc[tests.index[:2], "verdict"] = ["holds", "does not hold"]
+    figure = plots.claims_figure(summary, tests.set_index("id"), "title")
+    ax = figure.axes[0]
+    first = [bar for bar in ax.patches if abs(bar.get_y() + 0.36) < 1e-9 and bar.get_width()]
+    assert [bar.get_width() for bar in first] == [1, 1, 1]
+    assert len(ax.get_yticklabels()) == 26
+    assert ax.get_yticklabels()[0].get_text().endswith("A1")

@@ -52,6 +52,7 @@ LOSSES = {
     "CLL, K not detached": {"name": "CLL", "epsilon": 0.15, "p": 0.1, "detach": False},
     "GloRo": {"name": "GloRo", "epsilon": 0.15},
     "GloRo-TRADES": {"name": "GloRo", "epsilon": 0.15, "trades": 2.0, "trades_start": 0.5},
+    "GloRo, t = 3": {"name": "GloRo", "epsilon": 0.15, "temperature": 3.0},
     "CE": {"name": "CE"},
     "Hinge": {"name": "Hinge"},
     "AOL": {"name": "AOL"},
@@ -225,6 +226,8 @@ def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
         K = net.lipschitz_matrix(5)
     if loss == "GloRo":
         value = cll.gloro_loss(f, y, K, epsilon=0.15)
+    if loss == "GloRo, t = 3":  # the same as a network whose logits and K are a third
+        value = cll.gloro_loss(f / 3, y, K / 3, epsilon=0.15)
     if loss == "GloRo-TRADES":
         value = cll.gloro_loss(f, y, K, epsilon=0.15, trades=0.5 + 0.25 * 1.5)
     if loss == "CE":

@@ -1,0 +1,101 @@
+"""The sliders: every control redraws, what was not trained says so, no kernel means a picture."""
+
+import numpy as np
+import pytest
+import torch
+
+from cll import explore, moons, plots
+from cll.bounds import lipschitz_matrix
+from cll.certify import certified_radius, predict_logits
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory):
+    pytest.importorskip("ipywidgets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CLL_HEADLESS", raising=False)
+        yield explore.Explorer(tmp_path_factory.mktemp("explore") / "explore")
+
+
+def test_the_committed_runs_are_all_there():
+    """Of today's parameter files: a changed file must not leave the sliders without networks."""
+    found, dataset = explore.load()
+    assert len(found) == len(explore.runs()) == 28
+    assert {record["profile"] for record, _ in found.values()} == {"paper"}
+    for record, network in found.values():  # the networks are those of the records
+        f = predict_logits(network, dataset.train_images)
+        radius = certified_radius(f, lipschitz_matrix(network))
+        right = f.argmax(1) == torch.as_tensor(dataset.train_targets)
+        epsilon = record["epsilon"]
+        cra = float((right & (radius > epsilon)).double().mean())
+        assert cra == pytest.approx(record["train_cra"][f"{epsilon:g}"], abs=1e-3)
+
+
+def test_every_control_redraws(explorer):
+    assert explorer.widget is not None
+    changes = {"method": "GloRo", "trained": 0.2, "epsilon": 0.05, "x_1": -1.0, "x_2": 1.0}
+    before = bytes(explorer.image.value)
+    assert before.startswith(b"\x89PNG")
+    explorer.inputs["p"].value = 0.01
+    assert bytes(explorer.image.value) != before
+    for name, value in changes.items():
+        before = bytes(explorer.image.value)
+        explorer.inputs[name].value = value
+        assert bytes(explorer.image.value) != before, name
+    assert explorer.inputs["p"].disabled  # GloRo has no slack
+    explorer.inputs["method"].value = "CLL"
+    assert not explorer.inputs["p"].disabled
+
+
+def test_a_combination_that_was_not_trained_says_so(explorer, monkeypatch):
+    said = []
+    monkeypatch.setattr(plots.Figure, "text", lambda self, x, y, s, **options: said.append(s))
+    explorer.draw("GloRo", 0.05, 0.01, 0.15, 0.0, 0.0)
+    assert said == ["this combination was not trained"]
+
+
+def test_the_ball_of_a_point_is_certified(explorer, monkeypatch):
+    """What the picture says of a point is what certified_radius says of it, not of a neighbour."""
+    shown = []
+    original = plots.moons_view
+
+    def view(plane, dataset, epsilon, point, answer, radius, title):
+        shown.append((answer, radius))
+        return original(plane, dataset, epsilon, point, answer, radius, title)
+
+    monkeypatch.setattr(plots, "moons_view", view)
+    explorer.draw("CLL", 0.15, 0.01, 0.15, 0.123, 0.456)
+    network = explorer.runs["CLL", 0.15, 0.01][1]
+    f = predict_logits(network, torch.tensor([[0.123, 0.456]]))
+    (answer, radius), K = shown[0], lipschitz_matrix(network)
+    assert answer == int(f.argmax())
+    assert radius == pytest.approx(float((f[0, 0] - f[0, 1]).abs() / K[0, 1]), rel=1e-6)
+
+
+def test_front_ends_without_a_kernel_get_a_picture(explorer, tmp_path, monkeypatch):
+    data, metadata = explorer._repr_mimebundle_()
+    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(data)
+    assert "small multiples" in metadata["image/png"]["alt"]
+    monkeypatch.setenv("CLL_HEADLESS", "1")
+    headless = explore.Explorer(tmp_path / "headless")
+    assert headless.widget is None
+    assert set(headless._repr_mimebundle_()[0]) == {"image/png"}
+
+
+def test_nothing_trained_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m cll\.explore"):
+        explore.load(tmp_path)
+
+
+def test_plane_redraws_without_the_network():
+    found, dataset = explore.load()
+    network = found["CLL", 0.15, 0.01][1]
+    known = moons.plane(network, dataset.train_images, 61)
+    drawn = []
+    for given in (network, known):
+        ax = plots.Figure().subplots()
+        drawn.append(
+            plots.moons_panel(ax, given, dataset.train_images, dataset.train_targets, 0.15)
+        )
+    assert drawn[0] == drawn[1]
+    assert np.isfinite(known.difference).all()
