@@ -42,6 +42,7 @@ __all__ = [
     "reached",
     "read_claims",
     "save_table",
+    "seed_table",
     "shape_table",
     "snapshot_table",
     "sweep_table",
@@ -329,6 +330,25 @@ def display_table(comparison):
             seeds = str(part[0]["n"])
             lines.append(about | {"source": SHOWN[bound], "seeds": seeds} | cells)
     return pd.DataFrame(lines).set_index(["row", "dataset", "model", "method", "source"])
+
+
+def seed_table(comparison, bound="guaranteed"):
+    """The frame of `comparison_table`, one line per row that was run: mean ± std over its seeds
+    (ddof 1), as strings; the index names the row, n counts its seeds."""
+    lines = []
+    own = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
+    for row_id, row in own.groupby("row_id", sort=False):
+        first = row.iloc[0]
+        about = {"row": row_id, "dataset": first["data"]} | first[
+            ["model", "method", "n"]
+        ].to_dict()
+        cells = {
+            COLUMNS[c["column"]][0]: _cell(c["mean"], c["std"], digits=2)
+            for c in row.to_dict("records")
+        }
+        lines.append(about | cells)
+    names = ["row", "dataset", "model", "method", "n", *(name for name, _ in COLUMNS.values())]
+    return pd.DataFrame(lines, columns=names).set_index("row")
 
 
 # ----------------------------------------------------------------------------------------- attacks

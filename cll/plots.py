@@ -23,6 +23,7 @@ from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
 from .paper import (
+    RADII,
     TRUE_MARGIN,
     caption,
     data_source,
@@ -63,6 +64,7 @@ __all__ = [
     "radius_comparison",
     "radius_histogram",
     "save",
+    "seeds_figure",
     "slack_curves",
     "slack_figure",
     "temperature_figure",
@@ -473,6 +475,40 @@ def slack_curves(results, title):
     right.set_ylim(bottom=0)
     for ax in (left, right):
         ax.set_xlabel("slack p")
+    _title(figure, title)
+    return figure
+
+
+@styled
+def seeds_figure(results, title):
+    """How far the seeds of each run lie apart: clean accuracy and CRA of each minus their mean.
+
+    results: records of several seeds, a line per name of run in the order given.
+    """
+    groups = {}
+    for r in results:
+        groups.setdefault(r["row"] or r["name"], []).append(r)
+    figure = Figure(figsize=(6.4, 0.3 * max(len(groups), 2) + 1.2))
+    ax = figure.subplots()
+    measures = [("clean", GREEN, "o", lambda r: r["clean"])]
+    styles = [(BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
+    for name, (color, marker) in zip(RADII.values(), styles, strict=True):
+        measures.append((f"CRA({name})", color, marker, lambda r, name=name: r["cra"].get(name)))
+    for j, (label, color, marker, value) in enumerate(measures):
+        x, y = [], []
+        for i, runs in enumerate(groups.values()):
+            values = np.array([value(r) for r in runs], float)
+            x += list(100 * (values - values.mean()))
+            y += [i + 0.17 * (j - 1.5)] * len(runs)
+        ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
+    if not groups:
+        ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
+    ax.axvline(0, color=GRAY, lw=0.8)
+    names = [f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in groups.items()]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel("seed − mean of the seeds (points)")
+    figure.legend(loc="outside lower center", ncols=4)
     _title(figure, title)
     return figure
 

@@ -133,6 +133,15 @@ def test_mean_and_std_over_seeds():
     assert clean["difference"] == pytest.approx(77.3 - 77.6)
 
 
+def test_seed_table_has_the_rows_that_were_run():
+    runs = [record(seed=k, clean=c) for k, c in ((1, 0.77), (2, 0.78), (3, 0.82))]
+    table = paper.seed_table(paper.comparison_table(runs))
+    assert list(table.index) == ["T2-05"] and table.loc["T2-05", "n"] == 3
+    std = np.std([77, 78, 82], ddof=1)
+    assert table.loc["T2-05", "clean %"] == f"79.00 ± {std:.2f}"
+    assert paper.seed_table(paper.comparison_table([])).empty
+
+
 def test_one_seed_has_no_std():
     frame = paper.comparison_table([record()], rows=["T2-05"])
     assert frame["std"].isna().all()

@@ -381,3 +381,13 @@ def test_claims_figure_counts_the_tests_of_each_claim():
     assert [bar.get_width() for bar in first] == [1, 1, 1]
     assert len(ax.get_yticklabels()) == 26
     assert ax.get_yticklabels()[0].get_text().endswith("A1")
+
+
+def test_seeds_are_shown_as_distances_from_their_mean():
+    results = [record("T2-05", seed=k, clean=c) for k, c in ((1, 0.7), (2, 0.72))]
+    figure = plots.seeds_figure([*results, record("T2-03")], "title")
+    x, y = line(figure.axes[0], "clean")
+    assert list(x) == pytest.approx([-1, 1, 0]) and y[0] == y[1] != y[2]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["T2-05 (2 seeds)", "T2-03 (1 seed)"]
+    assert "not run" in texts(plots.seeds_figure([], "title"))
