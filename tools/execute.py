@@ -289,6 +289,8 @@ def main(arguments=None):
     terminated = []
 
     def on_sigterm(*_):  # a batch system's time limit: leave the same way as Ctrl-C
+        # make passes on the signal that its whole group got already: one is enough
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         terminated.append(True)
         raise KeyboardInterrupt
 
