@@ -172,7 +172,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
-.PHONY: test test-notebooks refs lint lab bench clean
+.PHONY: test test-notebooks refs badges lint lab bench clean
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
@@ -186,6 +186,9 @@ test-notebooks: | $(ENVIRONMENT)  ## the notebooks alone: form, and a run compar
 
 refs: | $(ENVIRONMENT)  ## rewrite tests/nb_refs after a notebook changed; review its diff
 	@$(PYTHON) tools/references.py $(NOTEBOOKS)/*.ipynb --into $(REFERENCES)
+
+badges: | $(ENVIRONMENT)  ## write the Colab badge and the set-up cell of every notebook, from pyproject.toml
+	@$(PYTHON) tools/badges.py $(NOTEBOOKS)/*.ipynb $(REFERENCES)/*.ipynb
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .

@@ -5,8 +5,12 @@ stripped reference passes it unread, and papermill sets parameters that no cell 
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -15,6 +19,8 @@ from conftest import ROOT
 import cll
 
 sys.path.insert(0, str(ROOT / "tools"))
+import badges  # noqa: E402
+import environment  # noqa: E402
 import parameters  # noqa: E402
 import references  # noqa: E402
 
@@ -72,11 +78,67 @@ def test_parameters_cell_declares_what_make_passes(path):
             assert passed == defaults, "the profiles differ in sizes only"
 
 
+@pytest.mark.parametrize("folder", [ROOT / "notebooks", REFERENCES], ids=["sources", "references"])
 @every_notebook
-def test_colab_badge_opens_this_notebook(path):
-    text = "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
-    for link in re.findall(r"colab\.research\.google\.com/github/([^)\s]+)", text):
-        assert re.fullmatch(rf"[\w.-]+/[\w.-]+/blob/[\w.-]+/notebooks/{path.name}", link), link
+def test_badge_and_setup_cell_are_of_this_repository(path, folder):
+    text = (folder / path.name).read_text(encoding="utf-8")
+    assert badges.rewritten(text, path.stem) == text, "run `make badges`"
+
+
+def test_a_fork_changes_one_variable(monkeypatch):
+    monkeypatch.setattr(environment, "repository", lambda: "https://github.com/me/fork")
+    monkeypatch.setattr(environment, "branch", lambda: "v1.0")
+    text = badges.rewritten(NOTEBOOKS[0].read_text(encoding="utf-8"), NOTEBOOKS[0].stem)
+    opens = f"colab.research.google.com/github/me/fork/blob/v1.0/notebooks/{NOTEBOOKS[0].name})"
+    assert opens in text and "cll-kit" not in text
+    assert badges.rewritten(text, NOTEBOOKS[0].stem) == text
+    lines = (line for line in text.splitlines() if "Open In Colab" not in line)
+    with pytest.raises(ValueError, match="0 Colab badges, not one"):
+        badges.rewritten("\n".join(lines), "x")
+
+
+def test_setup_cell_fetches_the_kit_on_colab_once(monkeypatch):
+    calls, here = [], set()
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(subprocess, "run", lambda *call, **options: calls.append((call, options)))
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in here)
+    monkeypatch.setattr(sys, "path", [])
+    setup = badges.SETUP.format(url="https://example.org/kit", branch="v1.0")
+    exec(setup, {})
+    assert not sys.path
+    command = "git clone -q --depth 1 -b v1.0 https://example.org/kit /content/cll"
+    assert calls == [((command.split(),), {"check": True})]
+    here |= {"/content/cll", "/content/cll/cll/losses.py"}
+    exec(setup, {})
+    assert sys.path == ["/content/cll"] and len(calls) == 1
+
+
+def test_notebook_runs_without_what_colab_lacks(tmp_path):
+    """papermill and all else that only make and the tests use: blocked, and never missed."""
+    base = environment.pyproject()["project"]["dependencies"]
+    names = {r.partition(">=")[0] for r in environment.requirements("all") if r not in base}
+    blocked = sorted(map(environment.module, names - {"pillow"}))  # that comes with matplotlib
+    assert "papermill" in blocked
+    cells = [cell.source for cell in code_cells(read(ROOT / "notebooks" / "figure3.ipynb"))]
+    script = f"import sys\nsys.modules |= dict.fromkeys({blocked!r})\n"
+    script += "".join(f"exec({source!r})\n" for source in cells)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CLL_HEADLESS")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", script], cwd=ROOT / "notebooks", text=True,
+        env=env | {"CLL_OUTPUTS": str(tmp_path)}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (tmp_path / "smoke" / "figure3").is_dir()
+
+
+def test_colab_has_what_the_kit_needs():
+    """tests/colab.txt holds every base dependency, at a release that pyproject.toml allows."""
+    lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
+    assert "papermill" not in pins
+    for requirement in environment.pyproject()["project"]["dependencies"]:
+        name, bound = requirement.split(">=")
+        assert environment.numbers(pins[name]) >= environment.numbers(bound), requirement
 
 
 @every_notebook

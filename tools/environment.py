@@ -15,12 +15,27 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pytest-xdist": "xdist", "pillow": "PIL"}
 
 
-def requirements(extra):
-    """Requirement strings of pyproject.toml for the given extra, base dependencies included."""
+def pyproject():
+    """pyproject.toml as a dict."""
     import tomllib  # here, so that Python 3.10 gets the message of `missing`, not an ImportError
 
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
-        project = tomllib.load(file)["project"]
+        return tomllib.load(file)
+
+
+def repository():
+    """URL of the sources; badges, set-up cells and the report lead there."""
+    return pyproject()["project"]["urls"]["Repository"]
+
+
+def branch():
+    """Branch or tag of the repository that Colab opens."""
+    return pyproject()["tool"]["cll"]["branch"]
+
+
+def requirements(extra):
+    """Requirement strings of pyproject.toml for the given extra, base dependencies included."""
+    project = pyproject()["project"]
     pending, found = list(project["dependencies"]) + [f"cll[{extra}]"], []
     while pending:
         requirement = pending.pop(0)
@@ -30,6 +45,11 @@ def requirements(extra):
         elif requirement not in found:
             found.append(requirement)
     return found
+
+
+def module(name):
+    """The module that a distribution provides."""
+    return MODULES.get(name, name.replace("-", "_"))
 
 
 def numbers(version):
@@ -52,10 +72,9 @@ def missing(extra):
     lacking = []
     for requirement in requirements(extra):
         name, _, bound = requirement.partition(">=")
-        module = MODULES.get(name, name.replace("-", "_"))
         try:
             version = importlib.metadata.version(name)
-            if importlib.util.find_spec(module) is None:
+            if importlib.util.find_spec(module(name)) is None:
                 lacking.append(name)
             elif numbers(version or "") < numbers(bound):
                 lacking.append(f"{requirement} (has {version})")

@@ -16,12 +16,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import environment  # tools/ is on the path: this file is run as a script
 import nbformat
-import pages  # tools/ is on the path: this file is run as a script
+import pages
 from PIL import Image
 
 THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
-SOURCES = "https://github.com/cll-kit/cll"
 
 
 def finished(folder):
@@ -146,7 +146,7 @@ def build(folder):
 <p>What this kit computed of "Certified Robust Models with Slack Control and Large Lipschitz
 Constants" (Losch, Stutz, Schiele, Fritz; GCPR 2023). Each table and figure says below or above it
 which data, schedule and network sizes it comes from.
-<a href="{SOURCES}">Sources</a></p>
+<a href="{environment.repository()}">Sources</a></p>
 <h2 id="notebooks">Notebooks</h2>
 {contents(notebooks)}
 {tables(folder, notebooks)}

@@ -1,0 +1,101 @@
+"""Write into every notebook what depends on where the kit is published (`make badges`).
+
+    python tools/badges.py notebooks/*.ipynb tests/nb_refs/*.ipynb
+
+Repository and branch stand in pyproject.toml and nowhere else: a fork changes them there. From them
+come the Colab badge, the head of the set-up cell, which fetches the kit on Colab, and, for the
+notebooks that train image networks, the wish for a GPU there. None of it does anything elsewhere,
+so that references stay valid. Standard library only.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import environment  # tools/ is on the path: this file is run as a script
+import pages
+
+# notebooks that train networks on images at the profiles quick and paper
+GPU = {"certify_your_model", "convergence", "figure5", "lambda_sweep", "table1", "table2", "train",
+       "train_your_own"}  # fmt: skip
+SETUP = """\
+# On Colab this fetches the kit; in a checkout it makes `import cll` find it; else it does nothing.
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("/content/cll").exists():
+    url, branch = "{url}", "{branch}"
+    clone = ["git", "clone", "-q", "--depth", "1", "-b", branch, url, "/content/cll"]
+    subprocess.run(clone, check=True)
+for root in (Path("/content/cll"), Path.cwd().parent, Path.cwd()):
+    if (root / "cll" / "losses.py").exists():
+        sys.path.insert(0, str(root))"""
+OUTPUTS = 'outputs = ""'
+OUTPUTS_FORM = f'{OUTPUTS}  # @param {{type: "string"}}  # '
+OUTPUTS_FORM += 'folder; "drive": Google Drive, on Colab; "": outputs/'
+
+
+def badge(name):
+    """The badge of a notebook, as Markdown; name: without suffix."""
+    site = "https://colab.research.google.com"
+    url = f"{environment.repository()}/blob/{environment.branch()}/notebooks/{name}.ipynb"
+    opens = url.replace("https://github.com", f"{site}/github")
+    return f"[![Open In Colab]({site}/assets/colab-badge.svg)]({opens})"
+
+
+def rewritten(text, name):
+    """The JSON text of a notebook, brought up to date; its name without suffix.
+
+    Raises ValueError for a notebook without badge, set-up cell, or `outputs` in its parameters.
+    """
+    nb = json.loads(text)
+    code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+
+    badges = 0
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            source, found = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
+            cell["source"] = source.splitlines(keepends=True)
+            badges += found
+    if badges != 1:
+        raise ValueError(f"{name}: {badges} Colab badges, not one")
+
+    first, last = SETUP.splitlines()[0], SETUP.splitlines()[-1]
+    head, end, rest = "".join(code[0]["source"]).partition(last)
+    if not end or not head.startswith(first):
+        raise ValueError(f"{name}: the first code cell is not the set-up cell")
+    setup = SETUP.format(url=environment.repository(), branch=environment.branch())
+    code[0]["source"] = (setup + rest).splitlines(keepends=True)
+
+    lines = "".join(tagged[0]["source"] if tagged else "").splitlines()
+    if sum(line.startswith(OUTPUTS) for line in lines) != 1:
+        raise ValueError(f'{name}: no line `outputs = ""` in its parameters cell')
+    lines = [OUTPUTS_FORM if line.startswith(OUTPUTS) else line for line in lines]
+    tagged[0]["source"] = "\n".join(lines).splitlines(keepends=True)
+
+    if name in GPU:
+        nb["metadata"]["accelerator"] = "GPU"
+    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def main(paths):
+    changed = 0
+    for path in map(Path, paths):
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = rewritten(before, path.stem)
+        except ValueError as error:
+            print(f"FAILED badges: {error}", file=sys.stderr)
+            return 1
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            changed += 1
+    where = f"{environment.repository()}, branch {environment.branch()}"
+    print(f"badges: {len(paths)} notebooks open from {where}; {changed} rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
