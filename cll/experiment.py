@@ -498,9 +498,30 @@ def sized_as(other, runs, **changes):
 
 def outputs_dir(outputs="", profile="smoke"):
     """Folder for a profile's outputs: <outputs>/<profile>, outputs from the argument, else the
-    environment variable CLL_OUTPUTS, else <checkout>/outputs."""
+    environment variable CLL_OUTPUTS, else <checkout>/outputs.
+
+    "drive" is the folder cll of the user's Google Drive, on Colab, which asks for permission: there
+    runs outlive the session, and a repeated notebook resumes them. Elsewhere it is a ValueError.
+    """
+    if outputs == "drive":
+        outputs = _google_drive()
     root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
     return root.expanduser().resolve() / profile
+
+
+DRIVE = Path("/content/drive")  # where Colab shows it
+
+
+def _google_drive():
+    if "google.colab" not in sys.modules:
+        raise ValueError(
+            'outputs = "drive" is for Google Colab: name a folder, or leave it empty for outputs/'
+        )
+    from google.colab import drive
+
+    if not (DRIVE / "MyDrive").exists():
+        drive.mount(str(DRIVE))
+    return DRIVE / "MyDrive" / "cll"
 
 
 def run_dir(params, root):

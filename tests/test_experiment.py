@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -437,3 +438,23 @@ def test_sweeps_share_the_finished_runs_of_table2(name, profile):
     rows = [run for run in table if run.row in ("T2-03", "T2-05")]
     shared = experiment.sized_as(first, rows)
     assert [run.hash() for run in shared] == [run.hash() for run in rows]
+
+
+def test_outputs_on_google_drive(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match='outputs = "drive" is for Google Colab: name a folder'):
+        experiment.outputs_dir("drive", "quick")
+    mounted = []
+
+    def mount(where):
+        mounted.append(where)
+        (tmp_path / "MyDrive").mkdir()
+
+    colab = types.ModuleType("google.colab")
+    colab.drive = types.SimpleNamespace(mount=mount)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(experiment, "DRIVE", tmp_path)
+    for _ in range(2):  # asks once
+        folder = experiment.outputs_dir("drive", "quick")
+        assert folder == tmp_path.resolve() / "MyDrive" / "cll" / "quick"
+    assert mounted == [str(tmp_path)]
+    assert "drive" not in str(experiment.outputs_dir("", "quick"))  # opt-in
