@@ -172,7 +172,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
-.PHONY: test test-notebooks refs badges lint lab bench clean
+.PHONY: test test-notebooks refs badges colab lint lab bench clean
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
@@ -189,6 +189,19 @@ refs: | $(ENVIRONMENT)  ## rewrite tests/nb_refs after a notebook changed; revie
 
 badges: | $(ENVIRONMENT)  ## write the Colab badge and the set-up cell of every notebook, from pyproject.toml
 	@$(PYTHON) tools/badges.py $(NOTEBOOKS)/*.ipynb $(REFERENCES)/*.ipynb
+
+# an environment with what Colab has; nothing of the kit is installed there
+COLAB ?= .colab
+$(COLAB)/.installed: tests/colab.txt
+	@python3.13 -c '' 2>/dev/null || { echo 'FAILED colab: no python3.13, which Colab runs; install it (or: uv python install 3.13) and put it on PATH' >&2; exit 1; }
+	@echo 'installing into $(@D) what Colab has, once (progress: $(@D)/install.log)'
+	@python3.13 -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -r $< > $(@D)/install.log 2>&1 \
+	  || { echo "FAILED colab: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log)" >&2; exit 1; }
+	@touch $@
+
+colab: $(COLAB)/.installed  ## run notebooks on Colab's versions as Colab does; ITEMS="quickstart figure1" names some
+	@$(COLAB)/bin/python tools/colab.py $(ITEMS)
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .

@@ -98,19 +98,22 @@ def test_a_fork_changes_one_variable(monkeypatch):
 
 
 def test_setup_cell_fetches_the_kit_on_colab_once(monkeypatch):
-    calls, here = [], set()
+    commands, here = [], set()
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    monkeypatch.setattr(subprocess, "run", lambda *call, **options: calls.append((call, options)))
+    monkeypatch.setattr(environment, "repository", lambda: "https://example.org/kit")
+    monkeypatch.setattr(environment, "branch", lambda: "v1.0")
+    setup = badges.setup_cell()
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in here)
     monkeypatch.setattr(sys, "path", [])
-    setup = badges.SETUP.format(url="https://example.org/kit", branch="v1.0")
     exec(setup, {})
     assert not sys.path
-    command = "git clone -q --depth 1 -b v1.0 https://example.org/kit /content/cll"
-    assert calls == [((command.split(),), {"check": True})]
+    clone, install = commands
+    assert clone == "git clone -q --depth 1 -b v1.0 https://example.org/kit /content/cll".split()
+    assert install[:4] == [sys.executable, "-m", "pip", "install"] and "attack" in install[-1]
     here |= {"/content/cll", "/content/cll/cll/losses.py"}
     exec(setup, {})
-    assert sys.path == ["/content/cll"] and len(calls) == 1
+    assert sys.path == ["/content/cll"] and len(commands) == 2
 
 
 def test_notebook_runs_without_what_colab_lacks(tmp_path):
@@ -132,11 +135,11 @@ def test_notebook_runs_without_what_colab_lacks(tmp_path):
 
 
 def test_colab_has_what_the_kit_needs():
-    """tests/colab.txt holds every base dependency, at a release that pyproject.toml allows."""
+    """tests/colab.txt holds what notebooks import, at releases that pyproject.toml allows."""
     lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
     assert "papermill" not in pins
-    for requirement in environment.pyproject()["project"]["dependencies"]:
+    for requirement in environment.requirements("attack"):  # the base dependencies and it
         name, bound = requirement.split(">=")
         assert environment.numbers(pins[name]) >= environment.numbers(bound), requirement
 

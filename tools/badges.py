@@ -3,9 +3,9 @@
     python tools/badges.py notebooks/*.ipynb tests/nb_refs/*.ipynb
 
 Repository and branch stand in pyproject.toml and nowhere else: a fork changes them there. From them
-come the Colab badge, the head of the set-up cell, which fetches the kit on Colab, and, for the
-notebooks that train image networks, the wish for a GPU there. None of it does anything elsewhere,
-so that references stay valid. Standard library only.
+come the Colab badge and the head of the set-up cell, which on Colab fetches the kit and AutoAttack,
+the one library that is missing there. Notebooks that train image networks ask Colab for a GPU. None
+of it does anything elsewhere, so that references stay valid. Standard library only.
 """
 
 import json
@@ -28,6 +28,8 @@ if "google.colab" in sys.modules and not Path("/content/cll").exists():
     url, branch = "{url}", "{branch}"
     clone = ["git", "clone", "-q", "--depth", "1", "-b", branch, url, "/content/cll"]
     subprocess.run(clone, check=True)
+    attack = "{attack}"  # all else is there
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", attack], check=True)
 for root in (Path("/content/cll"), Path.cwd().parent, Path.cwd()):
     if (root / "cll" / "losses.py").exists():
         sys.path.insert(0, str(root))"""
@@ -42,6 +44,12 @@ def badge(name):
     url = f"{environment.repository()}/blob/{environment.branch()}/notebooks/{name}.ipynb"
     opens = url.replace("https://github.com", f"{site}/github")
     return f"[![Open In Colab]({site}/assets/colab-badge.svg)]({opens})"
+
+
+def setup_cell():
+    """The set-up cell, as source."""
+    (attack,) = environment.pyproject()["project"]["optional-dependencies"]["attack"]
+    return SETUP.format(url=environment.repository(), branch=environment.branch(), attack=attack)
 
 
 def rewritten(text, name):
@@ -66,8 +74,7 @@ def rewritten(text, name):
     head, end, rest = "".join(code[0]["source"]).partition(last)
     if not end or not head.startswith(first):
         raise ValueError(f"{name}: the first code cell is not the set-up cell")
-    setup = SETUP.format(url=environment.repository(), branch=environment.branch())
-    code[0]["source"] = (setup + rest).splitlines(keepends=True)
+    code[0]["source"] = (setup_cell() + rest).splitlines(keepends=True)
 
     lines = "".join(tagged[0]["source"] if tagged else "").splitlines()
     if sum(line.startswith(OUTPUTS) for line in lines) != 1:
