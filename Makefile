@@ -172,7 +172,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
-.PHONY: test test-notebooks refs badges colab lint lab bench clean
+.PHONY: test test-notebooks refs badges colab lint lab bench times clean
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
@@ -213,6 +213,10 @@ bench: | $(ENVIRONMENT)  ## time the training step of every system, with the cos
 	@$(PYTHON) benchmarks/step.py
 	@echo
 	@$(PYTHON) benchmarks/systems.py
+
+times: | $(ENVIRONMENT)  ## time notebooks, each alone, into benchmarks/times.csv and README.md; ITEMS= names some
+	@$(PYTHON) tools/times.py $(ITEMS) --profile $(PROFILE) --device '$(DEVICE)' --data '$(DATA)' \
+	  --label '$(LABEL)' --params-file '$(PARAMS)' --jobs '$(JOBS)'
 
 clean:  ## delete caches and smoke results; PROFILE=quick or paper deletes those, nothing else
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
