@@ -61,6 +61,7 @@ from cll.norms import (
     round_down,
     round_up,
 )
+from cll.progress import progress_bar
 
 HEADS = (NormalizedLinear, Truncation)
 FOREIGN = (
@@ -721,7 +722,7 @@ def _evaluation(model):
             module.training = mode
 
 
-def lipschitz_matrix(model, method="guaranteed"):
+def lipschitz_matrix(model, method="guaranteed", progress=False):
     """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
     un-normalised input. (C, C) float64 on the CPU, zero diagonal.
 
@@ -740,8 +741,10 @@ def lipschitz_matrix(model, method="guaranteed"):
         _evaluation(model.body),
         _evaluation(model.head),
     ):  # where a weight is computed, this may depend on the mode
-        for _, layer, shape in layers:
-            K *= operator_norm(layer, shape, method)
+        with progress_bar(len(layers), "bounds", "layer", progress) as bar:
+            for _, layer, shape in layers:
+                K *= operator_norm(layer, shape, method)
+                bar.update()
         W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
@@ -767,7 +770,7 @@ def normalisation(model):
     return values
 
 
-def layer_bounds(model):
+def layer_bounds(model, progress=True):
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
     lower, upper, proof).
 
@@ -784,9 +787,11 @@ def layer_bounds(model):
     if type(head) is nn.Linear:
         layers.append(("head", head, features))
     rows = []
-    with _evaluation(model.body), _evaluation(model.head):
+    bar = progress_bar(len(layers), "bounds", "layer", progress)
+    with _evaluation(model.body), _evaluation(model.head), bar:
         for name, layer, shape in layers:
             upper = operator_norm(layer, shape)
+            bar.update()
             if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
                 continue
             if is_linear(layer):

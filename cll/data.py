@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .progress import progress_bar
+
 BY_NAME = ("two_moons", "cifar10", "cifar100", "tiny-imagenet", "digits")
 SOURCES = (*BY_NAME, "npz:PATH", "folder:PATH")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -542,9 +544,10 @@ def _decode(files, mode, size):
             )
         images[i] = image
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+    # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor() as pool, progress_bar(len(files), "decode", "image") as bar:
         for _ in pool.map(store, range(len(files))):
-            pass
+            bar.update()
     return images
 
 

@@ -48,6 +48,7 @@ from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict
 from .data import Augmentation, load
 from .local import local_radius
 from .losses import cll_scale
+from .progress import progress_bar
 from .rounding import margin_error
 from .training import build_network, load_checkpoints, load_snapshots, train
 
@@ -654,9 +655,13 @@ def run_all(runs, root, progress=True, stack=None):
         for folder, params in unique.items()
         if records[folder] is None or _is_incomplete(params, records[folder])
     ]
-    for batch in _batches(pending, root, stack):
-        own = [run_dir(params, root) for params in batch]
-        records |= zip(own, _run_together(batch, own, progress), strict=True)
+    batches = list(_batches(pending, root, stack))
+    several = progress and len(batches) > 1 and ranks.is_main()
+    with progress_bar(len(pending), "runs", "run", several) as bar:
+        for batch in batches:
+            own = [run_dir(params, root) for params in batch]
+            records |= zip(own, _run_together(batch, own, progress), strict=True)
+            bar.update(len(batch))
     return [records[folder] for folder in folders]
 
 
@@ -721,10 +726,13 @@ def _run_together(runs, out_dirs, progress):
             )
 
             def evaluate():
-                return [
-                    _evaluate(runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress)
-                    for i, net, dataset in zip(todo, nets, datasets, strict=True)
-                ]
+                found = []
+                with progress_bar(len(todo), "certify", "run", progress and len(todo) > 1) as bar:
+                    for i, net, dataset in zip(todo, nets, datasets, strict=True):
+                        more = (runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress)
+                        found.append(_evaluate(*more))
+                        bar.update()
+                return found
 
             for i, record in zip(todo, ranks.on_main(evaluate, engine), strict=True):
                 records[i] = record
@@ -757,12 +765,12 @@ def _set_aside(params, out_dir):
                 os.replace(out_dir / name, old / name)
 
 
-def _certificates(net, images, targets, names, matrices):
+def _certificates(net, images, targets, names, matrices, progress=False):
     """Logits (N, C), correct (N,) bool, {method: radii (N,)} and {method: {radius name: CRA}}.
 
     The guaranteed radii allow for rounding, as in `certify`; the paper-style ones do not.
     """
-    logits = predict_logits(net, images)
+    logits = predict_logits(net, images, progress=progress)
     predicted = logits.argmax(1)
     correct, errors = predicted == targets.cpu(), {}
     if matrices["guaranteed"].isfinite().all():
@@ -858,16 +866,16 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     record of an earlier certificate of the same weights, of which the lower bound of K is kept."""
     device = params.torch_device
     net = net.to(device)
-    matrices = {"power": lipschitz_matrix(net, "power").cpu()}
+    matrices = {"power": lipschitz_matrix(net, "power", progress).cpu()}
     if params.variant == "sound":
-        matrices["guaranteed"] = lipschitz_matrix(net, "guaranteed").cpu()
+        matrices["guaranteed"] = lipschitz_matrix(net, "guaranteed", progress).cpu()
     else:  # a published form that no proof covers, for ablation: nothing is certified
         matrices["guaranteed"] = torch.full_like(matrices["power"], float("inf"))
     epsilon = getattr(params.loss, "epsilon", None)
     trained_for = [] if epsilon is None else [f"{epsilon:g}"]
     names = list(dict.fromkeys([*params.radii, *trained_for]))
     logits, correct, radii, cra = _certificates(
-        net, dataset.test_images, dataset.test_targets, names, matrices
+        net, dataset.test_images, dataset.test_targets, names, matrices, progress
     )
     K_f, K_f_paper = (matrices[m].max().item() for m in ("guaranteed", "power"))
     record = {
@@ -912,7 +920,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record["cra_local"] = _cra(names, radii["local"], correct)
     if params.certify_train:
         _, train_correct, _, train_cra = _certificates(
-            net, dataset.train_images, dataset.train_targets, names, matrices
+            net, dataset.train_images, dataset.train_targets, names, matrices, progress
         )
         record["train_clean"] = train_correct.double().mean().item()
         record["train_cra"] = train_cra["guaranteed"]
@@ -970,7 +978,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
 
 def _snapshots(params, dataset, out_dir, names, progress):
     """Clean accuracy, CRA, K and tightness of the weights after some epochs: a list of dicts."""
-    lines = []
+    lines, bar = [], progress_bar(len(params.snapshots), "snapshots", "epoch", progress)
     for epoch, net in load_snapshots(params, dataset, out_dir):
         net = net.to(params.torch_device)
         matrices = {"guaranteed": lipschitz_matrix(net, "guaranteed").cpu()}
@@ -982,11 +990,12 @@ def _snapshots(params, dataset, out_dir, names, progress):
         line |= {"cra": cra["guaranteed"], "K_f": K_f}
         if params.tightness is not None:
             lower = lipschitz_lower_bound(
-                net, dataset.train_images, seed=params.seed, progress=progress,
-                **params.tightness.model_dump(),
-            )  # fmt: skip
+                net, dataset.train_images, seed=params.seed, **params.tightness.model_dump()
+            )
             line |= {"K_lower": lower, "tightness": lower / K_f}
         lines.append(line)
+        bar.update()
+    bar.close()
     return lines
 
 

@@ -119,7 +119,7 @@ def certify(
     *,
     method="guaranteed",
     batch_size=1000,
-    progress=False,
+    progress=True,
     local=False,
 ) -> pd.DataFrame:
     """Certify every test sample of `dataset`; float64 logits, one row per sample.
@@ -152,7 +152,7 @@ def certify(
     model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     targets = check_targets(targets, len(images), model.head.out_features).cpu()
-    K = lipschitz_matrix(model, method).cpu()
+    K = lipschitz_matrix(model, method, progress).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
     error = margin_error(model, images, logits.argmax(dim=1)) if method == "guaranteed" else None
     radius = certified_radius(logits, K, error)
@@ -354,7 +354,7 @@ def _quotient(net, a, b):
 
 def _best_pair(model, images, progress):
     """Largest quotient over all pairs of images and classes, float64."""
-    f = predict_logits(model, images)  # (N, C)
+    f = predict_logits(model, images, progress=progress)  # (N, C)
     x = as_pixels(images.cpu(), torch.float64).flatten(1)
     norms = x.square().sum(dim=1)
     N, C = f.shape
