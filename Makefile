@@ -200,7 +200,7 @@ $(COLAB)/.installed: tests/colab.txt
 	  || { echo "FAILED colab: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log)" >&2; exit 1; }
 	@touch $@
 
-colab: $(COLAB)/.installed  ## run notebooks on Colab's versions as Colab does; ITEMS="quickstart figure1" names some
+colab: $(COLAB)/.installed  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
 	@$(COLAB)/bin/python tools/colab.py $(ITEMS)
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
@@ -214,7 +214,7 @@ bench: | $(ENVIRONMENT)  ## time the training step of every system, with the cos
 	@echo
 	@$(PYTHON) benchmarks/systems.py
 
-times: | $(ENVIRONMENT)  ## time notebooks, each alone, into benchmarks/times.csv and README.md; ITEMS= names some
+times: | $(ENVIRONMENT)  ## time notebooks, each alone, for the table in README; ITEMS="figure1 figure4": these
 	@$(PYTHON) tools/times.py $(ITEMS) --profile $(PROFILE) --device '$(DEVICE)' --data '$(DATA)' \
 	  --label '$(LABEL)' --params-file '$(PARAMS)' --jobs '$(JOBS)'
 
