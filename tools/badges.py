@@ -16,8 +16,8 @@ import environment  # tools/ is on the path: this file is run as a script
 import pages
 
 # notebooks that train networks on images at the profiles quick and paper
-GPU = {"certify_your_model", "convergence", "figure5", "lambda_sweep", "table1", "table2", "train",
-       "train_your_own"}  # fmt: skip
+GPU = {"certify_your_model", "choose_eps_p", "convergence", "figure5", "lambda_sweep", "table1",
+       "table2", "train", "train_your_own"}  # fmt: skip
 SETUP = """\
 # On Colab this fetches the kit; in a checkout it makes `import cll` find it; else it does nothing.
 import subprocess
