@@ -64,6 +64,14 @@ def test_vmap(shape):
         assert torch.allclose(gradients[i], grad(loss)(x[i]))
 
 
+def test_gradients_of_images_are_exact_of_first_and_second_order():
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(MaxMin(), x) and torch.autograd.gradgradcheck(MaxMin(), x)
+    gradient = torch.randn_like(x)
+    (got,) = torch.autograd.grad(MaxMin()(x), x, gradient)
+    assert torch.equal(got.flatten().sort().values, gradient.flatten().sort().values)
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (2, 5, 4, 4), (4,)])
 def test_odd_channels_are_an_error(shape):
     with pytest.raises(ValueError, match=r"MaxMin.*even number of channels"):
