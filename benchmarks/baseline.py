@@ -1,0 +1,265 @@
+"""The textbook way to train a Lipschitz network: the yardstick of every speed claim.
+
+    python benchmarks/baseline.py [--runs moons-CLL moons-GloRo 4C3F 6C2F] [--steps 20]
+
+One network at a time, the way the method is written down: images go through PIL and a DataLoader
+one by one; each step runs five power iterations per layer under autograd and builds the distances
+||w_y - w_j|| sample by sample; after each epoch single power iterations go on until K moves by no
+more than 1e-9, or 10,000 times (the published rule). Nothing is slowed down on purpose. Networks
+and parameter files are the package's, so that a ratio compares the training and nothing else.
+
+`floor` is what no program on this machine can beat: the multiplications of a piece of work at the
+measured rate of a large matrix product, its bytes at the measured rate of a large copy, the longer
+of the two.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import cll
+from cll.experiment import load_dataset
+
+RUNS = {
+    "moons-CLL": "figure4/moons-CLL-eps0.15",
+    "moons-GloRo": "figure4/moons-GloRo-eps0.15",
+    "4C3F": "table2/cifar10-4C3F-CLL",
+    "6C2F": "table2/cifar10-6C2F-CLL",
+}
+
+
+def setting(name):
+    """(parameters, data) of one of RUNS; for images scikit-learn's digits, which need no download:
+    time does not depend on what the pictures show."""
+    params = cll.load_params(cll.ROOT / f"params/{RUNS[name]}.yaml", "paper")
+    if params.model != "MLP":
+        params = params.model_copy(update={"data": "digits"})
+    return params, load_dataset(params)
+
+
+class Pictures(Dataset):
+    """uint8 images (N, 3, H, W) as PIL pictures through a transform, as torchvision.datasets do."""
+
+    def __init__(self, images, targets, transform):
+        self.images, self.targets = images.permute(0, 2, 3, 1).numpy(), targets
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.targets[i]
+
+
+def loader(images, targets, augmentation, batch):
+    """The DataLoader of a training set; augmentation: of a parameter file (data.Augmentation)."""
+    if images.is_floating_point():
+        return DataLoader(TensorDataset(images, targets), batch, shuffle=True, drop_last=True)
+    a = augmentation
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(images.shape[-2:], padding=a.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(a.jitter, a.jitter, a.jitter),
+            transforms.RandomRotation(a.rotation),
+            transforms.ToTensor(),
+        ]
+    )
+    return DataLoader(Pictures(images, targets, transform), batch, shuffle=True, drop_last=True)
+
+
+class Norm:
+    """The spectral norm of one Linear or Conv2d by power iteration, from a vector that is kept."""
+
+    def __init__(self, layer, shape):
+        self.layer, self.v = layer, torch.randn(1, *shape)
+
+    def __call__(self, iterations):
+        v = self.v
+        for _ in range(iterations):
+            u = self.forward(v)
+            v = self.transposed(u / u.norm(), v.shape)
+            v = v / v.norm()
+        self.v = v.detach()
+        return self.forward(v).norm()
+
+    def forward(self, v):
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(v, layer.weight)
+        return F.conv2d(v, layer.weight, None, layer.stride, layer.padding)
+
+    def transposed(self, u, shape):
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(u, layer.weight.T)
+        return nn.grad.conv2d_input(shape, layer.weight, u, layer.stride, layer.padding)
+
+
+class Baseline:
+    """One network in training; params: of a parameter file, data: a data.Dataset."""
+
+    def __init__(self, params, data):
+        torch.manual_seed(params.seed)
+        self.params, self.loss = params, params.loss
+        self.net = cll.build(params.model, data.num_classes, data.input_shape)
+        self.norms, shape = [], tuple(data.input_shape)
+        for layer in self.net.body:
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                self.norms.append(Norm(layer, shape))
+            shape = tuple(layer(torch.zeros(1, *shape)).shape[1:])
+        self.optimizer = torch.optim.Adam(self.net.parameters(), params.optimizer.lr)
+        batch = min(params.batch_size, len(data.train_targets))
+        self.batches = loader(data.train_images, data.train_targets, params.augmentation, batch)
+        self.done, self.total = 0, params.epochs * len(self.batches)
+
+    def endless(self):
+        """Batches of one epoch after the other."""
+        return itertools.chain.from_iterable(itertools.repeat(self.batches))
+
+    def body_norm(self, iterations):
+        product = 1.0
+        for norm in self.norms:
+            product = product * norm(iterations)
+        return product
+
+    def step(self, x, y):
+        """One step on a batch; returns the loss."""
+        W, f = self.net.head.weight, self.net(x)
+        K = self.body_norm(self.params.power_iterations)
+        pairs = (W[:, None] - W[None]).norm(dim=2)
+        if self.loss.name == "GloRo":
+            j = f.argmax(1)
+            rows = K * (W[j][:, None] - W[None]).norm(dim=2)  # (N, C, D) on the way
+            bottom = (f + self.loss.epsilon * rows).masked_fill(F.one_hot(j, len(W)) > 0, -math.inf)
+            loss = F.cross_entropy(torch.cat([f, bottom.amax(1, keepdim=True)], 1), y)
+        else:
+            epsilon, p = self.loss.epsilon, self.slack()
+            target = F.one_hot(y, len(W)) > 0
+            rows = K.detach() * (W[y][:, None] - W[None]).norm(dim=2).detach()  # (N, C, D)
+            distance = (f - f.gather(1, y[:, None])) / rows.masked_fill(target, 1.0)
+            offset = torch.where(
+                target, -epsilon if self.loss.offset == "two-sided" else 0, epsilon
+            )
+            sigma = epsilon / math.log((2 - p) / p)
+            loss = F.cross_entropy((distance + offset) / sigma, y)
+            loss = loss + self.loss.lam * (K * pairs.max()) ** 2
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.done += 1
+        return loss.item()
+
+    def slack(self):
+        """The slack p of this step, annealed where the parameters say so."""
+        if self.loss.p_start is None:
+            return self.loss.p
+        left = (1 - self.done / self.total) ** self.loss.p_power
+        return self.loss.p + (self.loss.p_start - self.loss.p) * left
+
+    @torch.no_grad()
+    def converge(self):
+        """K after an epoch: (K, number of iterations it took)."""
+        before, K, iterations, W = math.inf, 0.0, 0, self.net.head.weight
+        while abs(K - before) > 1e-9 and iterations < 10_000:
+            before = K
+            K = (self.body_norm(1) * (W[:, None] - W[None]).norm(dim=2).max()).item()
+            iterations += 1
+        return K, iterations
+
+    def epoch(self):
+        """One epoch: (seconds of CPU time in steps, in convergence, number of iterations, K)."""
+        began = time.process_time()
+        for x, y in self.batches:
+            self.step(x, y)
+        stepped = time.process_time()
+        K, iterations = self.converge()
+        return stepped - began, time.process_time() - stepped, iterations, K
+
+
+# ------------------------------------------------------------------------------------- the floor
+
+
+@functools.cache
+def rates(n=1024, megabytes=256, repeats=5):
+    """(FLOP/s of an n x n float32 matrix product, bytes/s of a large copy), best of some repeats,
+    with the threads that PyTorch has."""
+    a, b = torch.rand(2, n, n)
+    c, d = torch.rand(2, megabytes * 2**18)
+    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(repeats))
+    copy = min(_seconds(lambda: d.copy_(c)) for _ in range(repeats))
+    return 2 * n**3 / product, 2 * c.numel() * 4 / copy  # read and written
+
+
+def _seconds(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def floor(flops, moved):
+    """Seconds that `flops` operations and `moved` bytes take at least."""
+    speed, bandwidth = rates()
+    return max(flops / speed, moved / bandwidth)
+
+
+def step_floor(net, batch):
+    """The floor of a training step of a network: the products of its forward and backward pass;
+    every activation written and read once either way, weights and Adam's moments read and written.
+    """
+    x, sizes = torch.rand(batch, *net.input_shape), []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))
+        for layer in [*net.body, net.head]
+    ]
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    net.zero_grad()
+    parameters = sum(p.numel() for p in net.parameters())
+    return floor(counter.get_total_flops(), 4 * (4 * sum(sizes) + 8 * parameters))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--steps", type=int, default=20, help="steps to time")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    speed, bandwidth = rates()
+    print(f"one thread, {speed / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    print("| run | ms per step | floor ms | bound after an epoch ms | iterations |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in args.runs:
+        run = Baseline(*setting(name))
+        times = []
+        for batch in itertools.islice(run.endless(), args.steps):
+            began = time.perf_counter()
+            run.step(*batch)
+            times.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        _, iterations = run.converge()
+        bound = time.perf_counter() - began
+        step, least = statistics.median(times), step_floor(run.net, run.batches.batch_size)
+        print(
+            f"| {name} | {1e3 * step:.1f} | {1e3 * least:.2f} | {1e3 * bound:.0f} | {iterations} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
