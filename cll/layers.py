@@ -32,21 +32,34 @@ class MaxMin(nn.Module):
         return torch.cat([torch.where(in_order, a, b), torch.where(in_order, b, a)], 1)
 
 
-class _SortPairs(torch.autograd.Function):
-    """MaxMin for images: (sorted pairs, 1 where a pair was in order and 0 elsewhere).
+def sort_pairs(x):
+    """(MaxMin of x (N, C, ...), 1 where a pair was in order and 0 elsewhere), without a gradient.
 
     Each result is written once, where it belongs, and 0 and 1 as numbers let `lerp` choose
     exactly: together 3.5 times as fast on a CPU as `where`, `cat` and `stack`.
     """
+    a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
+    y, in_order = torch.empty_like(x), torch.empty_like(a)
+    high, low = y.chunk(2, 1)
+    torch.maximum(a, b, out=high)
+    torch.minimum(a, b, out=low)
+    return y, torch.ge(a, b, out=in_order)
 
-    @staticmethod
-    def forward(x):
-        a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
-        y, in_order = torch.empty_like(x), torch.empty_like(a)
-        high, low = y.chunk(2, 1)
-        torch.maximum(a, b, out=high)
-        torch.minimum(a, b, out=low)
-        return y, torch.ge(a, b, out=in_order)
+
+def unsort_pairs(y, in_order):
+    """The transpose of `sort_pairs` at the input that gave `in_order`: its gradient."""
+    high, low = y.chunk(2, 1)
+    x = torch.empty_like(y, memory_format=torch.contiguous_format)
+    a, b = x.unflatten(1, (-1, 2)).unbind(2)
+    torch.lerp(low, high, in_order, out=a)
+    torch.lerp(high, low, in_order, out=b)
+    return x
+
+
+class _SortPairs(torch.autograd.Function):
+    """`sort_pairs` for autograd and torch.func."""
+
+    forward = staticmethod(sort_pairs)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -64,16 +77,9 @@ class _SortPairs(torch.autograd.Function):
 
 
 class _UnsortPairs(torch.autograd.Function):
-    """The transpose of _SortPairs at the input that gave `in_order`."""
+    """`unsort_pairs` for autograd and torch.func."""
 
-    @staticmethod
-    def forward(sorted_pairs, in_order):
-        high, low = sorted_pairs.chunk(2, 1)
-        x = torch.empty_like(sorted_pairs, memory_format=torch.contiguous_format)
-        a, b = x.unflatten(1, (-1, 2)).unbind(2)
-        torch.lerp(low, high, in_order, out=a)
-        torch.lerp(high, low, in_order, out=b)
-        return x
+    forward = staticmethod(unsort_pairs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -86,8 +92,8 @@ class _UnsortPairs(torch.autograd.Function):
         return torch.cat([torch.lerp(b, a, in_order), torch.lerp(a, b, in_order)], 1), None
 
     @staticmethod
-    def vmap(info, in_dims, sorted_pairs, in_order):
-        own = (sorted_pairs, in_dims[0]), (in_order, in_dims[1])
+    def vmap(info, in_dims, y, in_order):
+        own = (y, in_dims[0]), (in_order, in_dims[1])
         x = _UnsortPairs.apply(*(_one_batch(*t, info) for t in own))
         return x.unflatten(0, (info.batch_size, -1)), 0
 

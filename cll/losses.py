@@ -9,6 +9,8 @@ Notation, used throughout:
 * ``epsilon`` is the margin in input units; ``p`` in (0, 1) is the total probability mass that the
   calibrated logistic leaves outside the margin, p/2 on each side.
 * ``reduction`` is "mean", "sum" or "none", over the samples.
+* A stack of S runs: logits (S, N, C), targets (S, N), K (S, C, C) or (S, N, C, C); numbers may be
+  tensors (S,), one per run; the result is (S,), or (S, N) without reduction.
 
 Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
 Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
@@ -74,8 +76,8 @@ def cll_loss(logits, targets, K, *, epsilon, p, offset="two-sided", reduction="m
     sigma = _as(f, cll_scale(epsilon, p))
     epsilon = _as(f, epsilon)
     is_target = _one_hot(targets, f)  # (N, C)
-    if K.ndim == 1:
-        distance = f / K.masked_fill(K == 0, 1)
+    if K.ndim == f.ndim - 1:
+        distance = f / K.masked_fill(K == 0, 1).unsqueeze(-2)
     else:
         distance = (f - _at(f, targets)) / _rows(K, targets, is_target)  # (N, C), 0 at the target
     if offset != "none":
@@ -129,18 +131,18 @@ def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
     """
     _check_epsilon(epsilon, zero=True)
     f, K = _prepare(logits, targets, K, reduction)
-    j = f.detach().argmax(dim=1)  # (N,)
+    j = f.detach().argmax(dim=-1)  # (N,)
     is_j = _one_hot(j, f)
     # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
     f_bot = f + _as(f, epsilon) * _gather_rows(K, j).masked_fill(is_j, 0)
-    f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=1, keepdim=True)  # (N, 1)
+    f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=-1, keepdim=True)  # (N, 1)
     if trades is None:
-        log_probability = torch.cat([f, f_bot], dim=1).log_softmax(dim=1)
+        log_probability = torch.cat([f, f_bot], dim=-1).log_softmax(dim=-1)
         # without its last column, so that no label can ask for the extra logit
-        values = -_at(log_probability[:, :-1], targets)[:, 0]
+        values = -_at(log_probability[..., :-1], targets)[..., 0]
     else:
         values = _cross_entropy(f, targets)
-        values = values + _as(f, trades) * _softplus(f_bot[:, 0] - f.logsumexp(dim=1))
+        values = values + _as(values, trades) * _softplus(f_bot[..., 0] - f.logsumexp(dim=-1))
     return _reduce(values, reduction)
 
 
@@ -156,7 +158,8 @@ def aol_loss(logits, targets, *, offset=2**0.5 * 1.5, temperature=0.25, reductio
     f, _ = _prepare(logits, targets, None, reduction)
     t = _as(f, temperature)
     shifted = torch.where(_one_hot(targets, f), f - _as(f, offset), f)
-    return _reduce(t * _cross_entropy(shifted / t, targets), reduction)
+    values = _cross_entropy(shifted / t, targets)
+    return _reduce(_as(values, temperature) * values, reduction)
 
 
 def aol_as_cll(offset, temperature, kappa):
@@ -178,8 +181,8 @@ def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean")
     f, K = _prepare(logits, targets, K, reduction)
     is_target = _one_hot(targets, f)
     distance = (_at(f, targets) - f) / _rows(K, targets, is_target)
-    radius = distance.masked_fill(is_target, math.inf).amin(dim=1)  # (N,)
-    return _reduce(_cross_entropy(f, targets) - _as(f, gamma) * F.relu(radius), reduction)
+    radius = distance.masked_fill(is_target, math.inf).amin(dim=-1)  # (N,)
+    return _reduce(_cross_entropy(f, targets) - _as(radius, gamma) * F.relu(radius), reduction)
 
 
 def hinge_loss(logits, targets, *, margin=0.7, reduction="mean"):
@@ -195,7 +198,7 @@ def hinge_loss(logits, targets, *, margin=0.7, reduction="mean"):
         raise ValueError(f"margin = {margin} is out of range: a finite margin > 0 is needed")
     f, _ = _prepare(logits, targets, None, reduction)
     missing = F.relu(_as(f, margin) - _at(f, targets) + f)  # (N, C)
-    return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=1), reduction)
+    return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=-1), reduction)
 
 
 def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
@@ -216,8 +219,8 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
     f, K = _prepare(logits, targets, K, reduction)
     # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
     rows = _gather_rows(K, targets).masked_fill(_one_hot(targets, f), 0)
-    kappa = _as(f, kappa)
     worst = _cross_entropy(f + _as(f, epsilon) * rows, targets)
+    kappa = _as(worst, kappa)
     return _reduce(kappa * _cross_entropy(f, targets) + (1 - kappa) * worst, reduction)
 
 
@@ -226,10 +229,11 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
 
 def lipschitz_penalty(K, lam):
     """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
+    Of a stack with lam (S,): over the K of each run, (S,).
 
     Without it K grows without limit under ``cll_loss``, which is scale-invariant in (f, K).
     """
-    return lam * K.amax() ** 2
+    return lam * K.flatten(lam.ndim if isinstance(lam, Tensor) else 0).amax(-1) ** 2
 
 
 def polynomial_schedule(start, end, power, progress):
@@ -251,15 +255,15 @@ def polynomial_schedule(start, end, power, progress):
 def _prepare(logits, targets, K, reduction, per_logit=False):
     """Check shapes (never values) and return logits and K in the type the loss is computed in."""
     _check_reduction(reduction)
-    if logits.ndim != 2 or logits.shape[1] < 2:
+    if logits.ndim not in (2, 3) or logits.shape[-1] < 2:
         raise ValueError(
             f"logits must have shape (N, C) with C >= 2, got {tuple(logits.shape)}; "
             "for one score per sample use binary_cll_loss"
         )
-    N, C = logits.shape
-    if targets.shape != (N,) or targets.dtype != torch.int64:
+    *runs, N, C = logits.shape
+    if targets.shape != (*runs, N) or targets.dtype != torch.int64:
         raise ValueError(
-            f"targets must be int64 of shape ({N},), one label per row of logits, "
+            f"targets must be int64 of shape {(*runs, N)}, one label per row of logits, "
             f"got {targets.dtype} of shape {tuple(targets.shape)}"
         )
     if not logits.is_floating_point():
@@ -267,7 +271,8 @@ def _prepare(logits, targets, K, reduction, per_logit=False):
     f = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if K is None:
         return f, None
-    shapes = [(C,), (C, C), (N, C, C)] if per_logit else [(C, C), (N, C, C)]
+    shapes = [(*runs, C, C), (*runs, N, C, C)]
+    shapes = [(*runs, C), *shapes] if per_logit else shapes
     if not isinstance(K, Tensor) or tuple(K.shape) not in shapes:
         got = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
         raise ValueError(f"K must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
@@ -287,34 +292,41 @@ def _check_epsilon(epsilon, zero):
 
 
 def _as(f, value):
-    """`value` in the type of f: a stack of float64 epsilons must not turn the loss to float64."""
-    return value.to(f.dtype) if isinstance(value, Tensor) else value
+    """`value` in the type of f: a stack of float64 epsilons must not turn the loss to float64. One
+    value per run is shaped so that it meets the samples of its run."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(f.dtype)
+    return value.view(*value.shape, *[1] * (f.ndim - value.ndim)) if value.ndim else value
 
 
 def _one_hot(index, f):
     """(N,) class indices -> (N, C) bool."""
-    return index[:, None] == torch.arange(f.shape[1], device=f.device)
+    return index.unsqueeze(-1) == torch.arange(f.shape[-1], device=f.device)
 
 
 def _at(f, targets):
     """f_y, shape (N, 1). Unlike f[arange, y] it refuses negative labels (also -100, "ignore")."""
     try:
-        return f.gather(1, targets[:, None])
+        return f.gather(-1, targets.unsqueeze(-1))
     except (IndexError, RuntimeError) as error:  # CPU only: on CUDA the check would cost a sync
         if "out of bounds" not in str(error):
             raise
-        raise ValueError(f"targets hold a label outside 0..{f.shape[1] - 1}: {error}") from None
+        raise ValueError(f"targets hold a label outside 0..{f.shape[-1] - 1}: {error}") from None
 
 
 def _cross_entropy(f, targets):
-    return -_at(f.log_softmax(dim=1), targets)[:, 0]
+    return -_at(f.log_softmax(dim=-1), targets)[..., 0]
 
 
 def _gather_rows(K, index):
     """K (C, C) or (N, C, C), index (N,) -> K[index] or K[n, index[n]], shape (N, C)."""
     if K.ndim == 2:
         return K[index]
-    return K.gather(1, index[:, None, None].expand(-1, 1, K.shape[2]))[:, 0]
+    if K.ndim == index.ndim + 1:  # one K per run
+        return K.gather(1, index.unsqueeze(-1).expand(-1, -1, K.shape[-1]))
+    index = index[..., None, None].expand(*index.shape, 1, K.shape[-1])
+    return K.gather(-2, index).squeeze(-2)
 
 
 def _rows(K, targets, is_target):
@@ -331,4 +343,4 @@ def _softplus(x):
 def _reduce(values, reduction):
     if reduction == "none":
         return values
-    return values.mean() if reduction == "mean" else values.sum()
+    return values.mean(-1) if reduction == "mean" else values.sum(-1)

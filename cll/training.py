@@ -15,6 +15,7 @@ device once per epoch.
 
 import csv
 import functools
+import itertools
 import os
 import time
 import warnings
@@ -27,12 +28,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from . import ranks
 from .architectures import build
 from .bounds import head_rows, pairwise_distances
 from .data import augment, draw, to_float
+from .dense import DenseStack
 from .local import local_estimate
 from .losses import (
     aol_loss,
@@ -51,6 +54,7 @@ __all__ = ["Stack", "build_network", "train", "load_checkpoints", "load_snapshot
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
 CHECKPOINT_SECONDS = 20
+RECORDED_STEPS = 2000  # from here on, recording a step (1 to 2 seconds) pays back
 CHUNK_IMAGES = 4096  # per run, gathered and augmented at a time: keeps the device busy
 NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero means nothing there
 
@@ -118,6 +122,9 @@ class _Program(nn.Module):
         self.moves_K = any(_moves_K(run.loss) for run in runs)
         self.local_iterations = getattr(first.loss, "iterations", None)  # of Local-Lip-B alone
         self.bfloat16 = first.precision == "bfloat16"
+        # no more than the network and K, so that another way to compute both may take over
+        self.plain = not (self.through or self.bfloat16 or first.compile or first.checkpointing)
+        self.plain &= self.local_iterations is None
         self.logits = _compiled(self._logits, first.model) if first.compile else self._logits
 
     def forward(self, images, iterations, epsilon=None):
@@ -126,18 +133,25 @@ class _Program(nn.Module):
         if self.local_iterations is not None:
             K = local_estimate(self.net, images, epsilon, self.local_iterations)
             return self.logits(images), K
-        others = []
         with torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
-            K = self.net.lipschitz_matrix(iterations, self.through)
-            if "per-logit" in self.forms:
-                rows = head_rows(self.net.head)
-                others.append(self.net.body_lipschitz(0) * rows.norm(dim=1))
-            if "published" in self.forms:
-                # The official GloRo divides K by a detached and multiplies it by a live pair norm
-                # of the head, whose largest one has entered K already: same value, more gradient.
-                largest = pairwise_distances(head_rows(self.net.head)).amax()
-                others.append(K * (largest / largest.detach()))
-        return self.logits(images), K, *others
+            body = self.net.body_lipschitz(iterations, self.through)
+            bounds = self.bounds(body, head_rows(self.net.head))
+        return self.logits(images), *bounds
+
+    def bounds(self, body, rows):
+        """K and its other forms from the constant of the body and the rows of the head, both of
+        one run or both stacked."""
+        distances = pairwise_distances(rows)
+        K = body[..., None, None] * distances
+        forms = [K]
+        if "per-logit" in self.forms:
+            forms.append(body[..., None] * rows.norm(dim=-1))
+        if "published" in self.forms:
+            # The official GloRo divides K by a detached and multiplies it by a live pair norm of
+            # the head, whose largest one has entered K already: same value, more gradient.
+            largest = distances.amax((-2, -1), keepdim=True)
+            forms.append(K * (largest / largest.detach()))
+        return forms
 
     def _logits(self, images):
         """Autocast reaches the network only: K and the losses stay in float32."""
@@ -200,21 +214,30 @@ class Stack:
         self.buffers = {k: t for k, t in tensors.items() if k not in trained}
         self.optimizer = _optimizer(runs[0].optimizer, self.parameters)
         self.iterations = runs[0].power_iterations
-        kinds = {}
-        for s, run in enumerate(runs):
-            kinds.setdefault(_kind(run.loss), []).append(s)
-        self.groups = [
-            (runs[rows[0]].loss, torch.tensor(rows, device=self.device)) for rows in kinds.values()
-        ]
+        self.dense = None
+        if engine is None and self.program.plain and DenseStack.fits(nets[0]):
+            self.dense = DenseStack(nets[0], len(runs), self.device)
+        self.recorded = None
+        self.groups = []  # (loss, slice) of neighbours whose losses are of one kind
+        for _, members in itertools.groupby(range(len(runs)), lambda s: _kind(runs[s].loss)):
+            rows = list(members)
+            self.groups.append((runs[rows[0]].loss, slice(rows[0], rows[-1] + 1)))
 
     def _stacked(self, tensors):
         return torch.stack([t.detach().to(self.device) for t in tensors])
 
-    def forward(self, images, iterations, epsilon=None):
+    def forward(self, images, iterations, epsilon=None, tensors=None):
         """Logits (S, N, C), K (S, C, C), other forms of K (S, ...), of images (S, N, ...).
 
-        epsilon (S,): radius of local bounds, whose K is (S, N, C, C).
+        epsilon (S,): radius of local bounds, whose K is (S, N, C, C). tensors: of a dense stack,
+        in place of its parameters and buffers.
         """
+        if self.dense is not None:
+            tensors = tensors or {**self.parameters, **self.buffers}
+            with torch.set_grad_enabled(self.program.moves_K and torch.is_grad_enabled()):
+                body = self.dense.body_lipschitz(tensors, iterations)
+                bounds = self.program.bounds(body, self.dense.rows(tensors))
+            return self.dense.logits(tensors, images), *bounds
         if len(self.runs) == 1:
             own = None if epsilon is None else epsilon[0]
             return tuple(out[None] for out in self.module(images[0], iterations, own))
@@ -235,25 +258,54 @@ class Stack:
 
         Returns detached (loss (S,), correct predictions (S,), K (S, C, C) or (S, N, C, C)).
         """
-        logits, K, *others = self.forward(images, self.iterations, epsilon)
-        forms = {"pairwise": K, **dict(zip(self.program.forms, others, strict=True))}
-        scheduled = (epsilon, p, K_warmup, weight)
-        if len(self.runs) == 1:
-            config = self.runs[0].loss
-            own = (logits, targets, K, forms[_form(config)], *scheduled)
-            loss = _loss(config, *(a[0] for a in own))[None]
-        else:
-            loss = torch.zeros(len(self.runs), device=self.device)
-            for config, rows in self.groups:
-                own = (logits, targets, K, forms[_form(config)], *scheduled)
-                if len(self.groups) > 1:
-                    own = [a[rows] for a in own]
-                loss = loss.index_put((rows,), vmap(functools.partial(_loss, config))(*own))
+        batch = (images, targets, epsilon, p, K_warmup, weight)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()
+        if self.recorded is None:
+            loss, correct, K = self.losses(*batch)
+            loss.sum().backward()
+        else:
+            own = (*self.parameters.values(), *self.buffers.values())
+            with torch.no_grad():
+                loss, correct, K, *gradients = self.recorded(*own, *batch)
+            for t, gradient in zip(self.parameters.values(), gradients, strict=True):
+                t.grad = gradient
         self.optimizer.step()
-        correct = (logits.detach().argmax(2) == targets).sum(1)
         return loss.detach(), correct, K.detach()
+
+    def losses(self, images, targets, epsilon, p, K_warmup, weight, tensors=None):
+        """(loss, correct, K) of `step`, loss and K with their gradients."""
+        logits, K, *others = self.forward(images, self.iterations, epsilon, tensors)
+        forms = {"pairwise": K, **dict(zip(self.program.forms, others, strict=True))}
+        losses = []
+        for config, rows in self.groups:
+            own = (logits, targets, K, forms[_form(config)], epsilon, p, K_warmup, weight)
+            losses.append(_loss(config, *(a[rows] for a in own)))
+        correct = (logits.detach().argmax(2) == targets).sum(1)
+        return torch.cat(losses), correct, K
+
+    def record(self, batch):
+        """Let `step` replay what it computes for batches of this many samples, as recorded once:
+        in small networks Python and autograd take longer than the operations themselves. For dense
+        stacks on a CPU; the numbers stay the same."""
+        S, names = len(self.runs), [*self.parameters, *self.buffers]
+        images = torch.zeros(S, batch, *self.nets[0].input_shape)
+        numbers = (torch.full((S,), 0.5) for _ in range(4))
+        arguments = (images, torch.zeros(S, batch, dtype=torch.long), *numbers)
+
+        def operations(*tensors):
+            own = dict(zip(names, tensors[: len(names)], strict=True))
+            loss, correct, K = self.losses(*tensors[len(names) :], tensors=own)
+            trained = [own[k] for k in self.parameters]
+            return loss.detach(), correct, K.detach(), *torch.autograd.grad(loss.sum(), trained)
+
+        own = {**self.parameters, **self.buffers}.values()
+        copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in own]
+        graph = make_fx(operations)(*copies, *arguments)
+        with torch.no_grad(), warnings.catch_warnings():
+            # TorchScript is no longer developed, but nothing else replays without a compiler
+            warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+            example = (*(t.detach() for t in copies), *arguments)
+            self.recorded = torch.jit.trace(graph, example, check_trace=False)
 
     def state(self, s):
         """Run s alone: its tensors and optimiser moments on the host, as they are until the next
@@ -303,12 +355,13 @@ class Stack:
 
 
 def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
-    """The loss of one run on one batch; epsilon, p, K_warmup and weight are 0-dim tensors."""
+    """The losses (S,) of runs that share a kind of loss, on one batch each; epsilon, p, K_warmup
+    and weight are (S,)."""
     if config.name == "GloRo":
         trades, t = None if config.trades is None else weight, config.temperature
         return gloro_loss(logits / t, targets, K_form / t, epsilon=epsilon, trades=trades)
     if config.name == "CE":
-        return F.cross_entropy(logits, targets)
+        return F.cross_entropy(logits.mT, targets, reduction="none").mean(1)
     if config.name == "Hinge":
         return hinge_loss(logits, targets, margin=config.margin)
     if config.name == "AOL":
@@ -319,7 +372,8 @@ def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
         return local_bcp_loss(logits, targets, K, epsilon=epsilon, kappa=weight)
     # K is detached in the cross-entropy: only the penalty moves K itself (published code).
     K_form = K_form.detach() if config.detach else K_form
-    loss = cll_loss(logits, targets, K_form * K_warmup, epsilon=epsilon, p=p, offset=config.offset)
+    K_form = K_form * K_warmup.view(-1, *[1] * (K_form.ndim - 1))
+    loss = cll_loss(logits, targets, K_form, epsilon=epsilon, p=p, offset=config.offset)
     return loss + lipschitz_penalty(K, weight)
 
 
@@ -378,6 +432,21 @@ def _learning_rate(config, iteration, total):
     return config.lr * config.gamma ** sum(iteration >= m for m in config.milestones)
 
 
+def _leaves_threads(function):
+    """Whatever number of threads the function sets, the former one holds after it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        threads = torch.get_num_threads()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
+
+
+@_leaves_threads
 def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 
@@ -410,7 +479,12 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     total = first.epochs * steps
     augments = images.dtype == torch.uint8 and first.augmentation.active
 
+    # by the length of the whole training: a resumed run must compute as it did before
+    if stack.dense is not None and stack.device.type == "cpu" and total >= RECORDED_STEPS:
+        stack.record(batch)
     start, diverged, seconds = _restore(stack, out_dirs, generators)
+    if stack.dense is not None:  # operations this small are slower on two threads than on one
+        torch.set_num_threads(1)
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         _save(stack, out_dirs, generators, 0, diverged, 0.0)
     curves = [_Curve(d / "curve.csv", start) for d in out_dirs] if main else []

@@ -128,7 +128,7 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 KILLED = """
 import sys, json, cll, cll.training
-cll.training.CHECKPOINT_SECONDS = 0.0
+cll.training.CHECKPOINT_SECONDS, cll.training.RECORDED_STEPS = 0.0, 100
 base = json.loads(sys.argv[1])
 runs = [cll.load_params(base, seed=s) for s in (1, 2)]
 cll.experiment.run_all(runs, sys.argv[2], progress=False, stack=2)
@@ -163,6 +163,63 @@ def test_killed_at_random_moments_ends_in_the_same_bits(base, tmp_path):
         a, b = (load_file(d / "checkpoint.safetensors") for d in (whole, resumed))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         pd.testing.assert_frame_equal(curve(p, tmp_path / "whole"), curve(p, tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_dense_stack_recorded_or_not_is_the_networks_step_by_step(alone, monkeypatch):
+    """MLPs of several kinds of losses: plain matrix products, the same as a recording, and each
+    network by itself under autograd."""
+    losses = ["CLL", "CLL, K not detached", "GloRo", "GloRo-TRADES", "CE", "SOC"]
+    configs = [LOSSES[name] for name in losses] + [LOSSES["CLL"] | {"form": "per-logit"}]
+    configs += [LOSSES["GloRo"] | {"gradient": "published"}]
+    for group in [[c] for c in configs] if alone else [configs]:
+        runs = [cll.load_params(MOONS | {"loss": c, "input_std": [0.5, 2.0]}) for c in group]
+        torch.manual_seed(0)
+        nets = [build_network(p, 2, (2,)) for p in runs]
+        x, y = torch.randn(5, len(runs), 50, 2), torch.randint(0, 2, (5, len(runs), 50))
+        dense, recorded = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
+        assert dense.dense is not None
+        recorded.record(50)
+        with monkeypatch.context() as m:
+            m.setattr(cll.training.DenseStack, "fits", lambda net: False)
+            single = [
+                Stack([p], [copy.deepcopy(net)], "cpu") for p, net in zip(runs, nets, strict=True)
+            ]
+        for i in range(5):
+            schedule = dense.schedule(0.2 * i)
+            results = [s.step(x[i], y[i], *schedule) for s in (dense, recorded)]
+            for s, stack in enumerate(single):
+                own = stack.step(x[i, s : s + 1], y[i, s : s + 1], *stack.schedule(0.2 * i))
+                for result in results:
+                    for a, b in zip(result, own, strict=True):
+                        torch.testing.assert_close(a[s : s + 1], b, rtol=1e-4, atol=1e-5)
+        for a in (dense, recorded):
+            for net, stack in zip(a.networks(), single, strict=True):
+                for p, q in zip(net.parameters(), stack.nets[0].parameters(), strict=True):
+                    torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dense_stack_of_zero_weights_stands_still():
+    """As bounds.estimate: sigma 0 with gradient 0, vectors left as they are."""
+    p = cll.load_params(MOONS | {"loss": LOSSES["GloRo"]})
+    net = cll.build("MLP", 2, (2,))
+    with torch.no_grad():
+        net.body[2].weight.zero_()
+    before = net.v2.clone()
+    stack = Stack([p], [net], "cpu")
+    x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
+    _, _, K = stack.step(x, y, *stack.schedule(0.0))
+    assert torch.equal(K, torch.zeros(1, 2, 2))
+    assert torch.allclose(net.v2, before / before.norm())
+    assert all(t.isfinite().all() for t in net.parameters())
+
+
+def test_training_leaves_the_number_of_threads(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    cll.run(params(epochs=1), tmp_path, progress=False)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_divergence_names_run_epoch_loss_and_K_and_keeps_the_others(tmp_path):
