@@ -201,7 +201,7 @@ $(COLAB)/.installed: tests/colab.txt
 	@touch $@
 
 colab: $(COLAB)/.installed  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
-	@$(COLAB)/bin/python tools/colab.py $(ITEMS)
+	@$(if $(JOBS),OMP_NUM_THREADS='$(JOBS)') $(COLAB)/bin/python tools/colab.py $(ITEMS)
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .
