@@ -178,6 +178,21 @@ class Baseline:
             iterations += 1
         return K, iterations
 
+    @torch.no_grad()
+    def certify(self, images, targets):
+        """The radius of every image (0 where the prediction is wrong), batch by batch."""
+        W, radii = self.net.head.weight, []
+        K, _ = self.converge()
+        K = K / (W[:, None] - W[None]).norm(dim=2).max()
+        for x, y in DataLoader(TensorDataset(images, targets), self.params.batch_size):
+            f = self.net(x)
+            top = f.argmax(1)
+            rows = K * (W[top][:, None] - W[None]).norm(dim=2)
+            margin = (f.gather(1, top[:, None]) - f) / rows
+            margin = margin.masked_fill(F.one_hot(top, len(W)) > 0, math.inf)
+            radii.append(margin.amin(1) * (top == y))
+        return torch.cat(radii)
+
     def epoch(self):
         """One epoch: (seconds of CPU time in steps, in convergence, number of iterations, K)."""
         began = time.process_time()
@@ -214,22 +229,31 @@ def floor(flops, moved):
     return max(flops / speed, moved / bandwidth)
 
 
-def step_floor(net, batch):
-    """The floor of a training step of a network: the products of its forward and backward pass;
-    every activation written and read once either way, weights and Adam's moments read and written.
-    """
-    x, sizes = torch.rand(batch, *net.input_shape), []
+def forward_cost(net, batch):
+    """(FLOPs, bytes) of a forward pass: every activation written and read once."""
+    x, sizes = torch.rand(1, *net.input_shape), []
     hooks = [
         layer.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))
         for layer in [*net.body, net.head]
     ]
-    with FlopCounterMode(display=False) as counter:
-        net(x).sum().backward()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
     for hook in hooks:
         hook.remove()
-    net.zero_grad()
+    return batch * counter.get_total_flops(), batch * 8 * sum(sizes)
+
+
+def step_floor(net, batch):
+    """The floor of a training step of a network: three times the products of its forward pass, of
+    which the first layer needs no gradient in the image; activations and their gradients written
+    and read; weights and Adam's moments read and written."""
+    flops, moved = forward_cost(net, batch)
+    first = nn.Sequential(next(layer for layer in net.body if hasattr(layer, "weight")))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        first(torch.rand(1, *net.input_shape))
     parameters = sum(p.numel() for p in net.parameters())
-    return floor(counter.get_total_flops(), 4 * (4 * sum(sizes) + 8 * parameters))
+    flops = 3 * flops - batch * counter.get_total_flops()
+    return floor(flops, 2 * moved + 32 * parameters)
 
 
 def main():

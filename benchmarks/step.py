@@ -4,8 +4,9 @@
 
 "plain" is the same network and optimiser with cross-entropy alone. "CLL" adds five power
 iterations per layer, the pairwise K, the calibrated loss and the penalty lambda max(K)^2; "GloRo"
-back-propagates through K. The variants take turns, so that a busy machine slows all alike; the
-median of each and its ratio to plain are printed as Markdown and written as JSON.
+back-propagates through K; "textbook", on a CPU, is CLL as baseline.py writes it. The variants take
+turns, so that a busy machine slows all alike; the median of each and its ratio to plain are printed
+as Markdown and written as JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import baseline
 import torch
 import torch.nn.functional as F
 
@@ -60,6 +62,9 @@ def measure(model="4C3F", batch=128, device="cpu", repeats=20):
     targets = torch.randint(0, 10, (batch,), device=device)
     steps = {"plain": plain_step(model, images, targets)}
     steps |= {name: lipschitz_step(model, loss, images, targets) for name, loss in LOSSES.items()}
+    if device == "cpu" and model in baseline.RUNS:
+        textbook = baseline.Baseline(*baseline.setting(model))
+        steps["textbook"] = lambda: textbook.step(images, targets)
     times = {name: [] for name in steps}
     for repeat in range(repeats + 3):
         for name, step in steps.items():
