@@ -209,8 +209,8 @@ lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 lab: | $(ENVIRONMENT)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $$(test $$(id -u) = 0 && echo --allow-root)
 
-bench: | $(ENVIRONMENT)  ## time the training step of every system, with the cost of its bound
-	@$(PYTHON) benchmarks/step.py
+bench: | $(ENVIRONMENT)  ## how fast: against a plain baseline, then the step of every system
+	@$(PYTHON) benchmarks/table.py --into '$(OUT)/bench'
 	@echo
 	@$(PYTHON) benchmarks/systems.py
 

@@ -1,6 +1,6 @@
 """One table of what is fast: operation, ours, baseline, ratio, floor, n, for this machine.
 
-    python benchmarks/table.py [--only moons augmentation ...] [--into FOLDER] [--check]
+    python benchmarks/table.py [--only moons augmentation ...] [--into FOLDER] [--check | --keep]
 
 Each line sets this package against baseline.py, the textbook way, in the same process, on one
 thread, in turns where the work is short; README.md here says what each line holds. Writes
@@ -212,9 +212,10 @@ def main():
     parser.add_argument("--only", nargs="+", default=list(LINES), choices=list(LINES))
     parser.add_argument("--into", type=Path, default=cll.ROOT / "outputs/bench")
     parser.add_argument("--check", action="store_true", help="fail where a line is slower")
+    parser.add_argument("--keep", action="store_true", help="make these ratios the reference")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    reference = json.loads(REFERENCE.read_text())["ratios"] if REFERENCE.exists() else {}
+    reference = json.loads(REFERENCE.read_text())["ratios"]
     origin, (speed, bandwidth) = provenance(), baseline.rates()
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     text = [
@@ -236,6 +237,10 @@ def main():
     (args.into / "bench.md").write_text("\n".join(text) + "\n")
     record = {"rows": rows, "flops": speed, "bytes_per_second": bandwidth, **origin}
     (args.into / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
+    if args.keep:
+        ratios = reference | {row["operation"]: round(row["ratio"], 3) for row in rows}
+        about = {key: origin[key] for key in ("device", "versions", "date")}
+        REFERENCE.write_text(json.dumps({**about, "ratios": ratios}, indent=1) + "\n")
     if slower and args.check:
         sys.exit(f"slower than the reference: {', '.join(slower)}")
 

@@ -351,6 +351,40 @@ def test_vmap_over_runs_equals_a_loop(name):
         torch.testing.assert_close(a, b)
 
 
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_stack_of_runs_equals_a_loop(name, reduction, per_sample):
+    if name in ("binary", "cll per-logit"):  # which make their own inputs of these
+        return
+    runs = [batch(seed=seed, per_sample=per_sample) for seed in range(3)]
+    f, y, K = (torch.stack(parts) for parts in zip(*runs, strict=True))
+    stacked = LOSSES[name](f, y, K, reduction=reduction)
+    looped = [LOSSES[name](f[r], y[r], K[r], reduction=reduction) for r in range(3)]
+    torch.testing.assert_close(stacked, torch.stack(looped))
+
+
+def test_a_stack_with_one_number_per_run_equals_a_loop():
+    f, y, K = (torch.stack([part] * 3) for part in batch())
+    epsilon = torch.tensor([0.1, 0.15, 1.0], dtype=torch.float64)
+    p = torch.tensor([0.3, 1e-15, 0.9], dtype=torch.float64)
+
+    def loss(f, y, K, epsilon, p):
+        return (
+            cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
+            + cll_loss(f, y, K[..., 0, :] + 1, epsilon=epsilon, p=p)
+            + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
+            + certificate_regularized_loss(f, y, K, gamma=p)
+            + aol_loss(f, y, offset=epsilon, temperature=p + 0.1)
+            + hinge_loss(f, y, margin=epsilon)
+            + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
+            + lipschitz_penalty(K, p)
+        )
+
+    looped = [loss(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
+    torch.testing.assert_close(loss(f, y, K, epsilon, p), torch.stack(looped))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vmap_with_one_margin_and_slack_per_run(dtype):
     f, y, K = (torch.stack([part] * 3) for part in batch(dtype=dtype))
