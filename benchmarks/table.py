@@ -10,7 +10,9 @@ that has lost more than a quarter says "slower", and with --check the command th
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ import torch
 import cll
 from cll.data import augment, draw, to_float
 from cll.experiment import load_dataset, provenance
-from cll.training import load_snapshots, train
+from cll.training import Stack, build_network, load_snapshots, train
 
 REFERENCE = Path(__file__).with_name("reference.json")
 TOLERANCE = 0.75  # of the reference ratio; below, a line is called slower
@@ -180,7 +182,64 @@ def certification(images=10_000):
     )  # fmt: skip
 
 
-LINES = {f.__name__: f for f in (moons, training, augmentation, bound, steps, certification)}
+def memory(seeds=9):
+    """Peak memory of nine seeds of 4C3F in one stack, against nine runs of the baseline at a time,
+    and what a thousand steps leave behind; each in a process of its own."""
+    ours, theirs, grown = (
+        float(subprocess.check_output([sys.executable, __file__, "--one", name], text=True))
+        for name in PROCESSES
+    )
+    yield line(
+        f"4C3F, {seeds} seeds at a time, memory", "MiB", ours, seeds * theirs, None, 1,
+        f"1000 steps of figure 4 leave {grown:.1f} MiB behind",
+    )  # fmt: skip
+
+
+def _stack(files, seeds=1):
+    """A step of the runs of some parameter files together, as a function without arguments."""
+    runs = [cll.load_params(cll.ROOT / f"params/{file}.yaml", "paper") for file in files]
+    runs = [run.model_copy(update={"seed": s}) for run in runs for s in range(seeds)]
+    stack = Stack(runs, [build_network(run, 10, run.input_shape) for run in runs], "cpu")
+    shape = (len(runs), runs[0].batch_size)
+    images, targets = torch.rand(*shape, *runs[0].input_shape), torch.zeros(shape, dtype=torch.long)
+    if stack.dense is not None:
+        stack.record(runs[0].batch_size)
+    return lambda: stack.step(images, targets, *stack.schedule(0.5))
+
+
+def _peak(work, repeats=3):
+    """MiB that a process needs beyond what it had, for a function without arguments."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work = work()
+    for _ in range(repeats):
+        work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def _textbook():
+    textbook = baseline.Baseline(*baseline.setting("4C3F"))
+    batch = next(textbook.endless())
+    return lambda: textbook.step(*batch)
+
+
+def _growth(steps=1000):
+    """MiB by which the resident memory grows over some steps of figure 4, after a hundred."""
+    files = sorted((cll.ROOT / "params/figure4").glob("*.yaml"))
+    work, held = _stack([f"figure4/{f.stem}" for f in files]), []
+    for count in (100, steps):
+        for _ in range(count):
+            work()
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    return (held[1] - held[0]) / 2**20
+
+
+PROCESSES = {
+    "stack": lambda: _peak(lambda: _stack(["table2/cifar10-4C3F-CLL"], 9)),
+    "textbook": lambda: _peak(_textbook),
+    "growth": _growth,
+}
+LINES = (moons, training, augmentation, bound, steps, certification, memory)
+LINES = {f.__name__: f for f in LINES}
 
 
 def compare(rows, reference):
@@ -213,8 +272,12 @@ def main():
     parser.add_argument("--into", type=Path, default=cll.ROOT / "outputs/bench")
     parser.add_argument("--check", action="store_true", help="fail where a line is slower")
     parser.add_argument("--keep", action="store_true", help="make these ratios the reference")
+    parser.add_argument("--one", choices=list(PROCESSES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.one:
+        print(PROCESSES[args.one]())
+        return
     reference = json.loads(REFERENCE.read_text())["ratios"]
     origin, (speed, bandwidth) = provenance(), baseline.rates()
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
