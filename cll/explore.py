@@ -55,15 +55,16 @@ class Explorer:
         self.runs, self.dataset = load(root)
         points = self.dataset.train_images
         self.planes = {
-            key: (record, moons.plane(network, points, RESOLUTION))
-            for key, (record, network) in self.runs.items()
+            key: moons.plane(network, points, RESOLUTION) for key, (_, network) in self.runs.items()
         }
         alt = (
             "Two moons, small multiples: rows are margins, columns the slack of CLL from much to "
             "little and GloRo; each panel with decision boundary, certified margin and the points "
             "that are not robust in red."
         )
-        self.picture = plots.save(plots.moons_gallery(self.planes, self.dataset), path, alt)
+        title = plots.caption([record for record, _ in self.runs.values()])
+        gallery = plots.moons_gallery(self.planes, self.dataset, title)
+        self.picture = plots.save(gallery, path, alt)
         self.widget = None if os.environ.get("CLL_HEADLESS") else self._controls()
 
     def draw(self, method, trained, p, epsilon, x_1, x_2):
@@ -74,7 +75,7 @@ class Explorer:
             figure.text(0.5, 0.5, "this combination was not trained", ha="center")
         else:
             record, network = self.runs[key]
-            plane = self.planes[key][1]
+            plane = self.planes[key]
             f = predict_logits(network, torch.tensor([[x_1, x_2]], dtype=torch.float32))
             radius = float(certified_radius(f, plane.K))
             title = f"{method} trained at ε = {trained:g}"

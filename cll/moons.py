@@ -22,10 +22,14 @@ class Plane(NamedTuple):
 
 
 def plane(model, points, resolution=201):
-    """The `Plane` of a two-class network of the plane, around points (N, 2)."""
+    """The `Plane` of a two-class network of the plane, on a grid around points (N, 2)."""
     points = torch.as_tensor(points)
-    axes_and_values = grid(model, points, resolution)
-    return Plane(*axes_and_values, predict_logits(model, points), lipschitz_matrix(model))
+    low, high = points.min(0).values - 0.35, points.max(0).values + 0.35
+    x, y = (torch.linspace(float(a), float(b), resolution) for a, b in zip(low, high, strict=True))
+    f = predict_logits(model, torch.cartesian_prod(x, y))
+    difference = (f[:, 1] - f[:, 0]).reshape(len(x), len(y)).T.numpy()
+    logits = predict_logits(model, points)
+    return Plane(x.numpy(), y.numpy(), difference, logits, lipschitz_matrix(model))
 
 
 def shape(model, dataset, epsilon):
@@ -35,26 +39,16 @@ def shape(model, dataset, epsilon):
     |f_1 - f_0|), tails (fraction of points whose logistic, of scale 1, is beyond 0.99), and inside
     (number of points that are right but not certified at epsilon).
     """
-    points, targets = torch.as_tensor(dataset.train_images), torch.as_tensor(dataset.train_targets)
-    x, y, difference = grid(model, points)
-    f = predict_logits(model, points)
+    x, y, difference, f, K = plane(model, dataset.train_images)
     output = (f[:, 1] - f[:, 0]).abs()
-    right = f.argmax(1) == targets
-    inside = right & (certified_radius(f, lipschitz_matrix(model)) <= epsilon)
+    right = f.argmax(1) == torch.as_tensor(dataset.train_targets)
+    inside = right & (certified_radius(f, K) <= epsilon)
     return {
         "turns": boundary_turns(x, y, difference),
         "output": output.median().item(),
         "tails": (torch.sigmoid(output) > 0.99).double().mean().item(),
         "inside": int(inside.sum()),
     }
-
-
-def grid(model, points, resolution=201):
-    """(x, y, f_1 - f_0 (y, x)) of a two-class network of the plane, around points (N, 2)."""
-    low, high = points.min(0).values - 0.35, points.max(0).values + 0.35
-    x, y = (torch.linspace(float(a), float(b), resolution) for a, b in zip(low, high, strict=True))
-    f = predict_logits(model, torch.cartesian_prod(x, y))
-    return x.numpy(), y.numpy(), (f[:, 1] - f[:, 0]).reshape(len(x), len(y)).T.numpy()
 
 
 def boundary_turns(x, y, values, step=0.05):

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.special
 import torch
+import yaml
 
 from .losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
@@ -1244,138 +1245,39 @@ def _lambda_claims(results):
 def _temperature_claims(results):
     table = temperature_table(results)
     gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
-    enough = gloro["t"].nunique() > 2
 
     def spread(frame, column):
         return np.ptp(frame[column]) if len(frame) > 2 else np.nan
 
-    yield (
-        "S5: temperature does not change GloRo's CRA (spread within a point)", "no slack effect",
-        "{:.2f} points", [spread(gloro, "cra")], lambda a: a <= 1,
-    )  # fmt: skip
-    yield (
-        "S5: nor its clean accuracy (spread within a point)", "no slack effect",
-        "{:.2f} points", [spread(gloro, "clean")], lambda a: a <= 1,
-    )  # fmt: skip
-    slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0] if enough else np.nan
-    yield (
-        "S5: the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)", "– (derived: 1)",
-        "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1,
-    )  # fmt: skip
-    yield (
-        "S5: with calibration p does change CRA (spread above 5 points)", "slack",
-        "{:.2f} points", [spread(cll, "cra")], lambda a: a > 5,
-    )  # fmt: skip
+    slope = np.nan
+    if len(gloro) > 2:
+        slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0]
+    for claim, printed, form, value, holds in [
+        ("temperature does not change GloRo's CRA (spread within a point)", "no slack effect",
+         "{:.2f} points", spread(gloro, "cra"), lambda a: a <= 1),
+        ("nor its clean accuracy (spread within a point)", "no slack effect",
+         "{:.2f} points", spread(gloro, "clean"), lambda a: a <= 1),
+        ("the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)", "– (derived: 1)",
+         "{:.2f}", slope, lambda a: abs(a - 1) <= 0.1),
+        ("with calibration p does change CRA (spread above 5 points)", "slack",
+         "{:.2f} points", spread(cll, "cra"), lambda a: a > 5),
+    ]:  # fmt: skip
+        yield f"S5: {claim}", printed, form, [value], holds
 
 
 # ------------------------------------------------------------------------------------ the checklist
-TABLES = ("table1", "table2")
+def _read_checklist():
+    """[(id, claim, [(notebook, test)])] of published/claims.yaml."""
+    text = (Path(__file__).parent / "published" / "claims.yaml").read_text(encoding="utf-8")
+    tests, entries = {}, yaml.safe_load(text)
+    for entry in entries:
+        found = [(name, test) for name, own in entry.get("tests", {}).items() for test in own]
+        found += [test for other in entry.get("of", []) for test in tests[other]]
+        tests[entry["id"]] = list(dict.fromkeys(found))
+    return [(entry["id"], entry["claim"], tests[entry["id"]]) for entry in entries]
 
 
-def _of_tables(*claims):
-    return [(table, claim) for table in TABLES for claim in claims]
-
-
-# What abstract, introduction, sections 3 and 4 and conclusion say, and the tests, by notebook, that
-# must all hold for a verdict. Claims are in our words.
-CHECKLIST = [
-    ("A1", "Common margin losses do not adapt to outputs that shrink when K is minimised", [
-        ("figure2", "GloRo leaves points in the margin"),
-        ("figure2", "CLL leaves none at the same margin: CRA 100"),
-        ("figure2", "CLL's outputs are far larger than GloRo's (twice, median)")]),
-    ("A2", "A small K can mean an overly smooth decision function", [
-        ("figure1", "much slack: a smoother boundary (turns)"),
-        ("figure1", "much slack: CRA within a point"),
-        ("figure4", "GloRo's K(f) falls as the margin grows"),
-        ("figure4", "beyond it, at 0.25, CLL keeps more CRA")]),
-    ("A3", "CLL calibrates the loss to margin and K: full control over slack", [
-        ("figure3", "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"),
-        ("figure3", "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"),
-        ("slack_sweep", "less slack, more CRA")]),
-    ("A4", "Certificates improve even with a larger K", [
-        ("table1", "8C2F, ε = 0.5: CLL certifies more than GloRo"),
-        ("table1", "8C2F: a larger K(h∘f) than GloRo's"),
-        ("table1", "LipConv-20: CLL certifies more than SOC, SLL and LBDN"),
-        ("table1", "LipConv-20: a larger K(h∘f) than SOC's"),
-        ("table2", "4C3F: CLL certifies more than GloRo"),
-        ("table2", "4C3F: a larger K(h∘f) than GloRo's"),
-        ("table2", "CIFAR-100, CPL-XL: CLL certifies more than CPL"),
-        ("table2", "CIFAR-100, CPL-XL: a larger K(h∘f) than CPL's")]),
-    ("A5", "On CIFAR-10, CIFAR-100 and Tiny-ImageNet CLL consistently outperforms losses that "
-     "leave K unattended", _of_tables("every pair: CLL certifies more at every radius")),
-    ("A6", "State of the art among deterministic L2 methods on CIFAR-100 and Tiny-ImageNet", [
-        ("table2", "CIFAR-100: no row certifies more than SLL-XL with CLL"),
-        ("table1", "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
-        ("table1", "LipConv-20: CLL certifies more than SOC, SLL and LBDN")]),
-    ("A7", "Much smaller networks without K = 1 become competitive", [
-        ("table1", "fewer parameters: 8C2F < Sandwich < SLL-XL"),
-        ("table1", "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
-        ("table1", "8C2F, ε = 1: clean accuracy not below LBDN's")]),
-    ("I1", "A larger K and tighter bounds at once",
-     _of_tables("every pair: a larger K(h∘f)", "every pair: a tighter bound")),
-    ("I2", "Existing systems gain several points of CRA and lose no clean accuracy",
-     _of_tables("every pair: two points more CRA at some radius",
-                "every pair: clean accuracy not below")),
-    ("I3", "On two moons CLL finds the right margin without errors, GloRo leaves some", [
-        ("figure4", "CLL keeps CRA at the true margin (99.9 or more)"),
-        ("figure4", "GloRo loses CRA at the true margin"),
-        ("slack_sweep", "CLL keeps CRA at the true margin (99.9 or more)"),
-        ("slack_sweep", "GloRo loses CRA at the true margin")]),
-    ("S1", "K(h∘f) = 1/σ(p), whatever f is", [
-        ("figure3", "the loss sees f / K only: f and K times 9 change nothing (largest relative "
-         "difference)"),
-        ("figure3", "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times "
-         "σ)")]),
-    ("S2", "K(h∘f) is inversely proportional to p", [
-        ("figure3", "K(h∘f) falls as p grows"),
-        ("figure3", "K(h∘f) is inversely proportional to p, word for word (p K within a factor of "
-         "2)")]),
-    ("S3", "K(f) may take any value; a light λ holds it", [
-        ("lambda_sweep", "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)"),
-        ("lambda_sweep", "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)")]),
-    ("S4", "CLL reaches its tightness and CRA faster than GloRo", [
-        ("convergence", "S4: CLL reaches 95 % of its last CRA in fewer epochs"),
-        ("convergence", "S4: CLL reaches 95 % of its last tightness in fewer epochs")]),
-    ("S5", "Without calibration the temperature of the softmax gives no slack", [
-        ("temperature", "S5: temperature does not change GloRo's CRA (spread within a point)"),
-        ("temperature", "S5: nor its clean accuracy (spread within a point)"),
-        ("temperature", "S5: with calibration p does change CRA (spread above 5 points)")]),
-    ("S6", "Data that can be separated need little slack, which allows a large K", [
-        ("slack_sweep", "less slack, more CRA"),
-        ("figure1", "little slack: CRA within a point"),
-        ("figure1", "little slack: K(h∘f) within a quarter")]),
-    ("S7", "On images slack trades clean accuracy for CRA, up to a peak", [
-        ("figure5", "S7: more slack costs clean accuracy (largest p below smallest)"),
-        ("figure5", "S7: more slack first raises CRA (its peak is not at the smallest p)")]),
-    ("E1", "4C3F: 3 % more CRA than GloRo (relative) at every ε", [
-        ("figure5", "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε")]),
-    ("E2", "4C3F: a larger K and a higher tightness than GloRo at every ε", [
-        ("figure5", "E2: CLL's K(f) is above GloRo's at every ε"),
-        ("figure5", "E2: CLL's tightness is above GloRo's at every ε")]),
-    ("E3", "Accuracy hardly depends on λ", [
-        ("lambda_sweep",
-         "E3: insensitive to λ: clean and CRA each within a point over two decades")]),
-    ("E4", "On models of the AOL loss CLL changes little", [
-        ("aol_mapping", "the AOL loss is CLL where all pairs have one K (largest relative "
-         "difference)"),
-        ("aol_mapping", "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"),
-        ("table2", "CIFAR-10, SLL-XL: no improvement over the AOL loss (within a point)")]),
-    ("E5", "GloRo loses CRA at the true margin; CLL does not, and loses slowly beyond it", [
-        ("figure4", "GloRo loses CRA at the true margin"),
-        ("figure4", "CLL keeps CRA at the true margin (99.9 or more)"),
-        ("figure4", "beyond it, at 0.20, CLL keeps more CRA"),
-        ("figure4", "beyond it, at 0.25, CLL keeps more CRA")]),
-]  # fmt: skip
-CHECKLIST += [
-    (name, text, list(dict.fromkeys(test for other, _, tests in CHECKLIST[:] if other in of
-                                    for test in tests)))
-    for name, text, of in [
-        ("C1", "The calibrated width of the loss is its slack", {"A3", "S1"}),
-        ("C2", "Slack governs smoothness and K", {"S2", "S6", "A2"}),
-        ("C3", "K can be large where the model separates the data well", {"S6", "A4"}),
-        ("C4", "Better clean and certified accuracy across data sets and methods", {"A5", "I2"}),
-    ]
-]  # fmt: skip
+CHECKLIST = _read_checklist()
 
 
 def read_claims(folder):
@@ -1401,7 +1303,7 @@ def checklist(found):
     run"), printed. A claim holds if every test of it does, does not hold if any does not, and is
     not run otherwise. One test with several runs, as on images and on two moons, counts for each.
     """
-    own = {name: claims(name, None)["verdict"] for name in (*TABLES, "figure5")}
+    own = {name: claims(name, None)["verdict"] for name in ("table1", "table2", "figure5")}
     lines, summary = [], []
     for name, text, tests in CHECKLIST:
         of_claim = []

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from . import faults as gallery
 from . import moons
-from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
 from .paper import (
@@ -297,11 +296,11 @@ def figure1(results, models, dataset):
 
 
 @styled
-def moons_gallery(planes, dataset):
+def moons_gallery(planes, dataset, title):
     """Small multiples of many two-moons networks: a row per margin, a column per method and slack.
 
-    planes: {(method, epsilon, p): (result record, moons.Plane)}, p None for GloRo. dataset: the
-    points they were trained on. A combination that is not there leaves a gap.
+    planes: {(method, epsilon, p): moons.Plane}, p None for GloRo. dataset: the points they were
+    trained on. title: the caption. A combination that is not there leaves a gap.
     """
     margins = sorted({epsilon for _, epsilon, _ in planes})
     columns = sorted({(m, p) for m, _, p in planes if p is not None}, key=lambda c: -c[1])
@@ -314,7 +313,7 @@ def moons_gallery(planes, dataset):
             if (method, epsilon, p) not in planes:
                 ax.set_visible(False)
                 continue
-            moons_panel(ax, planes[method, epsilon, p][1], points, targets, epsilon)
+            moons_panel(ax, planes[method, epsilon, p], points, targets, epsilon)
             for text in ax.texts:
                 text.set_fontsize(6.5)
             ax.tick_params(labelsize=6.5)
@@ -323,7 +322,7 @@ def moons_gallery(planes, dataset):
         top = next(ax for ax in column if ax.get_visible())
         top.set_title(method if p is None else f"{method}, p = {p:g}")
     figure.supxlabel("$x_1$, upwards $x_2$ (input units)", fontsize=8)
-    _title(figure, caption([result for result, _ in planes.values()]))
+    _title(figure, title)
     return figure
 
 
@@ -483,11 +482,12 @@ def slack_curves(results, title):
 def seeds_figure(results, title):
     """How far the seeds of each run lie apart: clean accuracy and CRA of each minus their mean.
 
-    results: records of several seeds, a line per name of run in the order given.
+    results: records, a line per name of run in the order given; runs of one seed are left out.
     """
     groups = {}
     for r in results:
         groups.setdefault(r["row"] or r["name"], []).append(r)
+    groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
     figure = Figure(figsize=(6.4, 0.3 * max(len(groups), 2) + 1.2))
     ax = figure.subplots()
     measures = [("clean", GREEN, "o", lambda r: r["clean"])]
@@ -502,9 +502,10 @@ def seeds_figure(results, title):
             y += [i + 0.17 * (j - 1.5)] * len(runs)
         ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
     if not groups:
-        ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
+        note = "no row has run with more than one seed"
+        ax.text(0.5, 0.5, note, ha="center", transform=ax.transAxes)
     ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in groups.items()]
+    names = [f"{name} ({len(runs)} seeds)" for name, runs in groups.items()]
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("seed − mean of the seeds (points)")
@@ -578,11 +579,12 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
             above.text(0.5, 0.5, "not run", ha="center", transform=above.transAxes)
             continue
         result, model = first[method]
-        moons_panel(above, model, points, targets, epsilon)
+        plane = moons.plane(model, points)
+        moons_panel(above, plane, points, targets, epsilon)
         above.set_title(names.get(method, method))
         above.set_xlabel("$x_1$ (input units)")
 
-        K, f = lipschitz_matrix(model), predict_logits(model, points)
+        K, f = plane.K, plane.logits
         output = (f[:, 1] - f[:, 0]).numpy()
         robust = ((f.argmax(1) == targets) & (certified_radius(f, K) > epsilon)).numpy()
         scale, margin = 1.0, epsilon * float(K[0, 1])

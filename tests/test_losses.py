@@ -364,25 +364,27 @@ def test_a_stack_of_runs_equals_a_loop(name, reduction, per_sample):
     torch.testing.assert_close(stacked, torch.stack(looped))
 
 
+def every_loss(f, y, K, epsilon, p):
+    """The sum of all losses but the binary one; of one run or of a stack of runs."""
+    return (
+        cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
+        + cll_loss(f, y, K[..., 0, :] + 1, epsilon=epsilon, p=p)
+        + gloro_loss(f, y, K, epsilon=epsilon)
+        + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
+        + certificate_regularized_loss(f, y, K, gamma=p)
+        + aol_loss(f, y, offset=epsilon, temperature=p + 0.1)
+        + hinge_loss(f, y, margin=epsilon)
+        + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
+        + lipschitz_penalty(K, p)
+    )
+
+
 def test_a_stack_with_one_number_per_run_equals_a_loop():
     f, y, K = (torch.stack([part] * 3) for part in batch())
     epsilon = torch.tensor([0.1, 0.15, 1.0], dtype=torch.float64)
     p = torch.tensor([0.3, 1e-15, 0.9], dtype=torch.float64)
-
-    def loss(f, y, K, epsilon, p):
-        return (
-            cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
-            + cll_loss(f, y, K[..., 0, :] + 1, epsilon=epsilon, p=p)
-            + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
-            + certificate_regularized_loss(f, y, K, gamma=p)
-            + aol_loss(f, y, offset=epsilon, temperature=p + 0.1)
-            + hinge_loss(f, y, margin=epsilon)
-            + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
-            + lipschitz_penalty(K, p)
-        )
-
-    looped = [loss(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
-    torch.testing.assert_close(loss(f, y, K, epsilon, p), torch.stack(looped))
+    looped = [every_loss(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
+    torch.testing.assert_close(every_loss(f, y, K, epsilon, p), torch.stack(looped))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -392,18 +394,8 @@ def test_vmap_with_one_margin_and_slack_per_run(dtype):
     p = torch.tensor([0.3, 1e-15, 0.9], dtype=torch.float64)
 
     def loss(f, y, K, epsilon, p):
-        return (
-            cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
-            + cll_loss(f, y, K[0] + 1, epsilon=epsilon, p=p)
-            + binary_cll_loss(f[:, 0], y % 2, K[0, 1], epsilon=epsilon, p=p)
-            + gloro_loss(f, y, K, epsilon=epsilon)
-            + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
-            + certificate_regularized_loss(f, y, K, gamma=p)
-            + aol_loss(f, y, offset=epsilon, temperature=p + 0.1)
-            + hinge_loss(f, y, margin=epsilon)
-            + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
-            + lipschitz_penalty(K, p)
-        )
+        binary = binary_cll_loss(f[:, 0], y % 2, K[0, 1], epsilon=epsilon, p=p)
+        return every_loss(f, y, K, epsilon, p) + binary
 
     stacked = vmap(loss)(f, y, K, epsilon, p)
     looped = [

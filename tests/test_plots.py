@@ -361,11 +361,8 @@ def test_slack_curves_say_when_nothing_was_run():
 
 def test_gallery_has_a_row_per_margin_and_leaves_gaps(half_plane, points):
     plane = moons.plane(half_plane, points.train_images, 41)
-    planes = {
-        (m, epsilon, p): (moons_record(m, epsilon, p), plane)
-        for m, epsilon, p in (("CLL", 0.1, 0.75), ("CLL", 0.1, 0.01), ("GloRo", 0.2, None))
-    }
-    axes = plots.moons_gallery(planes, points).axes
+    keys = ("CLL", 0.1, 0.75), ("CLL", 0.1, 0.01), ("GloRo", 0.2, None)
+    axes = plots.moons_gallery(dict.fromkeys(keys, plane), points, "title").axes
     assert [ax.get_visible() for ax in axes] == [True, True, False, False, False, True]
     titles = [axes[i].get_title() for i in (0, 1, 5)]
     assert titles == ["CLL, p = 0.75", "CLL, p = 0.01", "GloRo"]
@@ -385,9 +382,10 @@ def test_claims_figure_counts_the_tests_of_each_claim():
 
 def test_seeds_are_shown_as_distances_from_their_mean():
     results = [record("T2-05", seed=k, clean=c) for k, c in ((1, 0.7), (2, 0.72))]
-    figure = plots.seeds_figure([*results, record("T2-03")], "title")
+    others = [record("T2-03", seed=k, clean=c) for k, c in ((1, 0.5), (2, 0.5))]
+    figure = plots.seeds_figure([*results, *others, record("T2-07")], "title")
     x, y = line(figure.axes[0], "clean")
-    assert list(x) == pytest.approx([-1, 1, 0]) and y[0] == y[1] != y[2]
+    assert list(x) == pytest.approx([-1, 1, 0, 0]) and y[0] == y[1] != y[2] == y[3]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["T2-05 (2 seeds)", "T2-03 (1 seed)"]
-    assert "not run" in texts(plots.seeds_figure([], "title"))
+    assert names == ["T2-05 (2 seeds)", "T2-03 (2 seeds)"]
+    assert "no row has run with more" in texts(plots.seeds_figure([record("T2-07")], "title"))
