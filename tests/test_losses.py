@@ -364,7 +364,7 @@ def test_a_stack_of_runs_equals_a_loop(name, reduction, per_sample):
     torch.testing.assert_close(stacked, torch.stack(looped))
 
 
-def every_loss(f, y, K, epsilon, p):
+def sum_of_losses(f, y, K, epsilon, p):
     """The sum of all losses but the binary one; of one run or of a stack of runs."""
     return (
         cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
@@ -383,8 +383,8 @@ def test_a_stack_with_one_number_per_run_equals_a_loop():
     f, y, K = (torch.stack([part] * 3) for part in batch())
     epsilon = torch.tensor([0.1, 0.15, 1.0], dtype=torch.float64)
     p = torch.tensor([0.3, 1e-15, 0.9], dtype=torch.float64)
-    looped = [every_loss(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
-    torch.testing.assert_close(every_loss(f, y, K, epsilon, p), torch.stack(looped))
+    looped = [sum_of_losses(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
+    torch.testing.assert_close(sum_of_losses(f, y, K, epsilon, p), torch.stack(looped))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -395,7 +395,7 @@ def test_vmap_with_one_margin_and_slack_per_run(dtype):
 
     def loss(f, y, K, epsilon, p):
         binary = binary_cll_loss(f[:, 0], y % 2, K[0, 1], epsilon=epsilon, p=p)
-        return every_loss(f, y, K, epsilon, p) + binary
+        return sum_of_losses(f, y, K, epsilon, p) + binary
 
     stacked = vmap(loss)(f, y, K, epsilon, p)
     looped = [
