@@ -36,5 +36,5 @@ def test_the_shape_of_a_half_plane():
     data = SimpleNamespace(train_images=x, train_targets=torch.tensor([0, 0, 1, 1, 0]))
     shape = moons.shape(net, data, 0.15)
     assert shape == {"turns": pytest.approx(0, abs=1e-9), "output": 1.0, "tails": 0.4, "inside": 1}
-    at, _, difference = moons.grid(net, x, 11)
+    at, _, difference, *_ = moons.plane(net, x, 11)
     assert difference[3] == pytest.approx(2 * at, rel=1e-6)
