@@ -155,8 +155,13 @@ endef
 $(foreach item,$(ITEMS),$(eval $(call NOTEBOOK,$(item))))
 
 .PHONY: all report smoke-systems
+# Small networks gain nothing from a second thread: smoke runs a notebook per core, on one thread each.
+CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+SIDE_BY_SIDE = $(if $(filter smoke,$(PROFILE)),-j $(CORES) JOBS=$(or $(JOBS),1))
 # claims.ipynb reads what the others judged, so it comes last
-all: $(filter-out claims,$(ITEMS))
+all: | $(ENVIRONMENT)
+	@$(MAKE) --no-print-directory $(if $(findstring j,$(filter-out --%,$(MAKEFLAGS))),,$(SIDE_BY_SIDE)) \
+	  $(filter-out claims,$(ITEMS))
 	@$(MAKE) --no-print-directory claims
 	@$(MAKE) --no-print-directory report
 
