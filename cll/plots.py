@@ -1352,5 +1352,6 @@ def save(figure, path, alt):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(f"{path}.png")
+    figure.set_layout_engine("none")  # everything has its place already
     figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
     return Picture(f"{path}.png", int(96 * figure.get_figwidth()), alt)

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from . import ranks
@@ -287,6 +286,8 @@ class Stack:
         """Let `step` replay what it computes for batches of this many samples, as recorded once:
         in small networks Python and autograd take longer than the operations themselves. For dense
         stacks on a CPU; the numbers stay the same."""
+        from torch.fx.experimental.proxy_tensor import make_fx  # a second, for who records alone
+
         S, names = len(self.runs), [*self.parameters, *self.buffers]
         images = torch.zeros(S, batch, *self.nets[0].input_shape)
         numbers = (torch.full((S,), 0.5) for _ in range(4))
