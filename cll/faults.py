@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.stats
+import scipy.special
 import torch
 from torch import nn
 
@@ -392,7 +392,7 @@ def fault_10():
 def expected_best(checkpoints, images, accuracy):
     """Expected accuracy on one test set of the best of equally good, independent checkpoints:
     the maximum of binomial counts, sum_k 1 - P(count <= k)^checkpoints."""
-    below = scipy.stats.binom.cdf(np.arange(images), images, accuracy)
+    below = scipy.special.bdtr(np.arange(images), images, accuracy)
     return float((1 - below**checkpoints).sum() / images)
 
 
