@@ -1,7 +1,7 @@
 """Sliders over two-moons networks that are trained already: in a live notebook one network at a
 time, redrawn at once; elsewhere, as on GitHub or in a web page, a picture of all of them.
 
-    python -m cll.explore  # trains those networks that are missing, in minutes
+    python -m cll.explore  # trains those networks that are missing, in minutes; draws the picture
 """
 
 import io
@@ -12,10 +12,14 @@ import torch
 from . import experiment, moons, plots
 from .certify import certified_radius, predict_logits
 
-__all__ = ["REFERENCE", "Explorer", "load", "runs"]
+__all__ = ["REFERENCE", "Explorer", "draw_all", "load", "runs"]
 
 REFERENCE = experiment.ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
 RESOLUTION = 121  # of the grid: a panel of this size shows no difference to more
+ALT = (
+    "Two moons, small multiples: rows are margins, columns the slack of CLL from much to little, and "
+    "GloRo; each with decision boundary, certified margin, and points that are not robust in red."
+)
 
 
 def runs():
@@ -43,29 +47,29 @@ def load(root=REFERENCE):
     return found, dataset
 
 
+def _planes(found, dataset):
+    points = dataset.train_images
+    return {key: moons.plane(network, points, RESOLUTION) for key, (_, network) in found.items()}
+
+
+def draw_all(found, dataset, path):
+    """Save the picture of all networks of `load`, path without suffix; returns it."""
+    planes = _planes(found, dataset)
+    title = plots.caption([record for record, _ in found.values()])
+    return plots.save(plots.moons_gallery(planes, dataset, title), path, ALT)
+
+
 class Explorer:
     """Shown by a notebook: sliders with a live kernel, a picture of all networks without.
 
-    path: where that picture is saved, without suffix. root: the folder of finished runs, as for
-    `load`. The sliders choose method, margin and slack of the training, the distance to certify,
-    and a point whose certified ball is drawn. A combination that was not trained says so.
+    root: the folder of finished runs, as for `load`, and of that picture. The sliders choose
+    method, margin and slack of the training, the distance to certify, and a point whose certified
+    ball is drawn. A combination that was not trained says so.
     """
 
-    def __init__(self, path, root=REFERENCE):
-        self.runs, self.dataset = load(root)
-        points = self.dataset.train_images
-        self.planes = {
-            key: moons.plane(network, points, RESOLUTION) for key, (_, network) in self.runs.items()
-        }
-        alt = (
-            "Two moons, small multiples: rows are margins, columns the slack of CLL from much to "
-            "little and GloRo; each panel with decision boundary, certified margin and the points "
-            "that are not robust in red."
-        )
-        title = plots.caption([record for record, _ in self.runs.values()])
-        gallery = plots.moons_gallery(self.planes, self.dataset, title)
-        self.picture = plots.save(gallery, path, alt)
-        self.widget = None if os.environ.get("CLL_HEADLESS") else self._controls()
+    def __init__(self, root=REFERENCE):
+        self.picture = plots.Picture(root / "explore.png", 900, ALT)
+        self.widget = None if os.environ.get("CLL_HEADLESS") else self._controls(root)
 
     def draw(self, method, trained, p, epsilon, x_1, x_2):
         """PNG of one network: (method, trained, p) its key, epsilon the distance to certify."""
@@ -88,12 +92,14 @@ class Explorer:
         figure.savefig(png, dpi=100)
         return png.getvalue()
 
-    def _controls(self):
+    def _controls(self, root):
         """The widgets; None where ipywidgets (extra `notebooks`) is not installed."""
         try:
             import ipywidgets as widgets
         except ImportError:
             return None
+        self.runs, self.dataset = load(root)
+        self.planes = _planes(self.runs, self.dataset)
         methods, margins = (sorted({key[i] for key in self.runs}) for i in (0, 1))
         slacks = sorted({key[2] for key in self.runs} - {None}, reverse=True)
         wide = {"continuous_update": True, "style": {"description_width": "9em"}}
@@ -131,3 +137,5 @@ class Explorer:
 
 if __name__ == "__main__":
     experiment.run_all(runs(), REFERENCE)
+    draw_all(*load(), REFERENCE / "explore")
+    (REFERENCE / "explore.pdf").unlink()  # notebooks show the PNG
