@@ -17,8 +17,8 @@ __all__ = ["REFERENCE", "Explorer", "draw_all", "load", "runs"]
 REFERENCE = experiment.ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
 RESOLUTION = 121  # of the grid: a panel of this size shows no difference to more
 ALT = (
-    "Two moons, small multiples: rows are margins, columns the slack of CLL from much to little, and "
-    "GloRo; each with decision boundary, certified margin, and points that are not robust in red."
+    "Two moons, small multiples: rows are margins, columns the slack of CLL from much to little, "
+    "and GloRo; each with decision boundary, certified margin, and points not robust in red."
 )
 
 
