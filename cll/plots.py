@@ -383,14 +383,14 @@ def temperature_figure(table, title):
     left, right = figure.subplots(1, 2)
     for method, color, marker in [("CLL", BLUE, "o"), ("GloRo", ORANGE, "^")]:
         own = table[table["method"] == method]
-        knob, symbol = (own["p"], "p") if method == "CLL" else (own["t"], "t")
-        label = f"{method}, {len(own)} values of {symbol}"
+        label = f"{method}, {len(own)} values of {'p' if method == 'CLL' else 't'}"
         left.errorbar(own["K_hf"], own["cra"], own["cra_std"], fmt=marker, ms=5, lw=1,
                       color=color, label=label)  # fmt: skip
-        if method == "CLL":
-            for i, (x, y, p) in enumerate(zip(own["K_hf"], own["cra"], knob, strict=True)):
-                at = {"xytext": (0, -13 if i % 2 else 6), "textcoords": "offset points"}
-                left.annotate(f"p = {p:g}", (x, y), ha="center", fontsize=8, **at)
+    own = table[table["method"] == "CLL"]  # from much slack to little
+    left.plot(own["K_hf"], own["cra"], color=BLUE, lw=0.8, zorder=1)
+    for _, end in own.iloc[[0, -1][: len(own)]].iterrows():
+        at = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        left.annotate(f"p = {end['p']:g}", (end["K_hf"], end["cra"]), **at)
     left.set_xscale("log")
     left.margins(0.14)
     left.set_xlabel("$K^{(h∘f)}$")
@@ -479,7 +479,7 @@ def slack_curves(results, title):
 
 
 @styled
-def seeds_figure(results, title):
+def seeds_figure(results):
     """How far the seeds of each run lie apart: clean accuracy and CRA of each minus their mean.
 
     results: records, a line per name of run in the order given; runs of one seed are left out.
@@ -488,7 +488,7 @@ def seeds_figure(results, title):
     for r in results:
         groups.setdefault(r["row"] or r["name"], []).append(r)
     groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
-    figure = Figure(figsize=(6.4, 0.3 * max(len(groups), 2) + 1.2))
+    figure = Figure(figsize=(6.4, 0.3 * len(groups) + 1.6))
     ax = figure.subplots()
     measures = [("clean", GREEN, "o", lambda r: r["clean"])]
     styles = [(BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
@@ -501,16 +501,14 @@ def seeds_figure(results, title):
             x += list(100 * (values - values.mean()))
             y += [i + 0.17 * (j - 1.5)] * len(runs)
         ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
-    if not groups:
-        note = "no row has run with more than one seed"
-        ax.text(0.5, 0.5, note, ha="center", transform=ax.transAxes)
     ax.axvline(0, color=GRAY, lw=0.8)
     names = [f"{name} ({len(runs)} seeds)" for name, runs in groups.items()]
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
-    _title(figure, title)
+    drawn = [r for runs in groups.values() for r in runs]
+    _title(figure, caption(drawn) if drawn else "no row has run with more than one seed")
     return figure
 
 
