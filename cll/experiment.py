@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from pydantic import (
@@ -53,7 +54,7 @@ from .training import build_network, load_checkpoints, load_snapshots, train
 
 __all__ = [
     "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "finished",
-    "load_model", "load_dataset", "run_dir", "outputs_dir",
+    "results", "load_model", "load_dataset", "run_dir", "outputs_dir",
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
@@ -603,6 +604,14 @@ def _write(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def results(root):
+    """All finished runs under <root>/runs, one row each (result.json, nested keys dotted)."""
+    records = [
+        json.loads(path.read_text()) for path in sorted(Path(root).glob("runs/*/result.json"))
+    ]
+    return pd.json_normalize(records)
 
 
 # --- running -----------------------------------------------------------------------------------
