@@ -11,6 +11,7 @@ as Markdown and written as JSON.
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -56,7 +57,7 @@ def plain_step(model, images, targets):
 
 
 def measure(model="4C3F", batch=128, device="cpu", repeats=20):
-    """{variant: median seconds}, variants interleaved."""
+    """{variant: median seconds}, variants interleaved, in a new order each time."""
     torch.manual_seed(0)
     images = torch.rand(batch, 3, 32, 32, device=device)
     targets = torch.randint(0, 10, (batch,), device=device)
@@ -65,13 +66,15 @@ def measure(model="4C3F", batch=128, device="cpu", repeats=20):
     if device == "cpu" and model in baseline.RUNS:
         textbook = baseline.Baseline(*baseline.setting(model))
         steps["textbook"] = lambda: textbook.step(images, targets)
-    times = {name: [] for name in steps}
+    times, names = {name: [] for name in steps}, list(steps)
+    shuffled = random.Random(0)  # what ran before decides what is in the caches
     for repeat in range(repeats + 3):
-        for name, step in steps.items():
+        shuffled.shuffle(names)
+        for name in names:
             if device != "cpu":
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            step()
+            steps[name]()
             if device != "cpu":
                 torch.cuda.synchronize()
             if repeat >= 3:  # the first steps allocate

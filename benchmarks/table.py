@@ -149,7 +149,7 @@ def bound(rounds=3):
     )  # fmt: skip
 
 
-def steps(rounds=12):
+def steps(rounds=30):
     """The step of 4C3F and 6C2F at batch 128, and what loss, bound and penalty add to it."""
     for model in ("4C3F", "6C2F"):
         seconds = step.measure(model, 128, "cpu", rounds)
