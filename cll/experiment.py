@@ -287,8 +287,9 @@ class Params(_Record):
     power_gradient: Literal["envelope", "through"] = Field(
         "envelope", description="gradient of the norm estimate, see bounds.estimate"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the network in training; K and the certificate never change"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of the network in training (tf32 on CUDA); K and the certificate never change",
     )
     compile: bool = Field(False, description="torch.compile the network for training")
     checkpointing: bool = Field(

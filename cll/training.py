@@ -10,9 +10,10 @@ A run alone trains its network itself, whose weights exist once: activation chec
 torch.compile and several ranks (see ranks) work there.
 
 Everything a step needs is on the device before the epoch starts, and the host waits for the
-device once per epoch.
+device once per epoch. On CUDA a step of a plain network is captured as one graph and replayed.
 """
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -20,6 +21,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,10 @@ from torch.utils.checkpoint import checkpoint
 from . import ranks
 from .architectures import build
 from .bounds import head_rows, pairwise_distances
+from .certify import full_precision
 from .data import augment, draw, to_float
 from .dense import DenseStack
+from .layers import ClampedMaxMin, MaxMin
 from .local import local_estimate
 from .losses import (
     aol_loss,
@@ -54,7 +58,10 @@ CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds"
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
 CHECKPOINT_SECONDS = 20
 RECORDED_STEPS = 2000  # from here on, recording a step (1 to 2 seconds) pays back
-CHUNK_IMAGES = 4096  # per run, gathered and augmented at a time: keeps the device busy
+CHUNK_IMAGES = 8192  # gathered and augmented at a time: keeps the device busy, takes 0.5 GiB
+GRAPH_DEVICES = ("cuda",)  # where a step is captured and replayed
+# without host synchronisation, Python decisions or random numbers in their training steps
+CAPTURED_LAYERS = (nn.Linear, nn.Conv2d, nn.Flatten, nn.ReLU, MaxMin, ClampedMaxMin)
 NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero means nothing there
 
 # What may differ between runs whose losses share one call: it enters as numbers, see _schedules.
@@ -120,10 +127,10 @@ class _Program(nn.Module):
         self.forms = sorted({_form(run.loss) for run in runs} - {"pairwise"})
         self.moves_K = any(_moves_K(run.loss) for run in runs)
         self.local_iterations = getattr(first.loss, "iterations", None)  # of Local-Lip-B alone
-        self.bfloat16 = first.precision == "bfloat16"
+        self.bfloat16, self.tf32 = (first.precision == p for p in ("bfloat16", "tf32"))
         # no more than the network and K, so that another way to compute both may take over
         self.plain = not (self.through or self.bfloat16 or first.compile or first.checkpointing)
-        self.plain &= self.local_iterations is None
+        self.plain &= self.local_iterations is None and not self.tf32
         self.logits = _compiled(self._logits, first.model) if first.compile else self._logits
 
     def forward(self, images, iterations, epsilon=None):
@@ -132,7 +139,8 @@ class _Program(nn.Module):
         if self.local_iterations is not None:
             K = local_estimate(self.net, images, epsilon, self.local_iterations)
             return self.logits(images), K
-        with torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
+        exact = full_precision(images.device) if self.tf32 else contextlib.nullcontext()
+        with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
             body = self.net.body_lipschitz(iterations, self.through)
             bounds = self.bounds(body, head_rows(self.net.head))
         return self.logits(images), *bounds
@@ -216,7 +224,18 @@ class Stack:
         self.dense = None
         if engine is None and self.program.plain and DenseStack.fits(nets[0]):
             self.dense = DenseStack(nets[0], len(runs), self.device)
-        self.recorded = None
+        self.recorded = self.replay = None
+        self.capturable = (
+            self.device.type in GRAPH_DEVICES
+            and engine is None
+            and not (runs[0].compile or runs[0].checkpointing)
+            and self.program.local_iterations is None
+            and all(type(layer) in CAPTURED_LAYERS for layer in [*self.body, nets[0].head])
+        )
+        self.rate = None  # as a tensor, what a captured step reads
+        if self.capturable:
+            self.rate = torch.zeros((), device=self.device)
+            self.set_rate(runs[0].optimizer.lr)
         self.groups = []  # (loss, slice) of neighbours whose losses are of one kind
         for _, members in itertools.groupby(range(len(runs)), lambda s: _kind(runs[s].loss)):
             rows = list(members)
@@ -251,17 +270,90 @@ class Stack:
         rows = [_schedules(run.loss, progress) for run in self.runs]
         return torch.tensor(rows, dtype=torch.float32, device=self.device).unbind(1)
 
-    def step(self, images, targets, epsilon, p, K_warmup, weight):
-        """One optimiser step on images (S, N, ...), targets (S, N); schedules of shape (S,), see
-        `_schedules`.
+    def set_rate(self, rate):
+        """The learning rate of the next steps: a float or, where `rate` is one, a tensor on the
+        device."""
+        if self.rate is not None:
+            self.rate.fill_(rate)
+            rate = self.rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
-        Returns detached (loss (S,), correct predictions (S,), K (S, C, C) or (S, N, C, C)).
+    def step(self, *batch):
+        """One optimiser step on a batch: images (S, N, ...), targets (S, N); epsilon, p, K_warmup,
+        weight of shape (S,), see `_schedules`.
+
+        Returns detached (loss (S,), correct predictions (S,), K (S, C, C) or (S, N, C, C)); of a
+        captured step they last until the next one.
         """
-        batch = (images, targets, epsilon, p, K_warmup, weight)
+        if self.capturable and self.replay is None:
+            self.capture(*batch)
+        if self.replay is None or batch[0].shape != self.captured[0].shape:
+            return self._step(*batch)
+        for own, value in zip(self.captured, batch, strict=True):
+            own.copy_(value)
+        self.replay()
+        return self.results
+
+    def capture(self, *batch):
+        """Let `step` replay itself on batches of this shape as one CUDA graph: to start hundreds of
+        small kernels takes longer than they do. Where capturing fails, or a replay from the present
+        state does not give what the step gives, a warning says so and all stays as it was. Weights,
+        vectors and moments keep their values and their place, where checkpoints find them.
+        """
+        before = [t.detach().to("cpu", copy=True) for t in self._changing()]
+
+        @torch.no_grad()
+        def rewind():
+            for t, value in itertools.zip_longest(self._changing(), before):
+                t.zero_() if value is None else t.copy_(value)  # the first step makes the moments
+
+        self.captured = [t.clone() for t in batch]  # what the graph reads
+        try:
+            with _side_stream(self.device):
+                for _ in range(3):  # libraries choose kernels and workspaces
+                    rewind()
+                    results = self._step(*self.captured)
+                expected = [t.detach().clone() for t in (*results, *self._changing())]
+                rewind()
+                for group in self.optimizer.param_groups:
+                    group["capturable"] = True  # with the rate in a tensor, fused optimisers are
+                replay, self.results = _graph(lambda: self._step(*self.captured))
+                rewind()
+                replay()
+                found = (*self.results, *self._changing())
+                error = max(itertools.starmap(_apart, zip(found, expected, strict=True)))
+                rewind()
+            tolerance = 1e-3 if self.runs[0].precision == "float32" else 1e-2
+            if not error <= tolerance:
+                raise RuntimeError(f"a replayed step is off by {error:.1e} of its values")
+            self.replay = replay
+        except RuntimeError as error:
+            self.capturable = False
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            rewind()
+            for group in self.optimizer.param_groups:
+                group["capturable"] = False
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"no CUDA graph for {self.runs[0].model} ({reason}): training goes on without, to "
+                "the same result and slower",
+                stacklevel=3,
+            )
+
+    def _changing(self):
+        """All tensors that a step changes: parameters, buffers and the optimiser's moments."""
+        trained = list(self.parameters.values())
+        moments = (v for t in trained for v in self.optimizer.state[t].values())
+        return [*trained, *self.buffers.values(), *moments]
+
+    def _step(self, *batch):
         self.optimizer.zero_grad(set_to_none=True)
         if self.recorded is None:
-            loss, correct, K = self.losses(*batch)
-            loss.sum().backward()
+            with self._products():
+                loss, correct, K = self.losses(*batch)
+                loss.sum().backward()
         else:
             own = (*self.parameters.values(), *self.buffers.values())
             with torch.no_grad():
@@ -270,6 +362,12 @@ class Stack:
                 t.grad = gradient
         self.optimizer.step()
         return loss.detach(), correct, K.detach()
+
+    def _products(self):
+        """On CUDA, float32 through TF32 where the runs ask for it and nowhere else."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return full_precision(self.device, self.program.tf32)
 
     def losses(self, images, targets, epsilon, p, K_warmup, weight, tensors=None):
         """(loss, correct, K) of `step`, loss and K with their gradients."""
@@ -340,10 +438,14 @@ class Stack:
             t.copy_(own[0] if single else torch.stack(own))
         for i, t in enumerate(self.parameters.values()):
             moments = [state["moments"][i] for state in states]
-            self.optimizer.state[t] = {k: joined(k, [m[k] for m in moments]) for k in moments[0]}
+            own = self.optimizer.state[t]
+            for k in moments[0]:
+                value = joined(k, [m[k] for m in moments])
+                own[k] = own[k].copy_(value) if k in own else value  # a graph knows their place
 
     def networks(self):
         """The runs' networks with their trained weights, settled, in eval mode on the host."""
+        self.replay, self.capturable = None, False  # frees the graph's memory
         self.optimizer.zero_grad(set_to_none=True)
         self.nets[0].body = self.body
         for s, net in enumerate(self.nets):
@@ -353,6 +455,36 @@ class Stack:
                 net.load_state_dict(own, strict=False)  # constants of the input are not saved
             net.settle()
         return self.nets
+
+
+@contextlib.contextmanager
+def _side_stream(device):
+    """On CUDA what follows runs on a stream of its own, as capturing asks for; later work waits."""
+    if device.type != "cuda":
+        yield
+        return
+    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        yield
+    here.wait_stream(aside)
+
+
+def _graph(work):
+    """(replay, results) of a function without arguments as a CUDA graph on the current stream:
+    replay() does all its work on the device anew, into the same results."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        results = work()
+    return graph.replay, results
+
+
+def _apart(found, expected):
+    """The distance of two tensors relative to the second one, NaN and infinity left out."""
+    if not found.is_floating_point():  # counts of correct predictions: near ties may turn
+        return 0.0
+    found, expected = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (found, expected))
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
@@ -486,15 +618,20 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     start, diverged, seconds = _restore(stack, out_dirs, generators)
     if stack.dense is not None:  # operations this small are slower on two threads than on one
         torch.set_num_threads(1)
+    saver = _Saver(stack, out_dirs)
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
-        _save(stack, out_dirs, generators, 0, diverged, 0.0)
+        saver.save([g.get_state() for g in generators], 0, diverged, 0.0)
+        saver.wait()
     curves = [_Curve(d / "curve.csv", start) for d in out_dirs] if main else []
     bar = progress_bar(total, _describe(runs), "step", progress and main)
     bar.update(start * steps)
     last_checkpoint = began = time.monotonic()
     pause = CHECKPOINT_SECONDS
+    upcoming = None
     for epoch in range(start, first.epochs):
-        order, drawn = _epoch(n, steps * batch, first, generators, images, augments)
+        if upcoming is None:
+            upcoming = _epoch(n, steps * batch, first, generators, images, augments)
+        order, drawn = upcoming
         rows = _own(order + first_row, steps, share).to(stack.device)  # (S, steps, own)
         if augments:
             drawn = {k: _own(v, steps, share).to(stack.device) for k, v in drawn.items()}
@@ -506,9 +643,13 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             dtype=torch.float32,
         )
         schedule = schedule.to(stack.device).unbind(2)  # as in _schedules: each (steps, S)
+        rates = [_learning_rate(first.optimizer, epoch * steps + i, total) for i in range(steps)]
+        lr = rates[-1]
+        if stack.rate is not None:
+            rates = torch.tensor(rates).to(stack.device).unbind()
         loss_sum = torch.zeros(S, device=stack.device, dtype=torch.float64)
         correct = torch.zeros(S, device=stack.device, dtype=torch.long)
-        chunk = max(1, CHUNK_IMAGES // batch)
+        chunk = max(1, CHUNK_IMAGES // (batch * max(S, 2)))
         for begin in range(0, steps, chunk):
             part = slice(begin, begin + chunk)
             ids = rows[:, part]  # (S, chunk, own)
@@ -517,13 +658,15 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                 x = augment(x, {k: v[:, part].flatten(0, 2) for k, v in drawn.items()})
             x = to_float(x).unflatten(0, ids.shape)
             for i in range(ids.shape[1]):
-                lr = _learning_rate(first.optimizer, epoch * steps + begin + i, total)
-                for group in stack.optimizer.param_groups:
-                    group["lr"] = lr
+                stack.set_rate(rates[begin + i])
                 loss, right, K = stack.step(x[:, i], y[:, i], *(v[begin + i] for v in schedule))
                 loss_sum += loss
                 correct += right
             bar.update(ids.shape[1])
+        # drawn while the device is still at work; a checkpoint holds the state before
+        states, upcoming = [g.get_state() for g in generators], None
+        if epoch + 1 < first.epochs:
+            upcoming = _epoch(n, steps * batch, first, generators, images, augments)
         K_max = K.flatten(1).amax(1)
         if engine is not None:
             loss_sum = engine.reduce(loss_sum, "mean")
@@ -558,11 +701,12 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         done = epoch + 1 == first.epochs or all(diverged)
         if main and (done or time.monotonic() - last_checkpoint > pause):
             saving = time.monotonic()
-            _save(stack, out_dirs, generators, epoch + 1, diverged, elapsed)
+            saver.save(states, epoch + 1, diverged, elapsed)
             last_checkpoint = time.monotonic()
             pause = CHECKPOINT_SECONDS * max(1.0, last_checkpoint - saving)
         if done:
             break
+    saver.wait()
     bar.close()
     for curve in curves:
         curve.close()
@@ -644,20 +788,46 @@ def _generations(out_dir):
     return out_dir / "checkpoint.pt", out_dir / "checkpoint.previous.pt"
 
 
-def _save(stack, out_dirs, generators, epoch, diverged, seconds):
+class _Saver:
+    """Writes checkpoints. Where training runs on another device than the host, files are written
+    while it goes on; `wait`, and the next `save`, raise what went wrong."""
+
+    def __init__(self, stack, out_dirs):
+        self.stack, self.out_dirs = stack, out_dirs
+        self.aside = None if stack.device.type == "cpu" else ThreadPoolExecutor(1)
+        self.pending = None
+
+    def save(self, generators, epoch, diverged, seconds):
+        """The runs as they are now; generators: the states of theirs."""
+        self.wait()
+        records = (
+            {
+                "params_hash": run.hash(),
+                "epoch": epoch,
+                "generator": generators[s],
+                "diverged": diverged[s],
+                "seconds": seconds / len(self.stack.runs),
+                **self.stack.state(s),
+            }
+            for s, run in enumerate(self.stack.runs)
+        )
+        if self.aside is None:
+            _write(records, self.out_dirs)
+        else:
+            self.pending = self.aside.submit(_write, list(records), self.out_dirs)
+
+    def wait(self):
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _write(records, out_dirs):
     """One file per run, atomically. The generation before is kept: a kill between the files of
     two runs must not leave a stack without a common epoch."""
-    for s, (run, out_dir) in enumerate(zip(stack.runs, out_dirs, strict=True)):
+    for record, out_dir in zip(records, out_dirs, strict=True):
         newest, previous = _generations(out_dir)
         temporary = out_dir / "checkpoint.tmp"
-        record = {
-            "params_hash": run.hash(),
-            "epoch": epoch,
-            "generator": generators[s].get_state(),
-            "diverged": diverged[s],
-            "seconds": seconds / len(stack.runs),
-            **stack.state(s),
-        }
         with open(temporary, "wb") as file:
             torch.save(record, file)
             file.flush()

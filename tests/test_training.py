@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import cll
+from cll.certify import full_precision
 from cll.experiment import load_dataset, run_dir
 from cll.training import Stack, _learning_rate, _schedules, build_network
 
@@ -455,6 +457,165 @@ def test_compile_falls_back_with_a_reason(monkeypatch):
                 stack.step(x, y, *stack.schedule(0.5))
         values += [stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(2)]
     assert values[0] == values[2] or values[1] == values[2]
+
+
+def rehearsed(work):
+    """What a CUDA graph does, as far as a CPU can: one piece of work, always the same results."""
+    results = work()
+
+    def replay():
+        for own, value in zip(results, work(), strict=True):
+            own.copy_(value)
+
+    return replay, results
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"], DIGITS | IMAGES["clamped"]])
+def test_a_captured_step_is_the_step(base, optimizer, monkeypatch):
+    """Bit for bit, over batches, schedules and learning rates that change, through a checkpoint;
+    the state stays where it was. test_cuda.py has the same with a graph."""
+    configs = [LOSSES["CLL"] | {"p_start": 0.5}, LOSSES["GloRo-TRADES"], LOSSES["SOC"]]
+    settings = {"name": optimizer, "lr": 1e-4, "weight_decay": 1e-3}
+    runs = [cll.load_params(base | {"loss": c, "optimizer": settings}) for c in configs]
+    torch.manual_seed(0)
+    classes = 2 if base is MOONS else 10
+    nets = [build_network(p, classes, p.input_shape) for p in runs]
+    x = torch.rand(6, len(runs), 8, *runs[0].input_shape)
+    y = torch.randint(0, classes, (6, len(runs), 8))
+    plain = Stack(runs, copy.deepcopy(nets), "cpu")
+    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(cll.training, "_graph", rehearsed)
+    captured, resumed = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
+    assert captured.capturable and plain.rate is None
+    captured.rate, resumed.rate = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+
+    def steps(stack, which):
+        for i in which:
+            stack.set_rate(torch.tensor(1e-4 / (i + 1), dtype=torch.float64))
+            yield [t.clone() for t in stack.step(x[i], y[i], *stack.schedule(0.2 * i))]
+
+    for a, b in zip(steps(plain, range(3)), steps(captured, range(3)), strict=True):
+        assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
+    places = [t.data_ptr() for t in captured._changing()]
+    states = [plain.state(s) for s in range(len(runs))]
+    list(steps(captured, [4]))  # somewhere else, and back
+    captured.load(states)
+    resumed.load(states)
+    for a, b, c in zip(*(steps(s, [3, 4, 5]) for s in (plain, captured, resumed)), strict=True):
+        assert all(torch.equal(t, u) and torch.equal(t, v) for t, u, v in zip(a, b, c, strict=True))
+    assert [t.data_ptr() for t in captured._changing()] == places
+    assert captured.replay is not None
+    small = [t[:, :4] for t in (x[0], y[0])]  # another size of batch: without the graph
+    for a, b in zip(*(s.step(*small, *s.schedule(0.5)) for s in (plain, captured)), strict=True):
+        assert torch.equal(a, b)
+    assert len(captured.networks()) == 3 and captured.replay is None
+
+
+@pytest.mark.parametrize("fault", ["raises", "differs"])
+def test_without_a_graph_training_goes_on_as_before(fault, monkeypatch):
+    def faulty(work):
+        if fault == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: None, work()  # a replay that does nothing
+
+    p, net, x, y = image_run("4C3F")
+    plain = Stack([p], [copy.deepcopy(net)], "cpu")
+    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(cll.training, "_graph", faulty)
+    stack = Stack([p], [net], "cpu")
+    stack.rate = torch.tensor(p.optimizer.lr, dtype=torch.float64)
+    reason = "not permitted" if fault == "raises" else "off by"
+    with pytest.warns(UserWarning, match=f"no CUDA graph for 4C3F .*{reason}.*the same result"):
+        first = stack.step(x, y, *stack.schedule(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        second = stack.step(x, y, *stack.schedule(0.5))
+    for result in (first, second):
+        own = plain.step(x, y, *plain.schedule(0.5))
+        assert all(torch.equal(a, b) for a, b in zip(result, own, strict=True))
+
+
+def test_only_steps_that_a_graph_can_hold_are_captured(monkeypatch):
+    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
+
+    def capturable(kind, loss="CLL", **settings):
+        p, net, *_ = image_run(kind, loss, **settings)
+        return Stack([p], [net], "cpu").capturable
+
+    assert capturable("4C3F") and capturable("clamped") and capturable("4C3F", "SOC")
+    assert capturable("4C3F", precision="bfloat16") and capturable("4C3F", precision="tf32")
+    assert not capturable("4C3F", "Local-Lip-B")
+    assert not capturable("4C3F", checkpointing=True) and not capturable("4C3F", compile=True)
+    assert not any(capturable(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
+
+
+@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"]])
+def test_training_with_a_rehearsed_graph_is_training(base, tmp_path, monkeypatch):
+    """The loop with the learning rate in a tensor, and checkpoints written aside."""
+    p = cll.load_params(base | {"train_size": 64, "test_size": 8, "batch_size": 16, "epochs": 4})
+    p = p.model_copy(update={"optimizer": p.optimizer.model_copy(update={"milestones": (6, 11)})})
+    data, (plain, graph) = load_dataset(p), (tmp_path / "plain", tmp_path / "graph")
+    for folder in (plain, graph):
+        folder.mkdir()
+    (expected,), _ = cll.training.train([p], [data], [plain], progress=False)
+    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(cll.training, "_graph", rehearsed)
+    monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
+    (net,), _ = cll.training.train([p], [data], [graph], progress=False)
+    for a, b in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rates are float32 in a graph
+    frames = [pd.read_csv(f / "curve.csv").drop(columns="seconds") for f in (plain, graph)]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-4)
+
+
+def test_checkpoints_are_written_aside(tmp_path, monkeypatch):
+    """As they were when asked for; what went wrong is raised in time, and the last one is kept."""
+    p, net, x, y = image_run("4C3F")
+    stack = Stack([p], [net], "cpu")
+    saver = cll.training._Saver(stack, [tmp_path])
+    assert saver.aside is None
+    saver.aside = cll.training.ThreadPoolExecutor(1)
+    write, go = cll.training._write, threading.Event()
+    monkeypatch.setattr(cll.training, "_write", lambda *a: go.wait(60) and write(*a))
+    generator = torch.Generator().get_state()
+    saver.save([generator], 1, [None], 1.0)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    go.set()
+    saver.wait()
+    monkeypatch.setattr(cll.training, "_write", lambda *a: 1 / 0)
+    saver.save([generator], 2, [None], 2.0)
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+    saver.save([generator], 3, [None], 3.0)
+    with pytest.raises(ZeroDivisionError):
+        saver.save([generator], 4, [None], 4.0)
+    assert list(cll.training.load_checkpoints(p, tmp_path)) == [1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_tf32_is_on_where_asked_and_for_the_network_alone(precision, monkeypatch):
+    """On CUDA; here the switches alone: during the backward pass, and in K."""
+    p, net, x, y = image_run("4C3F", "GloRo", precision=precision)
+    stack = Stack([p], [net], "cpu")
+    monkeypatch.setattr(  # as on CUDA
+        stack, "_products", lambda: full_precision(torch.device("cpu"), stack.program.tf32)
+    )
+    seen, K = {}, net.body_lipschitz
+
+    def watched(*arguments):
+        seen["K"] = torch.backends.cudnn.allow_tf32
+        return K(*arguments)
+
+    def note(_):
+        seen["backward"] = torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(net, "body_lipschitz", watched)
+    net.head.weight.register_hook(note)
+    former = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    stack.step(x, y, *stack.schedule(0.5))
+    assert seen == {"K": False, "backward": precision == "tf32"}
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == former
 
 
 @pytest.mark.slow

@@ -229,26 +229,29 @@ def _is_foreign(model):
 
 
 @contextmanager
-def full_precision(device):
-    """TF32, bfloat16 matrix products and autocast off for float32; the former state afterwards."""
+def full_precision(device, tf32=False):
+    """TF32, bfloat16 matrix products and autocast off for float32, or with `tf32` (for training)
+    TF32 on and the others off; the former state afterwards."""
     backends, cudnn = torch.backends, torch.backends.cudnn
+    matmul, products = ("high", "tf32") if tf32 else ("highest", "ieee")
     switches = [
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-        (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), False),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, matmul),
+        (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), tf32),
     ]
     if hasattr(backends, "fp32_precision"):  # torch >= 2.9 has a second set, which must agree
+        name = "fp32_precision"
         for owner in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul):
-            name = "fp32_precision"
-            switches.append((partial(getattr, owner, name), partial(setattr, owner, name), "ieee"))
+            own = partial(getattr, owner, name), partial(setattr, owner, name), products
+            switches.append(own)
     active = []
-    for read, write, off in switches:
+    for read, write, wanted in switches:
         try:
-            active.append((write, read(), off))
+            active.append((write, read(), wanted))
         except RuntimeError:  # a first-set switch that torch disowns: the user set the second
             pass
     try:
-        for write, _, off in active:
-            write(off)
+        for write, _, wanted in active:
+            write(wanted)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
