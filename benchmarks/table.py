@@ -57,6 +57,7 @@ def moons(epochs=(1, 250, 500, 1000)):
     runs = [cll.load_params(f, "paper").model_copy(update={"snapshots": epochs}) for f in files]
     data = [load_dataset(run) for run in runs]
     theirs = least = 0.0
+    _stack([f"figure4/{f.stem}" for f in files])()  # imports, which are no training
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / run.name for run in runs]
         for f in folders:

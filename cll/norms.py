@@ -28,7 +28,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
