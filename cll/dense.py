@@ -78,7 +78,7 @@ class DenseStack:
             square = torch.bmm(A.mT, A)
             square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
             for _ in range(iterations):
-                v = (square * v[:, :, None]).sum(1)  # symmetric: rows for columns, the faster sum
+                v = torch.bmm(v[:, None], square)[:, 0]  # symmetric: a row, the faster product
                 v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
             if iterations:
                 self.iterates.copy_(v.view_as(self.iterates))
