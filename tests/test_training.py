@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cll
 from cll.certify import full_precision
@@ -548,6 +549,27 @@ def test_only_steps_that_a_graph_can_hold_are_captured(monkeypatch):
     assert not capturable("4C3F", "Local-Lip-B")
     assert not capturable("4C3F", checkpointing=True) and not capturable("4C3F", compile=True)
     assert not any(capturable(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"], DIGITS | IMAGES["clamped"]])
+def test_a_captured_step_asks_for_no_value(base, precision):
+    """With tensors that have shapes and no values: .item(), a mask as an index or a decision in
+    Python would be an error."""
+    losses = [c for name, c in LOSSES.items() if name != "Local-Lip-B"]
+    runs = [cll.load_params(base | {"loss": c, "precision": precision}) for c in losses]
+    nets = [build_network(p, 2 if base is MOONS else 10, p.input_shape) for p in runs]
+    stack = Stack(runs, nets, "cpu")
+    batch = torch.rand(len(runs), 8, *runs[0].input_shape), torch.zeros(len(runs), 8).long()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        stack.parameters = {
+            k: mode.from_tensor(t.detach()).requires_grad_() for k, t in stack.parameters.items()
+        }
+        stack.buffers = {k: mode.from_tensor(t) for k, t in stack.buffers.items()}
+        loss, correct, K = stack.losses(*map(mode.from_tensor, (*batch, *stack.schedule(0.5))))
+        torch.autograd.grad(loss.sum(), list(stack.parameters.values()))
+        with pytest.raises(DataDependentOutputException):
+            loss.sum().item()
 
 
 @pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"]])
