@@ -1,6 +1,6 @@
 """The textbook way to train a Lipschitz network: the yardstick of every speed claim.
 
-    python benchmarks/baseline.py [--runs moons-CLL moons-GloRo 4C3F 6C2F] [--steps 20]
+    python benchmarks/baseline.py [--runs moons-CLL 4C3F ...] [--steps 20] [--device cuda]
 
 One network at a time, the way the method is written down: images go through PIL and a DataLoader
 one by one; each step runs five power iterations per layer under autograd and builds the distances
@@ -17,6 +17,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import statistics
 import time
 
@@ -62,10 +63,14 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[i])), self.targets[i]
 
 
-def loader(images, targets, augmentation, batch):
-    """The DataLoader of a training set; augmentation: of a parameter file (data.Augmentation)."""
+def loader(images, targets, augmentation, batch, workers=0):
+    """The DataLoader of a training set; augmentation: of a parameter file (data.Augmentation);
+    workers: processes that load, for a GPU."""
+    options = {"shuffle": True, "drop_last": True}
+    if workers:
+        options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
     if images.is_floating_point():
-        return DataLoader(TensorDataset(images, targets), batch, shuffle=True, drop_last=True)
+        return DataLoader(TensorDataset(images, targets), batch, **options)
     a = augmentation
     transform = transforms.Compose(
         [
@@ -76,14 +81,14 @@ def loader(images, targets, augmentation, batch):
             transforms.ToTensor(),
         ]
     )
-    return DataLoader(Pictures(images, targets, transform), batch, shuffle=True, drop_last=True)
+    return DataLoader(Pictures(images, targets, transform), batch, **options)
 
 
 class Norm:
     """The spectral norm of one Linear or Conv2d by power iteration, from a vector that is kept."""
 
     def __init__(self, layer, shape):
-        self.layer, self.v = layer, torch.randn(1, *shape)
+        self.layer, self.v = layer, torch.randn(1, *shape).to(layer.weight.device)
 
     def __call__(self, iterations):
         v = self.v
@@ -108,20 +113,23 @@ class Norm:
 
 
 class Baseline:
-    """One network in training; params: of a parameter file, data: a data.Dataset."""
+    """One network in training; params: of a parameter file, data: a data.Dataset. On a GPU every
+    core loads images."""
 
-    def __init__(self, params, data):
+    def __init__(self, params, data, device="cpu"):
         torch.manual_seed(params.seed)
-        self.params, self.loss = params, params.loss
-        self.net = cll.build(params.model, data.num_classes, data.input_shape)
+        self.params, self.loss, self.device = params, params.loss, device
+        self.net = cll.build(params.model, data.num_classes, data.input_shape).to(device)
         self.norms, shape = [], tuple(data.input_shape)
         for layer in self.net.body:
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 self.norms.append(Norm(layer, shape))
-            shape = tuple(layer(torch.zeros(1, *shape)).shape[1:])
+            shape = tuple(layer(torch.zeros(1, *shape, device=device)).shape[1:])
         self.optimizer = torch.optim.Adam(self.net.parameters(), params.optimizer.lr)
         batch = min(params.batch_size, len(data.train_targets))
-        self.batches = loader(data.train_images, data.train_targets, params.augmentation, batch)
+        workers = 0 if device == "cpu" else min(16, os.cpu_count())
+        train = data.train_images, data.train_targets
+        self.batches = loader(*train, params.augmentation, batch, workers)
         self.done, self.total = 0, params.epochs * len(self.batches)
 
     def endless(self):
@@ -136,6 +144,7 @@ class Baseline:
 
     def step(self, x, y):
         """One step on a batch; returns the loss."""
+        x, y = x.to(self.device), y.to(self.device)
         W, f = self.net.head.weight, self.net(x)
         K = self.body_norm(self.params.power_iterations)
         pairs = (W[:, None] - W[None]).norm(dim=2)
@@ -185,6 +194,7 @@ class Baseline:
         K, _ = self.converge()
         K = K / (W[:, None] - W[None]).norm(dim=2).max()
         for x, y in DataLoader(TensorDataset(images, targets), self.params.batch_size):
+            x, y = x.to(self.device), y.to(self.device)
             f = self.net(x)
             top = f.argmax(1)
             rows = K * (W[top][:, None] - W[None]).norm(dim=2)
@@ -207,25 +217,27 @@ class Baseline:
 
 
 @functools.cache
-def rates(n=1024, megabytes=256, repeats=5):
+def rates(n=1024, megabytes=256, repeats=5, device="cpu"):
     """(FLOP/s of an n x n float32 matrix product, bytes/s of a large copy), best of some repeats,
-    with the threads that PyTorch has."""
-    a, b = torch.rand(2, n, n)
-    c, d = torch.rand(2, megabytes * 2**18)
-    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(repeats))
-    copy = min(_seconds(lambda: d.copy_(c)) for _ in range(repeats))
+    with the threads that PyTorch has. A GPU wants more: n=8192, megabytes=4096."""
+    a, b = torch.rand(2, n, n, device=device)
+    c, d = torch.rand(2, megabytes * 2**18, device=device)
+    product = min(_seconds(lambda: torch.mm(a, b), device) for _ in range(repeats))
+    copy = min(_seconds(lambda: d.copy_(c), device) for _ in range(repeats))
     return 2 * n**3 / product, 2 * c.numel() * 4 / copy  # read and written
 
 
-def _seconds(work):
+def _seconds(work, device):
     began = time.perf_counter()
     work()
+    if device != "cpu":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def floor(flops, moved):
+def floor(flops, moved, device="cpu"):
     """Seconds that `flops` operations and `moved` bytes take at least."""
-    speed, bandwidth = rates()
+    speed, bandwidth = rates() if device == "cpu" else rates(8192, 4096, 5, device)
     return max(flops / speed, moved / bandwidth)
 
 
@@ -243,9 +255,9 @@ def forward_cost(net, batch):
     return batch * counter.get_total_flops(), batch * 8 * sum(sizes)
 
 
-def step_floor(net, batch):
-    """The floor of a training step of a network: three times the products of its forward pass, of
-    which the first layer needs no gradient in the image; activations and their gradients written
+def step_cost(net, batch):
+    """(FLOPs, bytes) of a training step of a network: three times the products of its forward pass,
+    of which the first layer needs no gradient in the image; activations and their gradients written
     and read; weights and Adam's moments read and written."""
     flops, moved = forward_cost(net, batch)
     first = nn.Sequential(next(layer for layer in net.body if hasattr(layer, "weight")))
@@ -253,7 +265,12 @@ def step_floor(net, batch):
         first(torch.rand(1, *net.input_shape))
     parameters = sum(p.numel() for p in net.parameters())
     flops = 3 * flops - batch * counter.get_total_flops()
-    return floor(flops, 2 * moved + 32 * parameters)
+    return flops, 2 * moved + 32 * parameters
+
+
+def step_floor(net, batch, device="cpu"):
+    """Seconds that a training step of a network (on the host) takes at least."""
+    return floor(*step_cost(net, batch), device)
 
 
 def main():
@@ -262,14 +279,15 @@ def main():
     )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--steps", type=int, default=20, help="steps to time")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    speed, bandwidth = rates()
+    speed, bandwidth = rates() if args.device == "cpu" else rates(8192, 4096, 5, args.device)
     print(f"one thread, {speed / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
     print("| run | ms per step | floor ms | bound after an epoch ms | iterations |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name in args.runs:
-        run = Baseline(*setting(name))
+        run = Baseline(*setting(name), args.device)
         times = []
         for batch in itertools.islice(run.endless(), args.steps):
             began = time.perf_counter()
@@ -278,7 +296,8 @@ def main():
         began = time.perf_counter()
         _, iterations = run.converge()
         bound = time.perf_counter() - began
-        step, least = statistics.median(times), step_floor(run.net, run.batches.batch_size)
+        least = step_floor(run.net.cpu(), run.batches.batch_size, args.device)
+        step = statistics.median(times)
         print(
             f"| {name} | {1e3 * step:.1f} | {1e3 * least:.2f} | {1e3 * bound:.0f} | {iterations} |",
             flush=True,

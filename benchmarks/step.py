@@ -4,7 +4,8 @@
 
 "plain" is the same network and optimiser with cross-entropy alone. "CLL" adds five power
 iterations per layer, the pairwise K, the calibrated loss and the penalty lambda max(K)^2; "GloRo"
-back-propagates through K; "textbook", on a CPU, is CLL as baseline.py writes it. The variants take
+back-propagates through K; "textbook" is CLL as baseline.py writes it. On CUDA, CLL and GloRo are
+graphs, "CLL, no graph" and plain are not, and CLL runs in tf32 and bfloat16 too. The variants take
 turns, so that a busy machine slows all alike; the median of each and its ratio to plain are printed
 as Markdown and written as JSON.
 """
@@ -31,13 +32,13 @@ LOSSES = {
 }
 
 
-def lipschitz_step(model, loss, images, targets):
+def lipschitz_step(model, loss, images, targets, precision="float32", graph=True):
     """The step that training makes, as a function without arguments."""
+    own = {"name": "bench", "model": model, "loss": loss, "epochs": 1, "precision": precision}
     shape = list(images.shape[1:])
-    params = cll.load_params(
-        {"name": "bench", "model": model, "input_shape": shape, "loss": loss, "epochs": 1}
-    )
+    params = cll.load_params(own | {"input_shape": shape})
     stack = Stack([params], [cll.build(model, 10, shape)], images.device)
+    stack.capturable &= graph
     schedule = stack.schedule(1.0)
     return lambda: stack.step(images[None], targets[None], *schedule)
 
@@ -63,8 +64,13 @@ def measure(model="4C3F", batch=128, device="cpu", repeats=20):
     targets = torch.randint(0, 10, (batch,), device=device)
     steps = {"plain": plain_step(model, images, targets)}
     steps |= {name: lipschitz_step(model, loss, images, targets) for name, loss in LOSSES.items()}
-    if device == "cpu" and model in baseline.RUNS:
-        textbook = baseline.Baseline(*baseline.setting(model))
+    if device != "cpu":
+        batch = (model, LOSSES["CLL"], images, targets)
+        steps["CLL, no graph"] = lipschitz_step(*batch, graph=False)
+        for precision in ("tf32", "bfloat16"):
+            steps[f"CLL, {precision}"] = lipschitz_step(*batch, precision)
+    if model in baseline.RUNS:
+        textbook = baseline.Baseline(*baseline.setting(model), device)
         steps["textbook"] = lambda: textbook.step(images, targets)
     times, names = {name: [] for name in steps}, list(steps)
     shuffled = random.Random(0)  # what ran before decides what is in the caches
