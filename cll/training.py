@@ -634,10 +634,10 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     small = stack.dense is not None and stack.device.type == "cpu"
     if small and first.optimizer.name == "AdamW" and total >= RECORDED_STEPS:
         stack.record(batch)
+    saver = _Saver(stack, out_dirs)
     start, diverged, seconds = _restore(stack, out_dirs, generators)
     if stack.dense is not None:  # operations this small are slower on two threads than on one
         torch.set_num_threads(1)
-    saver = _Saver(stack, out_dirs)
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         saver.save([g.get_state() for g in generators], 0, diverged, 0.0)
         saver.wait()
@@ -807,14 +807,18 @@ def _generations(out_dir):
     return out_dir / "checkpoint.pt", out_dir / "checkpoint.previous.pt"
 
 
+WRITER = ThreadPoolExecutor(1)  # of this process: files are written one after the other
+
+
 class _Saver:
     """Writes checkpoints. Where training runs on another device than the host, files are written
     while it goes on; `wait`, and the next `save`, raise what went wrong."""
 
     def __init__(self, stack, out_dirs):
         self.stack, self.out_dirs = stack, out_dirs
-        self.aside = None if stack.device.type == "cpu" else ThreadPoolExecutor(1)
-        self.pending = None
+        self.aside = None if stack.device.type == "cpu" else WRITER
+        self.pending = None if self.aside is None else self.aside.submit(int)
+        self.wait()  # for what an interrupted training has left to write
 
     def save(self, generators, epoch, diverged, seconds):
         """The runs as they are now; generators: the states of theirs."""

@@ -1,6 +1,9 @@
 """The yardstick computes what the package computes; a lost ratio is seen. Times are never tests."""
 
+import argparse
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +14,7 @@ from cll.training import Stack
 
 sys.path.insert(0, str(cll.ROOT / "benchmarks"))
 import baseline  # noqa: E402
+import gpu  # noqa: E402
 import table  # noqa: E402
 
 
@@ -89,3 +93,52 @@ def test_the_reference_names_lines_of_the_table():
     reference = json.loads(table.REFERENCE.read_text())
     assert reference["ratios"] and reference["device"] and reference["versions"]["torch"]
     assert all(ratio > 0 for ratio in reference["ratios"].values())
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return argparse.Namespace(into=tmp_path, device="cpu", smoke=False)
+
+
+def test_a_training_that_was_stopped_is_extrapolated_and_says_so(arguments):
+    for seed in range(1, 10):
+        folder = arguments.into / f"runs/nine/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "curve.csv").write_text("epoch,seconds\n1,1.0\n2,2.0\n3,4.0\n")
+    found = gpu.progress(arguments, "nine")
+    assert found == {"seeds": 9, "epochs": 3, "of": 801, "trained_s": 36, "total_s": 36 * 267}
+    text = gpu._training(found, theirs=96120.0)
+    assert text == (
+        "9 seeds, 3 of 801 epochs: 0.6 min, all extrapolated to 160 min; the textbook way, "
+        "extrapolated, takes 90 times that."
+    )
+    whole = gpu._training(found | {"epochs": 801, "total_s": 36.0}, None)
+    assert "extrapolated" not in whole
+    assert gpu.progress(arguments, "single") == {}
+
+
+def test_a_part_that_fails_or_hangs_is_reported(arguments, monkeypatch):
+    failed = arguments.into / "fails.py"
+    failed.write_text("import warnings; warnings.warn('no CUDA graph for 4C3F'); raise OSError(7)")
+    monkeypatch.setattr(gpu, "__file__", str(failed))
+    found = gpu.attempt(arguments, "steps", 60)
+    assert not found["ok"] and found["error"] == "OSError: 7" and "no CUDA" in found["warning"]
+    failed.write_text("import time; time.sleep(60)")
+    hanging = gpu.attempt(arguments, "nine", 1)
+    assert not hanging["ok"] and hanging["seconds"] < 30
+    record = {"profile": "full", "device": "d", "versions": {}, "data": "digits"}
+    text = "\n".join(gpu.markdown(record | {"parts": {"steps": found, "nine": hanging}}))
+    assert "- steps: " in text and "FAILED; OSError: 7" in text and "stopped after 1 s" in text
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_without_a_gpu(tmp_path):
+    own = {"DEVICE": "cpu", "PROFILE": "smoke", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(cll.ROOT / "benchmarks/gpu.sh")]
+    done = subprocess.run(command, env={**os.environ, **own}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(record["parts"]) == list(gpu.PARTS)
+    assert all(part["ok"] for part in record["parts"].values())
+    text = (tmp_path / "gpu.md").read_text()
+    assert "the numbers mean nothing" in text and "2 of 2 epochs" in text and "| plain |" in text

@@ -597,7 +597,7 @@ def test_checkpoints_are_written_aside(tmp_path, monkeypatch):
     stack = Stack([p], [net], "cpu")
     saver = cll.training._Saver(stack, [tmp_path])
     assert saver.aside is None
-    saver.aside = cll.training.ThreadPoolExecutor(1)
+    saver.aside = cll.training.WRITER
     write, go = cll.training._write, threading.Event()
     monkeypatch.setattr(cll.training, "_write", lambda *a: go.wait(60) and write(*a))
     generator = torch.Generator().get_state()
