@@ -302,7 +302,11 @@ class Stack:
         state does not give what the step gives, a warning says so and all stays as it was. Weights,
         vectors and moments keep their values and their place, where checkpoints find them.
         """
-        before = [t.detach().to("cpu", copy=True) for t in self._changing()]
+
+        def on_host(tensors):  # the device may be full
+            return [t.detach().to("cpu", copy=True) for t in tensors]
+
+        before = on_host(self._changing())
 
         @torch.no_grad()
         def rewind():
@@ -315,14 +319,14 @@ class Stack:
                 for _ in range(3):  # libraries choose kernels and workspaces
                     rewind()
                     results = self._step(*self.captured)
-                expected = [t.detach().clone() for t in (*results, *self._changing())]
+                expected = on_host((*results, *self._changing()))
                 rewind()
                 for group in self.optimizer.param_groups:
                     group["capturable"] = True  # with the rate in a tensor, fused optimisers are
                 replay, self.results = _graph(lambda: self._step(*self.captured))
                 rewind()
                 replay()
-                found = (*self.results, *self._changing())
+                found = on_host((*self.results, *self._changing()))
                 error = max(itertools.starmap(_apart, zip(found, expected, strict=True)))
                 rewind()
             tolerance = 1e-3 if self.runs[0].precision == "float32" else 1e-2
@@ -501,7 +505,7 @@ def _apart(found, expected):
     """The distance of two tensors relative to the second one, NaN and infinity left out."""
     if not found.is_floating_point():  # counts of correct predictions: near ties may turn
         return 0.0
-    found, expected = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (found, expected))
+    found, expected = (t.nan_to_num(0.0, 0.0, 0.0) for t in (found, expected))
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
