@@ -19,6 +19,7 @@ from . import (  # noqa: E402
     losses,
     paper,
     plots,
+    reference,
     rounding,
     training,
 )
@@ -46,3 +47,4 @@ from .losses import (  # noqa: E402
     local_bcp_loss,
     polynomial_schedule,
 )
+from .reference import load_reference  # noqa: E402

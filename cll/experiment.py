@@ -403,7 +403,7 @@ def _merge(base, over):
 
 
 def _read(source):
-    """(mapping, name for errors) of a path or a mapping."""
+    """(mapping, name for errors) of a path or a mapping; a result.json stands for its run."""
     if not isinstance(source, str | os.PathLike):
         return dict(source), "parameters"
     path = Path(source)
@@ -417,7 +417,7 @@ def _read(source):
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a parameter file is a mapping of keys to values")
-    return values, str(source)
+    return values["params"] if path.name == "result.json" else values, str(source)
 
 
 def default_profile():
@@ -526,9 +526,14 @@ def _google_drive():
     return DRIVE / "MyDrive" / "cll"
 
 
-def run_dir(params, root):
-    """<root>/runs/<name>-seed<k>-<hash>: one folder for one set of parameters, for good."""
-    return Path(root) / "runs" / f"{params.name}-seed{params.seed}-{params.hash()[:6]}"
+def run_dir(run, root):
+    """<root>/runs/<name>-seed<k>-<hash>: one folder for one set of parameters, for good. run:
+    its Params, or its result record."""
+    if isinstance(run, dict):
+        name, seed, identity = run["name"], run["seed"], run["params_hash"]
+    else:
+        name, seed, identity = run.name, run.seed, run.hash()
+    return Path(root) / "runs" / f"{name}-seed{seed}-{identity[:6]}"
 
 
 def load_dataset(params):
@@ -627,7 +632,18 @@ def run(params, out_dir, progress=True):
     """
     if not isinstance(params, Params):
         params = load_params(params)
+    if only_finished():
+        record = _finished(params, out_dir, ever=True)
+        if record is None:
+            raise FileNotFoundError(f"{params.name}, seed {params.seed}, has not run")
+        return record
     return _run_together([params], [Path(out_dir)], progress)[0]
+
+
+def only_finished():
+    """Whether the environment variable CLL_ONLY_FINISHED forbids computing runs: what has finished
+    is read, what has not is left out. `make reference` sets it."""
+    return bool(os.environ.get("CLL_ONLY_FINISHED"))
 
 
 def finished(runs, root):
@@ -642,7 +658,10 @@ def run_all(runs, root, progress=True, stack=None):
     Runs that differ only in name, seed and loss train as one stacked program, at most `stack` at
     a time (default: 32 for the MLP, or for plain networks on CUDA; 1 for others, where a stack
     saves nothing). Under torchrun runs train one by one, on all ranks. Finished runs are read.
+    With CLL_ONLY_FINISHED in the environment nothing is computed and only their records return.
     """
+    if only_finished():
+        return finished(runs, root)
     folders = [run_dir(params, root) for params in runs]
     unique = dict(zip(folders, runs, strict=True))
     if not unique:

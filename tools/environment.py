@@ -47,6 +47,18 @@ def requirements(extra):
     return found
 
 
+def write_between(path, begin, end, text):
+    """Put text between two lines of a file, which stay: where a command writes into a page."""
+    with open(path, encoding="utf-8") as file:
+        before, _, rest = file.read().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        name = os.path.basename(path)
+        raise ValueError(f"{name} has no lines {begin.strip()!r} and {end.strip()!r}")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{before}{begin}{text}{end}{after}")
+
+
 def module(name):
     """The module that a distribution provides."""
     return MODULES.get(name, name.replace("-", "_"))

@@ -42,11 +42,7 @@ def write(rows):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"README.md has no lines {BEGIN.strip()!r} and {END.strip()!r}")
-    README.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
+    environment.write_between(README, BEGIN, END, table(rows))
 
 
 def table(rows):

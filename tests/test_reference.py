@@ -1,0 +1,252 @@
+"""Committed runs: intact, loadable by name, certifying to the committed numbers, in step with the
+tables about them; what is collected is checked."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import cll
+from cll import experiment, reference
+
+sys.path.insert(0, str(ROOT / "tools"))
+import collect  # noqa: E402
+
+COMMITTED = reference.records()
+REFRESH = "run `make collect` and review its diff"
+
+
+def test_every_committed_run_is_intact():
+    assert COMMITTED
+    for folder in COMMITTED:
+        reference.check(folder)
+
+
+def test_only_results_that_say_what_they_are():
+    for folder, record in COMMITTED.items():
+        assert record["profile"] == folder.parent.parent.name != "smoke"
+        assert record["published_epochs"] and record["certifier"] == experiment.CERTIFIER
+        assert "/" not in record["params"]["data"], "a folder of somebody's machine"
+    assert collect.size(reference.REFERENCE) <= collect.LIMIT
+
+
+def test_tables_are_in_step_with_the_files():
+    for page, table in ((collect.README, collect.rows()), (collect.LISTING, collect.listing())):
+        text = page.read_text(encoding="utf-8")
+        assert text.partition(collect.BEGIN)[2].partition(collect.END)[0] == table, REFRESH
+
+
+def test_committed_networks_certify_to_the_committed_numbers():
+    """Radii per sample and accuracies, of every network whose data are here."""
+    done = 0
+    for name, folder in reference.names().items():
+        record = COMMITTED[folder]
+        params = experiment.Params.model_validate(record["params"])
+        if not (folder / reference.WEIGHTS).exists():
+            continue
+        try:
+            dataset = experiment.load_dataset(params)
+        except (OSError, ValueError):  # images that nobody downloaded here
+            continue
+        table = cll.certify(cll.load_reference(name), dataset)
+        with np.load(folder / "radii.npz") as committed:
+            np.testing.assert_array_equal(table["prediction"], committed["prediction"])
+            # float32, rounded down; another machine may sum the network in another order
+            np.testing.assert_allclose(committed["radius"], table["radius"], rtol=2e-7)
+        distances = [float(Fraction(r)) for r in record["cra"]]
+        cra = cll.cra_curve(table["radius"], table["correct"], distances)
+        assert dict(zip(record["cra"], cra, strict=True)) == record["cra"], name
+        done += 1
+    assert done >= 28
+
+
+def test_unknown_names_list_the_nearest():
+    with pytest.raises(ValueError, match=r"'moons-CLL-p0\.1-seed1'; nearest: .*p0\.01-seed1"):
+        cll.load_reference("moons-CLL-p0.1-seed1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, record) of a short run of two moons, as a profile's folder holds it."""
+    params = experiment.load_params("params/slack_sweep/moons-CLL-p0.25.yaml", "smoke")
+    params = params.model_copy(update={"profile": "quick"})
+    root = tmp_path_factory.mktemp("finished")
+    record = cll.run(params, experiment.run_dir(params, root), progress=False)
+    return experiment.run_dir(params, root), record
+
+
+@pytest.fixture
+def source(finished, tmp_path):
+    """A copy of that run, to be damaged; change(key=value, ...) rewrites its record."""
+    folder = tmp_path / "runs" / finished[0].name
+    shutil.copytree(finished[0], folder)
+    return folder
+
+
+def change(folder, **values):
+    record = json.loads((folder / "result.json").read_text()) | values
+    (folder / "result.json").write_text(json.dumps(record))
+    return record
+
+
+def rename(folder, **params):
+    """The run with other parameters, hash and folder."""
+    record = json.loads((folder / "result.json").read_text())
+    own = experiment.Params.model_validate(record["params"] | params)
+    values = {"params": own.model_dump(mode="json", by_alias=True), "params_hash": own.hash()}
+    values |= {"seed": own.seed, "profile": own.profile}
+    change(folder, **values, data=own.label or own.data)
+    return folder.rename(experiment.run_dir(own, folder.parent.parent))
+
+
+def test_collected_runs_are_loaded_by_name(source, tmp_path):
+    root = tmp_path / "reference"
+    root.mkdir()
+    folder = collect.collect(source, root)
+    assert folder == root / "quick" / "runs" / source.name
+    assert {path.name for path in folder.iterdir()} == {
+        "result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"
+    }  # fmt: skip
+    net = reference.load_reference("moons-CLL-p0.25-seed1", root)
+    original = experiment.load_model(source).state_dict()
+    assert all((own == original[key]).all() for key, own in net.state_dict().items())
+    assert collect.collect(source, root) == folder  # again: replaced
+    (folder / reference.WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"without its weights.*python -m cll \S+json"):
+        reference.load_reference("moons-CLL-p0.25-seed1", root)
+
+
+def test_names_tell_runs_apart(source, tmp_path):
+    root, first = tmp_path / "reference", source
+    other = shutil.copytree(source, tmp_path / "runs" / "other")
+    root.mkdir()
+    collect.collect(first, root)
+    collect.collect(rename(other, profile="paper"), root)
+    again = shutil.copytree(source, tmp_path / "runs" / "again")
+    collect.collect(rename(again, radii=["0.15", "0.2", "0.1", "0.25"]), root)
+    names = reference.names(root)
+    assert [f.parent.parent.name for f in names.values()] == ["paper", "quick", "quick"]
+    plain, quick, hashed = names
+    assert (plain, quick) == ("moons-CLL-p0.25-seed1", "quick/moons-CLL-p0.25-seed1")
+    assert hashed == f"quick/{names[hashed].name}"
+
+
+def damage_radii(folder):
+    with np.load(folder / "radii.npz") as arrays:
+        radii = dict(arrays)
+    right = np.flatnonzero(radii["correct"] & (radii["radius"] > 0.15))
+    radii["radius"][right[0]] = 0.0
+    np.savez_compressed(folder / "radii.npz", **radii)
+
+
+def damage_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / reference.WEIGHTS)
+    first = next(key for key, value in state.items() if value.ndim == 2)
+    state[first] *= 1.01
+    save_file(state, folder / reference.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_radii, "cra is not that of radii.npz"),
+        (damage_weights, "K of the weights"),
+        (lambda f: (f / reference.WEIGHTS).write_bytes(b"x" * 100), "damaged weights"),
+        (lambda f: change(f, params_hash="0" * 64), "not those of its hash"),
+        (lambda f: change(f, clean=0.5), "another clean accuracy"),
+        (lambda f: f.rename(f.with_name("other")), "the name of its run"),
+        (lambda f: rename(f, profile="smoke"), "a smoke run"),
+        (lambda f: change(f, certifier=1), "an older version"),
+        (lambda f: change(f, published_epochs=None), "nobody sees a short schedule"),
+        (lambda f: rename(f, data="npz:/home/me/mine.npz"), "named no data set of the paper"),
+    ],
+)
+def test_what_is_damaged_or_unlabelled_is_refused(source, tmp_path, damage, message):
+    damage(source)
+    root = tmp_path / "reference"
+    root.mkdir()
+    found = next(source.parent.iterdir())
+    with pytest.raises(ValueError, match=message):
+        collect.collect(found, root)
+    assert not list(root.rglob("*.*"))
+
+
+def test_a_full_folder_takes_no_more(source, tmp_path, monkeypatch):
+    root = tmp_path / "reference"
+    root.mkdir()
+    monkeypatch.setattr(collect, "LIMIT", 1e4)
+    with pytest.raises(ValueError, match="limit 0"):
+        collect.collect(source, root)
+
+
+def test_a_copy_of_a_data_set_goes_by_its_name(source, tmp_path):
+    """The notebooks look for data cifar10; the label keeps saying which copy it was."""
+    root = tmp_path / "reference"
+    root.mkdir()
+    label = "cifar10 (recovered)"
+    folder = collect.collect(rename(source, data="npz:/home/me/c10.npz", label=label), root)
+    record = json.loads((folder / "result.json").read_text())
+    assert record["params"]["data"] == "cifar10" and record["data"] == label
+    assert "/home" not in (folder / "result.json").read_text()
+    params = experiment.Params.model_validate(record["params"] | {"label": ""})
+    assert [r["data"] for r in experiment.finished([params], root / "quick")] == [label]
+    assert f"--data npz:c10.npz --label '{label}'" in reference.command(folder, record)
+
+
+def test_radii_in_float32_are_certificates_and_keep_every_count():
+    generator = np.random.default_rng(0)
+    exact = np.concatenate([generator.random(1000), [0.15 * (1 + 1e-12), 0.15, np.inf, 0.0]])
+    arrays = {"radius": exact, "correct": exact > 0, "radius_paper_style": exact}
+    arrays |= {"prediction": np.full(1004, 9), "target": np.full(1004, 199)}
+    small = reference.compact(arrays, [0.3])
+    assert small["radius"].dtype == np.float32 and (small["radius"] <= exact).all()
+    np.testing.assert_allclose(small["radius"], exact, rtol=2e-7)
+    assert small["prediction"].dtype == small["target"].dtype == np.uint8
+    assert "radius_paper_style" not in small
+    kept = reference.compact(arrays, [0.15])["radius"]  # one radius just above it
+    assert kept.dtype == np.float64 and (kept == exact).all()
+
+
+def test_commands_are_those_of_parameter_files():
+    """python -m cll with that file gives that run's hash; a run of other parameters has its own."""
+    folder, record = next(iter(COMMITTED.items()))
+    command = reference.command(folder, record)
+    file = command.split()[3]
+    assert (ROOT / file).exists() and command.startswith("python -m cll params/")
+    assert file.endswith(f"{record['name']}.yaml")
+    other = record | {"params_hash": "0" * 64}
+    assert f"{folder.name}/result.json" in reference.command(folder, other)
+    params = experiment.load_params(folder / "result.json")
+    assert params.hash() == record["params_hash"]
+
+
+def test_only_finished_trains_nothing(tmp_path, monkeypatch):
+    run = experiment.load_params("params/slack_sweep/moons-CLL-p0.25.yaml", "paper", seed=1)
+    absent = run.model_copy(update={"seed": 999})
+    monkeypatch.setenv("CLL_ONLY_FINISHED", "1")
+    root = reference.REFERENCE / "paper"
+    assert [r["seed"] for r in cll.run_all([absent, run], root)] == [1]
+    assert cll.run(run, experiment.run_dir(run, root))["seed"] == 1
+    with pytest.raises(FileNotFoundError, match="seed 999, has not run"):
+        cll.run(absent, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tool_says_what_it_did(tmp_path):
+    """On no new run: everything checked, the pages unchanged."""
+    before = collect.README.read_bytes(), collect.LISTING.read_bytes()
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "collect.py", tmp_path], capture_output=True, text=True,
+        env=os.environ, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{len(COMMITTED)} runs checked" in done.stdout
+    assert before == (collect.README.read_bytes(), collect.LISTING.read_bytes())

@@ -1,0 +1,202 @@
+"""Copy finished runs into outputs/reference, check all there, and write the tables about them.
+
+    python tools/collect.py outputs/paper              # all finished runs of that folder
+    python tools/collect.py outputs/paper '*4C3F*'     # those whose names match
+    python tools/collect.py                            # nothing new: check, and write the tables
+
+A run is taken if its files agree with each other (cll.reference.check) before and after they are
+made small, and refused if it is a smoke run, if it was certified by an older version, or if its
+data are the user's own and not named as a data set of the paper (LABEL). Runs on such a named copy
+are committed as runs on that data set, under that label, so that the notebooks find them.
+Weights above a megabyte are kept of rows of the tables alone, one seed each.
+"""
+
+import argparse
+import fnmatch
+import json
+import shutil
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import environment  # tools/ is on the path: this file is run as a script
+import numpy as np
+import pandas as pd
+import times
+
+ROOT = Path(environment.ROOT)
+sys.path.insert(0, str(ROOT))
+
+from cll import experiment, paper, reference  # noqa: E402
+
+LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
+README, LISTING = ROOT / "README.md", reference.REFERENCE / "README.md"
+BEGIN, END = "<!-- written by make collect -->\n", "<!-- end of runs -->\n"
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def collect(source, root=reference.REFERENCE, seeds=1):
+    """Copy one finished run's folder; returns the new folder. ValueError says why it is refused.
+
+    seeds: how many seeds of a table row keep weights above SMALL.
+    """
+    reference.check(source)
+    record = json.loads((source / "result.json").read_text())
+    if record["profile"] == "smoke":
+        raise ValueError(f"{source.name}: a smoke run is no reference")
+    if record["certifier"] != experiment.CERTIFIER:
+        raise ValueError(f"{source.name}: certified by an older version; repeat its command")
+    if record["published_epochs"] is None:
+        raise ValueError(f"{source.name}: without published_epochs nobody sees a short schedule")
+    record = named(record, source)
+    weights = source / reference.WEIGHTS
+    bytes_, row = weights.stat().st_size, record["row"] and record["seed"] <= seeds
+    keep = bytes_ <= SMALL or (row and bytes_ <= WEIGHTS_LIMIT)
+    runs = experiment.run_dir(record, root / record["profile"])
+    with tempfile.TemporaryDirectory(dir=root) as new:
+        new = Path(new) / runs.name
+        new.mkdir()
+        with np.load(source / "radii.npz") as arrays:
+            small = reference.compact(arrays, [float(Fraction(name)) for name in record["cra"]])
+        np.savez_compressed(new / "radii.npz", **small)
+        (new / "result.json").write_text(json.dumps(record, indent=1))
+        curve = pd.read_csv(source / "curve.csv")
+        curve.to_csv(new / "curve.csv", index=False, float_format="%.6g")
+        if keep:
+            shutil.copyfile(weights, new / reference.WEIGHTS)
+        reference.check(new)
+        total = size(root) - (size(runs) if runs.exists() else 0)
+        if total > LIMIT:
+            raise ValueError(f"{root} would have {total / 1e6:.0f} MB, limit {LIMIT / 1e6:.0f}")
+        shutil.rmtree(runs, ignore_errors=True)
+        runs.parent.mkdir(parents=True, exist_ok=True)
+        new.rename(runs)
+    return runs
+
+
+def named(record, source):
+    """The record with a copy of a data set of the paper under that data set's own name."""
+    params = experiment.Params.model_validate(record["params"])
+    kind, colon, place = params.data.partition(":")
+    if not colon:
+        return record
+    known = {name.replace("-", ""): name for name in ("cifar10", "cifar100", "tiny-imagenet")}
+    label = params.label.partition("(")[0].strip().lower().replace("-", "")
+    if label not in known:
+        raise ValueError(
+            f"{source.name}: its data are {params.data} and LABEL named no data set of the paper"
+        )
+    params = params.model_copy(update={"data": known[label]})
+    changed = {"params": params.model_dump(mode="json", by_alias=True)}
+    changed |= {"params_hash": params.hash(), "source": f"{kind}:{Path(place).name}"}
+    return record | changed
+
+
+def listing(root=reference.REFERENCE):
+    """Every committed run as Markdown: what it is, the command that makes it, where it was made."""
+    head = ("run", "data", "epochs", "weights", "command", "seconds", "machine", "torch")
+    head += ("revision", "date")
+    lines = [head, ("---",) * len(head)]
+    for folder, record in reference.records(root).items():
+        trained = record.get("trained", record)
+        revision, _, changes = trained["git_revision"].partition(" ")
+        together = record["trained_together"]
+        threads = f", {record['threads']} thread{'s' * (record['threads'] != 1)}"
+        lines.append(
+            (
+                f"{record['profile']}/{folder.name}",
+                paper.data_source(record),
+                epochs(record),
+                "yes" if (folder / reference.WEIGHTS).exists() else "–",
+                f"`{reference.command(folder, record)}`",
+                f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1),
+                trained["device"] + threads * trained["device"].startswith("cpu"),
+                record["versions"]["torch"],
+                revision[:10] + "+" * bool(changes),
+                trained["date"][:10],
+            )
+        )
+    total = f"\n{len(lines) - 2} runs, {size(root) / 1e6:.0f} of {LIMIT / 1e6:.0f} MB.\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + total
+
+
+def epochs(record):
+    """ "801", or "7 of 801" for a shortened schedule."""
+    done, whole = record["epochs"], record["published_epochs"]
+    return f"{done} of {whole}" if done < 0.99 * whole else f"{done}"
+
+
+def rows(root=reference.REFERENCE):
+    """Published numbers, ours and the difference of every row of the tables with committed runs,
+    and of the paper's two-moons panel, as Markdown for README.md."""
+    groups = {}
+    for record in reference.records(root).values():
+        if record["row"]:
+            own = [record[key] for key in ("row", "profile", "epochs", "data")]
+            groups.setdefault(json.dumps([*own, record.get("size")]), []).append(record)
+    frames = []
+    for _, runs in sorted(groups.items()):
+        row = runs[0]["row"]
+        comparison = paper.comparison_table(runs, f"table{row[1]}", [row])
+        shown = paper.display_table(comparison).reset_index()
+        shown["dataset"] = ["", *[paper.data_source(runs[0])] * (len(shown) - 1)]
+        reduced = ", reduced size" * ("size" in runs[0])
+        cells = [runs[0]["published_epochs"], *[epochs(runs[0]) + reduced] * (len(shown) - 1)]
+        shown.insert(6, "epochs", [str(cell) for cell in cells])
+        shown["training time"] = ["", wall_time(runs), *[""] * (len(shown) - 2)]
+        frames.append(shown.drop(columns=["K(h∘f)", "tightness %"]))
+    parts = ["No run of a row of tables 1 and 2 is committed yet.\n"]
+    if frames:
+        parts = [paper.markdown(pd.concat(frames).set_index("row"))]
+    moons = experiment.experiment_params("slack_sweep", "paper", list(range(1, 33)))
+    moons = experiment.finished(moons, root / "paper")
+    if moons:
+        table = paper.display_moons(paper.moons_table(moons))
+        parts += ["Two moons, the slack panel of the paper (training points; in brackets the "
+                  f"difference; {epochs(moons[0])} epochs; a run trains {wall_time(moons)}):\n",
+                  paper.markdown(table)]  # fmt: skip
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def wall_time(runs):
+    """Mean training time of a run and where it was; of runs trained together, each one's share."""
+    seconds = np.mean([run["seconds"] for run in runs])
+    together = sorted({run["trained_together"] for run in runs})
+    devices = sorted({run.get("trained", run)["device"] for run in runs})
+    share = f", share of {'-'.join(map(str, together))} at once" * (together != [1])
+    return f"{times.shown(seconds)} on {', '.join(devices)}{share}"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, help="a profile's folder, OUT/PROFILE")
+    parser.add_argument("names", nargs="*", default=[], help="patterns of run folders")
+    parser.add_argument("--weights", type=int, default=1, help="seeds of a row with large weights")
+    options = parser.parse_args()
+    found = sorted(path.parent for path in options.results.glob("runs/*/result.json")
+                   ) if options.results else []  # fmt: skip
+    patterns, refused = options.names or ["*"], 0
+    for folder in found:
+        if any(fnmatch.fnmatch(folder.name, pattern) for pattern in patterns):
+            try:
+                print("collect:", collect(folder, seeds=options.weights).relative_to(ROOT))
+            except (OSError, ValueError) as error:
+                refused += 1
+                print(f"FAILED collect: {error}", file=sys.stderr)
+    for folder in reference.records():
+        reference.check(folder)
+    environment.write_between(LISTING, BEGIN, END, listing())
+    environment.write_between(README, BEGIN, END, rows())
+    print(f"collect: {len(reference.records())} runs checked; wrote the tables of README.md and "
+          f"{LISTING.relative_to(ROOT)}")  # fmt: skip
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
