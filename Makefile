@@ -178,7 +178,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
-.PHONY: test test-notebooks refs badges colab lint lab bench times collect clean
+.PHONY: test test-notebooks refs badges colab lint lab bench times collect reference clean
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
@@ -226,6 +226,9 @@ times: | $(ENVIRONMENT)  ## time notebooks, each alone, for the table in README;
 
 collect: | $(ENVIRONMENT)  ## check finished runs of a profile and copy them to outputs/reference; RUNS="*4C3F*": these
 	@$(PYTHON) tools/collect.py $(RESULTS) $(foreach run,$(RUNS),'$(run)')
+
+reference: | $(ENVIRONMENT)  ## redraw tables and figures from the committed runs, without training
+	@$(PYTHON) tools/redraw.py
 
 clean:  ## delete caches and smoke results; PROFILE=quick or paper deletes those, nothing else
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -295,6 +295,12 @@ def _cell(mean, std=np.nan, difference=np.nan, digits=1):
     return f"{mean:.{digits}f}{spread}{signed}"
 
 
+def _shown(lines, index, more):
+    """Lines of strings (dicts) as a frame with that index; without any, one that says "not run" in
+    those columns and the columns `more`."""
+    return pd.DataFrame(lines or [dict.fromkeys([*index, *more], "not run")]).set_index(index)
+
+
 def _printed(cell):
     """A published cell as text: "–" if nothing is printed, a question mark if it is uncertain."""
     if pd.isna(cell["published"]):
@@ -391,7 +397,9 @@ def attack_table(results):
                     "broken": attack["broken"],
                 }
             lines.append(about | line)
-    return pd.DataFrame(lines)
+    names = ["row_id", "dataset", "model", "method", "seed", "attack", "radius", "images", "cra"]
+    names += ["cra_local", "attacked", "clean", "certified", "broken"]
+    return pd.DataFrame(lines, columns=names)
 
 
 def display_attacks(table):
@@ -412,7 +420,8 @@ def display_attacks(table):
             line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(_cell, chain)) or "not run"
         line["clean %"] = _cell(attacked["clean"].mean()) if len(attacked) else "not run"
         lines.append(line)
-    return pd.DataFrame(lines).rename(columns={"row_id": "row"}).set_index(["row", *index[1:]])
+    shown = _shown(lines, index, ["seeds", "images", "clean %"])
+    return shown.rename_axis(["row", *index[1:]])
 
 
 def attack_check(table):
@@ -532,7 +541,8 @@ def display_moons(table):
                 "paper's K(h∘f)": _cell(row["K_hf_published"]),
             }
         )
-    return pd.DataFrame(lines).set_index(["method", "ε", "p"])
+    more = ["seeds", "CRA % (train)", "worst seed", "paper", "K(f)", "K(h∘f)", "paper's K(h∘f)"]
+    return _shown(lines, ["method", "ε", "p"], more)
 
 
 def run_table(result):
@@ -618,7 +628,8 @@ def display_sweep(table):
                 "tightness %": _cell(row["tightness"]),
             }
         )
-    return pd.DataFrame(lines).set_index(["method", "ε", "p", "λ"])
+    more = ["seeds", "clean %", "CRA(ε) %", "paper", "K(f)", "K(h∘f)", "tightness %"]
+    return _shown(lines, ["method", "ε", "p", "λ"], more)
 
 
 def gain_table(table):

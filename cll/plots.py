@@ -7,6 +7,7 @@ said by lightness, line style or marker, so that a grey print loses nothing.
 
 import base64
 import copy
+import functools
 import itertools
 import textwrap
 from pathlib import Path
@@ -90,6 +91,22 @@ BLUE, ORANGE, SKY, RED, GRAY = "#0072B2", "#E69F00", "#56B4E9", "#C1121F", "#8C8
 GREEN = "#009E73"
 
 styled = matplotlib.rc_context(STYLE)  # decorates every function below that draws
+
+
+def of_runs(function):
+    """Decorates what draws runs, given first: without any the figure says so."""
+
+    @styled
+    @functools.wraps(function)
+    def drawn(runs, *more, **options):
+        if len(runs):
+            return function(runs, *more, **options)
+        figure = Figure(figsize=(6.4, 1.2))
+        figure.text(0.5, 0.4, "not run", ha="center")
+        _title(figure, caption([]))
+        return figure
+
+    return drawn
 
 
 # ---------------------------------------------------------------- figure 3: the calibrated logistic
@@ -221,7 +238,7 @@ def _moons_grid(shape, size):
     return figure, axes
 
 
-@styled
+@of_runs
 def figure4(results, models, dataset, methods=("CLL", "GloRo")):
     """Figure 4: a row per method, a column per target margin, on the training points.
 
@@ -252,7 +269,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
     return figure
 
 
-@styled
+@of_runs
 def figure1(results, models, dataset):
     """Figure 1, the teaser: two moons with much slack and with little, and the axis between them.
 
@@ -341,7 +358,7 @@ def moons_view(plane, dataset, epsilon, point, answer, radius, title):
     return figure
 
 
-@styled
+@of_runs
 def temperature_planes(results, models, dataset):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
     slack from much to little.
@@ -409,7 +426,7 @@ def temperature_figure(table, title):
     return figure
 
 
-@styled
+@of_runs
 def choose_figure(results, title, evaluate=TRUE_MARGIN):
     """Two moons over the margin and the slack of the training: three maps of test numbers.
 
@@ -447,20 +464,18 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
     return figure
 
 
-@styled
+@of_runs
 def slack_curves(results, title):
     """Images over slack: clean accuracy and CRA at each radius, and K(h∘f), against p.
 
-    results: records of CLL runs at one margin. Empty where nothing was run.
+    results: records of CLL runs at one margin.
     """
     figure = Figure(figsize=(6.4, 2.9))
     left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
     slacks = sorted({r["p"] for r in results})
     own = [[r for r in results if r["p"] == p] for p in slacks]
     clean = [100 * np.mean([r["clean"] for r in runs]) for runs in own]
-    radii = list(results[0]["cra"]) if results else []
-    if not results:
-        left.text(0.5, 0.5, "not run", ha="center", transform=left.transAxes)
+    radii = list(results[0]["cra"])
     left.plot(slacks, clean, "o-", color=GREEN, ms=4, label="clean")
     styles = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
     for name, (color, line) in zip(radii, styles, strict=False):
@@ -556,7 +571,7 @@ def claims_figure(summary, tests, title):
     return figure
 
 
-@styled
+@of_runs
 def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN):
     """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each.
 
@@ -625,7 +640,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
     return figure
 
 
-@styled
+@of_runs
 def slack_figure(results, models, dataset):
     """Two moons at one margin under falling slack p: panels with K(h o f) and the printed CRA.
 
@@ -654,7 +669,7 @@ LINES = {  # of the methods that figures 5 and D1 compare
 OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's values
 
 
-@styled
+@of_runs
 def figure5(results):
     """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
     tightness over the margin. Means over the seeds; open marks: what the paper prints.
@@ -717,7 +732,7 @@ def figure5(results):
     return figure
 
 
-@styled
+@of_runs
 def convergence_figure(results):
     """Figure D1: tightness, CRA at the training margin and K while CLL and GloRo train.
 
@@ -769,6 +784,11 @@ def lambda_figure(images, moons):
     """
     figure = Figure(figsize=(9, 5.4))
     for (accuracy, constant), results in zip(figure.subplots(2, 2), (images, moons), strict=True):
+        if not results:
+            for ax in (accuracy, constant):
+                ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
+                ax.set_axis_off()
+            continue
         table = sweep_table(results)
         lam, K = table["lambda"], table["K_f"]
         clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
@@ -904,7 +924,7 @@ FAMILIES = {  # the panels of tables 1 and 2, by the first letters of a network'
 }
 
 
-@styled
+@of_runs
 def cra_comparison(radii, results):
     """Certified robust accuracy against the radius, a panel per data set and family of networks.
 

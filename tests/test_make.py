@@ -74,7 +74,9 @@ def test_help_names_targets_and_variables(make):
     make.add("picture")
     text = make("PROFILE=smoke", "SEEDS=1-3").stdout
     assert re.search(r"^  picture +Heading of picture$", text, re.M)
-    targets = "all install test test-notebooks refs badges lint lab bench times colab collect"
+    targets = (
+        "all install test test-notebooks refs badges lint lab bench times colab collect reference"
+    )
     for target in targets.split():
         assert re.search(rf"^  {target} +\S", text, re.M), target
     assert re.search(r"^  PROFILE=smoke +\S", text, re.M)

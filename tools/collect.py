@@ -120,7 +120,8 @@ def listing(root=reference.REFERENCE):
                 trained["date"][:10],
             )
         )
-    total = f"\n{len(lines) - 2} runs, {size(root) / 1e6:.0f} of {LIMIT / 1e6:.0f} MB.\n"
+    used = sum(map(size, reference.records(root)))  # not the pictures, which git does not keep
+    total = f"\n{len(lines) - 2} runs, {used / 1e6:.1f} of at most {LIMIT / 1e6:.0f} MB.\n"
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + total
 
 
