@@ -23,6 +23,7 @@ from .losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
 __all__ = [
     "TRUE_MARGIN",
+    "ablation_table",
     "attack_check",
     "attack_table",
     "caption",
@@ -30,6 +31,7 @@ __all__ = [
     "claims",
     "comparison_table",
     "data_source",
+    "display_ablation",
     "display_attacks",
     "display_gains",
     "display_shapes",
@@ -752,6 +754,86 @@ def display_temperature(table):
         }
     )
     return shown.set_index(["method", "t", "p"])
+
+
+def ablation_table(results):
+    """Runs of CLL that differ in a choice which the paper leaves open: a tidy frame.
+
+    results: records; of each network and p the first one given has the choice that the other
+    notebooks make. Returns one line per network, p, choice and measure (clean, and CRA at each
+    radius of the tables; of two moons the training points' CRA at the training margin): the columns
+    model, p, choice ("offset = one-sided", what differs from the others), base (whether it is the
+    usual one), n (seeds), measure, mean, std, difference (from the usual choice; nan for itself)
+    and published (nan where nothing is printed, or on other data). In percent.
+    """
+    groups = {}
+    for r in results:
+        own = tuple(r["params"]["loss"].items())
+        groups.setdefault((r["model"], r["p"]), {}).setdefault(own, []).append(r)
+    moons, lines = published("two_moons").query("status == 'printed'"), []
+    for (model, p), choices in groups.items():
+        losses = [dict(own) for own in choices]
+        keys = [key for key in losses[0] if any(own[key] != losses[0][key] for own in losses)]
+        rows = [r["row"] for runs in choices.values() for r in runs if r.get("row")]
+        usual = {}
+        for loss, runs in zip(losses, choices.values(), strict=True):
+            differ = [key for key in keys if loss is losses[0] or loss[key] != losses[0][key]]
+            if runs[0]["data"] == "two_moons":
+                radius = f"{runs[0]['epsilon']:g}"
+                row = moons[np.isclose(pd.to_numeric(moons["p_code"], errors="coerce"), p)]
+                values = {f"CRA {radius}": [r["train_cra"][radius] for r in runs]}
+                printed = dict.fromkeys(values, row["cra_printed"].iloc[0] if len(row) else np.nan)
+            else:
+                values = {"clean": [r["clean"] for r in runs]}
+                values |= {f"CRA {name}": [r["cra"][name] for r in runs] for name in RADII.values()}
+                row = published(f"table{rows[0][1]}").loc[rows[0]] if rows else {}
+                same = rows and all(same_data(r, row["dataset"]) for r in runs)
+                columns = ("clean", *RADII)
+                printed = [row[column] if same else np.nan for column in columns]
+                printed = dict(zip(values, printed, strict=True))
+            for measure, measured in values.items():
+                measured = 100 * np.array(measured)
+                lines.append(
+                    {
+                        "model": model,
+                        "p": p,
+                        "choice": ", ".join(f"{key} = {_written(loss[key])}" for key in differ),
+                        "base": loss is losses[0],
+                        "n": len(runs),
+                        "measure": measure,
+                        "mean": measured.mean(),
+                        "std": measured.std(ddof=1) if len(runs) > 1 else np.nan,
+                        "difference": measured.mean() - usual.get(measure, np.nan),
+                        "published": printed[measure],
+                    }
+                )
+                usual.setdefault(measure, measured.mean())  # the first choice is the usual one
+    names = ["model", "p", "choice", "base", "n", "measure", "mean", "std", "difference"]
+    return pd.DataFrame(lines, columns=[*names, "published"])
+
+
+def _written(value):
+    """As in a parameter file."""
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def display_ablation(table):
+    """The frame of `ablation_table` for reading: a line per choice, a column per measure, mean ±
+    std over the seeds, in brackets the difference from the usual choice; then what is printed."""
+    lines = []
+    for (model, p), group in table.groupby(["model", "p"], sort=False):
+        for (choice, base), own in group.groupby(["choice", "base"], sort=False):
+            line = {"network": model, "p": f"{p:g}", "choice": choice + " (usual)" * base}
+            line["seeds"] = str(own["n"].iloc[0])
+            for c in own.to_dict("records"):
+                line[f"{c['measure']} %"] = _cell(c["mean"], c["std"], c["difference"], digits=2)
+            lines.append(line)
+        printed = group.drop_duplicates("measure")
+        if printed["published"].notna().any():
+            line = {"network": model, "p": f"{p:g}", "choice": "paper", "seeds": ""}
+            cells = {f"{c['measure']} %": _cell(c["published"]) for c in printed.to_dict("records")}
+            lines.append(line | cells)
+    return _shown(lines, ["network", "p", "choice"], ["seeds"])
 
 
 # ---------------------------------------------------------------------------------------- verdicts

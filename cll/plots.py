@@ -37,6 +37,7 @@ from .paper import (
 )
 
 __all__ = [
+    "ablation_figure",
     "STYLE",
     "calibrated_logistic",
     "caption",
@@ -818,6 +819,45 @@ def lambda_figure(images, moons):
         accuracy.legend(loc="lower left", ncols=2)
         constant.legend(loc="upper right")
     _title(figure, f"{caption(images)} · below: {caption(moons)}")
+    return figure
+
+
+@of_runs
+def ablation_figure(table, title):
+    """What choices that the paper leaves open change: the frame of `paper.ablation_table`.
+
+    A line per choice other than the usual one; points: clean accuracy and CRA minus those of the
+    usual choice, bars: both standard deviations over the seeds together. Crosses: the paper's
+    value minus that of the usual choice, where it is printed.
+    """
+    others = table[~table["base"]]
+    if others.empty:
+        return ablation_figure([], title)  # which says so
+    rows = list(others[["model", "p", "choice"]].drop_duplicates().itertuples(index=False))
+    figure = Figure(figsize=(7, 0.33 * max(len(rows), 2) + 1.4))
+    ax = figure.subplots()
+    colors = dict(zip(table["measure"].unique(), (GREEN, BLUE, SKY, ORANGE, GRAY), strict=False))
+    markers = dict(zip(colors, "os^vD", strict=False))
+    for i, (model, p, choice) in enumerate(rows):
+        group = table[(table["model"] == model) & (table["p"] == p)]
+        usual = group[group["base"]].set_index("measure")
+        own = group[group["choice"] == choice].set_index("measure")
+        for j, measure in enumerate(own.index):
+            y = i + 0.17 * (j - (len(own) - 1) / 2)
+            spread = np.hypot(own["std"][measure], usual["std"][measure])
+            at = {"color": colors[measure], "ms": 4.5, "label": measure}
+            ax.errorbar(own["difference"][measure], y, xerr=None if np.isnan(spread) else spread,
+                        fmt=markers[measure], **at)  # fmt: skip
+            printed = own["published"][measure] - usual["mean"][measure]
+            if np.isfinite(printed):
+                ax.plot(printed, y, "x", color="black", ms=5, label="paper")
+    ax.axvline(0, color=GRAY, lw=0.8)
+    ax.set_yticks(range(len(rows)), [f"{m}, p = {p:g}: {choice}" for m, p, choice in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel("minus the usual choice (points)")
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    _title(figure, title)
     return figure
 
 

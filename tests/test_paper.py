@@ -748,3 +748,46 @@ def test_convergence_is_the_first_epoch_at_95_percent_of_the_last_value():
     assert set(paper.claims("convergence", swapped)["verdict"]) == {"does not hold"}
     for part in ([fast], [], [sweep_record()]):
         assert set(paper.claims("convergence", part)["verdict"]) == {"not run"}
+
+
+def ablated(usual=0.60, other=0.63, **changes):
+    """Two seeds each of the usual choice and of another, on a row of table 2."""
+    runs = []
+    for offset, cra in (("two-sided", usual), ("one-sided", other)):
+        for seed in (1, 2):
+            loss = {"name": "CLL", "offset": offset, "detach": True}
+            values = dict.fromkeys(("36/255", "72/255", "108/255"), cra + 0.01 * seed)
+            own = {"cra": values, "row": "T2-05" if cra == usual else None}
+            run = record(seed=seed, **own) if own["row"] else record(seed=seed) | own
+            runs.append(run | {"params": {"loss": loss, "tightness": None}} | changes)
+    return runs
+
+
+def test_ablation_compares_with_the_usual_choice():
+    table = paper.ablation_table(ablated())
+    assert list(table["choice"].unique()) == ["offset = two-sided", "offset = one-sided"]
+    cra = table[table["measure"] == "CRA 36/255"].set_index("base")
+    assert cra["n"].tolist() == [2, 2]
+    assert cra["mean"].tolist() == pytest.approx([61.5, 64.5])
+    assert cra["std"].tolist() == pytest.approx([2**-0.5] * 2)
+    assert np.isnan(cra.loc[True, "difference"])
+    assert cra.loc[False, "difference"] == pytest.approx(3)
+    assert cra["published"].tolist() == [61.4, 61.4]
+    shown = paper.display_ablation(table).reset_index()
+    assert shown["choice"].tolist()[0] == "offset = two-sided (usual)"
+    assert shown["choice"].tolist()[-1] == "paper"
+    assert shown["CRA 36/255 %"].tolist() == ["61.50 ± 0.71", "64.50 ± 0.71 (+3.00)", "61.4"]
+    digits = paper.ablation_table(ablated(data="digits"))
+    assert digits["published"].isna().all()
+    assert (paper.display_ablation(paper.ablation_table([])) == "not run").all(axis=None)
+
+
+def test_ablation_on_two_moons_is_about_the_training_points():
+    runs = [
+        moons_record(p=0.75, cra=cra) | {"params": {"loss": {"form": form, "detach": True}}}
+        for form, cra in (("pairwise", 0.90), ("per-logit", 0.91))
+    ]
+    table = paper.ablation_table(runs)
+    assert table["measure"].unique().tolist() == ["CRA 0.15"]
+    assert table["mean"].tolist() == pytest.approx([90, 91])
+    assert table["published"].tolist() == [90.2, 90.2] and table["std"].isna().all()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_paper import moons_record, record, snapshots, sweep_record, tempered
+from test_paper import ablated, moons_record, record, snapshots, sweep_record, tempered
 
 import cll
 from cll import moons, paper, plots
@@ -391,3 +391,15 @@ def test_seeds_are_shown_as_distances_from_their_mean():
     assert "no row has run with more" in texts(plots.seeds_figure([record("T2-07")])).replace(
         "\u00a0", " "
     )
+
+
+def test_ablation_draws_differences_from_the_usual_choice():
+    figure = plots.ablation_figure(paper.ablation_table(ablated()), "title")
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["4C3F, p = 0.3: offset = one-sided"]
+    points = [bars.lines[0].get_xdata()[0] for bars in ax.containers]
+    assert points == pytest.approx([0, 3, 3, 3])
+    crosses = [ln.get_xdata()[0] for ln in ax.get_lines() if ln.get_marker() == "x"]
+    assert crosses == pytest.approx([0.0, 61.4 - 61.5, 44.2 - 61.5, 29.1 - 61.5])
+    usual = paper.ablation_table(ablated()[:2])
+    assert "not run" in texts(plots.ablation_figure(usual, "title"))
