@@ -482,6 +482,7 @@ def experiment_params(name, profile=None, seeds=None, **overrides):
 
 SIZES = ("train_size", "test_size", "input_shape", "size", "epochs", "batch_size")
 SIZES += ("optimizer", "augmentation", "tightness")
+SCHEDULE = ("epochs", "optimizer", "tightness")  # what a shortened schedule may change
 
 
 def sized_as(other, runs, **changes):
@@ -647,9 +648,32 @@ def only_finished():
 
 
 def finished(runs, root):
-    """The result records of the runs that have finished under `root`, in order. Trains nothing."""
+    """The result records of the runs that have finished under `root`, in order. Trains nothing.
+
+    With CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by
+    its longest shortened schedule there; records and captions then say "40 of 801 epochs".
+    """
     records = [_finished(params, run_dir(params, root), ever=True) for params in runs]
+    if only_finished():
+        whole = {record["name"] for record in records if record}
+        records = [
+            record or (None if params.name in whole else _shortened(params, root))
+            for params, record in zip(runs, records, strict=True)
+        ]
     return [record for record in records if record is not None]
+
+
+def _shortened(params, root):
+    """The record of the longest finished run that differs from `params` by a shorter schedule
+    alone, else None."""
+    found = []
+    for path in Path(root).glob(f"runs/{params.name}-seed{params.seed}-*/result.json"):
+        record = json.loads(path.read_text())
+        own = Params.model_validate(record["params"])
+        same = params.model_copy(update={key: getattr(own, key) for key in SCHEDULE})
+        if own.epochs < params.epochs and own.hash() == same.hash():
+            found.append(record)
+    return max(found, key=lambda record: record["epochs"], default=None)
 
 
 def run_all(runs, root, progress=True, stack=None):

@@ -724,7 +724,8 @@ def figure5(results):
         ax.set_xlabel("training margin ε")
         ax.set_xlim(0, 1.4)
     for ax in (left, certified, tight):
-        ax.set_ylim(0, max(1, 1.35 * max(np.nanmax(line.get_ydata()) for line in ax.get_lines())))
+        values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
+        ax.set_ylim(0, max(1, 1.35 * np.nanmax(values, initial=0)))
     low, high = constants.get_ylim()
     constants.set_ylim(low, high * (high / low) ** 0.45)
     for ax in (left, certified, constants, tight):
@@ -799,12 +800,13 @@ def lambda_figure(images, moons):
         accuracy.set_ylim(0, 105)
         accuracy.set_ylabel(f"{results[0]['model']}, {data_source(results[0])}\naccuracy (%)")
         constant.plot(lam, K, label="measured", ls="", color=BLUE, marker="o", ms=5)
-        middle = np.exp(np.log(K).mean() + 0.5 * np.log(lam).mean())
-        label = "predicted: λ$^{-1/2}$"
-        constant.plot(lam, middle * lam**-0.5, color="black", ls="--", label=label)
-        exponent, factor = lambda_slope(table)
-        label = f"fitted: λ$^{{{exponent:.2f}}}$".replace("-", "−")
-        constant.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
+        if lam.nunique() > 1:
+            middle = np.exp(np.log(K).mean() + 0.5 * np.log(lam).mean())
+            label = "predicted: λ$^{-1/2}$"
+            constant.plot(lam, middle * lam**-0.5, color="black", ls="--", label=label)
+            exponent, factor = lambda_slope(table)
+            label = f"fitted: λ$^{{{exponent:.2f}}}$".replace("-", "−")
+            constant.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
         _log_y(constant)
         constant.set_ylabel("K(f), guaranteed")
         same = all(same_data(r, "CIFAR-10") for r in results)

@@ -36,10 +36,10 @@ def records(root=REFERENCE):
 
 def names(root=REFERENCE):
     """{name of a committed network: folder of its run}: "<name>-seed<k>", with "<profile>/" in
-    front of it where a fuller schedule has the same name, and with its hash where that is not
+    front of it where a longer schedule has the same name, and with its hash where that is not
     enough."""
     found = {}
-    for folder, record in records(root).items():
+    for folder, record in sorted(records(root).items(), key=lambda run: -run[1]["epochs"]):
         name = f"{record['name']}-seed{record['seed']}"
         for own in (name, f"{record['profile']}/{name}", f"{record['profile']}/{folder.name}"):
             if own not in found:

@@ -298,6 +298,8 @@ def test_figure5_draws_both_methods_and_the_papers_values_on_its_data_only():
     digits = plots.figure5([r | {"data": "digits"} for r in runs])
     assert "open marks" not in texts(digits).replace("\xa0", " ")
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
+    alone = plots.figure5([sweep_record(data="digits")]).axes[1]  # one method alone is drawn, too
+    assert len(line(alone, "CLL")[0]) == 1 and len(line(alone, "GloRo")[0]) == 0
 
 
 def test_convergence_rings_stand_where_the_curve_arrives():
@@ -316,6 +318,8 @@ def test_lambda_figure_fits_and_predicts():
     assert np.allclose(line(constant, "predicted")[1], line(constant, "measured")[1])
     assert "fitted: λ$^{−0.50}$" in constant.get_legend_handles_labels()[1]
     assert "two_moons" in figure.axes[2].get_ylabel()
+    legend = plots.lambda_figure(runs[:1], []).axes[1].get_legend_handles_labels()[1]
+    assert legend == ["measured", "paper"]  # no law through one point
 
 
 def test_temperature_stands_above_slack(half_plane, points):

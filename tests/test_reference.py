@@ -1,12 +1,15 @@
 """Committed runs: intact, loadable by name, certifying to the committed numbers, in step with the
 tables about them; what is collected is checked."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,26 +45,40 @@ def test_tables_are_in_step_with_the_files():
         assert text.partition(collect.BEGIN)[2].partition(collect.END)[0] == table, REFRESH
 
 
+def images_of(record):
+    """The data of a committed run, None where they are not on this machine: a copy by its file in
+    the folder of downloads."""
+    params = experiment.Params.model_validate(record["params"])
+    kind, _, file = record.get("source", "").partition(":")
+    if kind:
+        folder = Path(os.environ.get("CLL_DATA") or ROOT / "data").absolute()
+        params = params.model_copy(update={"data": f"{kind}:{folder / file}"})
+    try:
+        return experiment.load_dataset(params)
+    except (OSError, ValueError):
+        return None
+
+
 def test_committed_networks_certify_to_the_committed_numbers():
-    """Radii per sample and accuracies, of every network whose data are here."""
+    """Radii per sample and accuracies, of every network whose data are here; of images the first
+    hundreds."""
     done = 0
     for name, folder in reference.names().items():
         record = COMMITTED[folder]
-        params = experiment.Params.model_validate(record["params"])
-        if not (folder / reference.WEIGHTS).exists():
+        dataset = images_of(record) if (folder / reference.WEIGHTS).exists() else None
+        if dataset is None:
             continue
-        try:
-            dataset = experiment.load_dataset(params)
-        except (OSError, ValueError):  # images that nobody downloaded here
-            continue
-        table = cll.certify(cll.load_reference(name), dataset)
+        n = record["test_size"] if record["data"] == "two_moons" else 200
+        first = {key: getattr(dataset, key)[:n] for key in ("test_images", "test_targets")}
+        table = cll.certify(cll.load_reference(name), dataclasses.replace(dataset, **first))
         with np.load(folder / "radii.npz") as committed:
-            np.testing.assert_array_equal(table["prediction"], committed["prediction"])
+            np.testing.assert_array_equal(table["prediction"], committed["prediction"][:n])
             # float32, rounded down; another machine may sum the network in another order
-            np.testing.assert_allclose(committed["radius"], table["radius"], rtol=2e-7)
-        distances = [float(Fraction(r)) for r in record["cra"]]
-        cra = cll.cra_curve(table["radius"], table["correct"], distances)
-        assert dict(zip(record["cra"], cra, strict=True)) == record["cra"], name
+            np.testing.assert_allclose(committed["radius"][:n], table["radius"], rtol=2e-7)
+        if n == record["test_size"]:
+            distances = [float(Fraction(r)) for r in record["cra"]]
+            cra = cll.cra_curve(table["radius"], table["correct"], distances)
+            assert dict(zip(record["cra"], cra, strict=True)) == record["cra"], name
         done += 1
     assert done >= 28
 
@@ -135,6 +152,53 @@ def test_names_tell_runs_apart(source, tmp_path):
     plain, quick, hashed = names
     assert (plain, quick) == ("moons-CLL-p0.25-seed1", "quick/moons-CLL-p0.25-seed1")
     assert hashed == f"quick/{names[hashed].name}"
+
+
+def test_the_longest_schedule_has_the_plain_name(source, tmp_path):
+    root, other = tmp_path / "reference", shutil.copytree(source, tmp_path / "runs" / "other")
+    root.mkdir()
+    short = collect.collect(source, root)
+    epochs = json.loads((source / "result.json").read_text())["epochs"] + 1
+    change(other, epochs=epochs)
+    long = collect.collect(rename(other, epochs=epochs), root)
+    assert list(reference.names(root).values()) == [long, short]
+
+
+def test_a_shortened_schedule_stands_in_until_the_whole_one_is_there(source, monkeypatch):
+    root = source.parent.parent
+    record = json.loads((source / "result.json").read_text())
+    own = experiment.Params.model_validate(record["params"])
+    whole = own.model_copy(update={"epochs": own.epochs + 1})
+    wider = whole.model_copy(update={"loss": own.loss.model_copy(update={"epsilon": 0.2})})
+    second = whole.model_copy(update={"seed": 2})
+    runs = [whole, wider, second]
+    assert experiment.finished(runs, root) == []
+    monkeypatch.setenv("CLL_ONLY_FINISHED", "1")
+    assert experiment.finished(runs, root) == cll.run_all(runs, root) == [record]
+    shutil.copytree(source, source.with_name("second"))
+    rename(source.with_name("second"), seed=2, epochs=whole.epochs)
+    assert [r["seed"] for r in experiment.finished(runs, root)] == [2]
+
+
+def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
+    """As a row of table 2 on a copy of its data; its command names the copy."""
+    root = tmp_path / "reference"
+    root.mkdir()
+    own = {"row": "T2-05", "data": "npz:/home/me/c10.npz", "label": "cifar10 (recovered)"}
+    change(source, row="T2-05", p=0.3, model="4C3F", cra_local=None)
+    collect.collect(rename(source, **own), root)
+    rows = collect.rows(root).splitlines()
+    head = next(line.split(" | ") for line in rows if line.startswith("| row"))
+    paper, *here = [dict(zip(head, line.split(" | "), strict=True)) for line in rows[3:6]]
+    assert paper["epochs"] == "1001" and paper["CRA 36/255 %"] == "61.4"
+    assert [line["source"] for line in here] == ["here, guaranteed", "here, paper-style"]
+    for line in here:
+        assert line["dataset"].startswith("cifar10 (recovered)") and line["seeds"] == "1"
+        assert line["epochs"].endswith(" of 1001") and line["clean %"] != "–"
+    assert re.fullmatch(r"\d+ s on cpu.*", here[0]["training time |"].strip(" |"))
+    listing = collect.listing(root)
+    assert "| cifar10 (recovered) " in listing and " of 1001 | yes |" in listing
+    assert "--data npz:c10.npz --label 'cifar10 (recovered)'" in listing
 
 
 def damage_radii(folder):
