@@ -128,6 +128,9 @@ class Explorer:
         self.inputs, self.image = inputs, image
         return widgets.HBox([widgets.VBox(list(inputs.values())), image])
 
+    def __repr__(self):
+        return repr(self.picture)
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         data, metadata = self.picture._repr_mimebundle_()
         if self.widget is not None:  # front ends without a kernel take the picture
