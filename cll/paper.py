@@ -185,8 +185,9 @@ def _range(numbers):
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def caption(results):
-    """One line for a table or figure: profile, data source, number of seeds, epochs, caveats.
+def caption(results, tightness=False):
+    """One line for a table or figure: profile, data source, number of seeds, epochs, caveats;
+    tightness: also that its search was shorter than the published one.
 
     Says "6 of 801 epochs" where the schedule was shortened, which networks are smaller than the
     paper's, and that enlarged digits are no CIFAR-10.
@@ -227,6 +228,8 @@ def caption(results):
         parts.append(
             f"digits enlarged to {sides}, a mechanics check, not comparable with the paper"
         )
+    if tightness and (note := tightness_note(results)):
+        parts.append(note)
     return " · ".join(parts)
 
 

@@ -730,7 +730,7 @@ def figure5(results):
     constants.set_ylim(low, high * (high / low) ** 0.45)
     for ax in (left, certified, constants, tight):
         ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
-    _title(figure, caption(results) + " · open marks: the paper's values" * same)
+    _title(figure, caption(results, tightness=True) + " · open marks: the paper's values" * same)
     return figure
 
 
@@ -772,7 +772,8 @@ def convergence_figure(results):
     for ax in axes[:2]:
         ax.set_ylim(0)
     axes[1].legend(loc="best")
-    _title(figure, caption(results) + " · rings: first at 95 % of the last value")
+    rings = " · rings: first at 95 % of the last value"
+    _title(figure, caption(results, tightness=True) + rings)
     return figure
 
 

@@ -300,6 +300,10 @@ def test_figure5_draws_both_methods_and_the_papers_values_on_its_data_only():
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
     alone = plots.figure5([sweep_record(data="digits")]).axes[1]  # one method alone is drawn, too
     assert len(line(alone, "CLL")[0]) == 1 and len(line(alone, "GloRo")[0]) == 0
+    search = {"method": "optimized", "pairs": 512, "steps": 250}
+    short = sweep_record(params=runs[0]["params"] | {"tightness": search})
+    assert "a search of 512 pairs" in texts(plots.figure5([short])).replace("\xa0", " ")
+    assert "a search of" not in texts(figure).replace("\xa0", " ")
 
 
 def test_convergence_rings_stand_where_the_curve_arrives():
