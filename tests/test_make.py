@@ -172,3 +172,25 @@ def test_interrupt_stops_the_kernel_and_says_how_to_resume(make, tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail(f"the kernel {kernel} survived")
+
+
+def test_reference_runs_go_through_existing_files(tmp_path):
+    """tools/reference.sh with a stand-in for Python that notes what it is asked for."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *6C2F-CLL.*) exit 3;; esac\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path), "DATA": "npz:a"}
+    env["SEEDS"] = "1 2"
+    script = ["bash", ROOT / "tools" / "reference.sh"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    lines = log.read_text().splitlines()
+    assert done.returncode == 1 and done.stdout.count("FAILED") == 1  # and goes on after a failure
+    assert lines.pop() == f"tools/collect.py {tmp_path}/paper"
+    files = [line.split()[2] for line in lines]
+    assert len(set(files)) == len(files) >= 50 and all((ROOT / file).exists() for file in files)
+    assert files[0] == "params/table2/cifar10-4C3F-CLL.yaml"
+    own = "--profile paper --device cuda"
+    assert lines[0].endswith(f"{own} --outputs {tmp_path} --seeds 1 2 --data npz:a --label npz:a")
+    assert any("tiny-8C2F" in line and "--data" not in line for line in lines)
+    late = subprocess.run(script, env=env | {"MINUTES": "0"}, capture_output=True, text=True)
+    assert late.stdout.startswith("time is up")
