@@ -406,8 +406,10 @@ def temperature_figure(table, title):
                       color=color, label=label)  # fmt: skip
     own = table[table["method"] == "CLL"]  # from much slack to little
     left.plot(own["K_hf"], own["cra"], color=BLUE, lw=0.8, zorder=1)
-    for _, end in own.iloc[[0, -1][: len(own)]].iterrows():
-        at = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    # away from the line, which rises from its first point
+    places = [{"xytext": (9, -3)}, {"xytext": (0, 7), "ha": "center"}]
+    for place, (_, end) in zip(places, own.iloc[[0, -1][: len(own)]].iterrows(), strict=False):
+        at = {"textcoords": "offset points", "fontsize": 8, **place}
         left.annotate(f"p = {end['p']:g}", (end["K_hf"], end["cra"]), **at)
     left.set_xscale("log")
     left.margins(0.14)
