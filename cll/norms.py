@@ -319,7 +319,7 @@ def lanczos(gram, v, tolerance, steps=1000):
                     diagonal, beside[:-1], select="i", select_range=pair
                 )
                 top, residual = values[-1], beside[-1] * abs(vectors[-1, -1])
-                gap = max(top - values[0], TINY) if k > 1 else top
+                gap = max(top - (values[0] if k > 1 else 0.0), TINY)
                 converged = residual * min(1.0, residual / gap) <= tolerance * top
                 if converged or last:
                     break
