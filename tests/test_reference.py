@@ -73,8 +73,10 @@ def test_committed_networks_certify_to_the_committed_numbers():
         table = cll.certify(cll.load_reference(name), dataclasses.replace(dataset, **first))
         with np.load(folder / "radii.npz") as committed:
             np.testing.assert_array_equal(table["prediction"], committed["prediction"][:n])
-            # float32, rounded down; another machine may sum the network in another order
-            np.testing.assert_allclose(committed["radius"][:n], table["radius"], rtol=2e-7)
+            # float32, rounded down; another machine may sum the network in another order, and find
+            # another of the bounds of a convolution that can be proven, all within 1e-6 of its norm
+            rtol = 2e-7 if record["model"] == "MLP" else 1e-5
+            np.testing.assert_allclose(committed["radius"][:n], table["radius"], rtol=rtol)
         if n == record["test_size"]:
             distances = [float(Fraction(r)) for r in record["cra"]]
             cra = cll.cra_curve(table["radius"], table["correct"], distances)
