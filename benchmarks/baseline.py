@@ -18,8 +18,11 @@ import functools
 import itertools
 import math
 import os
+import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +236,16 @@ def _seconds(work, device):
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def highest():
+    """MiB, the most that this process has held so far. On Linux from /proc, since ru_maxrss begins
+    with what the parent held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def floor(flops, moved, device="cpu"):

@@ -18,13 +18,13 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks without starting CUDA: we fork
+import baseline  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -117,7 +117,7 @@ def stack(seeds=1, model="4C3F", classes=10, batch=32, side=32, shape=None, widt
 def measure(axis, value, device="cpu", seconds=1.0):
     """One point, as a dict; steps are repeated for about so many seconds, at least three times."""
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = baseline.highest()
     settings = {**AXES[axis].settings, AXES[axis].name: value}
     own, images, targets = stack(**settings, device=device)
     schedule = own.schedule(0.5)
@@ -135,7 +135,7 @@ def measure(axis, value, device="cpu", seconds=1.0):
     while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
         times.append(step())
     if device == "cpu":
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+        peak = baseline.highest() - before
     else:
         peak = torch.cuda.max_memory_allocated() / 2**20
     parameters = sum(map(torch.numel, own.nets[0].parameters()))

@@ -14,13 +14,13 @@ Without --full, and on a CPU, X-Large networks are replaced by Small ones (the t
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import baseline
 import torch
 import torch.nn.functional as F
 
@@ -59,7 +59,7 @@ def milliseconds(work, device, repeats):
 
 def measure(system, batch, device, repeats, full):
     """One system: a row of the table as a dict."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = baseline.highest()
     file, classes = SYSTEMS[system]
     params = cll.load_params(cll.ROOT / f"params/{file}.yaml", "paper", device=device)
     if not full:
@@ -88,7 +88,7 @@ def measure(system, batch, device, repeats, full):
 
     step = milliseconds(lambda: stack.step(images, targets, *schedule), device, repeats)
     if device == "cpu":
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+        peak = baseline.highest() - before
     else:
         peak = torch.cuda.max_memory_allocated() / 2**20
     row = {

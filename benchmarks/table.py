@@ -208,19 +208,13 @@ def _stack(files, seeds=1):
     return lambda: stack.step(images, targets, *stack.schedule(0.5))
 
 
-def _highest():
-    """MiB, the most that this process has held; ru_maxrss begins with what its parent held."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-
-
 def _peak(work, repeats=3):
     """MiB that a process needs beyond what it had, for a function without arguments."""
-    before = _highest()
+    before = baseline.highest()
     work = work()
     for _ in range(repeats):
         work()
-    return _highest() - before
+    return baseline.highest() - before
 
 
 def _textbook():

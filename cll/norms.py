@@ -277,22 +277,25 @@ def lower_bound(layer, weight, input_shape, start=None):
         v = v / v.abs().max()
     small = size <= 2048
     searched = weight if small else weight.to(torch.float32)
-    image = len(input_shape) == 3  # channels last: faster for one image, from 16 channels on
-    if image:
+    if weight.ndim == 4:
         searched = searched.contiguous(memory_format=torch.channels_last)
 
-    def gram(v):
-        x = v.view(1, *input_shape[1:], input_shape[0]).movedim(-1, 1) if image else v
-        x = apply_adjoint(layer, searched, apply_linear(layer, searched, x), input_shape)
-        return x.movedim(1, -1).reshape(-1) if image else x
+    def shaped(v):  # vectors hold the channels last: faster for one image, from 16 channels on
+        return v if weight.ndim == 2 else v.view(*input_shape[1:], -1).movedim(-1, 0)
 
-    v = v.view(input_shape).movedim(0, -1).reshape(-1) if image else v
-    v = lanczos(gram, v.to(searched.dtype), 1e-11 if small else 1e-7).to(torch.float64)
-    x = v.view(*input_shape[1:], input_shape[0]).movedim(-1, 0) if image else v
+    def flat(x):
+        return x if weight.ndim == 2 else x.movedim(0, -1).reshape(-1)
+
+    def gram(v):
+        y = apply_linear(layer, searched, shaped(v)[None])
+        return flat(apply_adjoint(layer, searched, y, input_shape)[0])
+
+    v = flat(v.view(input_shape)).to(searched.dtype)
+    x = shaped(lanczos(gram, v, 1e-11 if small else 1e-7).to(torch.float64))
     y = apply_linear(layer, weight, x)
     error = gamma(weight[0].numel() + 2) * apply_linear(layer, weight.abs(), x.abs()).norm().item()
-    image = y.norm().item() * (1 - gamma(y.numel() + 2)) - error * 1.01
-    return max(0.0, round_down(image / (x.norm().item() * (1 + gamma(size + 2)))))
+    reached = y.norm().item() * (1 - gamma(y.numel() + 2)) - error * 1.01
+    return max(0.0, round_down(reached / (x.norm().item() * (1 + gamma(size + 2)))))
 
 
 def lanczos(gram, v, tolerance, steps=1000):

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,29 @@ os.environ.pop("JUPYTER_PATH", None)
 # Results of tests never mix with the user's, and two test processes never share a run folder.
 os.environ["CLL_OUTPUTS"] = tempfile.mkdtemp(prefix="cll-tests-")
 atexit.register(shutil.rmtree, os.environ["CLL_OUTPUTS"], ignore_errors=True)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(n): Ctrl-C in the n-th step of training from now on; the list returned grows by one
+    with each step, this one and later ones included."""
+
+    def at(n):
+        from cll.training import Stack
+
+        step, begun = Stack.step, []
+
+        def interrupted(self, *batch):
+            begun.append(None)
+            if len(begun) == n:
+                raise KeyboardInterrupt
+            return step(self, *batch)
+
+        monkeypatch.setattr(Stack, "step", interrupted)
+        return begun
+
+    return at
+
 
 # A busy machine must not fail a property test.
 settings.register_profile("cll", deadline=None)

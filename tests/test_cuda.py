@@ -89,25 +89,17 @@ def test_cuda_stack_is_each_run_alone_and_the_run_on_a_cpu(kind):
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_cuda_training_resumes_with_its_graph(seeds, tmp_path, monkeypatch):
+def test_cuda_training_resumes_with_its_graph(seeds, tmp_path, monkeypatch, interrupt):
     """Interrupted between two epochs, with checkpoints that were written aside."""
     short = {"train_size": 128, "test_size": 8, "batch_size": 32, "epochs": 4}
     runs = [cll.load_params(SMALL | short, seed=s) for s in range(seeds)]
-    data, step, left = [load_dataset(run) for run in runs], Stack.step, 4 * 2 + 3
-
-    def interrupted(self, *batch):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        return step(self, *batch)
-
+    data = [load_dataset(run) for run in runs]
     monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
     folders = [[tmp_path / f"{name}{s}" for s in range(seeds)] for name in ("whole", "parts")]
     for folder in sum(folders, []):
         folder.mkdir()
     train(runs, data, folders[0], "cuda", progress=False)
-    monkeypatch.setattr(Stack, "step", interrupted)
+    interrupt(4 * 2 + 3)
     with pytest.raises(KeyboardInterrupt):
         train(runs, data, folders[1], "cuda", progress=False)
     train(runs, data, folders[1], "cuda", progress=False)
