@@ -190,7 +190,7 @@ def caption(results, tightness=False):
     tightness: also that its search was shorter than the published one.
 
     Says "6 of 801 epochs" where the schedule was shortened, which networks are smaller than the
-    paper's, and that enlarged digits are no CIFAR-10.
+    paper's, that enlarged digits are no CIFAR-10, and "trained in bfloat16".
     """
     results = list(results)
     if not results:
@@ -228,6 +228,11 @@ def caption(results, tightness=False):
         parts.append(
             f"digits enlarged to {sides}, a mechanics check, not comparable with the paper"
         )
+    precisions = [r.get("params", {}).get("precision", "float32") for r in results]
+    for precision in sorted(set(precisions) - {"float32"}):  # in which the published runs train
+        count = precisions.count(precision)
+        some = f"{count} of {len(results)} runs " * (count < len(results))
+        parts.append(f"{some}trained in {precision}")
     if tightness and (note := tightness_note(results)):
         parts.append(note)
     return " · ".join(parts)

@@ -368,6 +368,13 @@ def test_caption_names_the_networks_at_reduced_size():
     assert "reduced" not in paper.caption([record()])
 
 
+def test_caption_says_which_runs_trained_in_less_than_float32():
+    plain, rounded = record(), record(seed=2, params={"precision": "bfloat16"})
+    assert paper.caption([plain, rounded]).endswith("1 of 2 runs trained in bfloat16")
+    assert paper.caption([rounded]).endswith("801 epochs · trained in bfloat16")
+    assert "trained" not in paper.caption([plain, record(params={"precision": "float32"})])
+
+
 def test_caption_says_to_what_size_digits_were_enlarged():
     shapes = [(3, 16, 16), (3, 32, 32), (3, 16, 16)]
     rows = [record(data="digits", input_shape=list(shape)) for shape in shapes]
