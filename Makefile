@@ -80,12 +80,12 @@ help:
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
 	@echo
 	@echo 'Experiments, one per notebook; the report is $(RESULTS)/<target>/<target>.html'
-	@for i in $(ITEMS); do printf '  %-15s ' $$i; \
+	@for i in $(ITEMS); do printf '  %-19s ' $$i; \
 	  sed -n 's/^ *"# \(.*\)"\(,\)*$$/\1/p' $(NOTEBOOKS)/$$i.ipynb | head -n 1 | sed 's/\\n$$//; s/\\"/"/g'; done
-	@printf '  %-15s %s\n' all 'all of them, one after the other, and the report'
+	@printf '  %-19s %s\n' all 'all of them, one after the other, and the report'
 	@echo
 	@echo 'Work on the code'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf '  %-15s %s\n' "$$t" "$$h"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf '  %-19s %s\n' "$$t" "$$h"; done
 	@echo
 	@echo 'Variables'
 	@printf '  %-44s %s\n' \

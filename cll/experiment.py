@@ -482,7 +482,8 @@ def experiment_params(name, profile=None, seeds=None, **overrides):
 
 SIZES = ("train_size", "test_size", "input_shape", "size", "epochs", "batch_size")
 SIZES += ("optimizer", "augmentation", "tightness")
-SCHEDULE = ("epochs", "optimizer", "tightness")  # what a shortened schedule may change
+# what a shortened run may change
+SCHEDULE = ("epochs", "optimizer", "precision", "tightness")
 
 
 def sized_as(other, runs, **changes):

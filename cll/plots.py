@@ -100,14 +100,16 @@ def of_runs(function):
     @styled
     @functools.wraps(function)
     def drawn(runs, *more, **options):
-        if len(runs):
-            return function(runs, *more, **options)
-        figure = Figure(figsize=(6.4, 1.2))
-        figure.text(0.5, 0.4, "not run", ha="center")
-        _title(figure, caption([]))
-        return figure
+        return function(runs, *more, **options) if len(runs) else _not_run(caption([]))
 
     return drawn
+
+
+def _not_run(title):
+    figure = Figure(figsize=(6.4, 1.2))
+    figure.text(0.5, 0.4, "not run", ha="center")
+    _title(figure, title)
+    return figure
 
 
 # ---------------------------------------------------------------- figure 3: the calibrated logistic
@@ -217,7 +219,8 @@ def moons_panel(ax, network, points, targets, epsilon):
     for label, color, marker in [(0, BLUE, "o"), (1, ORANGE, "^")]:
         inside = robust & (targets == label)
         ax.scatter(*points[inside].T, s=3, c=color, marker=marker, lw=0, rasterized=True)
-    ax.scatter(*points[~robust].T, s=9, c=RED, marker="x", lw=0.8, zorder=3)
+    for color, width in (("white", 2), (RED, 0.8)):  # seen on the moons in greyscale too
+        ax.scatter(*points[~robust].T, s=9, c=color, marker="x", lw=width, zorder=3)
     cra, largest = float(robust.double().mean()), float(K.max())
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.2}
     corner = {"transform": ax.transAxes, "fontsize": 8, "bbox": box, "zorder": 4}
@@ -303,7 +306,7 @@ def figure1(results, models, dataset):
         ax.plot(p, k_hf, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         cra = 100 * first[p][0]["train_cra"][f"{epsilon:g}"]
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
-        ax.annotate(f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3 if i < 2 else 0),
+        ax.annotate(f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3),
                     textcoords="offset points", fontsize=8, **at)  # fmt: skip
     ax.set_xlim(1, 0)
     ax.set_ylim(0, 1.08 / float(cll_scale(epsilon, order[-1])))
@@ -435,7 +438,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
 
     results: records of CLL runs over epsilon and p, means over seeds. Left: clean accuracy; middle:
     CRA at the margin that a run was trained for; right: CRA at `evaluate`, the same for all. The
-    best is bold.
+    best as printed is bold.
     """
     groups = {}
     for r in results:
@@ -454,7 +457,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         ax.imshow(values, cmap="Blues", vmin=low, vmax=high + 0.7 * (high - low), aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             text = "–" if np.isnan(value) else f"{value:.1f}"
-            best = {"fontweight": "bold"} if value == high else {}
+            best = {"fontweight": "bold"} if text == f"{high:.1f}" else {}
             ax.text(j, i, text, ha="center", va="center", fontsize=8, **best)
         ax.set_xticks(range(len(slacks)), [f"{p:g}" for p in slacks])
         ax.set_yticks(range(len(margins)), [f"{epsilon:.2f}" for epsilon in margins])
@@ -463,7 +466,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         ax.set_xlabel("slack p of the training")
         ax.set_title(name)
     figure.axes[0].set_ylabel("margin ε of the training")
-    _title(figure, title)
+    _title(figure, f"{title} · test points")
     return figure
 
 
@@ -506,6 +509,8 @@ def seeds_figure(results):
     for r in results:
         groups.setdefault(r["row"] or r["name"], []).append(r)
     groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
+    if not groups:
+        return _not_run("no row has run with more than one seed")
     figure = Figure(figsize=(6.4, 0.3 * len(groups) + 1.6))
     ax = figure.subplots()
     measures = [("clean", GREEN, "o", lambda r: r["clean"])]
@@ -525,8 +530,7 @@ def seeds_figure(results):
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
-    drawn = [r for runs in groups.values() for r in runs]
-    _title(figure, caption(drawn) if drawn else "no row has run with more than one seed")
+    _title(figure, caption([r for runs in groups.values() for r in runs]))
     return figure
 
 
@@ -534,14 +538,17 @@ def seeds_figure(results):
 def claims_figure(summary, tests, title):
     """The paper's claims and how many tests of each hold: the two frames of `paper.checklist`.
 
-    A bar per claim: its tests that hold, that do not, and that were not run. Left of it the verdict
-    on the paper's own numbers where the tests apply to them: + holds, x does not.
+    A bar per claim: its tests that hold, that do not, the same of shortened schedules ("so far"),
+    and that were not run. Left of it the verdict on the paper's own numbers where the tests apply
+    to them: + holds, x does not.
     """
     figure = Figure(figsize=(8.6, 0.235 * len(summary) + 1.0))
     ax = figure.subplots()
     kinds = {
         "holds": (BLUE, None),
+        "holds so far": ("#8FC1E3", None),
         "does not hold": (RED, "////"),
+        "does not hold so far": ("#EBA5AB", "////"),
         "not run, or digits": ("#E4E4E4", None),
     }
     for i, (name, claim) in enumerate(summary.iterrows()):
@@ -561,15 +568,16 @@ def claims_figure(summary, tests, title):
     ]
     ax.plot([], [], "P", color=BLUE, ms=6, mec="none", label="printed numbers: hold")
     ax.plot([], [], "X", color=RED, ms=6, mec="none", label="printed numbers: do not")
-    labels = [f"{claim['claim']}  {name}" for name, claim in summary.iterrows()]
-    ax.set_yticks(range(len(labels)), [textwrap.shorten(t, 96, placeholder=" …") for t in labels])
+    short = (textwrap.shorten(claim, 94, placeholder=" …") for claim in summary["claim"])
+    labels = [f"{name}   {claim}" for name, claim in zip(summary.index, short, strict=True)]
+    ax.set_yticks(range(len(labels)), labels)
     ax.tick_params(axis="y", length=0, pad=16, labelsize=8)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("tests")
     handles = [*boxes, *ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
     _title(figure, title)
     return figure
 
@@ -609,20 +617,22 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
         end = 1.1 * np.abs(output).max()
         bins = np.linspace(-end, end, 61)
         of_class = targets.numpy()
-        below.hist(
+        _, _, bars = below.hist(
             [output[robust & (of_class == c)] for c in (0, 1)] + [output[~robust]],
             bins,
             stacked=True,
             color=[BLUE, ORANGE, RED],
             label=["class 0", "class 1", "wrong or not robust"],
         )
+        for bar in bars[-1]:
+            bar.set(hatch="//////", edgecolor="white", linewidth=0)
         if margin < end:
             for at in (-margin, margin):
                 below.axvline(at, color=GRAY, lw=0.9)
         else:
             note = f"margin ±Kε\n= ±{margin:.0f},\noutside"
-            box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.2}
-            below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes, bbox=box)
+            below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes)
+            below.set_ylim(top=1.4 * below.get_ylim()[1])  # room for the note
         below.set_xlim(-end, end)
         below.set_xlabel("output $f_1 - f_0$")
         logistic = below.twinx()
@@ -707,7 +717,9 @@ def figure5(results):
             constants.plot(at, law, color=BLUE, ls=":", label="CLL, $K^{(h∘f)}$")
         if same:
             own = printed[printed["method"] == method]
-            mark = OPEN | {"marker": line["marker"], "mec": line["color"], "ms": 6}
+            # rings and smaller squares, so that neither hides the other
+            mark = OPEN | {"marker": line["marker"], "mec": line["color"], "mfc": "none"}
+            mark["ms"] = 8 if method == "CLL" else 5
             certified.plot(own["epsilon"], own["cra_at_eps"], **mark)
             constants.plot(own["epsilon"], own["k_f"], **mark)
             tight.plot(own["epsilon"], own["tightness"], **mark)
@@ -816,7 +828,7 @@ def lambda_figure(images, moons):
         if same:
             row = published("table2").loc["T2-05"]
             mark = OPEN | {"marker": "o", "mec": BLUE, "ms": 7}
-            constant.plot(1e-4, row["k_f"], label="paper", **mark)
+            constant.plot(1e-4, row["k_f"], label="paper (power iteration)", **mark)
             accuracy.plot(1e-4, row["clean"], **OPEN, marker="^", mec=GREEN, ms=7)
         for ax in (accuracy, constant):
             ax.set_xscale("log")
@@ -838,15 +850,15 @@ def ablation_figure(table, title):
     others = table[~table["base"]]
     if others.empty:
         return ablation_figure([], title)  # which says so
-    rows = list(others[["model", "p", "choice"]].drop_duplicates().itertuples(index=False))
+    rows = list(others.groupby(["model", "p", "choice"], sort=False, dropna=False))
     figure = Figure(figsize=(7, 0.33 * max(len(rows), 2) + 1.4))
     ax = figure.subplots()
     colors = dict(zip(table["measure"].unique(), (GREEN, BLUE, SKY, ORANGE, GRAY), strict=False))
     markers = dict(zip(colors, "os^vD", strict=False))
-    for i, (model, p, choice) in enumerate(rows):
-        group = table[(table["model"] == model) & (table["p"] == p)]
-        usual = group[group["base"]].set_index("measure")
-        own = group[group["choice"] == choice].set_index("measure")
+    for i, ((model, p, _), own) in enumerate(rows):
+        same = table["p"].isna() if np.isnan(p) else table["p"] == p
+        usual = table[(table["model"] == model) & same & table["base"]].set_index("measure")
+        own = own.set_index("measure")
         for j, measure in enumerate(own.index):
             y = i + 0.17 * (j - (len(own) - 1) / 2)
             spread = np.hypot(own["std"][measure], usual["std"][measure])
@@ -857,7 +869,9 @@ def ablation_figure(table, title):
             if np.isfinite(printed):
                 ax.plot(printed, y, "x", color="black", ms=5, label="paper")
     ax.axvline(0, color=GRAY, lw=0.8)
-    ax.set_yticks(range(len(rows)), [f"{m}, p = {p:g}: {choice}" for m, p, choice in rows])
+    names = [f"{m}: {choice}" if np.isnan(p) else f"{m}, p = {p:g}: {choice}"
+             for (m, p, choice), _ in rows]  # fmt: skip
+    ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("minus the usual choice (points)")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))

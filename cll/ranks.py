@@ -46,8 +46,8 @@ def connect(device):
         from accelerate import Accelerator
     except ImportError:
         raise RuntimeError(
-            f"{count()} processes need Hugging Face Accelerate: pip install 'cll[distributed]', or "
-            "start a single process without torchrun"
+            f"{count()} processes need Hugging Face Accelerate: pip install -e '.[distributed]' in "
+            "the checkout, or start a single process without torchrun"
         ) from None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and torch.cuda.device_count() < local:

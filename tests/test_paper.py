@@ -458,6 +458,17 @@ def test_digits_give_no_verdict_on_the_table():
     assert digits["4C3F: CLL certifies more than GloRo"] == "no verdict: digits"
 
 
+def test_a_shortened_schedule_shows_what_is_so_far():
+    claim = "4C3F: CLL certifies more than GloRo"
+    short = record("T2-05", cra=HIGH, epochs=40)
+    assert verdicts([record("T2-03", cra=LOW), short])[claim] == "holds so far"
+    assert verdicts([record("T2-03", cra=HIGH), short | {"cra": LOW}])[claim] == (
+        "does not hold so far"
+    )
+    almost = record("T2-05", cra=HIGH, epochs=800)  # of 801, as released configurations have it
+    assert verdicts([record("T2-03", cra=LOW), almost])[claim] == "holds"
+
+
 def test_every_radius_must_hold():
     mixed = HIGH | {"108/255": 0.2}
     claims = paper.claims("table2", [record("T2-03", cra=LOW), record("T2-05", cra=mixed)])
@@ -595,6 +606,13 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     good["here"], good["verdict"] = "x", "holds"
     leave("lambda_sweep", good, "claims_moons")
     assert paper.checklist(paper.read_claims(tmp_path))[0].loc["S3", "verdict"] == "holds"
+    for verdict, tests in (
+        ("holds so far", "2 hold, 2 hold so far"),
+        ("does not hold so far", "2 hold, 2 do not so far"),
+    ):
+        leave("lambda_sweep", good.assign(verdict=verdict), "claims_images")
+        summary, _ = paper.checklist(paper.read_claims(tmp_path))
+        assert list(summary.loc["S3", ["verdict", "tests"]]) == [verdict, tests]
     leave("lambda_sweep", good.assign(verdict="no verdict: digits"), "claims_images")
     summary, _ = paper.checklist(paper.read_claims(tmp_path))
     assert summary.loc["S3", "verdict"] == "not run"
@@ -768,6 +786,22 @@ def ablated(usual=0.60, other=0.63, **changes):
             run = record(seed=seed, **own) if own["row"] else record(seed=seed) | own
             runs.append(run | {"params": {"loss": loss, "tightness": None}} | changes)
     return runs
+
+
+def test_ablation_of_a_loss_without_slack_is_a_network_of_its_own():
+    runs = ablated()
+    for gradient, cra in (("published", 0.5), ("exact", 0.4)):
+        run = record("T2-03", cra=dict.fromkeys(("36/255", "72/255", "108/255"), cra))
+        loss = {"name": "GloRo", "gradient": gradient}
+        runs.append(run | {"params": {"loss": loss, "tightness": None}})
+    table = paper.ablation_table(runs)
+    shown = paper.display_ablation(table)
+    assert list(shown.index.get_level_values("network").unique()) == ["4C3F", "4C3F, GloRo"]
+    gloro = shown.loc["4C3F, GloRo"]["CRA 36/255 %"]
+    assert list(gloro) == ["50.00", "40.00 (-10.00)", "59.6"]
+    assert list(gloro.index) == [
+        ("–", "gradient = published (usual)"), ("–", "gradient = exact"), ("–", "paper")
+    ]  # fmt: skip
 
 
 def test_ablation_compares_with_the_usual_choice():

@@ -173,7 +173,7 @@ def test_a_shortened_schedule_stands_in_until_the_whole_one_is_there(source, mon
     root = source.parent.parent
     record = json.loads((source / "result.json").read_text())
     own = experiment.Params.model_validate(record["params"])
-    whole = own.model_copy(update={"epochs": own.epochs + 1})
+    whole = own.model_copy(update={"epochs": own.epochs + 1, "precision": "bfloat16"})
     wider = whole.model_copy(update={"loss": own.loss.model_copy(update={"epsilon": 0.2})})
     second = whole.model_copy(update={"seed": 2})
     runs = [whole, wider, second]
@@ -181,7 +181,7 @@ def test_a_shortened_schedule_stands_in_until_the_whole_one_is_there(source, mon
     monkeypatch.setenv("CLL_ONLY_FINISHED", "1")
     assert experiment.finished(runs, root) == cll.run_all(runs, root) == [record]
     shutil.copytree(source, source.with_name("second"))
-    rename(source.with_name("second"), seed=2, epochs=whole.epochs)
+    rename(source.with_name("second"), seed=2, epochs=whole.epochs, precision="bfloat16")
     assert [r["seed"] for r in experiment.finished(runs, root)] == [2]
 
 

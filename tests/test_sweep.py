@@ -120,7 +120,7 @@ def test_without_submitit_one_line_says_what_to_install(files, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "submitit", None)
     options = ["--profile", "smoke", "--outputs", str(tmp_path)]
     assert sweep.main([str(files[0]), *options]) == 1
-    assert "pip install 'cll[cluster]'" in capsys.readouterr().err
+    assert "pip install -e '.[cluster]'" in capsys.readouterr().err
 
 
 def test_times():

@@ -8,6 +8,7 @@ the one library that is missing there. Notebooks that train image networks ask C
 of it does anything elsewhere, so that references stay valid. Standard library only.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ import environment  # tools/ is on the path: this file is run as a script
 import pages
 
 # notebooks that train networks on images at the profiles quick and paper
-GPU = {"certify_your_model", "choose_eps_p", "convergence", "figure5", "lambda_sweep", "table1",
-       "table2", "train", "train_your_own"}  # fmt: skip
+GPU = {"ablation", "certify_your_model", "choose_eps_p", "convergence", "figure5", "lambda_sweep",
+       "table1", "table2", "train", "train_your_own"}  # fmt: skip
 SETUP = """\
 # On Colab this fetches the kit; in a checkout it makes `import cll` find it; else it does nothing.
 import subprocess
@@ -105,4 +106,8 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="+", help="notebooks to rewrite")
+    sys.exit(main(parser.parse_args().notebooks))

@@ -7,6 +7,7 @@ checkout, with the parameters that they have, so that nothing here is written or
 the set-up cell alone makes `import cll` work. A cell that raises or that prints a warning fails.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -74,4 +75,8 @@ def main(names):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="+", help="names, without folder and suffix")
+    sys.exit(main(parser.parse_args().notebooks))

@@ -127,8 +127,8 @@ def listing(root=reference.REFERENCE):
 
 def epochs(record):
     """ "801", or "7 of 801" for a shortened schedule."""
-    done, whole = record["epochs"], record["published_epochs"]
-    return f"{done} of {whole}" if done < 0.99 * whole else f"{done}"
+    whole = f" of {record['published_epochs']}" if paper.shortened(record) else ""
+    return f"{record['epochs']}{whole}"
 
 
 def rows(root=reference.REFERENCE):

@@ -158,7 +158,7 @@ def executor(options, root):
     try:
         import submitit
     except ImportError:
-        raise OSError("submitit is not installed: pip install 'cll[cluster]'") from None
+        raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
     logs = root / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if options.cluster == "local":
         made = submitit.LocalExecutor(logs)
