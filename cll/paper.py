@@ -776,9 +776,10 @@ def ablation_table(results):
     results: records; of each network, method and p the first one given has the choice that the
     other notebooks make. Returns one line per network, p, choice and measure (clean, and CRA at
     each radius of the tables; of two moons the training points' CRA at the training margin): the
-    columns model ("4C3F", "4C3F, GloRo"), p (nan without), choice ("offset = one-sided", what differs from the others), base (whether it is the
-    usual one), n (seeds), measure, mean, std, difference (from the usual choice; nan for itself)
-    and published (nan where nothing is printed, or on other data). In percent.
+    columns model ("4C3F", "4C3F, GloRo"), p (nan without), choice ("offset = one-sided", what
+    differs from the others), base (whether it is the usual one), n (seeds), measure, mean, std,
+    difference (from the usual choice; nan for itself) and published (nan where nothing is printed,
+    or on other data). In percent.
     """
     groups = {}
     for r in results:
