@@ -125,7 +125,9 @@ def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
     trades: weight lambda of the TRADES form (``trades_kl`` of github.com/klasleino/gloro):
     CE(f, y) + lambda KL([softmax(f), 0] || softmax([f, f_bot])). On the C classes the two
     distributions differ by one common factor, so the divergence is softplus(f_bot - logsumexp(f))
-    = -ln(1 - P(bot)), with the same gradient whether softmax(f) is detached or not.
+    = -ln(1 - P(bot)), with the same gradient whether softmax(f) is detached or not. The code of
+    Losch et al. takes -ln of P(y) with the extra logit and a cross-entropy as divergence: at weight
+    lambda that is this form at lambda + 1, plus lambda times an entropy that has no gradient.
 
     K: (C, C) or (N, C, C). epsilon >= 0 (0 while annealed). Raises ValueError as ``cll_loss`` does.
     """

@@ -630,7 +630,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     images = torch.cat([data.train_images for data in sources]).to(stack.device)
     targets = torch.cat([data.train_targets for data in sources]).to(stack.device)
     first_row = torch.zeros(S, 1, dtype=torch.long) if shared else n * torch.arange(S)[:, None]
-    steps = n // batch  # the last, smaller batch of an epoch is dropped, as in the paper's runs
+    steps = n // batch  # the last, smaller batch of an epoch is dropped, as in unconstrained/
     total = first.epochs * steps
     augments = images.dtype == torch.uint8 and first.augmentation.active
 

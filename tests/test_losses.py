@@ -259,6 +259,21 @@ def test_trades_term_is_the_divergence_between_plain_and_robust_prediction():
         torch.testing.assert_close(a, b)
 
 
+def test_trades_form_of_the_papers_code_is_ours_at_one_more_and_an_entropy():
+    f, y, K = batch()
+    f.requires_grad_()
+    j = f.argmax(dim=1)
+    candidates = (f + 0.3 * K[j]).scatter(1, j[:, None], -math.inf)
+    log_q = torch.cat([f, candidates.amax(dim=1, keepdim=True)], dim=1).log_softmax(dim=1)
+    p = f.softmax(dim=1).detach()
+    theirs = F.nll_loss(log_q[:, :-1], y) - 1.2 * (p * log_q[:, :-1]).sum(dim=1).mean()
+    ours = gloro_loss(f, y, K, epsilon=0.3, trades=2.2)
+    torch.testing.assert_close(theirs, ours - 1.2 * (p * p.log()).sum(dim=1).mean())
+    (a,) = torch.autograd.grad(ours, f, retain_graph=True)
+    (b,) = torch.autograd.grad(theirs, f)
+    torch.testing.assert_close(a, b)
+
+
 def test_certificate_regularisation_rewards_the_certified_radius_only():
     f = torch.tensor([[3.0, 1, 0], [0, 1, 5]], dtype=torch.float64)
     y = torch.tensor([0, 0])  # right and wrong
