@@ -200,6 +200,12 @@ def as_lipschitz_net(model, input_shape):
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
 
 
+def _is_torchvision_normalize(layer):
+    """Told by name, so that torchvision is not imported for it."""
+    kind = type(layer)
+    return kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms.")
+
+
 def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     layers = []
@@ -209,7 +215,7 @@ def _joined(module, device):
         if is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
             layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
-        elif type(layer).__name__ == "Normalize" and "torchvision" in type(layer).__module__:
+        elif _is_torchvision_normalize(layer):
             layer = Normalize(layer.mean, layer.std).to(device)
         elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
             layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer

@@ -48,6 +48,7 @@ from cll.norms import (
     CHUNK,
     DENSE_ENTRIES,
     METHODS,
+    TINY,
     U,
     apply_adjoint,
     apply_linear,
@@ -55,6 +56,7 @@ from cll.norms import (
     enclose,
     gamma,
     matrix_norm,
+    padding,
     pair,
     proven_norm,
     proven_square,
@@ -248,6 +250,8 @@ def batch_norm_scale(layer):
 def _batch_normalized(layer, input_shape, method):
     """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
     norm of the matrix of absolute values."""
+    for part in layer:  # a hook or a forward of their own
+        refuse_overridden(part)
     if not _is_one_map(layer, input_shape):
         return chain_norm(nn.Sequential(*layer), input_shape, method)
     scaled, error = _scaled_weight(layer, input_shape)
@@ -276,7 +280,7 @@ def absolute_norm(layer, weight, input_shape):
         # a tap reads the positions s i + t mod n, i < m: one of them so many times
         sizes = output_shape(layer, input_shape)[1:], layer.stride, input_shape[-2:]
         columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
-    return math.sqrt(rows * columns) * (1 + 1e-6)
+    return math.sqrt(rows) * math.sqrt(columns) * (1 + 1e-6)  # their product may underflow
 
 
 @register(Residual)
@@ -383,6 +387,16 @@ def _weight(layer, input_shape):
             f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
             'use "zeros" or "circular", or register a bound with cll.bounds.register'
         )
+    if isinstance(layer, nn.Conv2d):
+        copied = [n for pads in reversed(padding(layer)) for n in pads]
+        stale = layer.padding_mode == "circular" and (
+            list(layer._reversed_padding_repeated_twice) != copied
+        )
+        if stale or tuple(layer.weight.shape[2:]) != tuple(layer.kernel_size):
+            raise ValueError(
+                f"{describe(layer)} has attributes that were changed after it was built and differ "
+                "from what it computes: build it anew"
+            )
     if layer.weight.is_complex():
         raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
     if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
@@ -585,7 +599,7 @@ def refuse_overridden(layer):
     known = next((k for k in kind.__mro__ if k in layer_lipschitz.registry), object)
     if known is object or layer_lipschitz.registry[known].__module__ != __name__:
         return
-    for method in ("forward", "_conv_forward", "__call__"):
+    for method in ("forward", "_conv_forward", "__call__", "effective", "skew_kernel"):
         if method in vars(layer) or getattr(kind, method, None) is not getattr(known, method, None):
             raise TypeError(
                 f"no Lipschitz bound known for {kind.__name__}, which replaces {method} of "
@@ -668,6 +682,11 @@ def _trace(body, shape):
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
                     f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
                 ) from error
+            if len(x) != 1:
+                raise ValueError(
+                    f"layer {name} ({describe(layer)}) moves parts of an image into the batch: no "
+                    "bound holds image by image; flatten from dimension 1 on"
+                )
             if isinstance(layer, Residual) and before._version != version:
                 raise ValueError(
                     f"layer {name} (Residual) changes its input before both of its parts have read "
@@ -690,6 +709,7 @@ def is_open(module):
     """True for a plain nn.Sequential, of which the layers count one by one."""
     kind = type(module)
     plain = kind.forward is nn.Sequential.forward and kind.__call__ is nn.Module.__call__
+    plain = plain and kind.__iter__ is nn.Sequential.__iter__  # forward goes through it
     plain = plain and "forward" not in vars(module)
     return plain and is_bounded_as(module, object)
 
@@ -716,6 +736,12 @@ def _evaluation(model):
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        for name, module in model.named_modules():
+            if module.training:
+                raise TypeError(
+                    f"no Lipschitz bound known for {name} ({describe(module)}), which stays in "
+                    "training mode when it is set to evaluation mode"
+                )
         yield
     finally:
         for module, mode in training:
@@ -743,15 +769,20 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
     ):  # where a weight is computed, this may depend on the mode
         with progress_bar(len(layers), "bounds", "layer", progress) as bar:
             for _, layer, shape in layers:
-                K *= operator_norm(layer, shape, method)
+                norm = operator_norm(layer, shape, method)
+                K *= norm
+                if method in ("guaranteed", "fast") and norm > 0:
+                    K = max(K, TINY)  # a product that underflows to 0 would certify every distance
                 bar.update()
         W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
-    matrix = K * row_distances(head, W)
+    distances = row_distances(head, W)
+    matrix = K * distances
     if method in ("guaranteed", "fast"):
         # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
+        matrix = torch.where((distances > 0) & (matrix < TINY) & (K > 0), TINY, matrix)
     return matrix.fill_diagonal_(0)
 
 
@@ -765,6 +796,12 @@ def normalisation(model):
         if not torch.is_tensor(value):
             value = getattr(model, f"input_{name}", default)
         values.append(torch.as_tensor(value).detach().to("cpu", torch.float64).reshape(-1))
+    channels = tuple(model.input_shape)[0]
+    if max(map(len, values)) > max(1, channels):  # broadcasting would repeat the input
+        raise ValueError(
+            f"{len(values[0])} values of input_std and {len(values[1])} of input_mean for inputs "
+            f"with {channels} channels: give one, or one per channel"
+        )
     if not (values[0] > 0).all():
         raise ValueError(f"input_std must be positive, got {values[0].tolist()}")
     return values
@@ -812,7 +849,7 @@ def _stretch(layer, input_shape, steps=20):
     layer = _evaluation_copy(layer)
     random = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 1, *input_shape, generator=random, dtype=torch.float64)
-    y, pullback = torch.func.vjp(layer, x)  # u -> J^T u
+    y, pullback = torch.func.vjp(lambda z: layer(z.clone()), x)  # u -> J^T u; in place or not
     _, pushforward = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(y))  # v -> J v
     for _ in range(steps):
         v = pullback(pushforward(v)[0])[0]
@@ -837,7 +874,7 @@ def row_distances(head, W):
 
 def head_rows(head):
     """The rows w_i of a head, (C, features), differentiable: logit_i = w_i^T features + b_i."""
-    if hasattr(head, "rows"):
+    if isinstance(head, HEADS):  # another Linear may have a method of that name
         return head.rows()
     return head.weight
 

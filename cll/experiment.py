@@ -977,6 +977,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
                 net, dataset.train_images, seed=params.seed, progress=progress,
                 **params.tightness.model_dump(),
             )  # fmt: skip
+        if lower > K_f * (1 + 1e-6):
+            raise RuntimeError(
+                f"{params.name}, seed {params.seed}: two inputs are moved apart {lower:.6g} times, "
+                f"but the guaranteed K is {K_f:.6g}: a bound of this kit is false, please report it"
+            )
         record["K_lower"] = lower
         record["tightness"] = lower / K_f
         record["tightness_paper_style"] = lower / K_f_paper

@@ -720,7 +720,8 @@ def stopped_constant(model, tolerance=1e-5, seed=0):
 def certificate_gap(folders, pixels=(36, 72, 108)):
     """What the proof costs finished runs: DataFrame, two rows per run.
 
-    folders: those of the runs; runs that certify nothing are left out. Columns: run; n (test
+    folders: those of the runs; runs that certify nothing, or keep guaranteed radii alone,
+        are left out. Columns: run; n (test
     points); K, the guaranteed one; by, another way to K: "converged" (the paper's) or "stopped"
     (`stopped_constant`, of plain networks); lower, how far its K lies below the guaranteed one,
     relatively; "k/255" for each k of `pixels`: the number of points that are right and certified
@@ -733,6 +734,8 @@ def certificate_gap(folders, pixels=(36, 72, 108)):
         if not math.isfinite(record["K_f"]):
             continue
         arrays = np.load(folder / "radii.npz")
+        if "radius_paper_style" not in arrays:  # committed runs keep the guaranteed radii alone
+            continue
         right, proven = arrays["correct"], arrays["radius"]
         constants = {"converged": record["K_f_paper_style"]}
         if record["model"] in PLAIN:

@@ -293,13 +293,15 @@ class SOCConv2d(nn.Module):
     the buffer `norm`, which `bounds.settle` sets to a proven bound.
 
     Singla and Feizi, "Skew orthogonal convolutions", ICML 2021. Raises ValueError for an even
-    kernel, whose adjoint does not fit the same padding.
+    kernel, whose adjoint does not fit the same padding, and for terms beyond 1 to 64.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"SOCConv2d needs an odd kernel, got {kernel_size}")
+        if not all(1 <= count <= 64 for count in terms):
+            raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.terms = kernel_size, stride, tuple(terms)
         c = max(in_channels * stride**2, out_channels)

@@ -27,6 +27,7 @@ from .bounds import (
     lipschitz_matrix,
     normalisation,
     operator_norm,
+    row_distances,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
 from .norms import U, apply_adjoint, apply_linear, gamma, matrix_norm
@@ -284,6 +285,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     """
     exact, layers = _exact(model)
     rows = head_rows(exact.head)
+    distances = row_distances(exact.head, rows)
     K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
     images = torch.as_tensor(images).cpu()
     logits, radius = logits.to("cpu", torch.float64), torch.as_tensor(radius).clone()
@@ -304,8 +306,10 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
                     continue
                 if state is None:
                     state = _forward(exact, layers, images[part], f)
-                local, lost = top.clone(), torch.zeros_like(top)
-                ratio = torch.where(is_y, math.inf, margin / top)
+                # the rounding of every margin, also of those that no local bound is asked for
+                apart = distances[y] * state.errors[-1][:, None]
+                local, lost = top.clone(), (state.head_error[:, None] + apart) * ROUNDED
+                ratio = torch.where(is_y, math.inf, (margin - lost) / top)
                 nearest = ratio.argmin(dim=1)[:, None] == torch.arange(f.shape[1])
                 # the nearest class first: where it fails, the others need no work
                 for asked in (nearest, ~nearest & (ratio <= rho)):
@@ -391,12 +395,11 @@ def _forward(model, layers, images, logits=None):
     error = 4 * U * ((x.abs() + mean.abs()) / std).flatten(1).norm(dim=1)
     folds, errors = [], [error]
     for step in layers:
-        z = h
-        h = step.layer(z)
-        folds.append(_folds(step.layer, z))
+        folds.append(_folds(step.layer, h))
         a, b = step.error
-        error = step.norm * error + a * z.flatten(1).norm(dim=1) + b
+        error = step.norm * error + a * h.flatten(1).norm(dim=1) + b
         errors.append(error * ROUNDED)
+        h = step.layer(h)  # last: an in-place activation overwrites its input
     rows, bias = head_rows(model.head), getattr(model.head, "bias", None)
     size = rows.norm(dim=1).max() * h.flatten(1).norm(dim=1)
     if bias is not None:
@@ -444,6 +447,9 @@ def _follow(model, layers, state, n, c, rho, rule):
     computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
     tilt = rule is _tilt
     std, _ = normalisation(model)
+    # a power of two: the squares of rows of 1e-160 would vanish, and what they charge with them
+    unit = torch.exp2(torch.frexp(c.abs().amax(1)).exponent.double())
+    c = c / unit[:, None]
     gain = [ROUNDED / std.min().item()]
     for step in layers:
         gain.append(gain[-1] * step.norm * ROUNDED)
@@ -452,7 +458,7 @@ def _follow(model, layers, state, n, c, rho, rule):
     charge = 8 * U * size * (1 if tilt else gain[-1])
     pair_charge = torch.zeros_like(charge)
     bound = torch.full_like(charge, math.inf)
-    E, depth = state.head_error[n], len(layers)
+    E, depth = torch.zeros_like(charge), len(layers)
     while depth and _is_known(layers[depth - 1]):
         depth -= 1
         step = layers[depth]
@@ -496,7 +502,7 @@ def _follow(model, layers, state, n, c, rho, rule):
     if depth == 0:  # the gradient in the un-normalised input
         size = (c / std.view(-1, *[1] * (c.ndim - 2))).flatten(1).norm(dim=1)
         bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
-    return bound * ROUNDED, E * ROUNDED
+    return bound * unit * ROUNDED + TINY, (E * unit + state.head_error[n]) * ROUNDED
 
 
 def _is_known(step):

@@ -50,19 +50,20 @@ from .norms import TINY, U, gamma, output_shape, proven_norm
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
 
-def margin_error(model, images, predicted):
+def margin_error(model, images, predicted, method="guaranteed"):
     """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
 
     model: LipschitzNet or a module with its attributes, whose logits were computed in float64.
-    images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64.
+    images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64; method:
+    "guaranteed" or "fast", of the layers' norms.
     """
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
-    size = x.cpu().flatten(1).norm(dim=1) * SAFE
+    size = lengths(x.cpu().flatten(1)) * SAFE
     std, mean = normalisation(model)
     smallest, pixels = std.min().item(), math.prod(model.input_shape)
     offset = mean.abs().max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
     body = copy.deepcopy(model.body).to("cpu", torch.float64).eval()
-    gain, shift, a, b = chain(body, model.input_shape)
+    gain, shift, a, b = chain(body, model.input_shape, method)
     error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
     size = size / smallest + offset  # of what the body sees
     error = (error + a * size + b) * SAFE  # of the features
@@ -70,13 +71,18 @@ def margin_error(model, images, predicted):
     rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
     bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
     features = gain * size + shift + error
-    largest = rows.abs().amax(1).clamp_min(1e-300)  # squares of tiny rows underflow
-    length = (rows / largest[:, None]).norm(dim=1) * largest
+    length = lengths(rows)
     # 2 D: rows that are divided by their length are themselves off by gamma(D)
     logit = gamma(2 * rows.shape[1] + 16) * (length * features[:, None] + bias) + TINY  # (N, C)
     predicted = predicted.cpu()
     both = logit + logit.gather(1, predicted[:, None])
     return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
+
+
+def lengths(rows):
+    """L2 norms of the rows (N, D), also of those whose squares underflow: (N,)."""
+    largest = rows.abs().amax(1).clamp_min(1e-300)
+    return (rows / largest[:, None]).norm(dim=1) * largest
 
 
 def chain(module, input_shape, method="guaranteed"):
@@ -87,16 +93,17 @@ def chain(module, input_shape, method="guaranteed"):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
-        a = norm * a + slope * (gain + a)
-        b = norm * b + slope * (shift + b) + constant + TINY  # for underflow
-        gain, shift = norm * gain, norm * shift + at_zero(layer, shape) + constant + TINY
+        a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
+        b = norm * b + slope * (shift + b) + constant + TINY
+        gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
 
 
 @torch.no_grad()
 def at_zero(layer, input_shape):
     """||layer(0)|| as computed, rounded up."""
-    return layer(torch.zeros(1, *input_shape, dtype=torch.float64)).norm().item() * SAFE
+    output = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
+    return lengths(output.reshape(1, -1)).item() * SAFE
 
 
 def rounding(layer, input_shape):
@@ -107,8 +114,9 @@ def rounding(layer, input_shape):
     """
     kind = type(layer)
     known = next(k for k in kind.__mro__ if k in _table.registry)
-    if known is not object and kind.forward is not known.forward:  # a subclass that does other work
-        known = object
+    for method in ("forward", "_conv_forward"):  # a subclass that does other work
+        if getattr(kind, method, None) is not getattr(known, method, None):
+            known = object
     return _table.registry[known](layer, input_shape)
 
 
@@ -164,7 +172,7 @@ def _linear(layer, input_shape):
             outputs = math.prod(output_shape(layer, input_shape)[1:])
         elif len(input_shape) > 1:
             outputs = math.prod(input_shape[:-1])
-        constant = layer.bias.detach().double().norm().item() * math.sqrt(outputs)
+        constant = lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(outputs)
     return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
 
@@ -193,7 +201,7 @@ def _batch_norm(layer, input_shape):
     if layer.bias is not None:
         offset = offset + layer.bias.detach().cpu().double().abs()
     positions = math.sqrt(math.prod(input_shape[1:]))
-    return 16 * U * scale.max().item(), 16 * U * offset.norm().item() * positions
+    return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
 
 
 @register(BatchNormalized)
@@ -231,7 +239,7 @@ def _soc(layer, input_shape):
         error = (n * error + g * (m + 1) * (size + error)) / k
         size = n * size / k
         total, sizes = total + error, sizes + size
-    bias = layer.bias.detach().norm().item() * math.sqrt(math.prod(input_shape[1:]))
+    bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(math.prod(input_shape[1:]))
     return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
 
 
@@ -245,7 +253,7 @@ def _potential_step(layer, input_shape):
     m, d = absolute_norm(layer, W, input_shape), D.max().item()
     g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
     positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
-    bias = layer.bias.detach().norm().item() * positions
+    bias = lengths(layer.bias.detach()[None]).item() * positions
     # relu(W z + b): size s = m ||z|| + bias, error g s; then D, W^T, - and the error through them
     return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE
 
@@ -267,7 +275,7 @@ def _sandwich(layer, input_shape):
     if isinstance(layer, SandwichConv2d):
         positions = math.prod(layer.size)
         g = g + 64 * U * math.log2(positions + 1)
-    bias = layer.bias.detach().norm().item() * math.sqrt(positions)
+    bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(positions)
     # after relu: size s = sqrt 2 / low m_B ||z|| + bias, error 2 g s; then P, A^T
     factor = math.sqrt(2) * high * m_A * 4 * g * SAFE
     return factor * math.sqrt(2) / low * m_B, factor * bias

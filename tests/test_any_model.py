@@ -705,3 +705,112 @@ def test_no_gradient_of_a_margin_is_larger_than_K(drawn):
     model, shape = drawn
     K = check(model, shape, points=2)
     assert K.isfinite().all()
+
+
+def slope_of(layer, slope):
+    with torch.no_grad():
+        layer.weight.copy_(slope * torch.eye(layer.out_features, layer.in_features))
+        layer.bias.zero_()
+    return layer
+
+
+def test_an_activation_that_expands_may_work_in_place():
+    for kind, options in ((nn.LeakyReLU, {"negative_slope": 2.0}), (nn.SELU, {}), (nn.Mish, {})):
+        tables = [
+            cll.layer_bounds(as_lipschitz_net(
+                nn.Sequential(nn.Linear(3, 3), kind(**options, inplace=inplace), nn.Linear(3, 2)),
+                (3,),
+            ))
+            for inplace in (False, True)
+        ]  # fmt: skip
+        assert tables[0]["upper"].iloc[1] == tables[1]["upper"].iloc[1] > 1
+
+
+def test_what_runs_its_parts_in_another_order_is_refused():
+    class Twice(nn.Sequential):
+        def __iter__(self):
+            for module in self._modules.values():
+                yield from (module, module)
+
+    net = nn.Sequential(Twice(slope_of(nn.Linear(3, 3), 3.0)), nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="no Lipschitz bound known for Twice"):
+        cll.lipschitz_matrix(as_lipschitz_net(net, (3,)))
+
+
+def test_what_stays_in_training_mode_is_refused():
+    class Always(nn.Dropout):
+        def train(self, mode=True):
+            return super().train(True)
+
+    net = nn.Sequential(nn.Linear(3, 3), Always(0.9), nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="Always.* stays in training mode"):
+        as_lipschitz_net(net, (3,))
+
+
+def test_the_parts_of_a_joined_batch_normalisation_may_not_be_hooked():
+    net = as_lipschitz_net(
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).eval(), (3,)
+    )
+    cll.lipschitz_matrix(net)
+    net.body[0][0].register_forward_hook(lambda module, inputs, output: 100 * output)
+    with pytest.raises(TypeError, match="hook"):
+        cll.lipschitz_matrix(net)
+
+
+def test_convolutions_changed_after_they_were_built_are_refused():
+    other = nn.Conv2d(1, 1, 3, bias=False)
+    other.weight = nn.Parameter(torch.ones(1, 1, 5, 5))
+    moved = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
+    moved.padding = (0, 0)  # torch goes on padding by 1
+    for layer in (other, moved):
+        for method in ("guaranteed", "fast"):
+            with pytest.raises(ValueError, match="changed after it was built"):
+                operator_norm(layer, (1, 8, 8), method)
+
+
+def test_a_method_called_rows_does_not_make_a_head():
+    class Named(nn.Linear):
+        def rows(self):
+            return self.weight / 1000
+
+    head = Named(3, 2)
+    expected = cll.lipschitz_matrix(cll.LipschitzNet(nn.Sequential(), slope_of(head, 1.0), (3,)))
+    assert expected[0, 1].item() == pytest.approx(math.sqrt(2))
+
+
+def test_images_may_not_move_into_the_batch():
+    net = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 3)), nn.Flatten())
+    with pytest.raises(ValueError, match="into the batch"):
+        as_lipschitz_net(nn.Sequential(*net, nn.Linear(12, 2)), (3, 4))
+
+
+def test_more_values_of_std_than_channels_are_refused():
+    net = cll.LipschitzNet(nn.Sequential(nn.Flatten()), nn.Linear(4, 2), (1, 2, 2), 0.5)
+    net.std = torch.full((3, 1, 1), 0.5)
+    net.input_std = [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="3 values of input_std .* 1 channels"):
+        cll.lipschitz_matrix(net)
+
+
+def test_autocast_of_the_caller_changes_no_bound():
+    net = cll.build("4C3F", width=0.2)
+    expected = cll.lipschitz_matrix(net)
+    bounds.matrix_norm.__globals__["_PROVEN"].clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cll.lipschitz_matrix(net).equal(expected)
+
+
+def test_a_model_that_works_in_place_leaves_the_images_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
+            self.head, self.input_shape, self.input_std = nn.Linear(3, 2), (3,), 1.0
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    before = x.clone()
+    cll.certify(Model().double().eval(), (x, torch.zeros(5, dtype=torch.long)), radii=[0.1])
+    assert x.equal(before)

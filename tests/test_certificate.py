@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
     assert (radius <= table["radius"] * (1 + 1e-12)).all()
     assert (radius >= table["radius"] * (1 - 1e-5) - 1e-6).all()
     assert content["images"]["prediction"] == table["prediction"].tolist()
-    assert content["summary"]["n"] == content["checked"]["images"] == len(radius)
+    assert content["summary"]["n"] == content["checked"]["n"] == len(radius)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,31 @@ def test_proofs_hold_at_the_number_claimed_and_not_below_the_norm(proof, layer, 
     assert norms.confirm(layer, weight, shape, upper * (1 + 1e-7), proof)
     assert not norms.confirm(layer, weight, shape, lower * (1 - 1e-6), proof)
     assert not norms.confirm(layer, weight, shape, upper * (1 + 1e-7), "zero")
+
+
+def test_proofs_of_zero_padding_prove_nothing_of_another_map():
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    nn.init.ones_(layer.weight)  # norm 9 on a 3x3 image, 5.83 with zeros around it
+    weight = layer.weight.detach()
+    for proof in ("block Cholesky", "DFT in one direction", "Cholesky"):
+        assert not norms.confirm(layer, weight, (1, 3, 3), 9.1, proof)
+    assert norms.confirm(layer, weight, (1, 3, 3), 9.1, "DFT")
+    assert not norms.confirm(layer, weight, (1, 3, 3), 8.9, "DFT")
+    for proof in ("block Cholesky", "DFT in one direction", "DFT"):
+        assert not norms.confirm(nn.Linear(4, 4), torch.eye(4).double(), (4,), 1.1, proof)
+
+
+def test_what_a_certificate_claims_is_not_kept_as_a_proof(tmp_path):
+    """True but loose: later bounds of the process must not become loose with it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    data = images((4,), 3)
+    path = write(net, data, tmp_path / "certificate.json", RADII)
+    norms._PROVEN.clear()
+    verify(path, data=data)
+    assert not norms._PROVEN
+    table = cll.layer_bounds(cll.as_lipschitz_net(net, (4,)))
+    assert table["lower"].iloc[0] > 0.999 * table["upper"].iloc[0]
 
 
 # ------------------------------------------------------------------------------------- tampering
@@ -231,6 +257,14 @@ EDITS = {  # (edit, what the message must name)
     "accuracy": (lambda c: put(c, "summary", "clean", value=0.987), "clean"),
     "CRA": (lambda c: put(c, "summary", "cra", "36/255", value=0.987), "cra"),
     "no radius": (lambda c: c["summary"]["cra"].update({"a lot": 1.0}), "summary"),
+    "endless radius": (lambda c: c["summary"]["cra"].update({"1e99999999": 1.0}), "summary"),
+    "negative radius": (lambda c: c["summary"]["cra"].update({"-1": 1.0}), "summary"),
+    "dense proof of a convolution": (
+        lambda c: put(c, "bounds", "body.1", "proof", value="Cholesky"), "body.1"),
+    "proof of a convolution": (
+        lambda c: put(c, "bounds", "head", "proof", value="x") if "head" in c["bounds"] else
+        put(c, "bounds", "body.9", "proof", value="block Cholesky"), "bounds"),
+    "overflowing bound": (lambda c: put(c, "bounds", "body.1", "bound", value=1.7e308), "K"),
 }  # fmt: skip
 
 
@@ -289,6 +323,26 @@ def test_an_edit_that_is_not_signed_anew_is_caught(honest, tmp_path):
         check(certificate, *rest, tmp_path)
 
 
+def test_a_key_twice_is_caught(honest, tmp_path):
+    """The last one counts for this reader and the first for another."""
+    certificate, *rest = honest
+    check(certificate, *rest, tmp_path)
+    path = tmp_path / "certificate.json"
+    path.write_text(path.read_text().replace('"summary": {', '"summary": {"clean": 1.0, ', 1))
+    with pytest.raises(Invalid, match="a key occurs twice"):
+        verify(path, data=tuple(rest[1:]))
+
+
+def test_weights_that_are_no_numbers_are_caught(honest, tmp_path):
+    certificate, tensors, x, y = copy.deepcopy(honest)
+    for name in ("head.weight", "body.1.0.weight"):
+        broken = tensors | {name: tensors[name].clone().fill_(math.nan)}
+        certificate["weights"]["tensors"][name] = _tensor_record(broken[name])
+        certificate["digest"] = _sign(certificate)
+        with pytest.raises(Invalid):
+            check(certificate, broken, x, y, tmp_path)
+
+
 def test_truncated_json_is_caught(honest, tmp_path):
     path = tmp_path / "certificate.json"
     path.write_text(json.dumps(honest[0])[:-100])
@@ -328,7 +382,9 @@ def test_changed_images_are_caught(honest, tmp_path):
     with pytest.raises(Invalid, match="the data hold 23"):
         check(certificate, tensors, x[:-1], y[:-1], tmp_path)
     path = tmp_path / "certificate.json"
-    assert verify(path, data=(pixel, y), images=11)["checked"] == {"images": 11, "of": 24}
+    checked = verify(path, data=(pixel, y), images=11)["checked"]
+    right = np.array(certificate["images"]["prediction"][:11]) == y[:11].numpy()
+    assert checked["n"] == 11 and checked["of"] == 24 and checked["clean"] == right.mean()
 
 
 def test_what_cannot_be_described_is_refused(tmp_path):

@@ -458,3 +458,11 @@ def test_outputs_on_google_drive(tmp_path, monkeypatch):
         assert folder == tmp_path.resolve() / "MyDrive" / "cll" / "quick"
     assert mounted == [str(tmp_path)]
     assert "drive" not in str(experiment.outputs_dir("", "quick"))  # opt-in
+
+
+def test_a_K_that_two_inputs_refute_stops_the_run(tmp_path, monkeypatch):
+    real = experiment.lipschitz_matrix
+    monkeypatch.setattr(experiment, "lipschitz_matrix", lambda *a, **k: 1e-3 * real(*a, **k))
+    with pytest.raises(RuntimeError, match="moved apart .* times, but the guaranteed K"):
+        cll.run(SHORT, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "result.json").exists()

@@ -594,3 +594,58 @@ def test_networks_of_the_paper_take_local_bounds(kind):
     x = torch.rand(3, 3, 12, 12)
     assert local_estimate(net, x, 0.1).shape == (3, 4, 4)
     assert (local_lipschitz(net, x, 0.01) <= lipschitz_matrix(net)).all()
+
+
+def by_hand(*layers):
+    """nn.Sequential of Linear layers given as (weight, bias), in float64, and of modules."""
+    made = []
+    for layer in layers:
+        if not isinstance(layer, nn.Module):
+            weight, bias = (torch.tensor(v, dtype=torch.float64) for v in layer)
+            layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+        made.append(layer)
+    return nn.Sequential(*made).eval()
+
+
+def local_of(net, x, radii):
+    data = torch.tensor([x], dtype=torch.float64), torch.tensor([0])
+    return certify(net, data, radii, local=True)["radius_local"].item()
+
+
+def test_an_activation_in_place_changes_no_local_bound():
+    """f_0 - f_1 = relu(x + 10) + relu(-x - 5) - 9.5: 0.5 at 0, and 0 at -0.5."""
+    found = []
+    for inplace in (False, True):
+        relu = nn.ReLU(inplace=inplace)
+        net = by_hand(
+            ([[1.0], [-1.0]], [10.0, -5.0]), relu, ([[1.0, 1.0], [0.0, 0.0]], [-9.5, 0.0])
+        )
+        found.append(local_of(net, [0.0], [1.0, 3.0]))
+    assert found[0] == found[1] <= 0.5
+    assert found[0] > 0.49
+
+
+def test_rounding_counts_for_the_classes_that_no_local_bound_is_asked_for():
+    """Biases of 2^40 that cancel: the computed margin of class 1 is 0.5002, the true one, and with
+    it the radius, 0.5001. Class 2 is nearer, but a local bound removes it."""
+    big, x = 2.0**40, 0.5 + 0.51 * 2.0**-12
+    computed = (x + big) - big
+    net = by_hand(
+        ([[1.0]], [big]),
+        ([[1.0]], [-big]),
+        ([[1.0], [-1.0]], [8.0, 8.0]),
+        nn.ReLU(),
+        ([[0.0, 0.0], [-0.5, 0.5], [-1.0, 0.0]], [0.0, 0.0, 8.0 - 0.4 * computed]),
+    )
+    radius = local_of(net, [x], [0.995 * computed])
+    assert 0.49 < radius <= x < computed
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-160, 1e-170])
+def test_rows_whose_squares_vanish(size):
+    identity = ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    net = by_hand(identity, ([[size, 0.0], [0.0, 0.0]], [0.0, 0.0]))
+    assert local_of(net, [0.5, 0.0], [0.1, 1.0, 3.0]) <= 0.5

@@ -674,3 +674,35 @@ def test_layers_of_ones_own_have_an_error_too():
 
     assert rounding.rounding(Doubled(), (4,)) == (8 * U, 4 * U)
     assert gamma(8) > 8 * U
+
+
+def scaled_identities(*layers):
+    """nn.Sequential of Linear layers (2 -> 2) in float64, each given as (factor, bias)."""
+    made = [nn.Linear(2, 2, dtype=torch.float64) for _ in layers]
+    with torch.no_grad():
+        for layer, (factor, bias) in zip(made, layers, strict=True):
+            layer.weight.copy_(factor * torch.eye(2, dtype=torch.float64))
+            layer.bias.copy_(torch.tensor(bias, dtype=torch.float64))
+    return nn.Sequential(*made).eval()
+
+
+@pytest.mark.parametrize("method", ["guaranteed", "fast"])
+@pytest.mark.parametrize("exponent", [0, -664])
+def test_what_rounding_turned_around_has_radius_0(method, exponent):
+    """Biases of 2^54 that cancel round 1.6 + 1.6 to 4 - 2 or 4: the exact logits are 3.0 and 3.2,
+    the computed ones say class 0. Also where the squares of the biases underflow."""
+    s, back = 2.0**exponent, 2.0 ** (-exponent // 2)
+    net = scaled_identities(
+        (s, [2.0**54 * s] * 2), (1, [0, 1.6 * s]), (1, [-(2.0**54) * s] * 2),
+        (back, [0, 0]), (back, [0, 0]), (1, [0, 0]),
+    )  # fmt: skip
+    x = torch.tensor([[3.0, 1.6]], dtype=torch.float64)
+    table = cll.certify(net, (x, torch.tensor([0])), method=method)
+    assert table["prediction"].item() == 0 and table["radius"].item() == 0
+
+
+def test_a_constant_that_underflows_on_the_way_certifies_no_distance():
+    net = scaled_identities(*[(1e-170, [0, 0])] * 2, *[(1e85, [0, 0])] * 4, (1, [0, 0]))
+    x = torch.tensor([[2e70, 1e70]], dtype=torch.float64)  # the network is the identity
+    table = cll.certify(net, (x, torch.tensor([0])))
+    assert table["radius"].item() <= 1e70 / 2**0.5

@@ -53,13 +53,13 @@ def main(arguments=None):
     except (OSError, ValueError, TypeError, DataNotFound) as error:
         print(f"cannot {args.command}: {error}", file=sys.stderr)
         return 2
-    summary, checked = content["summary"], content["checked"]
-    cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in summary["cra"].items())
-    part = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    checked = content["checked"]
+    cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
+    part = "all" if checked["n"] == checked["of"] else f"the first {checked['n']} of"
     print(
         f"certificate holds: {len(content['bounds'])} layers, largest K "
         f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
-        f"{100 * summary['clean']:.2f} %, certified at {cra}"
+        f"{100 * checked['clean']:.2f} %, certified at {cra}"
     )
     return 0
 
