@@ -1,11 +1,13 @@
 """What training on a GPU is worth: `bash benchmarks/gpu.sh` runs this, in at most nine minutes.
 
-    python benchmarks/gpu.py [--into FOLDER] [--device cuda] [--profile smoke] [--seconds 540]
+    python benchmarks/gpu.py [--into FOLDER] [--device cuda] [--data npz:cifar10.npz]
+        [--profile smoke] [--seconds 540]
 
 Every part runs in a process of its own under a time limit, so that one that fails or hangs costs
 its own result alone; the status is then 1. `gpu.md` and `gpu.json` in the folder hold what was
-measured, PART.log what a part printed. Images are CIFAR-10 where $CLL_DATA holds it, else
-scikit-learn's digits, repeated to as many: steps take as long, accuracies say little.
+measured, PART.log what a part printed, all of it up to the part at work. Images are CIFAR-10 where
+--data or $CLL_DATA holds it, else scikit-learn's digits, repeated to as many: steps take as long,
+accuracies say little.
 Profile smoke runs all of it at tiny sizes, also on a CPU: a check of the mechanics.
 """
 
@@ -47,8 +49,10 @@ def runs(args, seeds):
 def images(args):
     """The training and test images of all parts."""
     try:
-        data = cll.data.load("cifar10", download=False)
+        data = cll.data.load(args.data or "cifar10", download=False)
     except FileNotFoundError:
+        if args.data:
+            raise
         data = cll.data.load("digits")
         rows = torch.arange(50_000) % len(data.train_targets)
         x, y = data.train_images[rows], data.train_targets[rows]
@@ -66,10 +70,10 @@ def images(args):
 def tests(args):
     """The tests that need a CUDA device."""
     files = [str(cll.ROOT / f"tests/test_{name}.py") for name in ("cuda", "data")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=cll.ROOT, text=True, stdout=subprocess.PIPE)
-    print(done.stdout)
-    result = done.stdout.strip().splitlines()[-1].strip("= ")
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    # into the log of this part as it goes: where time runs out, it says which tests passed
+    done = subprocess.run(command, cwd=cll.ROOT)
+    result = (args.into / "tests.log").read_text().strip().splitlines()[-1].strip("= ")
     if done.returncode or (args.device == "cuda" and "skipped" in result):
         sys.exit(f"tests: {result}")
     return {"result": result}
@@ -86,7 +90,9 @@ def steps(args):
             row = {"model": model, "variant": name, "ms": 1e3 * seconds, "flops": flops / seconds}
             rate = rates[name.endswith(("tf32", "bfloat16"))]
             rows.append(row | {"utilisation": row["flops"] / rate})
-    return {"batch": batch, "rows": rows, "matmul": rates[0], "matmul_tf32": rates[1]}
+        found = {"batch": batch, "rows": rows, "matmul": rates[0], "matmul_tf32": rates[1]}
+        keep(args, "steps", found)  # the next network may take too long
+    return found
 
 
 def matmul(args, tf32=False):
@@ -162,6 +168,13 @@ def progress(args, name):
     return found | {"total_s": seconds * epochs / done}  # extrapolated, where epochs are missing
 
 
+def keep(args, name, found):
+    """What a part has found so far, where `attempt` reads it; never half of it."""
+    temporary = args.into / f"{name}.json.tmp"
+    temporary.write_text(json.dumps(found, indent=1))
+    os.replace(temporary, args.into / f"{name}.json")
+
+
 # name -> (function, seconds that it may take); nine takes what is left
 PARTS = {"tests": (tests, 90), "steps": (steps, 60), "baseline": (textbook, 60)}
 PARTS |= {"memory": (memory, 40), "single": (single, 260), "nine": (nine, 540)}
@@ -172,10 +185,12 @@ def attempt(args, name, limit):
     own, log = args.into / f"{name}.json", args.into / f"{name}.log"
     own.unlink(missing_ok=True)
     options = ["--device", args.device, "--profile", "smoke" if args.smoke else "full"]
+    options += ["--data", args.data] if args.data else []
     command = [sys.executable, __file__, "--part", name, "--into", str(args.into), *options]
     began = time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        # a group and no session: whoever ends the session of this process ends the part with it
+        process = subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
         try:
             code = process.wait(max(1, limit))
         except subprocess.TimeoutExpired:
@@ -271,6 +286,7 @@ def main():
     )
     parser.add_argument("--into", type=Path, default=cll.ROOT / "outputs/gpu")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--data", default="", help="CIFAR-10 as npz:PATH or folder:PATH")
     parser.add_argument("--profile", default="full", choices=["full", "smoke"])
     parser.add_argument("--seconds", type=float, default=540, help="for everything")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
@@ -282,9 +298,9 @@ def main():
             "gpu.py: PyTorch finds no CUDA device; --device cpu --profile smoke checks the script"
         )
     if args.part:
-        found = PARTS[args.part][0](args)
-        (args.into / f"{args.part}.json").write_text(json.dumps(found, indent=1))
+        keep(args, args.part, PARTS[args.part][0](args))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # `attempt` ends its part
     args.into.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(args.into / "runs", ignore_errors=True)  # else training would resume
     record = {"profile": args.profile, **provenance(args.device), "parts": {}}

@@ -5,7 +5,7 @@
 #     bash benchmarks/gpu.sh
 #     DEVICE=cpu PROFILE=smoke bash benchmarks/gpu.sh    # the mechanics, without a GPU
 #
-# PYTHON, OUT (outputs/gpu) and CLL_DATA (a folder with CIFAR-10) may be set.
+# PYTHON, OUT (outputs/gpu), DATA (npz:cifar10.npz) or CLL_DATA (a folder with CIFAR-10) may be set.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -21,5 +21,5 @@ if ! "$PYTHON" -c "$needs" 2>/dev/null; then
 fi
 "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-exec "$PYTHON" benchmarks/gpu.py --into "$OUT" --device "${DEVICE:-cuda}" \
+exec "$PYTHON" benchmarks/gpu.py --into "$OUT" --device "${DEVICE:-cuda}" --data "${DATA:-}" \
   --profile "${PROFILE:-full}" --seconds $((540 - SECONDS))

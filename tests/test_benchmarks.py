@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_the_reference_names_lines_of_the_table():
 
 @pytest.fixture
 def arguments(tmp_path):
-    return argparse.Namespace(into=tmp_path, device="cpu", smoke=False)
+    return argparse.Namespace(into=tmp_path, device="cpu", smoke=False, data="")
 
 
 def test_a_training_that_was_stopped_is_extrapolated_and_says_so(arguments):
@@ -129,6 +130,41 @@ def test_a_part_that_fails_or_hangs_is_reported(arguments, monkeypatch):
     record = {"profile": "full", "device": "d", "versions": {}, "data": "digits"}
     text = "\n".join(gpu.markdown(record | {"parts": {"steps": found, "nine": hanging}}))
     assert "- steps: " in text and "FAILED; OSError: 7" in text and "stopped after 1 s" in text
+
+
+WHOLE = """
+import argparse, pathlib, signal, sys
+part, benchmarks = map(pathlib.Path, sys.argv[1:])
+sys.path.insert(0, str(benchmarks))
+import gpu
+gpu.__file__ = str(part)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+arguments = argparse.Namespace(into=part.parent, device="cpu", smoke=True, data="")
+gpu.attempt(arguments, "steps", 600)
+"""
+PART = """
+import os, pathlib, time
+own = pathlib.Path(__file__).with_name("own")
+own.write_text(f"{os.getpid()} {os.getsid(0)}")
+own.rename(own.with_name("started"))
+time.sleep(600)
+"""
+
+
+def test_a_part_ends_with_the_script(tmp_path):
+    """Terminated, the script ends its part; killed, the part is still in the script's session."""
+    part, started = tmp_path / "part.py", tmp_path / "started"
+    part.write_text(PART)
+    script = subprocess.Popen([sys.executable, "-c", WHOLE, part, cll.ROOT / "benchmarks"])
+    while not started.exists():
+        assert script.poll() is None
+        time.sleep(0.05)
+    pid, session = map(int, started.read_text().split())
+    assert session == os.getsid(script.pid)
+    script.terminate()
+    assert script.wait(60) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.slow
