@@ -176,8 +176,8 @@ def keep(args, name, found):
 
 
 # name -> (function, seconds that it may take); nine takes what is left
-PARTS = {"tests": (tests, 90), "steps": (steps, 60), "baseline": (textbook, 60)}
-PARTS |= {"memory": (memory, 40), "single": (single, 260), "nine": (nine, 540)}
+PARTS = {"tests": (tests, 140), "steps": (steps, 60), "baseline": (textbook, 60)}
+PARTS |= {"memory": (memory, 40), "single": (single, 240), "nine": (nine, 540)}
 
 
 def attempt(args, name, limit):
