@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -50,7 +49,7 @@ from .local import local_radius
 from .losses import cll_scale
 from .progress import progress_bar
 from .rounding import margin_error
-from .training import build_network, load_checkpoints, load_snapshots, train
+from .training import build_network, device_name, load_checkpoints, load_snapshots, train
 
 __all__ = [
     "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "finished",
@@ -996,6 +995,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record |= {"attack": attack} if attack else {}
     now = provenance(device)
     trained = {key: (finished or now)[key] for key in ("device", "git_revision", "date")}
+    checkpoints = load_checkpoints(
+        params, out_dir
+    )  # made elsewhere, if brought here to be certified
+    if checkpoints:
+        trained["device"] = checkpoints[max(checkpoints)].get("device", trained["device"])
     record |= {
         "certifier": CERTIFIER,
         "trained": (finished or {}).get("trained", trained),
@@ -1060,9 +1064,8 @@ def provenance(device="cpu"):
     revision = git("rev-parse", "HEAD")
     if revision and git("status", "--porcelain", "--untracked-files=no"):
         revision += " with local changes"
-    cuda = str(device).startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": sys.version.split()[0],

@@ -18,6 +18,7 @@ import csv
 import functools
 import itertools
 import os
+import platform
 import time
 import warnings
 from collections import OrderedDict
@@ -764,6 +765,13 @@ def _describe(runs):
     return f"{label}, seed{'s' if len(seeds) > 1 else ''} {','.join(map(str, seeds))}"
 
 
+def device_name(device):
+    """What results call a device."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
 def _finite(*values):
     return all(abs(v) < float("inf") for v in values)  # a comparison with NaN is False
 
@@ -834,6 +842,7 @@ class _Saver:
                 "generator": generators[s],
                 "diverged": diverged[s],
                 "seconds": seconds / len(self.stack.runs),
+                "device": device_name(self.stack.device),
                 **self.stack.state(s),
             }
             for s, run in enumerate(self.stack.runs)

@@ -386,6 +386,18 @@ def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypat
     assert json.loads(path.read_text()) == again
 
 
+def test_a_run_certified_elsewhere_says_where_it_trained(tmp_path, monkeypatch):
+    """Trained on a GPU, and certified from its last checkpoint on a CPU."""
+    params = cll.load_params(SHORT)
+    with monkeypatch.context() as m:
+        m.setattr(cll.training, "device_name", lambda device: "a GPU")
+        m.setattr(cll.experiment, "_evaluate", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cll.run(params, tmp_path, progress=False)
+    record = cll.run(params, tmp_path, progress=False)
+    assert record["trained"]["device"] == "a GPU" and record["device"].startswith("cpu")
+
+
 class TestSnapshots:
     """Weights of some epochs, certified when training is done."""
 
