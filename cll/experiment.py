@@ -995,10 +995,8 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record |= {"attack": attack} if attack else {}
     now = provenance(device)
     trained = {key: (finished or now)[key] for key in ("device", "git_revision", "date")}
-    checkpoints = load_checkpoints(
-        params, out_dir
-    )  # made elsewhere, if brought here to be certified
-    if checkpoints:
+    # they may have been made elsewhere and brought here to be certified
+    if checkpoints := load_checkpoints(params, out_dir):
         trained["device"] = checkpoints[max(checkpoints)].get("device", trained["device"])
     record |= {
         "certifier": CERTIFIER,
