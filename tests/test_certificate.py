@@ -106,7 +106,7 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
     assert (radius <= table["radius"] * (1 + 1e-12)).all()
     assert (radius >= table["radius"] * (1 - 1e-5) - 1e-6).all()
     assert content["images"]["prediction"] == table["prediction"].tolist()
-    assert content["summary"]["n"] == content["checked"]["n"] == len(radius)
+    assert content["summary"]["n"] == content["checked"]["images"] == len(radius)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_changed_images_are_caught(honest, tmp_path):
     path = tmp_path / "certificate.json"
     checked = verify(path, data=(pixel, y), images=11)["checked"]
     right = np.array(certificate["images"]["prediction"][:11]) == y[:11].numpy()
-    assert checked["n"] == 11 and checked["of"] == 24 and checked["clean"] == right.mean()
+    assert checked["images"] == 11 and checked["of"] == 24 and checked["clean"] == right.mean()
 
 
 def test_what_cannot_be_described_is_refused(tmp_path):

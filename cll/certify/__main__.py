@@ -55,7 +55,7 @@ def main(arguments=None):
         return 2
     checked = content["checked"]
     cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
-    part = "all" if checked["n"] == checked["of"] else f"the first {checked['n']} of"
+    part = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
     print(
         f"certificate holds: {len(content['bounds'])} layers, largest K "
         f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
