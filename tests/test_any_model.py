@@ -814,3 +814,15 @@ def test_a_model_that_works_in_place_leaves_the_images_alone():
     before = x.clone()
     cll.certify(Model().double().eval(), (x, torch.zeros(5, dtype=torch.long)), radii=[0.1])
     assert x.equal(before)
+
+
+def test_a_skew_convolution_of_another_kernel_or_an_endless_series_is_refused():
+    class Other(layers.SOCConv2d):
+        def skew_kernel(self):
+            return 2 * super().skew_kernel()
+
+    with pytest.raises(TypeError, match="replaces skew_kernel of SOCConv2d"):
+        operator_norm(Other(2, 2), (2, 8, 8))
+    for terms in ((5, 300), (0, 12)):
+        with pytest.raises(ValueError, match="1 to 64 terms"):
+            layers.SOCConv2d(2, 2, terms=terms)
