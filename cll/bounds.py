@@ -739,8 +739,8 @@ def _evaluation(model):
         for name, module in model.named_modules():
             if module.training:
                 raise TypeError(
-                    f"no Lipschitz bound known for {name} ({describe(module)}), which stays in "
-                    "training mode when it is set to evaluation mode"
+                    f"no Lipschitz bound known for {name or 'a model'} ({describe(module)}), which "
+                    "stays in training mode when it is set to evaluation mode"
                 )
         yield
     finally:

@@ -720,12 +720,12 @@ def stopped_constant(model, tolerance=1e-5, seed=0):
 def certificate_gap(folders, pixels=(36, 72, 108)):
     """What the proof costs finished runs: DataFrame, two rows per run.
 
-    folders: those of the runs; runs that certify nothing, or keep guaranteed radii alone,
-        are left out. Columns: run; n (test
-    points); K, the guaranteed one; by, another way to K: "converged" (the paper's) or "stopped"
-    (`stopped_constant`, of plain networks); lower, how far its K lies below the guaranteed one,
-    relatively; "k/255" for each k of `pixels`: the number of points that are right and certified
-    by it at that radius, but not guaranteed; "most", the largest such number of all k up to 255.
+    folders: those of the runs; runs that certify nothing, or keep guaranteed radii alone, are left
+    out. Columns: run; n (test points); K, the guaranteed one; by, another way to K: "converged"
+    (the paper's) or "stopped" (`stopped_constant`, of plain networks); lower, how far its K lies
+    below the guaranteed one, relatively; "k/255" for each k of `pixels`: the number of points that
+    are right and certified by it at that radius, but not guaranteed; "most", the largest such
+    number of all k up to 255.
     """
     grid = np.arange(1, 256) / 255
     rows = []

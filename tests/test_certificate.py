@@ -262,9 +262,8 @@ EDITS = {  # (edit, what the message must name)
     "dense proof of a convolution": (
         lambda c: put(c, "bounds", "body.1", "proof", value="Cholesky"), "body.1"),
     "proof of a convolution": (
-        lambda c: put(c, "bounds", "head", "proof", value="x") if "head" in c["bounds"] else
-        put(c, "bounds", "body.9", "proof", value="block Cholesky"), "bounds"),
-    "overflowing bound": (lambda c: put(c, "bounds", "body.1", "bound", value=1.7e308), "K"),
+        lambda c: put(c, "bounds", "body.9", "proof", value="block Cholesky"), "body.9"),
+    "overflowing bound": (lambda c: put(c, "bounds", "body.1", "bound", value=1.7e308), "K: "),
 }  # fmt: skip
 
 

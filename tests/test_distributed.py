@@ -141,7 +141,8 @@ def test_missing_accelerate_is_an_error_that_says_what_to_install(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     ranks.connect.cache_clear()
-    with pytest.raises(RuntimeError, match=r"2 processes need .*pip install -e '\.\[dist"):
+    wanted = r"2 processes need .*pip install -e '\.\[distributed\]'"
+    with pytest.raises(RuntimeError, match=wanted):
         ranks.connect("cpu")
 
 

@@ -689,8 +689,9 @@ def scaled_identities(*layers):
 @pytest.mark.parametrize("method", ["guaranteed", "fast"])
 @pytest.mark.parametrize("exponent", [0, -664])
 def test_what_rounding_turned_around_has_radius_0(method, exponent):
-    """Biases of 2^54 that cancel round 1.6 + 1.6 to 4 - 2 or 4: the exact logits are 3.0 and 3.2,
-    the computed ones say class 0. Also where the squares of the biases underflow."""
+    """Numbers near 2^54 are 4 apart: with biases of that size, which cancel, 3 becomes 4 and 1.6,
+    added twice, nothing. The exact logits are 3.0 and 3.2, the computed ones say class 0. Also
+    where the squares of the biases underflow."""
     s, back = 2.0**exponent, 2.0 ** (-exponent // 2)
     net = scaled_identities(
         (s, [2.0**54 * s] * 2), (1, [0, 1.6 * s]), (1, [-(2.0**54) * s] * 2),
