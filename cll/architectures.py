@@ -8,6 +8,7 @@ head whose rows enter pairwise, so that one matrix K bounds every margin:
 
 import difflib
 import math
+import sys
 
 import torch
 from torch import nn
@@ -19,13 +20,14 @@ from .bounds import (
     head_rows,
     is_bounded_as,
     is_linear,
-    is_open,
+    know,
     layer_inputs,
     layer_lipschitz,
     leaves,
     operator_norm,
     output_shape,
     pairwise_distances,
+    refuse_foreign,
     refuse_overridden,
     settle,
 )
@@ -36,6 +38,7 @@ from .layers import (
     CPLLinear,
     Householder,
     MaxMin,
+    Normalising,
     Normalize,
     NormalizedLinear,
     PadChannels,
@@ -51,7 +54,7 @@ from .layers import (
 __all__ = ["LipschitzNet", "as_lipschitz_net", "build"]
 
 
-class LipschitzNet(nn.Module):
+class LipschitzNet(Normalising):
     """A classifier that can say how fast its margins change.
 
     body: nn.Sequential of layers with a known Lipschitz bound, ending in features (N, d).
@@ -70,24 +73,16 @@ class LipschitzNet(nn.Module):
         super().__init__()
         self.body, self.head = body, head
         self.input_shape = tuple(input_shape)
-        channels = (-1,) + (1,) * (len(self.input_shape) - 1)
-        # On the CPU, so that a network can be built on the meta device.
-        std, mean = (
-            torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in (input_std, input_mean)
-        )
-        if not (torch.isfinite(std).all() and std.min() > 0):
+        self.keep(input_mean, input_std)
+        if not (self.std.isfinite().all() and self.std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
-        if not {std.numel(), mean.numel()} <= {1, self.input_shape[0]}:
+        if not {self.std.numel(), self.mean.numel()} <= {1, self.input_shape[0]}:
             raise ValueError(
                 f"input_std = {input_std} and input_mean = {input_mean} do not fit inputs of shape "
                 f"{self.input_shape}: give one value, or one per channel"
             )
-        # The buffers' own values, after rounding to float32: K must fit what forward divides by.
-        self.input_std, self.input_mean = std.flatten().tolist(), mean.flatten().tolist()
-        self.normalises = bool((std != 1).any() or (mean != 0).any())
-        weight = next(self.parameters())
-        self.register_buffer("std", std.reshape(channels).to(weight.device), False)
-        self.register_buffer("mean", mean.reshape(channels).to(weight.device), False)
+        device = next(self.parameters()).device
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         # (name, input shape, constant): the constant of layers without weights never changes
         self._layers = []
         for i, (name, layer, shape) in enumerate(layer_inputs(body, self.input_shape)):
@@ -102,6 +97,14 @@ class LipschitzNet(nn.Module):
                 v = torch.randn(shape, device=like.device, dtype=like.dtype)
                 self.register_buffer(f"v{i}", v)
 
+    @property
+    def input_std(self):  # set .std in place to change it
+        return self.std.tolist()
+
+    @property
+    def input_mean(self):
+        return self.mean.tolist()
+
     def forward(self, x):
         """Logits (N, C) of un-normalised inputs x (N, *input_shape) in [0, 1]."""
         if tuple(x.shape[1:]) != self.input_shape:
@@ -109,9 +112,7 @@ class LipschitzNet(nn.Module):
                 f"wrong input shape {tuple(x.shape)}: this network takes (N, "
                 f"{', '.join(map(str, self.input_shape))})"
             )
-        if self.normalises:
-            x = (x - self.mean) / self.std
-        return self.head(self.body(x))
+        return self.head(self.body(self.normalised(x)))
 
     def body_lipschitz(self, iterations=5, through=False):
         """Training estimate of the Lipschitz constant of x -> body(x): a differentiable scalar.
@@ -120,10 +121,10 @@ class LipschitzNet(nn.Module):
         re-uses the vectors); through: see bounds.estimate. An estimate from below: for
         certificates use `cll.lipschitz_matrix(model, "guaranteed")`.
         """
-        total = 1 / self.std.min()
+        total = 1 / self.std.min().to(next(self.parameters()).dtype)
         for i, (name, shape, constant) in enumerate(self._layers):
             layer = self.body.get_submodule(name)
-            if is_linear(layer):
+            if f"v{i}" in self._buffers:
                 v = getattr(self, f"v{i}")
                 # a copy: with `through`, the backward pass needs v as it was before copy_ below
                 constant, v_new = estimate(layer, v.clone(), iterations, through)
@@ -132,7 +133,7 @@ class LipschitzNet(nn.Module):
             elif constant is None:
                 if hasattr(layer, "advance"):
                     layer.advance(iterations)
-                constant = operator_norm(layer, shape, "power")
+                constant = layer_lipschitz(layer, shape, "power")
             elif constant == 1:  # two kernels fewer for each activation
                 continue
             total = total * constant
@@ -150,12 +151,16 @@ class LipschitzNet(nn.Module):
         return self
 
 
+know(LipschitzNet, extensible=True)
+
+
 def as_lipschitz_net(model, input_shape):
     """The LipschitzNet of any classifier that is an nn.Sequential of layers with known bounds.
 
     model: an nn.Sequential, also of nested ones, of Linear, Conv2d, activations, pools, BatchNorm,
         Flatten, Dropout, transforms.Normalize (first), cll.Residual, our layers and registered
-        ones; or a LipschitzNet or a module with its attributes, which is returned as it is.
+        ones; or a LipschitzNet, which is returned as it is. torch.compile and DataParallel are
+        taken off.
     input_shape: of one sample, (C, H, W) or (features,).
 
     The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
@@ -164,14 +169,10 @@ def as_lipschitz_net(model, input_shape):
     Raises TypeError for a model with a forward of its own and for a layer without a known bound,
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
-    if hasattr(model, "body") and hasattr(model, "head") and hasattr(model, "input_shape"):
+    model = unwrapped(model)
+    refuse_foreign(model)
+    if isinstance(model, LipschitzNet):
         return model
-    if not is_open(model):
-        raise TypeError(
-            f"{type(model).__name__} has a forward of its own, which no certificate can look into: "
-            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
-            "connections, and register the bounds of your own layers with cll.bounds.register"
-        )
     weight = next(model.parameters(), torch.empty(0))
     layers = _joined(model, weight.device)
     while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
@@ -202,23 +203,52 @@ def as_lipschitz_net(model, input_shape):
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
 
 
-def _is_torchvision_normalize(layer):
-    """Told by name, so that torchvision is not imported for it."""
-    kind = type(layer)
-    return kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms.")
+def unwrapped(model):
+    """The module inside torch.compile, DataParallel and DistributedDataParallel, which is what they
+    compute. Raises TypeError for compiled scripts, of which no layers can be read."""
+    kind = type(model)
+    if kind.__name__ == "OptimizedModule":
+        return unwrapped(model._orig_mod)
+    if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"no Lipschitz bound known for a model of torch.jit ({kind.__name__}): pass the "
+            "nn.Sequential or LipschitzNet that was scripted or traced"
+        )
+    return model
+
+
+def _normalize(layer):
+    """Our layer for torchvision's Normalize, which is told by its place, not by an import."""
+    kind, place = type(layer), sys.modules.get(type(layer).__module__)
+    known = kind.__module__.startswith("torchvision.transforms.") and kind.__name__ == "Normalize"
+    if not (known and getattr(place, "Normalize", None) is kind):
+        return None
+    know(kind)
+    refuse_overridden(layer)
+    if layer.inplace:
+        raise TypeError(
+            "no Lipschitz bound known for torchvision's Normalize(inplace=True), which changes its "
+            "input before others have read it: build it with inplace=False"
+        )
+    return Normalize(layer.mean, layer.std)
 
 
 def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     layers = []
     for _, layer in leaves(module):
+        if unwrapped(layer) is not layer:
+            layers += _joined(unwrapped(layer), device)
+            continue
         if type(layer) not in HEADS:  # before anything is run, taken apart or left out
             refuse_overridden(layer)
         if is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
             layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
-        elif _is_torchvision_normalize(layer):
-            layer = Normalize(layer.mean, layer.std).to(device)
+        elif (normalize := _normalize(layer)) is not None:
+            layer = normalize.to(device)
         elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
             layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
         elif is_bounded_as(layer, nn.BatchNorm2d):

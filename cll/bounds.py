@@ -54,6 +54,7 @@ from cll.norms import (
     apply_linear,
     describe,
     enclose,
+    exact_arithmetic,
     gamma,
     matrix_norm,
     padding,
@@ -66,15 +67,12 @@ from cll.norms import (
 from cll.progress import progress_bar
 
 HEADS = (NormalizedLinear, Truncation)
-FOREIGN = (
-    "a certificate needs model(x) = head(body((x - input_mean) / input_std)), and this model "
-    "computes something else: give it the attributes input_mean and input_std, and nothing beyond"
-)
 
 
 # ------------------------------------------------------------------------------ layers, one by one
 
 
+@exact_arithmetic()
 def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     """Bound of the L2 Lipschitz constant of one layer at its true input size; for a linear layer
     (the bias plays no role) its largest singular value. Float.
@@ -118,9 +116,8 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     return bound
 
 
-@functools.singledispatch
 def layer_lipschitz(layer, input_shape, method):
-    """The table behind `operator_norm`: dispatches on the type of the layer. Extend it with
+    """The bound behind `operator_norm`: that of exactly the layer's type. Add one with
 
     @cll.bounds.register(MyLayer)
     def _(layer, input_shape, method): return 1.0
@@ -128,13 +125,57 @@ def layer_lipschitz(layer, input_shape, method):
     A handler returns a float: for "guaranteed" never below the Lipschitz constant of the layer in
     evaluation mode, for "power" the value that papers report.
     """
-    raise TypeError(
-        f"no Lipschitz bound known for {describe(layer)}: register one with "
-        f"@cll.bounds.register({type(layer).__name__}) on a function (layer, input_shape, method)"
-    )
+    bound = BOUNDS.get(kind_of(layer))
+    if bound is None:
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)}: register one with "
+            f"@cll.bounds.register({type(layer).__name__}) on a function (layer, input_shape, "
+            "method)"
+        )
+    return bound(layer, input_shape, method)
 
 
-register = layer_lipschitz.register
+BOUNDS = {}  # type -> its handler
+
+
+def register(kind, bound=None):
+    """Register the bound of a type of layer, see `layer_lipschitz`; alone, as a decorator."""
+    if bound is None:
+        return functools.partial(register, kind)
+    BOUNDS[kind] = bound
+    know(kind)
+    return bound
+
+
+def kind_of(layer):
+    """The type of a layer; below parametrised weights, that which their class is made from."""
+    kind = type(layer)
+    return kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
+
+
+_KNOWN = {}  # type -> its methods at the moment when it became known
+_EXTENSIBLE = {nn.Sequential}  # known types of which a subclass may add a constructor
+
+
+def know(kind, extensible=False):
+    """From now on an object of this type computes what its class says at this moment."""
+    _KNOWN[kind] = _methods(kind)
+    if extensible:
+        _EXTENSIBLE.add(kind)
+
+
+def _methods(kind):
+    """{name: what computes} of a class, that of nn.Module included."""
+    return {
+        name: value
+        for base in reversed(kind.__mro__[:-1])
+        for name, value in vars(base).items()
+        if callable(value) or isinstance(value, property | staticmethod | classmethod)
+    }
+
+
+for _kind in (nn.Sequential, *HEADS):
+    know(_kind)
 
 
 @register(MaxMin)
@@ -261,6 +302,11 @@ def _batch_normalized(layer, input_shape, method):
 
 def _is_one_map(layer, input_shape):
     """Whether the channels that BatchNorm scales are the outputs of the linear layer."""
+    if len(layer) != 2 or not (is_linear(layer[0]) and is_bounded_as(layer[1], nn.BatchNorm2d)):
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)} of {len(layer)} layers that are no "
+            "Linear or Conv2d and its BatchNorm: use nn.Sequential"
+        )
     return isinstance(layer[0], nn.Conv2d) or len(input_shape) == 1
 
 
@@ -400,7 +446,7 @@ def _weight(layer, input_shape):
     if layer.weight.is_complex():
         raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
     if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
-        layer = copy.deepcopy(layer).to("cpu", torch.float64).eval()
+        layer = float64_copy(layer)
     weight = layer.weight.detach().to("cpu", torch.float64)
     if not torch.stack(weight.aminmax()).isfinite().all():  # ten times faster than entry by entry
         raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
@@ -528,6 +574,7 @@ def _sandwich(layer, input_shape, method):
     return round_up(math.sqrt(1 + round_up(4 * excess * (1 + excess))))
 
 
+@exact_arithmetic()
 def settle(model):
     """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
     their buffer `norm`, rounded up to its own type. Call it once, after training.
@@ -559,12 +606,40 @@ def _plain(weight):
 
 
 def _evaluation_copy(layer):
-    """A float64 copy on the CPU in evaluation mode, without gradients or frozen values."""
-    layer = copy.deepcopy(layer).to("cpu", torch.float64).eval().requires_grad_(False)
+    """`float64_copy` of a layer, checked, without frozen values."""
+    layer = float64_copy(layer)
     layer.frozen = None
     if not all(t.isfinite().all() for t in layer.state_dict().values()):
         raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
     return layer
+
+
+def float64_copy(module):
+    """The network that a certificate is about: a copy in float64 on the CPU, in evaluation mode,
+    without gradients. Weights that a parametrisation computes are computed here and become plain
+    ones. Raises TypeError where that gives another weight the second time."""
+    module = copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer):
+            weights = _parametrised(layer)
+            layer.__class__ = kind_of(layer)  # not remove_parametrizations: copies share a class
+            del layer.parametrizations
+            for name, weight in weights.items():
+                layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    return module
+
+
+@torch.no_grad()
+def _parametrised(layer):
+    """{name: weight} of a layer, past parametrize.cached(), each looked at twice."""
+    weights = {name: computed() for name, computed in layer.parametrizations.items()}
+    for name, computed in layer.parametrizations.items():
+        if not torch.equal(weights[name].nan_to_num(), computed().nan_to_num()):
+            raise TypeError(
+                f"no Lipschitz bound known for {describe(layer)}, of which the parametrised {name} "
+                "is another one at each look: switch its noise off in evaluation mode"
+            )
+    return weights
 
 
 @torch.no_grad()
@@ -589,22 +664,71 @@ def is_linear(layer):
 
 def is_bounded_as(layer, kind):
     """True if the bound of this layer is the one registered for `kind`."""
-    return layer_lipschitz.dispatch(type(layer)) is layer_lipschitz.dispatch(kind)
+    return BOUNDS.get(kind_of(layer)) is BOUNDS.get(kind)
 
 
 def refuse_overridden(layer):
-    """A subclass of a known layer that computes something else must not inherit the bound."""
+    """Raise TypeError unless a layer or container is what its class was when it became known: its
+    type, or the one below a parametrised weight, exactly a known one (a subclass of nn.Sequential
+    may add a constructor); no method replaced, in the class or in the object; no hook; weights that
+    are plain tensors. What has no bound at all is left to `layer_lipschitz`."""
     _refuse_hooks(layer)
-    kind = type(layer)
-    known = next((k for k in kind.__mro__ if k in layer_lipschitz.registry), object)
-    if known is object or layer_lipschitz.registry[known].__module__ != __name__:
+    kind = kind_of(layer)
+    known = next((k for k in kind.__mro__ if k in _KNOWN), None)
+    if known is None:
         return
-    for method in ("forward", "_conv_forward", "__call__", "effective", "skew_kernel"):
-        if method in vars(layer) or getattr(kind, method, None) is not getattr(known, method, None):
+    methods, unknown = _methods(kind), f"no Lipschitz bound known for {type(layer).__name__}"
+    replaced = {
+        name
+        for name, method in methods.items()
+        if method is not _KNOWN[known].get(name) and not _is_torchs_own(name, method)
+    }
+    replaced -= {"__init__"}  # a constructor has run already
+    replaced |= methods.keys() & vars(layer).keys()
+    if layer._compiled_call_impl is not None:
+        raise TypeError(
+            f"{unknown} compiled in place, by a compiler that may change what it computes: pass a "
+            "network on which .compile() was not called"
+        )
+    if replaced or kind is not known and known not in _EXTENSIBLE:
+        what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
+        raise TypeError(
+            f"{unknown}, {what} {known.__name__}: register one with "
+            f"@cll.bounds.register({kind.__name__})"
+        )
+    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k != "frozen"}
+    for name, tensor in (layer._parameters | layer._buffers | loose).items():
+        if tensor is not None and (name in loose or not _is_plain(tensor)):
             raise TypeError(
-                f"no Lipschitz bound known for {kind.__name__}, which replaces {method} of "
-                f"{known.__name__}: register one with @cll.bounds.register({kind.__name__})"
+                f"{unknown}, of which {name} is no plain parameter or buffer but a "
+                f"{type(tensor).__name__}: pass the network as it was before it was quantised, "
+                "sharded or made sparse; run a lazy one on a batch first"
             )
+
+
+def refuse_foreign(model):
+    """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
+    may compute anything else: no number of points shows what a network does between them."""
+    if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
+        raise TypeError(
+            f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
+            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
+            "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
+            "and register the bounds of your own layers with cll.bounds.register"
+        )
+    if isinstance(model, nn.Module):
+        refuse_overridden(model)
+
+
+def _is_torchs_own(name, method):
+    """Whether torch itself exchanged a method of nn.Module, as its compiler does when imported."""
+    place = getattr(method, "__globals__", {}).get("__name__", "")
+    return method is vars(nn.Module).get(name) and place.partition(".")[0] == "torch"
+
+
+def _is_plain(tensor):
+    strided = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return strided and not tensor.is_quantized
 
 
 # -------------------------------------------------------------------------------------- training
@@ -671,28 +795,40 @@ def _trace(body, shape):
     weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     layers = []
     with _evaluation(body), torch.inference_mode(False), torch.no_grad():
-        x = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
         for name, layer in leaves(body):
-            layers.append((name, layer, tuple(x.shape[1:])))
-            before, version = x, x._version
+            layers.append((name, layer, shape))
+            refuse_overridden(layer)  # before it runs, which may change it
+            if parametrize.is_parametrized(layer):
+                _parametrised(layer)
+            images = torch.arange(2 * math.prod(shape), device=weight.device).view(2, *shape)
+            images = images.to(torch.float32).sin().to(weight.dtype)  # two that differ
+            x = images.clone()
+            version = x._version
             try:
-                x = layer(x)
+                y = layer(x)
+                alone = torch.cat([layer(image.clone()) for image in images.split(1)])
             except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
-                    f"{tuple(x.shape[1:])}: {str(error).splitlines()[0]}"
+                    f"{shape}: {str(error).splitlines()[0]}"
                 ) from error
-            if len(x) != 1:
-                raise ValueError(
-                    f"layer {name} ({describe(layer)}) moves parts of an image into the batch: no "
-                    "bound holds image by image; flatten from dimension 1 on"
-                )
-            if isinstance(layer, Residual) and before._version != version:
+            if isinstance(layer, Residual) and x._version != version:
                 raise ValueError(
                     f"layer {name} (Residual) changes its input before both of its parts have read "
                     "it: give the first activation of the branch inplace=False"
                 )
-    return layers, tuple(x.shape[1:])
+            if len(y) != 2 or y.shape != alone.shape or _differ(y, alone):
+                raise ValueError(
+                    f"layer {name} ({describe(layer)}) moves values between images or into the "
+                    "batch: no bound holds image by image; flatten and pad from dimension 1 on"
+                )
+            shape = tuple(y.shape[1:])
+    return layers, shape
+
+
+def _differ(y, z):
+    """Whether two outputs differ by more than the rounding of any type."""
+    return not y.is_meta and bool(((y - z).abs() > 0.05 * y.abs().max()).any())
 
 
 def leaves(module, name=""):
@@ -700,18 +836,14 @@ def leaves(module, name=""):
     if not is_open(module):
         yield name, module
         return
-    _refuse_hooks(module)
+    refuse_overridden(module)
     for key, child in module._modules.items():  # named_children() skips a layer used twice
         yield from leaves(child, f"{name}.{key}" if name else key)
 
 
 def is_open(module):
-    """True for a plain nn.Sequential, of which the layers count one by one."""
-    kind = type(module)
-    plain = kind.forward is nn.Sequential.forward and kind.__call__ is nn.Module.__call__
-    plain = plain and kind.__iter__ is nn.Sequential.__iter__  # forward goes through it
-    plain = plain and "forward" not in vars(module)
-    return plain and is_bounded_as(module, object)
+    """True for an nn.Sequential without a bound of its own: its layers count one by one."""
+    return isinstance(module, nn.Sequential) and is_bounded_as(module, object)
 
 
 def _refuse_hooks(module):
@@ -748,6 +880,7 @@ def _evaluation(model):
             module.training = mode
 
 
+@exact_arithmetic()
 def lipschitz_matrix(model, method="guaranteed", progress=False):
     """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
     un-normalised input. (C, C) float64 on the CPU, zero diagonal.
@@ -774,7 +907,7 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
                 if method in ("guaranteed", "fast") and norm > 0:
                     K = max(K, TINY)  # a product that underflows to 0 would certify every distance
                 bar.update()
-        W = head_rows(copy.deepcopy(head).to("cpu", torch.float64)).detach()
+        W = head_rows(float64_copy(head))
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
     distances = row_distances(head, W)
@@ -788,14 +921,11 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
 
 def normalisation(model):
     """(std, mean), float64, (1,) or one value per channel: what the inputs of a body are made with.
-    From the buffers that a LipschitzNet divides by, which a change of its dtype rounds, else from
-    the attributes input_std and input_mean. Raises ValueError for a std that is not positive."""
-    values = []
-    for name, default in (("std", 1.0), ("mean", 0.0)):
-        value = getattr(model, name, None)
-        if not torch.is_tensor(value):
-            value = getattr(model, f"input_{name}", default)
-        values.append(torch.as_tensor(value).detach().to("cpu", torch.float64).reshape(-1))
+    Of a LipschitzNet the numbers that it divides by. Raises ValueError for a std that is not
+    positive, TypeError for a model with a forward of its own."""
+    refuse_foreign(model)
+    given = getattr(model, "input_std", 1.0), getattr(model, "input_mean", 0.0)
+    values = [torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in given]
     channels = tuple(model.input_shape)[0]
     if max(map(len, values)) > max(1, channels):  # broadcasting would repeat the input
         raise ValueError(
@@ -807,6 +937,7 @@ def normalisation(model):
     return values
 
 
+@exact_arithmetic()
 def layer_bounds(model, progress=True):
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
     lower, upper, proof).
@@ -880,14 +1011,13 @@ def head_rows(head):
 
 
 def _head(model, features):
+    refuse_foreign(model)
     head = model.head
     if not (type(head) in HEADS or isinstance(head, nn.Linear) and is_linear(head)):
         raise TypeError(
             f"the head must be nn.Linear, NormalizedLinear or Truncation, got {describe(head)}"
         )
-    _refuse_hooks(head)
-    if "forward" in vars(head):
-        raise TypeError(f"no bound known for {describe(head)}, of which forward was replaced")
+    refuse_overridden(head)
     if features != (head.in_features,):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "

@@ -28,9 +28,9 @@ class DenseStack:
         self.vectors = [f"net.v{i}" for i, _ in layers]
         self.scale = 1 / min(net.input_std)
         self.mean, self.std = (
-            torch.tensor(v, device=device)[:, None] if net.normalises else None
-            for v in (net.input_mean, net.input_std)
+            torch.tensor(v, device=device)[:, None] for v in (net.input_mean, net.input_std)
         )
+        self.normalises = bool((net.std != 1).any() or (net.mean != 0).any())
         sizes = [tuple(layer.weight.shape) for _, layer in layers]
         m = max(map(max, sizes))
         # (layers, runs, m, m) and (layers, runs, m): zero outside the part of each layer
@@ -55,7 +55,7 @@ class DenseStack:
     def logits(self, tensors, images):
         """(S, N, C) of images (S, N, features)."""
         x = images.mT  # (S, features, N)
-        if self.mean is not None:
+        if self.normalises:
             x = (x - self.mean) / self.std
         weights = [self._stacked(tensors[name + "weight"], 3) for name in self.layers]
         biases = [self._stacked(tensors[name + "bias"], 2) for name in self.layers]

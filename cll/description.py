@@ -69,8 +69,7 @@ def tensors_of(net):
 
 def _kinds():
     """Layers that a certificate may name: those whose bound is this kit's own, by type name."""
-    registry = bounds.layer_lipschitz.registry
-    known = [kind for kind, bound in registry.items() if bound.__module__ == bounds.__name__]
+    known = [kind for kind, bound in bounds.BOUNDS.items() if bound.__module__ == bounds.__name__]
     return {kind.__name__: kind for kind in (*known, nn.Sequential, *bounds.HEADS)}
 
 

@@ -198,7 +198,32 @@ class GroupSort(nn.Module):
         return str(self.group_size)
 
 
-class Normalize(nn.Module):
+class Normalising(nn.Module):
+    """A module with the numbers that inputs are normalised by: buffers .mean and .std, one value or
+    one per channel. They keep the caller's float64 numbers whatever type the module is converted
+    to, and both its forward pass and its certificate read them, also after a change in place."""
+
+    def keep(self, mean, std, persistent=False):
+        for name, values in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+            self.register_buffer(name, value.reshape(-1).clone(), persistent)
+
+    def _apply(self, fn, recurse=True):
+        kept = self.mean, self.std
+        self.mean, self.std = (value.float() for value in kept)  # MPS has no float64
+        super()._apply(fn, recurse)
+        if self.std.device.type != "mps":
+            self.mean, self.std = (value.to(self.std.device) for value in kept)
+        return self
+
+    def normalised(self, x):
+        """(x - mean) / std, in the type of x (N, C, ...)."""
+        shape = (-1, *[1] * (x.ndim - 2))
+        mean, std = (value.to(x.dtype).view(shape) for value in (self.mean, self.std))
+        return (x - mean) / std
+
+
+class Normalize(Normalising):
     """(x - mean) / std per channel, as the first layer of a classifier that certifies
     un-normalised images: (N, C, ...) -> (N, C, ...), 1 / min(std)-Lipschitz.
 
@@ -208,11 +233,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
-        mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, std))
-        if not (std.isfinite().all() and (std > 0).all()):
-            raise ValueError(f"std must be positive and finite, got {std.tolist()}")
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("std", std.float())
+        self.keep(mean, std, persistent=True)
+        if not (self.std.isfinite().all() and (self.std > 0).all()):
+            raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
 
     def forward(self, x):
         if not {len(self.mean), len(self.std)} <= {1, x.shape[1]}:
@@ -220,8 +243,7 @@ class Normalize(nn.Module):
                 f"Normalize has {len(self.mean)} means and {len(self.std)} stds for an input with "
                 f"{x.shape[1]} channels: give one value, or one per channel"
             )
-        shape = (-1, *[1] * (x.ndim - 2))
-        return (x - self.mean.view(shape)) / self.std.view(shape)
+        return self.normalised(x)
 
     def extra_repr(self):
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"

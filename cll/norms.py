@@ -27,6 +27,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import scipy.linalg
@@ -45,6 +46,58 @@ LARGEST = 3e13  # flops above which the proofs before it must do
 
 def gamma(n):
     return n * U / (1 - n * U)
+
+
+@contextlib.contextmanager
+def exact_arithmetic():
+    """The arithmetic of the proofs, whatever modes the process is in: defaults of PyTorch, no
+    autocast, full precision. Raises ValueError where numbers below 2.2e-308 are flushed to 0, which
+    threads that have started keep doing."""
+    each = 2**15 * torch.get_num_threads()  # so that every thread has its share
+    small = torch.full((each,), 2.0**-1060, dtype=torch.float64, device="cpu")
+    if not (small * 0.5).all():
+        raise ValueError(
+            "torch.set_flush_denormal(True) is on, under which small weights count as 0 and no "
+            "bound holds: call torch.set_flush_denormal(False) before certifying"
+        )
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), full_precision(torch.device("cpu")):
+            yield
+    finally:
+        torch.set_default_dtype(former)
+
+
+@contextlib.contextmanager
+def full_precision(device, tf32=False):
+    """TF32, bfloat16 matrix products and autocast off for float32, or with `tf32` (for training)
+    TF32 on and the others off; the former state afterwards."""
+    backends, cudnn = torch.backends, torch.backends.cudnn
+    matmul, products = ("high", "tf32") if tf32 else ("highest", "ieee")
+    switches = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, matmul),
+        (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), tf32),
+    ]
+    if hasattr(backends, "fp32_precision"):  # torch >= 2.9 has a second set, which must agree
+        name = "fp32_precision"
+        for owner in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul):
+            switch = partial(getattr, owner, name), partial(setattr, owner, name), products
+            switches.append(switch)
+    active = []
+    for read, write, wanted in switches:
+        try:
+            active.append((write, read(), wanted))
+        except RuntimeError:  # a first-set switch that torch disowns: the user set the second
+            pass
+    try:
+        for write, _, wanted in active:
+            write(wanted)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for write, former, _ in active:
+            write(former)
 
 
 METHODS = ("guaranteed", "fast", "power", "exact")

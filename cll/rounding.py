@@ -12,7 +12,6 @@ cuDNN off); exp, log, erf, tanh, sin, cos within 8 ulp; FFTs with an error of at
 16 u log2(n) ||z|| (Higham, 2002, theorem 24.2, has less for powers of 2).
 """
 
-import copy
 import functools
 import math
 
@@ -22,7 +21,9 @@ from torch import nn
 from .bounds import (
     absolute_norm,
     batch_norm_scale,
+    float64_copy,
     head_rows,
+    kind_of,
     layer_inputs,
     normalisation,
     operator_norm,
@@ -45,11 +46,12 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import TINY, U, gamma, output_shape, proven_norm
+from .norms import TINY, U, exact_arithmetic, gamma, output_shape, proven_norm
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
 
+@exact_arithmetic()
 def margin_error(model, images, predicted, method="guaranteed"):
     """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
 
@@ -62,12 +64,11 @@ def margin_error(model, images, predicted, method="guaranteed"):
     std, mean = normalisation(model)
     smallest, pixels = std.min().item(), math.prod(model.input_shape)
     offset = mean.abs().max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
-    body = copy.deepcopy(model.body).to("cpu", torch.float64).eval()
+    body, head = float64_copy(model.body), float64_copy(model.head)
     gain, shift, a, b = chain(body, model.input_shape, method)
     error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
     size = size / smallest + offset  # of what the body sees
     error = (error + a * size + b) * SAFE  # of the features
-    head = copy.deepcopy(model.head).to("cpu", torch.float64).eval()
     rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
     bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
     features = gain * size + shift + error
@@ -112,12 +113,7 @@ def rounding(layer, input_shape):
     Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
     of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
     """
-    kind = type(layer)
-    known = next(k for k in kind.__mro__ if k in _table.registry)
-    for method in ("forward", "_conv_forward"):  # a subclass that does other work
-        if getattr(kind, method, None) is not getattr(known, method, None):
-            known = object
-    return _table.registry[known](layer, input_shape)
+    return _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
 
 
 @functools.singledispatch

@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 from . import ranks
 from .architectures import build
 from .bounds import head_rows, pairwise_distances
-from .certify import full_precision
 from .data import augment, draw, to_float
 from .dense import DenseStack
 from .layers import ClampedMaxMin, MaxMin
@@ -52,6 +51,7 @@ from .losses import (
     local_bcp_loss,
     polynomial_schedule,
 )
+from .norms import full_precision
 from .progress import progress_bar
 
 __all__ = ["Stack", "build_network", "train", "load_checkpoints", "load_snapshots"]

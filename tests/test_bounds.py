@@ -526,7 +526,8 @@ def test_subclasses_that_replace_forward_are_unknown():
             operator_norm(layer, (3, 8, 8))
     with pytest.raises(TypeError, match="Standardized"):
         is_linear(Standardized(3, 4, 3))
-    assert is_linear(Renamed(3, 4, 3)) and operator_norm(Renamed(3, 4, 3), (3, 8, 8)) > 0
+    with pytest.raises(TypeError, match="Renamed, a subclass of Conv2d"):  # it may differ tomorrow
+        operator_norm(Renamed(3, 4, 3), (3, 8, 8))
 
 
 def test_parametrized_weights_count_as_they_are_used():
@@ -748,9 +749,9 @@ def test_a_sequential_that_replaces_forward_is_not_opened():
             return x + super().forward(x)
 
     network = model(nn.Sequential(Residual(nn.Linear(4, 4)), MaxMin()), nn.Linear(4, 2), (4,))
-    assert [name for name, _, _ in layer_inputs(network.body, (4,))] == ["0", "1"]
-    with pytest.raises(TypeError, match="no Lipschitz bound known for Residual"):
-        lipschitz_matrix(network)
+    for look in (lambda: layer_inputs(network.body, (4,)), lambda: lipschitz_matrix(network)):
+        with pytest.raises(TypeError, match="no Lipschitz bound known for Residual"):
+            look()
 
 
 def test_a_registered_container_is_a_leaf():

@@ -15,19 +15,17 @@ margin (``cll.rounding`` has the model of arithmetic), and rounds radii down.
 
 import copy
 import math
-from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..architectures import LipschitzNet, as_lipschitz_net
-from ..bounds import FOREIGN, lipschitz_matrix, normalisation
+from ..architectures import as_lipschitz_net
+from ..bounds import float64_copy, lipschitz_matrix
 from ..layers import freeze
 from ..local import local_radius
-from ..norms import U
+from ..norms import U, exact_arithmetic, full_precision
 from ..progress import progress_bar
 from ..rounding import margin_error
 
@@ -112,6 +110,7 @@ def cra_curve(radius, correct, radii):
 # ---------------------------------------------------------------------------------- whole models
 
 
+@exact_arithmetic()
 def certify(
     model,
     dataset,
@@ -125,7 +124,7 @@ def certify(
     """Certify every test sample of `dataset`; float64 logits, one row per sample.
 
     model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
-        ``cll.LipschitzNet`` or a module with its attributes (body, head, input_shape, input_std).
+        or a ``cll.LipschitzNet``.
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
@@ -193,17 +192,12 @@ def certify(
 def predict_logits(model, images, batch_size=1000, *, progress=False):
     """Logits (N, C) in float64 on the CPU, of a float64 copy of `model` in eval mode.
 
-    They are head(body((x - input_mean) / input_std)), of which the bounds are; a model with another
-    forward must compute the same, or ValueError is raised.
-
     images: uint8 (scaled by 1/255) or float, (N, *input_shape), tensor or array. `model` itself is
     not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
     and cuDNN, which may choose algorithms that ``rounding`` does not cover.
     """
     images = torch.as_tensor(images)
-    foreign = _is_foreign(model)
-    model, device = _float64_copy(model)
-    std, mean = (v.to(device).view(-1, *[1] * (images.ndim - 2)) for v in normalisation(model))
+    model, device = _float64_copy(as_lipschitz_net(model, images.shape[1:]))
     if device.type == "cpu" and images.ndim == 4:
         batch_size = min(batch_size, CPU_BATCH)
     batches = images.split(batch_size)
@@ -213,52 +207,9 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
         with progress_bar(len(batches), "logits", "batch", progress) as bar:
             for batch in batches:
                 x = as_pixels(batch.to(device), torch.float64)
-                f = model.head(model.body((x - mean) / std))
-                if foreign:
-                    size = f.nan_to_num(0, 0, 0).abs().max().item()
-                    if not torch.allclose(f, model(x.clone()), 0, 1e-7 * size, equal_nan=True):
-                        raise ValueError(FOREIGN)
-                logits.append(f.cpu())
+                logits.append(model(x).cpu())
                 bar.update()
         return torch.cat(logits)
-
-
-def _is_foreign(model):
-    """Whether calling the model may be anything else than head(body(normalised input))."""
-    kind, ours = type(model), LipschitzNet
-    own = kind.forward is ours.forward and kind.__call__ is ours.__call__
-    return not own or "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
-
-
-@contextmanager
-def full_precision(device, tf32=False):
-    """TF32, bfloat16 matrix products and autocast off for float32, or with `tf32` (for training)
-    TF32 on and the others off; the former state afterwards."""
-    backends, cudnn = torch.backends, torch.backends.cudnn
-    matmul, products = ("high", "tf32") if tf32 else ("highest", "ieee")
-    switches = [
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, matmul),
-        (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), tf32),
-    ]
-    if hasattr(backends, "fp32_precision"):  # torch >= 2.9 has a second set, which must agree
-        name = "fp32_precision"
-        for owner in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul):
-            own = partial(getattr, owner, name), partial(setattr, owner, name), products
-            switches.append(own)
-    active = []
-    for read, write, wanted in switches:
-        try:
-            active.append((write, read(), wanted))
-        except RuntimeError:  # a first-set switch that torch disowns: the user set the second
-            pass
-    try:
-        for write, _, wanted in active:
-            write(wanted)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for write, former, _ in active:
-            write(former)
 
 
 # ------------------------------------------------------------------------------------- tightness
@@ -391,15 +342,17 @@ def _best_pair(model, images, progress):
 
 
 def _float64(x):
-    x = torch.as_tensor(x).detach()
-    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
+    """Numbers of a list as Python holds them. MPS has no float64."""
+    if torch.is_tensor(x) and x.device.type == "mps":
+        x = x.cpu()
+    return torch.as_tensor(x, dtype=torch.float64).detach()
 
 
 def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device
-    exact = freeze(copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False))
+    exact = freeze(float64_copy(model))
     for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
         if getattr(layer, "frozen", None) is not None:
             layer.frozen = layer.frozen.to(device)
