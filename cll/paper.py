@@ -42,10 +42,12 @@ SHOWN = {
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams".
+    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams", or what
+    the text and the tables say of them, "table_claims".
 
-    One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"). Raises ValueError for
-    another name.
+    One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
+    a row, the rows that it is compared with (the best of them, column by column), the columns, the
+    relation that must hold in each of them, and the claim. Raises ValueError for another name.
     """
     folder = Path(__file__).parent / "published"
     if table not in (names := sorted(path.stem for path in folder.glob("*.csv"))):
@@ -880,68 +882,13 @@ def _similar(a, b):
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-# What the text and the tables say: ours, the rows it is compared with (the best of them, column by
-# column), the columns, the relation that must hold in each of them, and the claim.
-TABLE_CLAIMS = {
-    "table1": [
-        ("T1-04", ["T1-02"], CRA, ABOVE, "8C2F, ε = 0.5: CLL certifies more than GloRo"),
-        ("T1-04", ["T1-02"], ["clean"], NOT_BELOW,
-         "8C2F, ε = 0.5: clean accuracy not below GloRo's"),
-        ("T1-10", ["T1-09"], CRA, ABOVE, "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
-        ("T1-10", ["T1-09"], ["clean"], NOT_BELOW, "8C2F, ε = 1: clean accuracy not below LBDN's"),
-        ("T1-07", ["T1-05", "T1-06", "T1-08", "T1-09"], CRA, ABOVE,
-         "LipConv-20: CLL certifies more than SOC, SLL and LBDN"),
-        ("T1-07", ["T1-05", "T1-06"], ["clean"], NOT_BELOW,
-         "LipConv-20: clean accuracy not below SOC's"),
-        ("T1-05", ["T1-06"], ["clean", "cra_36"], ABOVE, "SOC: 10 layers slightly better than 20"),
-        ("T1-04", ["T1-02"], ["k_hf"], ABOVE, "8C2F: a larger K(h∘f) than GloRo's"),
-        ("T1-07", ["T1-06"], ["k_hf"], ABOVE, "LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T1-04", ["T1-02"], ["tightness"], ABOVE, "8C2F: a tighter bound than GloRo's"),
-        ("T1-07", ["T1-06"], ["tightness"], ABOVE, "LipConv-20: a tighter bound than SOC's"),
-    ],
-    "table2": [
-        ("T2-05", ["T2-03"], CRA, ABOVE, "4C3F: CLL certifies more than GloRo"),
-        ("T2-05", ["T2-03"], ["clean"], NOT_BELOW, "4C3F: clean accuracy not below GloRo's"),
-        ("T2-04", ["T2-02"], ["cra_36"], ABOVE, "6C2F: CLL certifies more than GloRo"),
-        ("T2-04", ["T2-02"], ["clean"], NOT_BELOW, "6C2F: clean accuracy not below GloRo's"),
-        ("T2-04", ["T2-01"], ["cra_36"], ABOVE, "6C2F: CLL certifies more than Local-Lip-B"),
-        ("T2-05", ["T2-01"], ["cra_36"], ABOVE, "4C3F: CLL certifies more than Local-Lip-B's 6C2F"),
-        ("T2-07", ["T2-06"], CRA, ABOVE, "CIFAR-10, LipConv-20: CLL certifies more than SOC"),
-        ("T2-07", ["T2-06"], ["clean"], ABOVE,
-         "CIFAR-10, LipConv-20: clean accuracy above SOC's"),
-        ("T2-09", ["T2-08"], CRA, ABOVE, "CIFAR-10, CPL-XL: CLL certifies more than CPL"),
-        ("T2-09", ["T2-08"], ["clean"], ABOVE, "CIFAR-10, CPL-XL: clean accuracy above CPL's"),
-        ("T2-17", ["T2-12", "T2-13", "T2-14", "T2-15", "T2-16"], CRA, NOT_BELOW,
-         "CIFAR-100: no row certifies more than SLL-XL with CLL"),
-        ("T2-11", ["T2-10"], ["clean", *CRA], _close,
-         "CIFAR-10, SLL-XL: no improvement over the AOL loss (within a point)"),
-        ("T2-13", ["T2-12"], CRA, ABOVE, "CIFAR-100, LipConv-20: CLL certifies more than SOC"),
-        ("T2-15", ["T2-14"], CRA, ABOVE, "CIFAR-100, CPL-XL: CLL certifies more than CPL"),
-        ("T2-17", ["T2-16"], CRA, NOT_BELOW, "CIFAR-100, SLL-XL: CLL certifies no less than SLL"),
-        ("T2-05", ["T2-03"], ["k_hf"], ABOVE, "4C3F: a larger K(h∘f) than GloRo's"),
-        ("T2-04", ["T2-02"], ["k_hf"], BELOW, "6C2F, the exception: a smaller K(h∘f) than GloRo's"),
-        ("T2-07", ["T2-06"], ["k_hf"], ABOVE, "CIFAR-10, LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T2-13", ["T2-12"], ["k_hf"], ABOVE, "CIFAR-100, LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T2-15", ["T2-14"], ["k_hf"], ABOVE, "CIFAR-100, CPL-XL: a larger K(h∘f) than CPL's"),
-        ("T2-17", ["T2-16"], ["k_hf"], _similar,
-         "CIFAR-100, SLL-XL: a K(h∘f) like that of the AOL loss (within a quarter)"),
-        ("T2-05", ["T2-03"], ["k_f"], ABOVE, "4C3F: a larger K(f) than GloRo's all the same"),
-        ("T2-04", ["T2-02"], ["k_f"], ABOVE, "6C2F: a larger K(f) than GloRo's all the same"),
-        ("T2-05", ["T2-03"], ["tightness"], ABOVE, "4C3F: a tighter bound than GloRo's"),
-        ("T2-04", ["T2-02"], ["tightness"], ABOVE, "6C2F: a tighter bound than GloRo's"),
-        ("T2-09", ["T2-08"], ["tightness"], ABOVE, "CIFAR-10, CPL-XL: a tighter bound than CPL's"),
-        ("T2-15", ["T2-14"], ["tightness"], ABOVE, "CIFAR-100, CPL-XL: a tighter bound than CPL's"),
-        ("T2-07", ["T2-06"], ["tightness"], _close,
-         "CIFAR-10, LipConv-20, an exception: no tighter than SOC (within a point)"),
-        ("T2-13", ["T2-12"], ["tightness"], _close,
-         "CIFAR-100, LipConv-20, an exception: no tighter than SOC (within a point)"),
-        ("T2-11", ["T2-10"], ["tightness"], _close,
-         "CIFAR-10, SLL-XL, an exception: no tighter than SLL (within a point)"),
-        ("T2-17", ["T2-16"], ["tightness"], _close,
-         "CIFAR-100, SLL-XL, an exception: no tighter than SLL (within a point)"),
-    ],
-}  # fmt: skip
-
+RELATIONS = {
+    "above": ABOVE,
+    "not below": NOT_BELOW,
+    "below": BELOW,
+    "close": _close,
+    "similar": _similar,
+}
 
 # CLL beside the loss that the same network was published with: name, row of CLL, its baseline
 PAIRS = {
@@ -993,17 +940,18 @@ def _table_claims(table, results):
         frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
     yield from _every_pair(table, frame)
-    for ours, baselines, columns, relation, claim in TABLE_CLAIMS[table]:
+    for claim in published("table_claims").query("table == @table").to_dict("records"):
         printed, values = [], []
+        ours, columns = claim["row_id"], claim["columns"].split()
         for column in columns:
-            rivals = [frame.loc[(row, column)] for row in baselines]
+            rivals = [frame.loc[(row, column)] for row in claim["rivals"].split()]
             best = max(rivals, key=lambda cell: np.nan_to_num(cell["published"], nan=-np.inf))
             printed.append(f"{_printed(frame.loc[(ours, column)])} vs {_printed(best)}")
             # the maximum of an array with nan is nan: a rival that was not run leaves no verdict
             values += [frame.loc[(ours, column), "mean"], np.max([cell["mean"] for cell in rivals])]
         form = ", ".join(["{:.1f} vs {:.1f}"] * len(columns))
-        holds = functools.partial(_in_all, relation)
-        yield claim, ", ".join(printed), form, values, holds
+        holds = functools.partial(_in_all, RELATIONS[claim["relation"]])
+        yield claim["claim"], ", ".join(printed), form, values, holds
     if table == "table1":
         sizes = []
         for row_id in ("T1-10", "T1-09", "T1-08"):
