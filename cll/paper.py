@@ -260,7 +260,7 @@ def comparison_table(results, table="table2", rows=None):
                         "column": column,
                         "n": len(runs),
                         "mean": mean,
-                        "std": values.std(ddof=1) if len(runs) > 1 else np.nan,
+                        "std": _std(values),
                         "published": row[column],
                         "uncertain": doubtful,
                         "difference": mean - row[column] if compared else np.nan,
@@ -276,6 +276,40 @@ def _cell(mean, std=np.nan, difference=np.nan, digits=1):
     spread = "" if pd.isna(std) else f" ± {std:.{digits}f}"
     signed = "" if pd.isna(difference) else f" ({difference:+.{digits}f})"
     return f"{mean:.{digits}f}{spread}{signed}"
+
+
+def _or_dash(form, value):
+    return "–" if pd.isna(value) else format(value, form)
+
+
+def _std(values):
+    """Standard deviation over the seeds, ddof 1; nan for one."""
+    return np.std(values, ddof=1) if len(values) > 1 else np.nan
+
+
+def _summary(results, by, values):
+    """(line, runs) of the runs that agree in `by`, in the order in which these come: the line has
+    the columns of `by` (None as nan), n (the seeds), and of each of `values` the mean and, as
+    name_std, the standard deviation. by, values: {column: its value in a record, a function}."""
+    groups = {}
+    for r in results:
+        groups.setdefault(tuple(of(r) for of in by.values()), []).append(r)
+    for key, runs in groups.items():
+        line = {name: np.nan if v is None else v for name, v in zip(by, key, strict=True)}
+        line["n"] = len(runs)
+        for name, of in values.items():
+            measured = np.array([of(r) for r in runs], float)
+            line |= {name: measured.mean(), f"{name}_std": _std(measured)}
+        yield line, runs
+
+
+BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")}
+CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
+
+
+def _train_cra(result):
+    """CRA of the training points at the training margin in percent, guaranteed bound."""
+    return 100 * result["train_cra"][f"{result['epsilon']:g}"]
 
 
 def _shown(lines, index, more):
@@ -434,42 +468,23 @@ def moons_table(results):
     percent (mean, std, min; guaranteed bound), K_f, K_hf, and the published CRA and K_hf with the
     difference of the CRA in points (nan where nothing is printed).
     """
-    printed = published("two_moons")
+    printed = published("two_moons").query("status == 'printed'")
+    p_code = pd.to_numeric(printed["p_code"], errors="coerce")
+
+    def method(r):  # figure 4 has the published gradient
+        exact = r["params"]["loss"].get("gradient") == "exact"
+        return r["method"] + ", exact gradient" * exact
+
     lines = []
-    groups = {}
-    for result in results:
-        method = result["method"]
-        if result["params"]["loss"].get("gradient") == "exact":  # figure 4 has the published one
-            method += ", exact gradient"
-        key = (method, result["epsilon"], result["p"])
-        groups.setdefault(key, []).append(result)
-    for (method, epsilon, p), runs in groups.items():
-        cra = 100 * np.array([r["train_cra"][f"{epsilon:g}"] for r in runs])
-        K = np.array([r["K_f"] for r in runs])
-        same = printed["epsilon"].eq(epsilon) & printed["status"].eq("printed")
-        if method == "CLL":
-            same &= pd.to_numeric(printed["p_code"], errors="coerce").sub(p).abs() < 1e-9 * p
-        else:
-            same &= False
-        row = printed[same]
-        cra_printed = float(row["cra_printed"].iloc[0]) if len(row) else np.nan
-        k_hf = 1 / float(cll_scale(epsilon, p)) if method == "CLL" else K.mean()
-        lines.append(
-            {
-                "method": method,
-                "epsilon": epsilon,
-                "p": np.nan if p is None else p,
-                "n": len(runs),
-                "cra": cra.mean(),
-                "cra_std": cra.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_min": cra.min(),
-                "K_f": K.mean(),
-                "K_hf": k_hf,
-                "cra_published": cra_printed,
-                "K_hf_published": float(row["k_hf_printed"].iloc[0]) if len(row) else np.nan,
-                "difference": cra.mean() - cra_printed,
-            }
-        )
+    values = {"cra": _train_cra, "K_f": operator.itemgetter("K_f")}
+    for line, runs in _summary(results, BY_MARGIN | {"method": method}, values):
+        epsilon, p = line["epsilon"], line["p"]
+        row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
+        line["cra_min"] = min(map(_train_cra, runs))
+        line["K_hf"] = line["K_f"] if np.isnan(p) else 1 / float(cll_scale(epsilon, p))
+        for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
+            line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
+        lines.append(line | {"difference": line["cra"] - line["cra_published"]})
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
     return pd.DataFrame(lines, columns=names).sort_values(
@@ -514,7 +529,7 @@ def display_moons(table):
             {
                 "method": row["method"],
                 "ε": f"{row['epsilon']:.2f}",
-                "p": "–" if np.isnan(row["p"]) else f"{row['p']:g}",
+                "p": _or_dash("g", row["p"]),
                 "seeds": str(row["n"]),
                 "CRA % (train)": _cell(row["cra"], row["cra_std"], row["difference"], digits=2),
                 "worst seed": f"{row['cra_min']:.2f}",
@@ -552,39 +567,20 @@ def sweep_table(results):
     of clean and cra, and where figure 5 prints that run's CRA, it and the difference (nan on other
     data than CIFAR-10).
     """
-    printed, groups, lines = published("figure5"), {}, []
-    for r in results:
-        lam = r["params"]["loss"].get("lambda")
-        groups.setdefault((r["method"], r["epsilon"], r["p"], lam), []).append(r)
-    for (method, epsilon, p, lam), runs in groups.items():
-        cra = 100 * np.array([r["cra"][f"{epsilon:g}"] for r in runs])
-        clean = 100 * np.array([r["clean"] for r in runs])
-        of_method = printed["method"].eq(method) & printed["epsilon"].eq(epsilon)
-        if method == "CLL":
-            of_method &= np.isclose(printed["p"], p) & np.isclose(printed["lambda"], lam)
-        row = printed[of_method & printed["cra_at_eps"].notna()]
+    by = BY_MARGIN | {"lambda": lambda r: r["params"]["loss"].get("lambda")}
+    values = {"clean": lambda r: 100 * r["clean"]} | CONSTANTS
+    values |= {"cra": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"]}
+    printed, lines = published("figure5").dropna(subset=["cra_at_eps"]), []
+    for line, runs in _summary(results, by, values):
+        row = printed[printed["method"].eq(line["method"]) & printed["epsilon"].eq(line["epsilon"])]
+        for key in ("p", "lambda") if line["method"] == "CLL" else ():
+            row = row[np.isclose(row[key], line[key])]
         known = len(row) and runs[0]["data"] != "two_moons"
-        in_print = row["cra_at_eps"].iloc[0] if known else np.nan
-        comparable = all(same_data(r, "CIFAR-10") for r in runs)
+        line["cra_published"] = row["cra_at_eps"].iloc[0] if known else np.nan
+        if all(same_data(r, "CIFAR-10") for r in runs):
+            line["difference"] = line["cra"] - line["cra_published"]
         tightness = [r["tightness"] for r in runs if r.get("tightness") is not None]
-        lines.append(
-            {
-                "method": method,
-                "epsilon": epsilon,
-                "p": np.nan if p is None else p,
-                "lambda": np.nan if lam is None else lam,
-                "n": len(runs),
-                "clean": clean.mean(),
-                "cra": cra.mean(),
-                "K_f": np.mean([r["K_f"] for r in runs]),
-                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
-                "tightness": 100 * np.mean(tightness) if tightness else np.nan,
-                "clean_std": clean.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_std": cra.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_published": in_print,
-                "difference": cra.mean() - in_print if comparable else np.nan,
-            }
-        )
+        lines.append(line | {"tightness": 100 * np.mean(tightness) if tightness else np.nan})
     names = ["method", "epsilon", "p", "lambda", "n", "clean", "cra", "K_f", "K_hf", "tightness"]
     names += ["clean_std", "cra_std", "cra_published", "difference"]
     table = pd.DataFrame(lines, columns=names)
@@ -600,8 +596,8 @@ def display_sweep(table):
             {
                 "method": row["method"],
                 "ε": f"{row['epsilon']:g}",
-                "p": "–" if np.isnan(row["p"]) else f"{row['p']:g}",
-                "λ": "–" if np.isnan(row["lambda"]) else f"{row['lambda']:.1e}",
+                "p": _or_dash("g", row["p"]),
+                "λ": _or_dash(".1e", row["lambda"]),
                 "seeds": str(row["n"]),
                 "clean %": _cell(row["clean"], row["clean_std"]),
                 "CRA(ε) %": _cell(row["cra"], row["cra_std"], row["difference"]),
@@ -692,28 +688,10 @@ def temperature_table(results):
     """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
     CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
-    groups, lines = {}, []
-    for r in results:
-        t = r["params"]["loss"].get("temperature", np.nan)
-        groups.setdefault((r["method"], t, np.nan if r["p"] is None else r["p"]), []).append(r)
-    for (method, t, p), runs in groups.items():
-        cra = 100 * np.array([r["train_cra"][f"{r['epsilon']:g}"] for r in runs])
-        clean = 100 * np.array([r["train_clean"] for r in runs])
-        one = len(runs) == 1
-        lines.append(
-            {
-                "method": method,
-                "t": t,
-                "p": p,
-                "n": len(runs),
-                "clean": clean.mean(),
-                "clean_std": np.nan if one else clean.std(ddof=1),
-                "cra": cra.mean(),
-                "cra_std": np.nan if one else cra.std(ddof=1),
-                "K_f": np.mean([r["K_f"] for r in runs]),
-                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
-            }
-        )
+    by = {"method": BY_MARGIN["method"], "p": BY_MARGIN["p"]}
+    by |= {"t": lambda r: r["params"]["loss"].get("temperature")}
+    values = {"clean": lambda r: 100 * r["train_clean"], "cra": _train_cra} | CONSTANTS
+    lines = [line for line, _ in _summary(results, by, values)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
     table = pd.DataFrame(lines, columns=names)
     order = ["method", "t", "p"]
