@@ -268,8 +268,7 @@ def figure1(results, models, dataset):
         ax.plot(p, k_hf, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         cra = 100 * first[p][0]["train_cra"][f"{epsilon:g}"]
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
-        ax.annotate(f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3),
-                    textcoords="offset points", fontsize=8, **at)  # fmt: skip
+        _note(ax, f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3), **at)
     ax.set_xlim(1, 0)
     ax.set_ylim(0, 1.08 / float(cll_scale(epsilon, order[-1])))
     ax.set_xlabel("slack p: probability mass outside the margin")
@@ -368,10 +367,9 @@ def temperature_figure(table, title):
     own = table[table["method"] == "CLL"]  # from much slack to little
     left.plot(own["K_hf"], own["cra"], color=BLUE, lw=0.8, zorder=1)
     # away from the line, which rises from its first point
-    places = [{"xytext": (9, -3)}, {"xytext": (0, 7), "ha": "center"}]
-    for place, (_, end) in zip(places, own.iloc[[0, -1][: len(own)]].iterrows(), strict=False):
-        at = {"textcoords": "offset points", "fontsize": 8, **place}
-        left.annotate(f"p = {end['p']:g}", (end["K_hf"], end["cra"]), **at)
+    ends = own.iloc[[0, -1][: len(own)]].to_dict("records")
+    for end, offset, side in zip(ends, [(9, -3), (0, 7)], ["left", "center"], strict=False):
+        _note(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
     left.set_xscale("log")
     left.margins(0.14)
     left.set_xlabel("$K^{(h∘f)}$")
@@ -399,10 +397,8 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
     """
     groups = {}
     for r in results:
-        own = (100 * r["clean"], 100 * r["cra"][f"{r['epsilon']:g}"])
-        groups.setdefault((r["epsilon"], r["p"]), []).append(
-            (*own, 100 * r["cra"][f"{evaluate:g}"])
-        )
+        cra = [100 * r["cra"][f"{radius:g}"] for radius in (r["epsilon"], evaluate)]
+        groups.setdefault((r["epsilon"], r["p"]), []).append([100 * r["clean"], *cra])
     margins, slacks = (sorted({key[i] for key in groups}) for i in (0, 1))
     maps = np.full((3, len(margins), len(slacks)), np.nan)
     for (epsilon, p), values in groups.items():
@@ -466,14 +462,14 @@ def seeds_figure(results):
     if not groups:
         return _not_run("no row has run with more than one seed")
     figure, ax = _subplots((6.4, 0.3 * len(groups) + 1.6))
-    measures = [("clean", GREEN, "o", lambda r: r["clean"])]
-    styles = [(BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
-    for name, (color, marker) in zip(RADII.values(), styles, strict=True):
-        measures.append((f"CRA({name})", color, marker, lambda r, name=name: r["cra"].get(name)))
-    for j, (label, color, marker, value) in enumerate(measures):
-        x, y = [], []
+    styles = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
+    for j, (radius, (color, marker)) in enumerate(
+        zip([None, *RADII.values()], styles, strict=True)
+    ):
+        label, x, y = f"CRA({radius})" if radius else "clean", [], []
         for i, runs in enumerate(groups.values()):
-            values = np.array([value(r) for r in runs], float)
+            measured = [r["cra"].get(radius) if radius else r["clean"] for r in runs]
+            values = np.array(measured, float)
             x += list(100 * (values - values.mean()))
             y += [i + 0.17 * (j - 1.5)] * len(runs)
         ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
@@ -702,15 +698,12 @@ def convergence_figure(results):
     """
     table = snapshot_table(results)
     figure, axes = _subplots((9, 2.9), 1, 3)
-    for ax, (column, label) in zip(
-        axes,
-        [
-            ("tightness", "tightness (%)"),
-            ("cra", f"CRA at ε = {results[0]['epsilon']:g} (%)"),
-            ("K_f", "K(f), guaranteed"),
-        ],
-        strict=True,
-    ):
+    measures = {
+        "tightness": "tightness (%)",
+        "cra": f"CRA at ε = {results[0]['epsilon']:g} (%)",
+        "K_f": "K(f), guaranteed",
+    }
+    for ax, (column, label) in zip(axes, measures.items(), strict=True):
         for method, line in LINES.items():
             own = table[table["method"] == method]
             if own.empty:
@@ -829,15 +822,12 @@ def training_curves(curve, result=None):
     result: the run's record, for the title.
     """
     figure = Figure(figsize=(9, 2.8))
-    for ax, (column, label, factor) in zip(
-        figure.subplots(1, 3),
-        [
-            ("loss", "training loss (nats)", 1),
-            ("train_accuracy", "training accuracy (%)", 100),
-            ("K", "largest K (logits per unit)", 1),
-        ],
-        strict=True,
-    ):
+    measures = [
+        ("loss", "training loss (nats)", 1),
+        ("train_accuracy", "training accuracy (%)", 100),
+        ("K", "largest K (logits per unit)", 1),
+    ]
+    for ax, (column, label, factor) in zip(figure.subplots(1, 3), measures, strict=True):
         marker = "o" if len(curve) < 30 else None
         ax.plot(curve["epoch"], factor * curve[column], color=BLUE, marker=marker, ms=3)
         ax.set_xlabel("epoch")
@@ -856,12 +846,9 @@ def cra_figure(radii, result):
     radius, paper, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
     grid = np.linspace(0, np.quantile(paper, 0.995) + 1e-9, 400)
     figure, ax = _subplots((4.8, 3))
-    curves = [
-        ("guaranteed bound", radius, {"color": BLUE}),
-        ("paper-style bound (power iteration)", paper, {"color": ORANGE, "ls": "--"}),
-    ]
-    for label, r, line in curves:
-        ax.plot(grid, 100 * cra_curve(r, correct, grid), label=label, **line)
+    guaranteed, other = (100 * cra_curve(r, correct, grid) for r in (radius, paper))
+    ax.plot(grid, guaranteed, color=BLUE, label="guaranteed bound")
+    ax.plot(grid, other, color=ORANGE, ls="--", label="paper-style bound (power iteration)")
     # The training margin 0.15 of the image runs is no radius of the tables and next to 36/255.
     fractions = any("/" in name for name in result["cra"])
     marks = {_number(n): (n, v) for n, v in result["cra"].items() if "/" in n or not fractions}
@@ -909,12 +896,8 @@ def _stacked_radii(ax, radius, correct, bins):
         patch.set_hatch("////")
 
 
-FAMILIES = {  # the panels of tables 1 and 2, by the first letters of a network's name
-    "SOC": ("LipConv",),
-    "CPL": ("CPL",),
-    "SLL": ("SLL",),
-    "LBDN": ("Sandwich",),
-}
+# the panels of tables 1 and 2: the first letters of a network's name
+FAMILIES = {"SOC": "LipConv", "CPL": "CPL", "SLL": "SLL", "LBDN": "Sandwich"}
 
 
 @of_runs
@@ -1040,15 +1023,8 @@ def layer_bars(tables, title):
         ax.barh(at, upper - 1, left=1, color=BLUE, label="upper, proven", **bar)
         ax.plot(lower, at, "d", color="black", mfc=ORANGE, ms=6, ls="", label="lower, shown")
         for y, high in zip(at, upper, strict=True):
-            note = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-            right = high >= 1
-            ax.annotate(
-                f"{high:.3g}",
-                (high, y),
-                (6 if right else -6, 0),
-                ha="left" if right else "right",
-                **note,
-            )
+            offset, side = ((6, 0), "left") if high >= 1 else ((-6, 0), "right")
+            _note(ax, f"{high:.3g}", (high, y), offset, ha=side, va="center")
         ax.axvline(1, color="black", lw=0.8)
         ax.set_yticks(at, [label.removeprefix("body.") for label in table["layer"]])
         ax.set_ylim(len(table) - 0.4, -0.6)
@@ -1081,16 +1057,8 @@ def radius_comparison(certificates, title):
         ax.set_ylabel("test images")
         ax.set_title(name, loc="left")
         ax.legend(loc="upper left")
-    axes[0].annotate(
-        "36/255 ",
-        (36 / 255, 1),
-        (-2, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-    )
+    at = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
+    _note(axes[0], "36/255 ", (36 / 255, 1), (-2, -2), **at)
     axes[-1].set_xlabel("certified radius (L2 distance, pixels in [0, 1])")
     return _title(figure, title)
 
@@ -1113,9 +1081,8 @@ def extreme_images(dataset, certificates, title, count=4):
                 ax.axis("off")
             else:
                 _image(ax, dataset, row, ".2g")
-        line[0].text(
-            -0.12, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes
-        )
+        at = {"ha": "right", "va": "center", "transform": line[0].transAxes}
+        line[0].text(-0.12, 0.5, name, rotation=90, **at)
     return _title(figure, title)
 
 
@@ -1140,18 +1107,12 @@ def fault_overview(faults, title="computed, not trained"):
         x = right / 1.5 if beyond else claim
         ax.plot([1, x], [i, i], color=RED, lw=1, zorder=2)
         ax.plot(x, i, ">" if beyond else "x", color=RED, ms=5, mew=1.6, zorder=3)
-        text = (
-            "any radius"
-            if beyond
-            else f"{claim:.4f}"
-            if claim < 1.01
-            else f"{float(f'{claim:.3g}'):g}"
-        )
-        at = (-7, "right") if claim > 3e3 else (7, "left")
-        ax.annotate(
-            text, (x, i), (at[0], 4 if claim > 3e3 else 0), textcoords="offset points",
-            ha=at[1], va="bottom" if claim > 3e3 else "center", fontsize=8, color=RED,
-        )  # fmt: skip
+        text = f"{claim:.4f}" if claim < 1.01 else f"{float(f'{claim:.3g}'):g}"
+        offset, side, height = (7, 0), "left", "center"
+        if claim > 3e3:  # no room on the right
+            offset, side, height = (-7, 4), "right", "bottom"
+        text = "any radius" if beyond else text
+        _note(ax, text, (x, i), offset, ha=side, va=height, color=RED)
         if np.isnan(ours):
             ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
         else:
@@ -1220,12 +1181,9 @@ def fault_norms(faults, title="computed, not trained"):
     stopped.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
     stopped.plot(steps, estimates, color=RED, ls="--", label="power iteration")
     stop = 1 + int(np.argmin(np.abs(estimates * fault.truth - fault.claim)))
-    stopped.plot(
-        stop, fault.claim / fault.truth, "x", color=RED, mew=1.8, label="stopped, as published"
-    )
-    stopped.plot(
-        steps[[0, -1]], 2 * [fault.ours / fault.truth], color=BLUE, ls=":", label="this kit"
-    )
+    claim, ours = fault.claim / fault.truth, fault.ours / fault.truth
+    stopped.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
+    stopped.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
     stopped.set_xscale("log")
     stopped.set_ylim(0.97, 1.004)
     stopped.set_xlabel("iterations")
@@ -1284,8 +1242,7 @@ def certificate_gap(table, title):
         at = np.array([runs.index(run) for run in rows["run"]]) + shift
         ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
         for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
-            note = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": color}
-            ax.annotate(f"{most} of {n}", (x, y), (8, 0), **note)
+            _note(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
     ax.set_yticks(range(len(runs)), runs)
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_xscale("log")
@@ -1313,6 +1270,11 @@ def _title(figure, text):
     lines = textwrap.wrap(text, int(15 * figure.get_figwidth()))
     figure.suptitle("\n".join(line.removesuffix("·").rstrip() for line in lines), fontsize=9)
     return figure
+
+
+def _note(ax, text, place, offset, **style):
+    """Small text, so many points away from a place in the data."""
+    ax.annotate(text, place, offset, textcoords="offset points", **({"fontsize": 8} | style))
 
 
 def _log_y(ax):
