@@ -12,8 +12,6 @@ import torch
 from . import experiment, moons, plots
 from .certify import certified_radius, predict_logits
 
-__all__ = ["REFERENCE", "Explorer", "draw_all", "load", "runs"]
-
 REFERENCE = experiment.ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
 RESOLUTION = 121  # of the grid: a panel of this size shows no difference to more
 ALT = (

@@ -21,41 +21,6 @@ import yaml
 
 from .losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
-__all__ = [
-    "TRUE_MARGIN",
-    "ablation_table",
-    "attack_check",
-    "attack_table",
-    "caption",
-    "checklist",
-    "claims",
-    "comparison_table",
-    "data_source",
-    "display_ablation",
-    "display_attacks",
-    "display_gains",
-    "display_shapes",
-    "display_sweep",
-    "display_table",
-    "display_temperature",
-    "gain_table",
-    "lambda_slope",
-    "moons_table",
-    "published",
-    "reached",
-    "read_claims",
-    "save_table",
-    "seed_table",
-    "shape_table",
-    "shortened",
-    "snapshot_table",
-    "sweep_table",
-    "table_runs",
-    "temperature_table",
-    "tightness_note",
-    "uncertain",
-]
-
 TRUE_MARGIN = 0.15  # two moons: arcs 0.5 apart, noise discs of radius 0.1: half of the 0.3 between
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny-ImageNet": 200}  # of the tables' data sets
 RADII = {"cra_36": "36/255", "cra_72": "72/255", "cra_108": "108/255"}
@@ -77,10 +42,12 @@ SHOWN = {
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams".
+    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams", or what
+    the text and the tables say of them, "table_claims".
 
-    One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"). Raises ValueError for
-    another name.
+    One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
+    a row, the rows that it is compared with (the best of them, column by column), the columns, the
+    relation that must hold in each of them, and the claim. Raises ValueError for another name.
     """
     folder = Path(__file__).parent / "published"
     if table not in (names := sorted(path.stem for path in folder.glob("*.csv"))):
@@ -284,21 +251,12 @@ def comparison_table(results, table="table2", rows=None):
             for column in COLUMNS:
                 values = np.array([_measured(r, column, bound) for r in runs], float)
                 mean = values.mean() if runs else np.nan
-                doubtful = column in uncertain(row)
-                compared = comparable and not doubtful
-                lines.append(
-                    about
-                    | {
-                        "bound": bound,
-                        "column": column,
-                        "n": len(runs),
-                        "mean": mean,
-                        "std": values.std(ddof=1) if len(runs) > 1 else np.nan,
-                        "published": row[column],
-                        "uncertain": doubtful,
-                        "difference": mean - row[column] if compared else np.nan,
-                    }
-                )
+                line = about | {"bound": bound, "column": column, "n": len(runs)}
+                line |= {"mean": mean, "std": _std(values), "published": row[column]}
+                line["uncertain"] = column in uncertain(row)
+                compared = comparable and not line["uncertain"]
+                line["difference"] = mean - row[column] if compared else np.nan
+                lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -309,6 +267,40 @@ def _cell(mean, std=np.nan, difference=np.nan, digits=1):
     spread = "" if pd.isna(std) else f" ± {std:.{digits}f}"
     signed = "" if pd.isna(difference) else f" ({difference:+.{digits}f})"
     return f"{mean:.{digits}f}{spread}{signed}"
+
+
+def _or_dash(form, value):
+    return "–" if pd.isna(value) else format(value, form)
+
+
+def _std(values):
+    """Standard deviation over the seeds, ddof 1; nan for one."""
+    return np.std(values, ddof=1) if len(values) > 1 else np.nan
+
+
+def _summary(results, by, values):
+    """(line, runs) of the runs that agree in `by`, in the order in which these come: the line has
+    the columns of `by` (None as nan), n (the seeds), and of each of `values` the mean and, as
+    name_std, the standard deviation. by, values: {column: its value in a record, a function}."""
+    groups = {}
+    for r in results:
+        groups.setdefault(tuple(of(r) for of in by.values()), []).append(r)
+    for key, runs in groups.items():
+        line = {name: np.nan if v is None else v for name, v in zip(by, key, strict=True)}
+        line["n"] = len(runs)
+        for name, of in values.items():
+            measured = np.array([of(r) for r in runs], float)
+            line |= {name: measured.mean(), f"{name}_std": _std(measured)}
+        yield line, runs
+
+
+BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")}
+CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
+
+
+def _train_cra(result):
+    """CRA of the training points at the training margin in percent, guaranteed bound."""
+    return 100 * result["train_cra"][f"{result['epsilon']:g}"]
 
 
 def _shown(lines, index, more):
@@ -362,14 +354,11 @@ def seed_table(comparison, bound="guaranteed"):
     own = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
     for row_id, row in own.groupby("row_id", sort=False):
         first = row.iloc[0]
-        about = {"row": row_id, "dataset": first["data"]} | first[
-            ["model", "method", "n"]
-        ].to_dict()
-        cells = {
-            COLUMNS[c["column"]][0]: _cell(c["mean"], c["std"], digits=2)
-            for c in row.to_dict("records")
-        }
-        lines.append(about | cells)
+        line = {"row": row_id, "dataset": first["data"]}
+        line |= first[["model", "method", "n"]].to_dict()
+        for c in row.to_dict("records"):
+            line[COLUMNS[c["column"]][0]] = _cell(c["mean"], c["std"], digits=2)
+        lines.append(line)
     names = ["row", "dataset", "model", "method", "n", *(name for name, _ in COLUMNS.values())]
     return pd.DataFrame(lines, columns=names).set_index("row")
 
@@ -395,23 +384,17 @@ def attack_table(results):
             "seed": result["seed"],
         }
         attack = result.get("attack")
-        for radius in attack["accuracy"] if attack else [None]:
-            line = dict.fromkeys(("attack", "radius"), "") | {"images": 0}
-            line |= dict.fromkeys(("cra", "cra_local", "attacked", "clean"), np.nan)
-            line |= {"certified": 0, "broken": 0}
-            if attack:
-                best = attack.get("cra_local", attack["cra"])[radius]
-                line |= {
-                    "images": attack["images"],
-                    "attack": attack["method"],
-                    "radius": radius,
-                    "cra": 100 * attack["cra"][radius],
-                    "cra_local": 100 * attack.get("cra_local", {}).get(radius, np.nan),
-                    "attacked": 100 * attack["accuracy"][radius],
-                    "clean": 100 * attack["clean"],
-                    "certified": round(best * attack["images"]),
-                    "broken": attack["broken"],
-                }
+        if not attack:
+            none = {"attack": "", "radius": "", "images": 0, "certified": 0, "broken": 0}
+            lines.append(about | none)
+            continue
+        about |= {"attack": attack["method"], "images": attack["images"]}
+        about |= {"clean": 100 * attack["clean"], "broken": attack["broken"]}
+        for radius, accuracy in attack["accuracy"].items():
+            line = {"radius": radius, "cra": 100 * attack["cra"][radius]}
+            line["cra_local"] = 100 * attack.get("cra_local", {}).get(radius, np.nan)
+            best = attack.get("cra_local", attack["cra"])[radius]
+            line |= {"attacked": 100 * accuracy, "certified": round(best * attack["images"])}
             lines.append(about | line)
     names = ["row_id", "dataset", "model", "method", "seed", "attack", "radius", "images", "cra"]
     names += ["cra_local", "attacked", "clean", "certified", "broken"]
@@ -467,42 +450,23 @@ def moons_table(results):
     percent (mean, std, min; guaranteed bound), K_f, K_hf, and the published CRA and K_hf with the
     difference of the CRA in points (nan where nothing is printed).
     """
-    printed = published("two_moons")
+    printed = published("two_moons").query("status == 'printed'")
+    p_code = pd.to_numeric(printed["p_code"], errors="coerce")
+
+    def method(r):  # figure 4 has the published gradient
+        exact = r["params"]["loss"].get("gradient") == "exact"
+        return r["method"] + ", exact gradient" * exact
+
     lines = []
-    groups = {}
-    for result in results:
-        method = result["method"]
-        if result["params"]["loss"].get("gradient") == "exact":  # figure 4 has the published one
-            method += ", exact gradient"
-        key = (method, result["epsilon"], result["p"])
-        groups.setdefault(key, []).append(result)
-    for (method, epsilon, p), runs in groups.items():
-        cra = 100 * np.array([r["train_cra"][f"{epsilon:g}"] for r in runs])
-        K = np.array([r["K_f"] for r in runs])
-        same = printed["epsilon"].eq(epsilon) & printed["status"].eq("printed")
-        if method == "CLL":
-            same &= pd.to_numeric(printed["p_code"], errors="coerce").sub(p).abs() < 1e-9 * p
-        else:
-            same &= False
-        row = printed[same]
-        cra_printed = float(row["cra_printed"].iloc[0]) if len(row) else np.nan
-        k_hf = 1 / float(cll_scale(epsilon, p)) if method == "CLL" else K.mean()
-        lines.append(
-            {
-                "method": method,
-                "epsilon": epsilon,
-                "p": np.nan if p is None else p,
-                "n": len(runs),
-                "cra": cra.mean(),
-                "cra_std": cra.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_min": cra.min(),
-                "K_f": K.mean(),
-                "K_hf": k_hf,
-                "cra_published": cra_printed,
-                "K_hf_published": float(row["k_hf_printed"].iloc[0]) if len(row) else np.nan,
-                "difference": cra.mean() - cra_printed,
-            }
-        )
+    values = {"cra": _train_cra, "K_f": operator.itemgetter("K_f")}
+    for line, runs in _summary(results, BY_MARGIN | {"method": method}, values):
+        epsilon, p = line["epsilon"], line["p"]
+        row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
+        line["cra_min"] = min(map(_train_cra, runs))
+        line["K_hf"] = line["K_f"] if np.isnan(p) else 1 / float(cll_scale(epsilon, p))
+        for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
+            line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
+        lines.append(line | {"difference": line["cra"] - line["cra_published"]})
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
     return pd.DataFrame(lines, columns=names).sort_values(
@@ -526,7 +490,7 @@ def display_shapes(table):
     shown = pd.DataFrame(
         {
             "method": table["method"],
-            "p": ["–" if pd.isna(p) else f"{p:g}" for p in table["p"]],
+            "p": [_or_dash("g", p) for p in table["p"]],
             "CRA(0.15) % (train)": table["cra"].map("{:.2f}".format),
             "K(f)": table["K_f"].map("{:.1f}".format),
             "K(h∘f)": table["K_hf"].map("{:.1f}".format),
@@ -541,24 +505,20 @@ def display_shapes(table):
 
 def display_moons(table):
     """The frame of `moons_table` for reading: strings, CRA as mean ± std over the seeds."""
-    lines = []
-    for row in table.to_dict("records"):
-        lines.append(
-            {
-                "method": row["method"],
-                "ε": f"{row['epsilon']:.2f}",
-                "p": "–" if np.isnan(row["p"]) else f"{row['p']:g}",
-                "seeds": str(row["n"]),
-                "CRA % (train)": _cell(row["cra"], row["cra_std"], row["difference"], digits=2),
-                "worst seed": f"{row['cra_min']:.2f}",
-                "paper": _cell(row["cra_published"]),
-                "K(f)": f"{row['K_f']:.1f}",
-                "K(h∘f)": f"{row['K_hf']:.1f}",
-                "paper's K(h∘f)": _cell(row["K_hf_published"]),
-            }
-        )
-    more = ["seeds", "CRA % (train)", "worst seed", "paper", "K(f)", "K(h∘f)", "paper's K(h∘f)"]
-    return _shown(lines, ["method", "ε", "p"], more)
+    cell = functools.partial(_cell, digits=2)
+    columns = {
+        "method": table["method"],
+        "ε": table["epsilon"].map("{:.2f}".format),
+        "p": [_or_dash("g", p) for p in table["p"]],
+        "seeds": table["n"].map(str),
+        "CRA % (train)": map(cell, table["cra"], table["cra_std"], table["difference"]),
+        "worst seed": table["cra_min"].map("{:.2f}".format),
+        "paper": map(_cell, table["cra_published"]),
+        "K(f)": table["K_f"].map("{:.1f}".format),
+        "K(h∘f)": table["K_hf"].map("{:.1f}".format),
+        "paper's K(h∘f)": map(_cell, table["K_hf_published"]),
+    }
+    return _shown(pd.DataFrame(columns).to_dict("records"), ["method", "ε", "p"], columns)
 
 
 def run_table(result):
@@ -585,39 +545,20 @@ def sweep_table(results):
     of clean and cra, and where figure 5 prints that run's CRA, it and the difference (nan on other
     data than CIFAR-10).
     """
-    printed, groups, lines = published("figure5"), {}, []
-    for r in results:
-        lam = r["params"]["loss"].get("lambda")
-        groups.setdefault((r["method"], r["epsilon"], r["p"], lam), []).append(r)
-    for (method, epsilon, p, lam), runs in groups.items():
-        cra = 100 * np.array([r["cra"][f"{epsilon:g}"] for r in runs])
-        clean = 100 * np.array([r["clean"] for r in runs])
-        of_method = printed["method"].eq(method) & printed["epsilon"].eq(epsilon)
-        if method == "CLL":
-            of_method &= np.isclose(printed["p"], p) & np.isclose(printed["lambda"], lam)
-        row = printed[of_method & printed["cra_at_eps"].notna()]
+    by = BY_MARGIN | {"lambda": lambda r: r["params"]["loss"].get("lambda")}
+    values = {"clean": lambda r: 100 * r["clean"]} | CONSTANTS
+    values |= {"cra": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"]}
+    printed, lines = published("figure5").dropna(subset=["cra_at_eps"]), []
+    for line, runs in _summary(results, by, values):
+        row = printed[printed["method"].eq(line["method"]) & printed["epsilon"].eq(line["epsilon"])]
+        for key in ("p", "lambda") if line["method"] == "CLL" else ():
+            row = row[np.isclose(row[key], line[key])]
         known = len(row) and runs[0]["data"] != "two_moons"
-        in_print = row["cra_at_eps"].iloc[0] if known else np.nan
-        comparable = all(same_data(r, "CIFAR-10") for r in runs)
+        line["cra_published"] = row["cra_at_eps"].iloc[0] if known else np.nan
+        if all(same_data(r, "CIFAR-10") for r in runs):
+            line["difference"] = line["cra"] - line["cra_published"]
         tightness = [r["tightness"] for r in runs if r.get("tightness") is not None]
-        lines.append(
-            {
-                "method": method,
-                "epsilon": epsilon,
-                "p": np.nan if p is None else p,
-                "lambda": np.nan if lam is None else lam,
-                "n": len(runs),
-                "clean": clean.mean(),
-                "cra": cra.mean(),
-                "K_f": np.mean([r["K_f"] for r in runs]),
-                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
-                "tightness": 100 * np.mean(tightness) if tightness else np.nan,
-                "clean_std": clean.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_std": cra.std(ddof=1) if len(runs) > 1 else np.nan,
-                "cra_published": in_print,
-                "difference": cra.mean() - in_print if comparable else np.nan,
-            }
-        )
+        lines.append(line | {"tightness": 100 * np.mean(tightness) if tightness else np.nan})
     names = ["method", "epsilon", "p", "lambda", "n", "clean", "cra", "K_f", "K_hf", "tightness"]
     names += ["clean_std", "cra_std", "cra_published", "difference"]
     table = pd.DataFrame(lines, columns=names)
@@ -627,25 +568,20 @@ def sweep_table(results):
 
 def display_sweep(table):
     """The frame of `sweep_table` for reading: strings, accuracies as mean ± std over the seeds."""
-    lines = []
-    for row in table.to_dict("records"):
-        lines.append(
-            {
-                "method": row["method"],
-                "ε": f"{row['epsilon']:g}",
-                "p": "–" if np.isnan(row["p"]) else f"{row['p']:g}",
-                "λ": "–" if np.isnan(row["lambda"]) else f"{row['lambda']:.1e}",
-                "seeds": str(row["n"]),
-                "clean %": _cell(row["clean"], row["clean_std"]),
-                "CRA(ε) %": _cell(row["cra"], row["cra_std"], row["difference"]),
-                "paper": _cell(row["cra_published"]),
-                "K(f)": f"{row['K_f']:.2f}",
-                "K(h∘f)": f"{row['K_hf']:.2f}",
-                "tightness %": _cell(row["tightness"]),
-            }
-        )
-    more = ["seeds", "clean %", "CRA(ε) %", "paper", "K(f)", "K(h∘f)", "tightness %"]
-    return _shown(lines, ["method", "ε", "p", "λ"], more)
+    columns = {
+        "method": table["method"],
+        "ε": table["epsilon"].map("{:g}".format),
+        "p": [_or_dash("g", p) for p in table["p"]],
+        "λ": [_or_dash(".1e", weight) for weight in table["lambda"]],
+        "seeds": table["n"].map(str),
+        "clean %": map(_cell, table["clean"], table["clean_std"]),
+        "CRA(ε) %": map(_cell, table["cra"], table["cra_std"], table["difference"]),
+        "paper": map(_cell, table["cra_published"]),
+        "K(f)": table["K_f"].map("{:.2f}".format),
+        "K(h∘f)": table["K_hf"].map("{:.2f}".format),
+        "tightness %": map(_cell, table["tightness"]),
+    }
+    return _shown(pd.DataFrame(columns).to_dict("records"), ["method", "ε", "p", "λ"], columns)
 
 
 def gain_table(table):
@@ -679,13 +615,13 @@ def display_gains(gains):
     """The frame of `gain_table` for reading, laid out as in the paper: a column per margin."""
 
     def row(column, form):
-        return ["–" if np.isnan(v) else form.format(v) for v in gains[column]]
+        return [_or_dash(form, v) for v in gains[column]]
 
     lines = {}
     for where, end in (("here", ""), ("paper", "_published")):
         for method in ("GloRo", "CLL"):
-            lines[f"{method}, CRA(ε) %", where] = row(method + end, "{:.1f}")
-        lines["relative gain %", where] = row("gain" + end, "{:+.1f}")
+            lines[f"{method}, CRA(ε) %", where] = row(method + end, ".1f")
+        lines["relative gain %", where] = row("gain" + end, "+.1f")
     columns = [f"ε = {epsilon:g}" for epsilon in gains["epsilon"]]
     frame = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
     frame.index = pd.MultiIndex.from_tuples(frame.index, names=["", "source"])
@@ -725,28 +661,10 @@ def temperature_table(results):
     """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
     CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
-    groups, lines = {}, []
-    for r in results:
-        t = r["params"]["loss"].get("temperature", np.nan)
-        groups.setdefault((r["method"], t, np.nan if r["p"] is None else r["p"]), []).append(r)
-    for (method, t, p), runs in groups.items():
-        cra = 100 * np.array([r["train_cra"][f"{r['epsilon']:g}"] for r in runs])
-        clean = 100 * np.array([r["train_clean"] for r in runs])
-        one = len(runs) == 1
-        lines.append(
-            {
-                "method": method,
-                "t": t,
-                "p": p,
-                "n": len(runs),
-                "clean": clean.mean(),
-                "clean_std": np.nan if one else clean.std(ddof=1),
-                "cra": cra.mean(),
-                "cra_std": np.nan if one else cra.std(ddof=1),
-                "K_f": np.mean([r["K_f"] for r in runs]),
-                "K_hf": np.mean([float(r["K_hf"]) for r in runs]),
-            }
-        )
+    by = {"method": BY_MARGIN["method"], "p": BY_MARGIN["p"]}
+    by |= {"t": lambda r: r["params"]["loss"].get("temperature")}
+    values = {"clean": lambda r: 100 * r["train_clean"], "cra": _train_cra} | CONSTANTS
+    lines = [line for line, _ in _summary(results, by, values)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
     table = pd.DataFrame(lines, columns=names)
     order = ["method", "t", "p"]
@@ -758,8 +676,8 @@ def display_temperature(table):
     shown = pd.DataFrame(
         {
             "method": table["method"],
-            "t": ["–" if pd.isna(t) else f"{t:g}" for t in table["t"]],
-            "p": ["–" if pd.isna(p) else f"{p:g}" for p in table["p"]],
+            "t": [_or_dash("g", t) for t in table["t"]],
+            "p": [_or_dash("g", p) for p in table["p"]],
             "seeds": table["n"].map(str),
             "clean % (train)": map(_cell, table["clean"], table["clean_std"]),
             "CRA(0.15) % (train)": map(_cell, table["cra"], table["cra_std"]),
@@ -810,21 +728,13 @@ def ablation_table(results):
                 printed = dict(zip(values, printed, strict=True))
             for measure, measured in values.items():
                 measured = 100 * np.array(measured)
-                lines.append(
-                    {
-                        "model": model,
-                        "p": p,
-                        "choice": ", ".join(f"{key} = {_written(loss[key])}" for key in differ),
-                        "base": loss is losses[0],
-                        "n": len(runs),
-                        "measure": measure,
-                        "mean": measured.mean(),
-                        "std": measured.std(ddof=1) if len(runs) > 1 else np.nan,
-                        "difference": measured.mean() - usual.get(measure, np.nan),
-                        "published": printed[measure],
-                    }
-                )
-                usual.setdefault(measure, measured.mean())  # the first choice is the usual one
+                mean = measured.mean()
+                choice = ", ".join(f"{key} = {_written(loss[key])}" for key in differ)
+                line = {"model": model, "p": p, "choice": choice, "base": loss is losses[0]}
+                line |= {"n": len(runs), "measure": measure, "mean": mean, "std": _std(measured)}
+                line["difference"] = mean - usual.get(measure, np.nan)
+                lines.append(line | {"published": printed[measure]})
+                usual.setdefault(measure, mean)  # the first choice is the usual one
     names = ["model", "p", "choice", "base", "n", "measure", "mean", "std", "difference"]
     return pd.DataFrame(lines, columns=[*names, "published"])
 
@@ -839,7 +749,7 @@ def display_ablation(table):
     std over the seeds, in brackets the difference from the usual choice; then what is printed."""
     lines = []
     for (model, p), group in table.groupby(["model", "p"], sort=False, dropna=False):
-        slack = "–" if np.isnan(p) else f"{p:g}"
+        slack = _or_dash("g", p)
         for (choice, base), own in group.groupby(["choice", "base"], sort=False):
             line = {"network": model, "p": slack, "choice": choice + " (usual)" * base}
             line["seeds"] = str(own["n"].iloc[0])
@@ -915,68 +825,13 @@ def _similar(a, b):
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-# What the text and the tables say: ours, the rows it is compared with (the best of them, column by
-# column), the columns, the relation that must hold in each of them, and the claim.
-TABLE_CLAIMS = {
-    "table1": [
-        ("T1-04", ["T1-02"], CRA, ABOVE, "8C2F, ε = 0.5: CLL certifies more than GloRo"),
-        ("T1-04", ["T1-02"], ["clean"], NOT_BELOW,
-         "8C2F, ε = 0.5: clean accuracy not below GloRo's"),
-        ("T1-10", ["T1-09"], CRA, ABOVE, "8C2F, ε = 1: CLL certifies more than LBDN's Sandwich"),
-        ("T1-10", ["T1-09"], ["clean"], NOT_BELOW, "8C2F, ε = 1: clean accuracy not below LBDN's"),
-        ("T1-07", ["T1-05", "T1-06", "T1-08", "T1-09"], CRA, ABOVE,
-         "LipConv-20: CLL certifies more than SOC, SLL and LBDN"),
-        ("T1-07", ["T1-05", "T1-06"], ["clean"], NOT_BELOW,
-         "LipConv-20: clean accuracy not below SOC's"),
-        ("T1-05", ["T1-06"], ["clean", "cra_36"], ABOVE, "SOC: 10 layers slightly better than 20"),
-        ("T1-04", ["T1-02"], ["k_hf"], ABOVE, "8C2F: a larger K(h∘f) than GloRo's"),
-        ("T1-07", ["T1-06"], ["k_hf"], ABOVE, "LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T1-04", ["T1-02"], ["tightness"], ABOVE, "8C2F: a tighter bound than GloRo's"),
-        ("T1-07", ["T1-06"], ["tightness"], ABOVE, "LipConv-20: a tighter bound than SOC's"),
-    ],
-    "table2": [
-        ("T2-05", ["T2-03"], CRA, ABOVE, "4C3F: CLL certifies more than GloRo"),
-        ("T2-05", ["T2-03"], ["clean"], NOT_BELOW, "4C3F: clean accuracy not below GloRo's"),
-        ("T2-04", ["T2-02"], ["cra_36"], ABOVE, "6C2F: CLL certifies more than GloRo"),
-        ("T2-04", ["T2-02"], ["clean"], NOT_BELOW, "6C2F: clean accuracy not below GloRo's"),
-        ("T2-04", ["T2-01"], ["cra_36"], ABOVE, "6C2F: CLL certifies more than Local-Lip-B"),
-        ("T2-05", ["T2-01"], ["cra_36"], ABOVE, "4C3F: CLL certifies more than Local-Lip-B's 6C2F"),
-        ("T2-07", ["T2-06"], CRA, ABOVE, "CIFAR-10, LipConv-20: CLL certifies more than SOC"),
-        ("T2-07", ["T2-06"], ["clean"], ABOVE,
-         "CIFAR-10, LipConv-20: clean accuracy above SOC's"),
-        ("T2-09", ["T2-08"], CRA, ABOVE, "CIFAR-10, CPL-XL: CLL certifies more than CPL"),
-        ("T2-09", ["T2-08"], ["clean"], ABOVE, "CIFAR-10, CPL-XL: clean accuracy above CPL's"),
-        ("T2-17", ["T2-12", "T2-13", "T2-14", "T2-15", "T2-16"], CRA, NOT_BELOW,
-         "CIFAR-100: no row certifies more than SLL-XL with CLL"),
-        ("T2-11", ["T2-10"], ["clean", *CRA], _close,
-         "CIFAR-10, SLL-XL: no improvement over the AOL loss (within a point)"),
-        ("T2-13", ["T2-12"], CRA, ABOVE, "CIFAR-100, LipConv-20: CLL certifies more than SOC"),
-        ("T2-15", ["T2-14"], CRA, ABOVE, "CIFAR-100, CPL-XL: CLL certifies more than CPL"),
-        ("T2-17", ["T2-16"], CRA, NOT_BELOW, "CIFAR-100, SLL-XL: CLL certifies no less than SLL"),
-        ("T2-05", ["T2-03"], ["k_hf"], ABOVE, "4C3F: a larger K(h∘f) than GloRo's"),
-        ("T2-04", ["T2-02"], ["k_hf"], BELOW, "6C2F, the exception: a smaller K(h∘f) than GloRo's"),
-        ("T2-07", ["T2-06"], ["k_hf"], ABOVE, "CIFAR-10, LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T2-13", ["T2-12"], ["k_hf"], ABOVE, "CIFAR-100, LipConv-20: a larger K(h∘f) than SOC's"),
-        ("T2-15", ["T2-14"], ["k_hf"], ABOVE, "CIFAR-100, CPL-XL: a larger K(h∘f) than CPL's"),
-        ("T2-17", ["T2-16"], ["k_hf"], _similar,
-         "CIFAR-100, SLL-XL: a K(h∘f) like that of the AOL loss (within a quarter)"),
-        ("T2-05", ["T2-03"], ["k_f"], ABOVE, "4C3F: a larger K(f) than GloRo's all the same"),
-        ("T2-04", ["T2-02"], ["k_f"], ABOVE, "6C2F: a larger K(f) than GloRo's all the same"),
-        ("T2-05", ["T2-03"], ["tightness"], ABOVE, "4C3F: a tighter bound than GloRo's"),
-        ("T2-04", ["T2-02"], ["tightness"], ABOVE, "6C2F: a tighter bound than GloRo's"),
-        ("T2-09", ["T2-08"], ["tightness"], ABOVE, "CIFAR-10, CPL-XL: a tighter bound than CPL's"),
-        ("T2-15", ["T2-14"], ["tightness"], ABOVE, "CIFAR-100, CPL-XL: a tighter bound than CPL's"),
-        ("T2-07", ["T2-06"], ["tightness"], _close,
-         "CIFAR-10, LipConv-20, an exception: no tighter than SOC (within a point)"),
-        ("T2-13", ["T2-12"], ["tightness"], _close,
-         "CIFAR-100, LipConv-20, an exception: no tighter than SOC (within a point)"),
-        ("T2-11", ["T2-10"], ["tightness"], _close,
-         "CIFAR-10, SLL-XL, an exception: no tighter than SLL (within a point)"),
-        ("T2-17", ["T2-16"], ["tightness"], _close,
-         "CIFAR-100, SLL-XL, an exception: no tighter than SLL (within a point)"),
-    ],
-}  # fmt: skip
-
+RELATIONS = {
+    "above": ABOVE,
+    "not below": NOT_BELOW,
+    "below": BELOW,
+    "close": _close,
+    "similar": _similar,
+}
 
 # CLL beside the loss that the same network was published with: name, row of CLL, its baseline
 PAIRS = {
@@ -1028,42 +883,33 @@ def _table_claims(table, results):
         frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
     yield from _every_pair(table, frame)
-    for ours, baselines, columns, relation, claim in TABLE_CLAIMS[table]:
+    for claim in published("table_claims").query("table == @table").to_dict("records"):
         printed, values = [], []
+        ours, columns = claim["row_id"], claim["columns"].split()
         for column in columns:
-            rivals = [frame.loc[(row, column)] for row in baselines]
+            rivals = [frame.loc[(row, column)] for row in claim["rivals"].split()]
             best = max(rivals, key=lambda cell: np.nan_to_num(cell["published"], nan=-np.inf))
             printed.append(f"{_printed(frame.loc[(ours, column)])} vs {_printed(best)}")
             # the maximum of an array with nan is nan: a rival that was not run leaves no verdict
             values += [frame.loc[(ours, column), "mean"], np.max([cell["mean"] for cell in rivals])]
         form = ", ".join(["{:.1f} vs {:.1f}"] * len(columns))
-        holds = functools.partial(_in_all, relation)
-        yield claim, ", ".join(printed), form, values, holds
+        holds = functools.partial(_in_all, RELATIONS[claim["relation"]])
+        yield claim["claim"], ", ".join(printed), form, values, holds
     if table == "table1":
         sizes = []
         for row_id in ("T1-10", "T1-09", "T1-08"):
             runs = [r for r in results or [] if r.get("row") == row_id]
             sizes.append(np.mean([r["parameters"] for r in runs]) / 1e6 if runs else np.nan)
-        yield (
-            "fewer parameters: 8C2F < Sandwich < SLL-XL",
-            "4.3 M < 39 M < 1100 M",
-            "{:.2f} M < {:.1f} M < {:.0f} M",
-            sizes,
-            lambda *n: all(np.diff(n) > 0),
-        )
+        claim = "fewer parameters: 8C2F < Sandwich < SLL-XL"
+        form = "{:.2f} M < {:.1f} M < {:.0f} M"
+        yield claim, "4.3 M < 39 M < 1100 M", form, sizes, lambda *n: all(np.diff(n) > 0)
     if table == "table2":
-        gains = []
-        for ours, baseline in (("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")):
-            gains.append(
-                frame.loc[(ours, "cra_108"), "mean"] - frame.loc[(baseline, "cra_108"), "mean"]
-            )
-        yield (
-            "CIFAR-100: the largest gain at 108/255 is CPL's (CPL, SOC, SLL)",
-            "+8.9, +2.5, +0.1",
-            "{:+.1f}, {:+.1f}, {:+.1f}",
-            gains,
-            lambda *g: g[0] == max(g),
-        )
+        cra = frame["mean"].xs("cra_108", level="column")
+        pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
+        gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
+        claim = "CIFAR-100: the largest gain at 108/255 is CPL's (CPL, SOC, SLL)"
+        form = "{:+.1f}, {:+.1f}, {:+.1f}"
+        yield claim, "+8.9, +2.5, +0.1", form, gains, lambda *g: g[0] == max(g)
 
 
 def _in_all(relation, *values):
@@ -1172,23 +1018,13 @@ def _figure3_claims(results):
     yield claim, f"{len(equal)}", "{:.0f}", [sum(equal)], lambda n: n == len(equal)
     slack = np.geomspace(1e-6, 0.9, 60)
     constants = np.array([1 / float(cll_scale(TRUE_MARGIN, q)) for q in slack])
+    falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
     claim = "K(h∘f) falls as p grows"
-    yield (
-        claim,
-        "inversely related",
-        "{:.1f} to {:.1f}",
-        [constants[0], constants[-1]],
-        lambda *k: all(np.diff(constants) < 0),
-    )
+    yield claim, "inversely related", "{:.1f} to {:.1f}", ends, lambda *k: falls
     product = slack * constants
     claim = "K(h∘f) is inversely proportional to p, word for word (p K within a factor of 2)"
-    yield (
-        claim,
-        "inversely proportional",
-        "factor {:.0f}",
-        [product.max() / product.min()],
-        lambda r: r <= 2,
-    )
+    factor = product.max() / product.min()
+    yield claim, "inversely proportional", "factor {:.0f}", [factor], lambda r: r <= 2
     product = [e / float(cll_scale(e, 0.01)) for e in np.geomspace(0.01, 2, 60)]
     claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
     yield claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
@@ -1291,31 +1127,26 @@ def _figure5_claims(results):
     slack = [slack[np.isclose(slack["p"], p)].mean(numeric_only=True) for p in grid]
     clean, cra = ([line.get(column, np.nan) for line in slack] for column in ("clean", "cra"))
     form = ", ".join(["{:.1f}"] * len(grid))
-    yield (
-        "S7: more slack costs clean accuracy (largest p below smallest)", "falls with p",
-        form, clean, lambda *c: c[-1] < c[0],
-    )  # fmt: skip
-    yield (
-        "S7: more slack first raises CRA (its peak is not at the smallest p)", "rises to a peak",
-        form, cra, lambda *c: max(c) > c[0],
-    )  # fmt: skip
+    claim = "S7: more slack costs clean accuracy (largest p below smallest)"
+    yield claim, "falls with p", form, clean, lambda *c: c[-1] < c[0]
+    claim = "S7: more slack first raises CRA (its peak is not at the smallest p)"
+    yield claim, "rises to a peak", form, cra, lambda *c: max(c) > c[0]
+
+    def gains_three(cll, gloro):
+        return cll > gloro and (gloro == 0 or round(100 * cll / gloro, 1) >= 103)
+
+    claim = "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε"
     printed = ", ".join(f"{gain:+.1f}" for gain in gains["gain_published"])
-    yield (
-        "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε", printed,
-        ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]].to_numpy().ravel(),
-        functools.partial(_in_all, lambda a, b: a > b and (b == 0 or round(100 * a / b, 1) >= 103)),
-    )  # fmt: skip
+    form, pairs = ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]]
+    yield claim, printed, form, pairs.to_numpy().ravel(), functools.partial(_in_all, gains_three)
     cll = table[(table["method"] == "CLL") & np.isclose(table["p"], 0.3)].set_index("epsilon")
     gloro = table[table["method"] == "GloRo"].set_index("epsilon")
     for column, name in [("K_f", "K(f)"), ("K_hf", "K(h∘f)"), ("tightness", "tightness")]:
         pairs = []
         for epsilon in gains["epsilon"]:
             pairs += [frame[column].get(epsilon, np.nan) for frame in (cll, gloro)]
-        yield (
-            f"E2: CLL's {name} is above GloRo's at every ε", "CLL > GloRo",
-            ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), pairs,
-            functools.partial(_in_all, ABOVE),
-        )  # fmt: skip
+        claim = f"E2: CLL's {name} is above GloRo's at every ε"
+        yield claim, "CLL > GloRo", form, pairs, functools.partial(_in_all, ABOVE)
 
 
 def _convergence_claims(results):
@@ -1325,35 +1156,28 @@ def _convergence_claims(results):
         for method in ("CLL", "GloRo"):
             own = table[table["method"] == method]
             epochs.append(reached(own["epoch"], own[column]) if len(own) else np.nan)
-        yield (
-            f"S4: CLL reaches 95 % of its last {name} in fewer epochs", "CLL before GloRo",
-            "epoch {:.0f} vs {:.0f}", epochs, BELOW,
-        )  # fmt: skip
+        claim = f"S4: CLL reaches 95 % of its last {name} in fewer epochs"
+        yield claim, "CLL before GloRo", "epoch {:.0f} vs {:.0f}", epochs, BELOW
 
 
 def _lambda_claims(results):
     table = sweep_table(results)
     lam, K = table["lambda"].to_numpy(), table["K_f"].to_numpy()
     many = len(table) > 2
-    yield (
-        "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)", "set by λ",
-        "{:.1f} to {:.1f}", [K[0], K[-1]] if many else [np.nan], lambda a, b: a > b,
-    )  # fmt: skip
-    yield (
-        "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)", "– (derived: -0.5)",
-        "{:.2f}", [lambda_slope(table)[0] if many else np.nan], lambda b: abs(b + 0.5) <= 0.1,
-    )  # fmt: skip
+    claim = "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)"
+    yield claim, "set by λ", "{:.1f} to {:.1f}", K[[0, -1]] if many else [np.nan], ABOVE
+    claim = "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)"
+    slope = lambda_slope(table)[0] if many else np.nan
+    yield claim, "– (derived: -0.5)", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1
     flat = [
         np.log10(lam[j] / lam[i])
         for i in range(len(table))
         for j in range(i, len(table))
         if all(np.ptp(table[c].to_numpy()[i : j + 1]) <= 1 for c in ("clean", "cra"))
     ]
-    decades = max(flat, default=np.nan)
-    yield (
-        "E3: insensitive to λ: clean and CRA each within a point over two decades", "a wide range",
-        "{:.1f} decades", [decades if many else np.nan], lambda d: d >= 1.99,
-    )  # fmt: skip
+    decades = max(flat, default=np.nan) if many else np.nan
+    claim = "E3: insensitive to λ: clean and CRA each within a point over two decades"
+    yield claim, "a wide range", "{:.1f} decades", [decades], lambda d: d >= 1.99
 
 
 def _temperature_claims(results):
@@ -1469,7 +1293,7 @@ def markdown(frame):
 
     def text(value):
         if isinstance(value, float):
-            return "–" if np.isnan(value) else f"{value:.4g}"
+            return _or_dash(".4g", value)
         return str(value).replace("|", "\\|")
 
     frame = frame.reset_index() if any(frame.index.names) else frame

@@ -9,6 +9,7 @@ import base64
 import copy
 import functools
 import itertools
+import operator
 import textwrap
 from pathlib import Path
 
@@ -35,43 +36,6 @@ from .paper import (
     sweep_table,
     uncertain,
 )
-
-__all__ = [
-    "ablation_figure",
-    "STYLE",
-    "calibrated_logistic",
-    "caption",
-    "certificate_gap",
-    "certified_images",
-    "choose_figure",
-    "claims_figure",
-    "convergence_figure",
-    "cra_comparison",
-    "cra_figure",
-    "extreme_images",
-    "fault_margins",
-    "fault_norms",
-    "fault_overview",
-    "figure1",
-    "figure2",
-    "figure4",
-    "figure5",
-    "lambda_figure",
-    "layer_bars",
-    "loss_curves",
-    "moons_gallery",
-    "moons_panel",
-    "moons_view",
-    "radius_comparison",
-    "radius_histogram",
-    "save",
-    "seeds_figure",
-    "slack_curves",
-    "slack_figure",
-    "temperature_figure",
-    "temperature_planes",
-    "training_curves",
-]
 
 STYLE = {
     "font.size": 9,
@@ -108,8 +72,7 @@ def of_runs(function):
 def _not_run(title):
     figure = Figure(figsize=(6.4, 1.2))
     figure.text(0.5, 0.4, "not run", ha="center")
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 # ---------------------------------------------------------------- figure 3: the calibrated logistic
@@ -120,8 +83,7 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
     epsilon: margin in input space. p, slack: total mass outside the margin of the strict and of
     the lenient curve. The abscissa is the signed distance d = f(x)/K. No training involved.
     """
-    figure = Figure(figsize=(9, 3))
-    axes = figure.subplots(1, 3, sharey=True)
+    figure, axes = _subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
 
     def curve(ax, p, centre=0.0, sign=1, **line):
@@ -175,8 +137,7 @@ def loss_curves(settings, title):
     sigma, which makes all slopes 1 far inside the wrong class: what is left are place and width of
     the bend. Circles: d = 2 epsilon, where the probability is one half.
     """
-    figure = Figure(figsize=(5.6, 3.1))
-    ax = figure.subplots()
+    figure, ax = _subplots((5.6, 3.1))
     d = np.linspace(-0.5, 3, 701)
     styles = itertools.cycle([(ORANGE, "-"), (RED, "-"), (BLUE, "--"), (SKY, "-.")])
     for (label, (epsilon, p)), (color, line) in zip(settings.items(), styles, strict=False):
@@ -191,8 +152,7 @@ def loss_curves(settings, title):
     ax.set_xlabel("certified distance $d = (f_y - f_j) / K_{yj}$ (L2, input units)")
     ax.set_ylabel("loss × σ (input units)")
     ax.legend(loc="upper right")
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 # ---------------------------------------------------------- figures 1, 2 and 4: the two-moons plane
@@ -233,13 +193,20 @@ def moons_panel(ax, network, points, targets, epsilon):
 
 
 def _moons_grid(shape, size):
-    figure = Figure(figsize=size)
-    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _subplots(size, *shape, sharex=True, sharey=True, squeeze=False)
     for ax in axes[-1]:
         ax.set_xlabel("$x_1$ (input units)")
     for ax in axes[:, 0]:
         ax.set_ylabel("$x_2$ (input units)")
     return figure, axes
+
+
+def _first(results, models, key):
+    """{key of a record: (record, network)}, of the first one given of each key."""
+    first = {}
+    for result, model in zip(results, models, strict=True):
+        first.setdefault(key(result), (result, model))
+    return first
 
 
 @of_runs
@@ -250,9 +217,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
     dataset: the data they were trained on. Of several seeds the first one given is drawn; a
     combination that was not run leaves an empty panel that says so.
     """
-    first = {}
-    for result, model in zip(results, models, strict=True):
-        first.setdefault((result["method"], result["epsilon"]), model)
+    first = _first(results, models, operator.itemgetter("method", "epsilon"))
     margins = sorted({epsilon for _, epsilon in first})
     width = max(2.5, 4.5 / len(margins))
     size = (width * len(margins), (0.6 * width + 0.25) * len(methods) + 0.3)
@@ -265,12 +230,11 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
                 ax.set_title(f"ε = {epsilon:.2f}{true}")
             if (method, epsilon) in first:
                 points, targets = dataset.train_images, dataset.train_targets
-                moons_panel(ax, first[method, epsilon], points, targets, epsilon)
+                moons_panel(ax, first[method, epsilon][1], points, targets, epsilon)
             else:
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
         axes[i, 0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    _title(figure, _drawn(results))
-    return figure
+    return _title(figure, _drawn(results))
 
 
 @of_runs
@@ -281,9 +245,7 @@ def figure1(results, models, dataset):
     largest p and the smallest. Below: K of the calibrated loss, h o f, against p (a linear axis
     from 1 to 0, as in the paper), with the CRA of every run.
     """
-    first = {}
-    for result, model in zip(results, models, strict=True):
-        first.setdefault(result["p"], (result, model))
+    first = _first(results, models, operator.itemgetter("p"))
     order = sorted(first, reverse=True)
     epsilon = first[order[0]][0]["epsilon"]
     figure = Figure(figsize=(6.2, 4.6))
@@ -306,14 +268,12 @@ def figure1(results, models, dataset):
         ax.plot(p, k_hf, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         cra = 100 * first[p][0]["train_cra"][f"{epsilon:g}"]
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
-        ax.annotate(f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3),
-                    textcoords="offset points", fontsize=8, **at)  # fmt: skip
+        _note(ax, f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3), **at)
     ax.set_xlim(1, 0)
     ax.set_ylim(0, 1.08 / float(cll_scale(epsilon, order[-1])))
     ax.set_xlabel("slack p: probability mass outside the margin")
     ax.set_ylabel("$K^{(h∘f)}$")
-    _title(figure, _drawn(results))
-    return figure
+    return _title(figure, _drawn(results))
 
 
 @styled
@@ -343,8 +303,7 @@ def moons_gallery(planes, dataset, title):
         top = next(ax for ax in column if ax.get_visible())
         top.set_title(method if p is None else f"{method}, p = {p:g}")
     figure.supxlabel("$x_1$, upwards $x_2$ (input units)", fontsize=8)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -388,8 +347,7 @@ def temperature_planes(results, models, dataset):
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
         line[0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    _title(figure, _drawn(results))
-    return figure
+    return _title(figure, _drawn(results))
 
 
 @styled
@@ -400,8 +358,7 @@ def temperature_figure(table, title):
     Left: CRA against K(h∘f). A knob that gives slack moves a system along; one that does not leaves
     it where it is. Right: K(f) of GloRo against its temperature, with the line K(f) ∝ t.
     """
-    figure = Figure(figsize=(6.4, 2.9))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _subplots((6.4, 2.9), 1, 2)
     for method, color, marker in [("CLL", BLUE, "o"), ("GloRo", ORANGE, "^")]:
         own = table[table["method"] == method]
         label = f"{method}, {len(own)} values of {'p' if method == 'CLL' else 't'}"
@@ -410,10 +367,9 @@ def temperature_figure(table, title):
     own = table[table["method"] == "CLL"]  # from much slack to little
     left.plot(own["K_hf"], own["cra"], color=BLUE, lw=0.8, zorder=1)
     # away from the line, which rises from its first point
-    places = [{"xytext": (9, -3)}, {"xytext": (0, 7), "ha": "center"}]
-    for place, (_, end) in zip(places, own.iloc[[0, -1][: len(own)]].iterrows(), strict=False):
-        at = {"textcoords": "offset points", "fontsize": 8, **place}
-        left.annotate(f"p = {end['p']:g}", (end["K_hf"], end["cra"]), **at)
+    ends = own.iloc[[0, -1][: len(own)]].to_dict("records")
+    for end, offset, side in zip(ends, [(9, -3), (0, 7)], ["left", "center"], strict=False):
+        _note(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
     left.set_xscale("log")
     left.margins(0.14)
     left.set_xlabel("$K^{(h∘f)}$")
@@ -428,8 +384,7 @@ def temperature_figure(table, title):
     right.set_ylabel("$K^{(f)}$ of GloRo")
     handles = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0][-1:]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @of_runs
@@ -442,10 +397,8 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
     """
     groups = {}
     for r in results:
-        own = (100 * r["clean"], 100 * r["cra"][f"{r['epsilon']:g}"])
-        groups.setdefault((r["epsilon"], r["p"]), []).append(
-            (*own, 100 * r["cra"][f"{evaluate:g}"])
-        )
+        cra = [100 * r["cra"][f"{radius:g}"] for radius in (r["epsilon"], evaluate)]
+        groups.setdefault((r["epsilon"], r["p"]), []).append([100 * r["clean"], *cra])
     margins, slacks = (sorted({key[i] for key in groups}) for i in (0, 1))
     maps = np.full((3, len(margins), len(slacks)), np.nan)
     for (epsilon, p), values in groups.items():
@@ -466,8 +419,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         ax.set_xlabel("slack p of the training")
         ax.set_title(name)
     figure.axes[0].set_ylabel("margin ε of the training")
-    _title(figure, f"{title} · test points")
-    return figure
+    return _title(figure, f"{title} · test points")
 
 
 @of_runs
@@ -476,8 +428,7 @@ def slack_curves(results, title):
 
     results: records of CLL runs at one margin.
     """
-    figure = Figure(figsize=(6.4, 2.9))
-    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    figure, (left, right) = _subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
     slacks = sorted({r["p"] for r in results})
     own = [[r for r in results if r["p"] == p] for p in slacks]
     clean = [100 * np.mean([r["clean"] for r in runs]) for runs in own]
@@ -495,8 +446,7 @@ def slack_curves(results, title):
     right.set_ylim(bottom=0)
     for ax in (left, right):
         ax.set_xlabel("slack p")
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -511,16 +461,15 @@ def seeds_figure(results):
     groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
     if not groups:
         return _not_run("no row has run with more than one seed")
-    figure = Figure(figsize=(6.4, 0.3 * len(groups) + 1.6))
-    ax = figure.subplots()
-    measures = [("clean", GREEN, "o", lambda r: r["clean"])]
-    styles = [(BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
-    for name, (color, marker) in zip(RADII.values(), styles, strict=True):
-        measures.append((f"CRA({name})", color, marker, lambda r, name=name: r["cra"].get(name)))
-    for j, (label, color, marker, value) in enumerate(measures):
-        x, y = [], []
+    figure, ax = _subplots((6.4, 0.3 * len(groups) + 1.6))
+    styles = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
+    for j, (radius, (color, marker)) in enumerate(
+        zip([None, *RADII.values()], styles, strict=True)
+    ):
+        label, x, y = f"CRA({radius})" if radius else "clean", [], []
         for i, runs in enumerate(groups.values()):
-            values = np.array([value(r) for r in runs], float)
+            measured = [r["cra"].get(radius) if radius else r["clean"] for r in runs]
+            values = np.array(measured, float)
             x += list(100 * (values - values.mean()))
             y += [i + 0.17 * (j - 1.5)] * len(runs)
         ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
@@ -530,8 +479,7 @@ def seeds_figure(results):
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
-    _title(figure, caption([r for runs in groups.values() for r in runs]))
-    return figure
+    return _title(figure, caption([r for runs in groups.values() for r in runs]))
 
 
 @styled
@@ -542,8 +490,7 @@ def claims_figure(summary, tests, title):
     and that were not run. Left of it the verdict on the paper's own numbers where the tests apply
     to them: + holds, x does not.
     """
-    figure = Figure(figsize=(8.6, 0.235 * len(summary) + 1.0))
-    ax = figure.subplots()
+    figure, ax = _subplots((8.6, 0.235 * len(summary) + 1.0))
     kinds = {
         "holds": (BLUE, None),
         "holds so far": ("#8FC1E3", None),
@@ -578,8 +525,7 @@ def claims_figure(summary, tests, title):
     ax.set_xlabel("tests")
     handles = [*boxes, *ax.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @of_runs
@@ -592,9 +538,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
     both rows: wrong or not certified at epsilon.
     """
     names = {"CE": "cross-entropy"}
-    first = {}
-    for result, model in zip(results, models, strict=True):
-        first.setdefault(result["method"], (result, model))
+    first = _first(results, models, operator.itemgetter("method"))
     points, targets = torch.as_tensor(dataset.train_images), torch.as_tensor(dataset.train_targets)
     figure = Figure(figsize=(2.75 * len(methods), 4.2))
     axes = figure.subplots(2, len(methods), height_ratios=[1.15, 1], squeeze=False)
@@ -649,8 +593,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
     handles.append(matplotlib.lines.Line2D([], [], color=GRAY, lw=0.9))
     labels += ["logistic", "margin ±Kε"]
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    _title(figure, _drawn(results))
-    return figure
+    return _title(figure, _drawn(results))
 
 
 @of_runs
@@ -659,19 +602,17 @@ def slack_figure(results, models, dataset):
 
     results, models, dataset: as for `figure4`; one panel per p, the largest p first.
     """
-    first = {}
-    for result, model in zip(results, models, strict=True):
-        first.setdefault(result["p"], (result["epsilon"], model))
+    first = _first(results, models, operator.itemgetter("p"))
     printed = published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
     figure, axes = _moons_grid((1, len(first)), (2.5 * len(first), 2.5))
-    for ax, (p, (epsilon, model)) in zip(axes[0], sorted(first.items(), reverse=True), strict=True):
-        moons_panel(ax, model, dataset.train_images, dataset.train_targets, epsilon)
-        k_hf = 1 / float(cll_scale(epsilon, p))
+    for ax, p in zip(axes[0], sorted(first, reverse=True), strict=True):
+        result, model = first[p]
+        moons_panel(ax, model, dataset.train_images, dataset.train_targets, result["epsilon"])
+        k_hf = 1 / float(cll_scale(result["epsilon"], p))
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {k_hf:.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
-    _title(figure, _drawn(results))
-    return figure
+    return _title(figure, _drawn(results))
 
 
 # ------------------------------------------- figure 5 and the supplement: sweeps and convergence
@@ -694,8 +635,7 @@ def figure5(results):
     printed = published("figure5").query("panel == 'eps_sweep_table'")
     cll = table[table["method"] == "CLL"]
     slack = cll[np.isclose(cll["epsilon"], TRUE_MARGIN)].sort_values("p")
-    figure = Figure(figsize=(10, 3.1))
-    left, certified, constants, tight = figure.subplots(1, 4)
+    figure, (left, certified, constants, tight) = _subplots((10, 3.1), 1, 4)
     clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
     left.plot(slack["p"], slack["clean"], label="clean", **clean)
     left.plot(slack["p"], slack["cra"], label="CRA(0.15)", **LINES["CLL"])
@@ -744,8 +684,9 @@ def figure5(results):
     constants.set_ylim(low, high * (high / low) ** 0.45)
     for ax in (left, certified, constants, tight):
         ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
-    _title(figure, caption(results, tightness=True) + " · open marks: the paper's values" * same)
-    return figure
+    return _title(
+        figure, caption(results, tightness=True) + " · open marks: the paper's values" * same
+    )
 
 
 @of_runs
@@ -756,17 +697,13 @@ def convergence_figure(results):
     95 % of its last value.
     """
     table = snapshot_table(results)
-    figure = Figure(figsize=(9, 2.9))
-    axes = figure.subplots(1, 3)
-    for ax, (column, label) in zip(
-        axes,
-        [
-            ("tightness", "tightness (%)"),
-            ("cra", f"CRA at ε = {results[0]['epsilon']:g} (%)"),
-            ("K_f", "K(f), guaranteed"),
-        ],
-        strict=True,
-    ):
+    figure, axes = _subplots((9, 2.9), 1, 3)
+    measures = {
+        "tightness": "tightness (%)",
+        "cra": f"CRA at ε = {results[0]['epsilon']:g} (%)",
+        "K_f": "K(f), guaranteed",
+    }
+    for ax, (column, label) in zip(axes, measures.items(), strict=True):
         for method, line in LINES.items():
             own = table[table["method"] == method]
             if own.empty:
@@ -787,8 +724,7 @@ def convergence_figure(results):
         ax.set_ylim(0)
     axes[1].legend(loc="best")
     rings = " · rings: first at 95 % of the last value"
-    _title(figure, caption(results, tightness=True) + rings)
-    return figure
+    return _title(figure, caption(results, tightness=True) + rings)
 
 
 @styled
@@ -835,8 +771,7 @@ def lambda_figure(images, moons):
             ax.set_xlabel("λ, weight of K²")
         accuracy.legend(loc="lower left", ncols=2)
         constant.legend(loc="upper right")
-    _title(figure, f"{caption(images)} · below: {caption(moons)}")
-    return figure
+    return _title(figure, f"{caption(images)} · below: {caption(moons)}")
 
 
 @of_runs
@@ -851,8 +786,7 @@ def ablation_figure(table, title):
     if others.empty:
         return ablation_figure([], title)  # which says so
     rows = list(others.groupby(["model", "p", "choice"], sort=False, dropna=False))
-    figure = Figure(figsize=(7, 0.33 * max(len(rows), 2) + 1.4))
-    ax = figure.subplots()
+    figure, ax = _subplots((7, 0.33 * max(len(rows), 2) + 1.4))
     colors = dict(zip(table["measure"].unique(), (GREEN, BLUE, SKY, ORANGE, GRAY), strict=False))
     markers = dict(zip(colors, "os^vD", strict=False))
     for i, ((model, p, _), own) in enumerate(rows):
@@ -876,8 +810,7 @@ def ablation_figure(table, title):
     ax.set_xlabel("minus the usual choice (points)")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 # --------------------------------------------------------------------------------- one training run
@@ -889,23 +822,18 @@ def training_curves(curve, result=None):
     result: the run's record, for the title.
     """
     figure = Figure(figsize=(9, 2.8))
-    for ax, (column, label, factor) in zip(
-        figure.subplots(1, 3),
-        [
-            ("loss", "training loss (nats)", 1),
-            ("train_accuracy", "training accuracy (%)", 100),
-            ("K", "largest K (logits per unit)", 1),
-        ],
-        strict=True,
-    ):
+    measures = [
+        ("loss", "training loss (nats)", 1),
+        ("train_accuracy", "training accuracy (%)", 100),
+        ("K", "largest K (logits per unit)", 1),
+    ]
+    for ax, (column, label, factor) in zip(figure.subplots(1, 3), measures, strict=True):
         marker = "o" if len(curve) < 30 else None
         ax.plot(curve["epoch"], factor * curve[column], color=BLUE, marker=marker, ms=3)
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    if result:
-        _title(figure, f"{result['name']} · {caption([result])}")
-    return figure
+    return _title(figure, f"{result['name']} · {caption([result])}") if result else figure
 
 
 @styled
@@ -917,14 +845,10 @@ def cra_figure(radii, result):
     """
     radius, paper, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
     grid = np.linspace(0, np.quantile(paper, 0.995) + 1e-9, 400)
-    figure = Figure(figsize=(4.8, 3))
-    ax = figure.subplots()
-    curves = [
-        ("guaranteed bound", radius, {"color": BLUE}),
-        ("paper-style bound (power iteration)", paper, {"color": ORANGE, "ls": "--"}),
-    ]
-    for label, r, line in curves:
-        ax.plot(grid, 100 * cra_curve(r, correct, grid), label=label, **line)
+    figure, ax = _subplots((4.8, 3))
+    guaranteed, other = (100 * cra_curve(r, correct, grid) for r in (radius, paper))
+    ax.plot(grid, guaranteed, color=BLUE, label="guaranteed bound")
+    ax.plot(grid, other, color=ORANGE, ls="--", label="paper-style bound (power iteration)")
     # The training margin 0.15 of the image runs is no radius of the tables and next to 36/255.
     fractions = any("/" in name for name in result["cra"])
     marks = {_number(n): (n, v) for n, v in result["cra"].items() if "/" in n or not fractions}
@@ -936,8 +860,7 @@ def cra_figure(radii, result):
     ax.set_ylim(0, 100)
     ax.set_xlim(0, grid[-1])
     ax.legend(loc="best")
-    _title(figure, f"{result['name']} · {caption([result])}")
-    return figure
+    return _title(figure, f"{result['name']} · {caption([result])}")
 
 
 @styled
@@ -947,8 +870,7 @@ def radius_histogram(radii, result):
     radii: the arrays radius (guaranteed) and correct of radii.npz, each (N,); result: the record.
     """
     radius, correct = radii["radius"], radii["correct"].astype(bool)
-    figure = Figure(figsize=(4.8, 3))
-    ax = figure.subplots()
+    figure, ax = _subplots((4.8, 3))
     bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
     _stacked_radii(ax, radius, correct, bins)
     ax.set_xlabel(_radius_label(result))
@@ -956,8 +878,7 @@ def radius_histogram(radii, result):
     ax.set_xlim(0, bins[-1])
     ax.margins(y=0.3)  # room for the legend
     ax.legend(loc="upper right")
-    _title(figure, f"{result['name']} · {caption([result])}")
-    return figure
+    return _title(figure, f"{result['name']} · {caption([result])}")
 
 
 def _stacked_radii(ax, radius, correct, bins):
@@ -975,12 +896,8 @@ def _stacked_radii(ax, radius, correct, bins):
         patch.set_hatch("////")
 
 
-FAMILIES = {  # the panels of tables 1 and 2, by the first letters of a network's name
-    "SOC": ("LipConv",),
-    "CPL": ("CPL",),
-    "SLL": ("SLL",),
-    "LBDN": ("Sandwich",),
-}
+# the panels of tables 1 and 2: the first letters of a network's name
+FAMILIES = {"SOC": "LipConv", "CPL": "CPL", "SLL": "SLL", "LBDN": "Sandwich"}
 
 
 @of_runs
@@ -1031,8 +948,7 @@ def cra_comparison(radii, results):
     axes[0].set_ylim(0, top)
     axes[0].set_yticks(range(0, 20 * int(min(top, 100) // 20) + 1, 20))
     note = " · open marks: the paper's values" if marked else ""
-    _title(figure, _drawn(results) + note)
-    return figure
+    return _title(figure, _drawn(results) + note)
 
 
 def _cra_panel(ax, runs, grid):
@@ -1075,14 +991,18 @@ def certified_images(dataset, certificates, result, count=8):
     rows = right.iloc[np.linspace(0, len(right) - 1, count).round().astype(int)]
     figure = Figure(figsize=(1.15 * count, 1.9))
     for ax, row in zip(figure.subplots(1, count), rows.to_dict("records"), strict=True):
-        image = dataset.test_images[row["index"]].permute(1, 2, 0).numpy()
-        ax.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
-        names = dataset.class_names
-        answer = names[row["prediction"]] if names else row["prediction"]
-        ax.set_title(f"{answer}\nr = {row['radius']:.3f}", fontsize=8)
-        ax.axis("off")
-    _title(figure, caption([result]))
-    return figure
+        _image(ax, dataset, row, ".3f")
+    return _title(figure, caption([result]))
+
+
+def _image(ax, dataset, row, form):
+    """A test image under its answer and radius, a number of this form; row: of `cll.certify`."""
+    image = dataset.test_images[row["index"]].permute(1, 2, 0).numpy()
+    ax.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
+    names = dataset.class_names
+    answer = names[row["prediction"]] if names else row["prediction"]
+    ax.set_title(f"{answer}\nr = {row['radius']:{form}}", fontsize=8)
+    ax.axis("off")
 
 
 # ---------------------------------------------------------------------- networks of one's own
@@ -1103,15 +1023,8 @@ def layer_bars(tables, title):
         ax.barh(at, upper - 1, left=1, color=BLUE, label="upper, proven", **bar)
         ax.plot(lower, at, "d", color="black", mfc=ORANGE, ms=6, ls="", label="lower, shown")
         for y, high in zip(at, upper, strict=True):
-            note = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-            right = high >= 1
-            ax.annotate(
-                f"{high:.3g}",
-                (high, y),
-                (6 if right else -6, 0),
-                ha="left" if right else "right",
-                **note,
-            )
+            offset, side = ((6, 0), "left") if high >= 1 else ((-6, 0), "right")
+            _note(ax, f"{high:.3g}", (high, y), offset, ha=side, va="center")
         ax.axvline(1, color="black", lw=0.8)
         ax.set_yticks(at, [label.removeprefix("body.") for label in table["layer"]])
         ax.set_ylim(len(table) - 0.4, -0.6)
@@ -1121,8 +1034,7 @@ def layer_bars(tables, title):
     ends = [v for table in tables.values() for v in (*table["lower"], *table["upper"]) if v > 0]
     axes[0].set_xlim(min(0.3, min(ends) / 2), 4 * max(ends))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -1145,19 +1057,10 @@ def radius_comparison(certificates, title):
         ax.set_ylabel("test images")
         ax.set_title(name, loc="left")
         ax.legend(loc="upper left")
-    axes[0].annotate(
-        "36/255 ",
-        (36 / 255, 1),
-        (-2, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-    )
+    at = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
+    _note(axes[0], "36/255 ", (36 / 255, 1), (-2, -2), **at)
     axes[-1].set_xlabel("certified radius (L2 distance, pixels in [0, 1])")
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -1173,20 +1076,14 @@ def extreme_images(dataset, certificates, title, count=4):
         shown = [*right.head(count).to_dict("records"), None]
         shown += right.tail(count).to_dict("records")
         for ax, row in zip(line, shown, strict=True):
-            ax.axis("off")
             if row is None:
                 ax.text(0.5, 0.5, "…", ha="center", va="center", transform=ax.transAxes)
-                continue
-            image = dataset.test_images[row["index"]].permute(1, 2, 0).numpy()
-            ax.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
-            names = dataset.class_names
-            answer = names[row["prediction"]] if names else row["prediction"]
-            ax.set_title(f"{answer}\nr = {row['radius']:.2g}", fontsize=8)
-        line[0].text(
-            -0.12, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes
-        )
-    _title(figure, title)
-    return figure
+                ax.axis("off")
+            else:
+                _image(ax, dataset, row, ".2g")
+        at = {"ha": "right", "va": "center", "transform": line[0].transAxes}
+        line[0].text(-0.12, 0.5, name, rotation=90, **at)
+    return _title(figure, title)
 
 
 # ------------------------------------------------------------------------- the gallery of faults
@@ -1197,8 +1094,7 @@ def fault_overview(faults, title="computed, not trained"):
     faults: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
     of any radius, and our radius 0.
     """
-    figure = Figure(figsize=(7.4, 0.235 * len(faults) + 0.9))
-    ax = figure.subplots()
+    figure, ax = _subplots((7.4, 0.235 * len(faults) + 0.9))
     left, right = 0.2, 3e4
     ax.axvspan(1, right, color=RED, alpha=0.07, lw=0)
     ax.axvline(1, color="black", lw=0.8)
@@ -1211,18 +1107,12 @@ def fault_overview(faults, title="computed, not trained"):
         x = right / 1.5 if beyond else claim
         ax.plot([1, x], [i, i], color=RED, lw=1, zorder=2)
         ax.plot(x, i, ">" if beyond else "x", color=RED, ms=5, mew=1.6, zorder=3)
-        text = (
-            "any radius"
-            if beyond
-            else f"{claim:.4f}"
-            if claim < 1.01
-            else f"{float(f'{claim:.3g}'):g}"
-        )
-        at = (-7, "right") if claim > 3e3 else (7, "left")
-        ax.annotate(
-            text, (x, i), (at[0], 4 if claim > 3e3 else 0), textcoords="offset points",
-            ha=at[1], va="bottom" if claim > 3e3 else "center", fontsize=8, color=RED,
-        )  # fmt: skip
+        text = f"{claim:.4f}" if claim < 1.01 else f"{float(f'{claim:.3g}'):g}"
+        offset, side, height = (7, 0), "left", "center"
+        if claim > 3e3:  # no room on the right
+            offset, side, height = (-7, 4), "right", "bottom"
+        text = "any radius" if beyond else text
+        _note(ax, text, (x, i), offset, ha=side, va=height, color=RED)
         if np.isnan(ours):
             ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
         else:
@@ -1236,8 +1126,7 @@ def fault_overview(faults, title="computed, not trained"):
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
     ax.legend(loc="lower right", frameon=True, edgecolor="none")
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -1273,8 +1162,7 @@ def fault_margins(faults, title="computed, not trained"):
     figure.axes[0].set_ylabel("margin / margin at x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -1284,8 +1172,7 @@ def fault_norms(faults, title="computed, not trained"):
     faults: the whole list of `faults.Fault`.
     """
     by_number = {fault.number: fault for fault in faults}
-    figure = Figure(figsize=(9.6, 3))
-    stopped, deep, grid = figure.subplots(1, 3)
+    figure, (stopped, deep, grid) = _subplots((9.6, 3), 1, 3)
 
     fault = by_number[3]
     _, _, matrix, start = gallery.clustered()
@@ -1294,12 +1181,9 @@ def fault_norms(faults, title="computed, not trained"):
     stopped.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
     stopped.plot(steps, estimates, color=RED, ls="--", label="power iteration")
     stop = 1 + int(np.argmin(np.abs(estimates * fault.truth - fault.claim)))
-    stopped.plot(
-        stop, fault.claim / fault.truth, "x", color=RED, mew=1.8, label="stopped, as published"
-    )
-    stopped.plot(
-        steps[[0, -1]], 2 * [fault.ours / fault.truth], color=BLUE, ls=":", label="this kit"
-    )
+    claim, ours = fault.claim / fault.truth, fault.ours / fault.truth
+    stopped.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
+    stopped.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
     stopped.set_xscale("log")
     stopped.set_ylim(0.97, 1.004)
     stopped.set_xlabel("iterations")
@@ -1338,8 +1222,7 @@ def fault_norms(faults, title="computed, not trained"):
     grid.set_ylabel("gain")
     grid.set_title("22: a peak between the frequencies")
     grid.legend(loc="upper left", ncols=1, labelspacing=0.15)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 @styled
@@ -1349,8 +1232,7 @@ def certificate_gap(table, title):
     table: that of `faults.certificate_gap`. title: the caption.
     """
     runs = list(dict.fromkeys(table["run"]))
-    figure = Figure(figsize=(7.4, 0.4 * len(runs) + 1.2))
-    ax = figure.subplots()
+    figure, ax = _subplots((7.4, 0.4 * len(runs) + 1.2))
     for by, label, color, marker, shift in [
         ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
         ("converged", "converged (paper-style)", BLUE, "o", 0.14),
@@ -1360,16 +1242,14 @@ def certificate_gap(table, title):
         at = np.array([runs.index(run) for run in rows["run"]]) + shift
         ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
         for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
-            note = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": color}
-            ax.annotate(f"{most} of {n}", (x, y), (8, 0), **note)
+            _note(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
     ax.set_yticks(range(len(runs)), runs)
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_xscale("log")
     ax.set_xlim(3e-14, 1)
     ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
     figure.legend(loc="outside lower center", ncols=2)
-    _title(figure, title)
-    return figure
+    return _title(figure, title)
 
 
 def _drawn(results):
@@ -1378,11 +1258,23 @@ def _drawn(results):
     return caption(results) + (f" · drawn: seed {seeds[0]}" if len(seeds) > 1 else "")
 
 
+def _subplots(size, *shape, **options):
+    """A figure of this size in inches and its Axes, as pyplot.subplots, which would keep both."""
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(*shape, **options)
+
+
 def _title(figure, text):
-    """A title at 9 points, broken after a dot or comma where the figure's width asks for it."""
+    """The figure, titled at 9 points in lines that end with a dot or comma as its width asks."""
     text = text.replace(" ", "\u00a0").replace("·\u00a0", "· ").replace(",\u00a0", ", ")
     lines = textwrap.wrap(text, int(15 * figure.get_figwidth()))
     figure.suptitle("\n".join(line.removesuffix("·").rstrip() for line in lines), fontsize=9)
+    return figure
+
+
+def _note(ax, text, place, offset, **style):
+    """Small text, so many points away from a place in the data."""
+    ax.annotate(text, place, offset, textcoords="offset points", **({"fontsize": 8} | style))
 
 
 def _log_y(ax):

@@ -54,8 +54,6 @@ from .losses import (
 from .norms import full_precision
 from .progress import progress_bar
 
-__all__ = ["Stack", "build_network", "train", "load_checkpoints", "load_snapshots"]
-
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
 CHECKPOINT_SECONDS = 20

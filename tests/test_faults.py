@@ -51,7 +51,7 @@ def test_truth_is_shown_by_the_witness(fault):
 
 
 def test_the_gallery_is_whole():
-    assert [fault.number for fault in GALLERY] == list(range(1, 25))
+    assert [fault.number for fault in GALLERY] == list(range(1, 27))
     for fault in GALLERY:
         assert all([fault.title, fault.where, fault.example, fault.answer])
 
@@ -365,6 +365,41 @@ def test_24_strides_that_skip_the_border():
         norm = torch.linalg.svdvals(faults.dense(layer, (2, size, size)))[0].item()
         assert operator_norm(layer, (2, size, size), "power") == pytest.approx(norm, rel=1e-6)
         assert norm * (1 - 1e-14) <= operator_norm(layer, (2, size, size))
+
+
+@pytest.mark.parametrize("exponent", [-8, -19, -20, -21, -40, -400])
+def test_25_floors_shrink_small_norms_and_ours_stay(exponent):
+    """F.normalize of W'W v and CPL's v / (length + 1e-12) know no norm far below their floor."""
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    W = 2.0**exponent * rotation * torch.tensor([1.0, 0.5], dtype=torch.float64)
+    v = start = torch.ones(2, dtype=torch.float64) / 2**0.5
+    u = v
+    for _ in range(500):
+        v = nn.functional.normalize(W.T @ (W @ v), dim=0)
+        other = W @ u / ((W @ u).norm() + 1e-12)
+        u = W.T @ other / ((W.T @ other).norm() + 1e-12)
+    norm, below = 2.0**exponent, 0.9 * 2.0**exponent
+    assert faults.power_iteration(W, start, 501, floor=1e-12)[-1] == (W @ v).norm()
+    assert ((W @ v).norm() < below) == (exponent <= -20)
+    assert ((W @ u) @ other < below) == (exponent <= -40)
+    layer = nn.Linear(2, 2, bias=False).double()
+    assert norm <= operator_norm(faults._set(layer, weight=W), (2,)) <= norm * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [0, 10, 25, 26, 40, 52, 60, 100])
+def test_26_a_common_bias_leaves_what_is_true(exponent, dtype):
+    """The margin is x whatever the bias; no rounding may make more of it, or choose the class."""
+    network = faults.common_bias(2.0**exponent).to(dtype)
+    for x in (2.0625, 1e-3, 0.0, -1.0):
+        x = torch.tensor([x], dtype=dtype)
+        radius, exact = faults.certified(network, x), Fraction(x.item())
+        assert radius == 0 or Fraction(radius) <= abs(exact)
+        if exponent <= 40:
+            assert radius > 0.9 * abs(float(exact)) - 1e-2
+        if exponent >= 60:
+            assert radius == 0
 
 
 # --------------------------------------- what else a network may hide: found by attacking this kit
