@@ -1,8 +1,8 @@
 """The paper's published numbers, and tables and verdicts that put ours beside them.
 
-The numbers are data: cll/published/*.csv, one file per table or figure. A column `uncertain` names
-the cells that did not survive in the sources ("k_hf:placement inferred"); such a cell is shown
-with a question mark and never compared.
+The numbers are data: cll/published/*.csv, one file per table or figure, and one of what the text
+says of the tables. A column `uncertain` names the cells that did not survive in the sources
+("k_hf:placement inferred"); such a cell is shown with a question mark and never compared.
 
 Published accuracies are in percent; result records (see experiment.run) hold fractions.
 Everything below takes lists of such records and returns DataFrames.

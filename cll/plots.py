@@ -186,9 +186,7 @@ def moons_panel(ax, network, points, targets, epsilon):
     corner = {"transform": ax.transAxes, "fontsize": 8, "bbox": box, "zorder": 4}
     ax.text(0.02, 0.02, f"CRA {100 * cra:.2f} %", va="bottom", **corner)
     ax.text(0.02, 0.98, f"K {largest:.{int(largest < 100)}f}", va="top", **corner)
-    ax.set_xlim(x[0], x[-1])
-    ax.set_ylim(y[0], y[-1])
-    ax.set_aspect("equal")
+    ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
     return {"cra": cra, "K": largest}
 
 
@@ -316,8 +314,7 @@ def moons_view(plane, dataset, epsilon, point, answer, radius, title):
     ball = matplotlib.patches.Circle(point, radius, fc=color, ec="black", alpha=0.45, zorder=5)
     ax.add_patch(ball)
     ax.plot(*point, "*", color="black", ms=7, zorder=6)
-    ax.set_xlabel(f"the star: class {answer}, certified radius {radius:.3f}")
-    ax.set_title(title)
+    ax.set(xlabel=f"the star: class {answer}, certified radius {radius:.3f}", title=title)
     return figure
 
 
@@ -372,16 +369,14 @@ def temperature_figure(table, title):
         _note(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
     left.set_xscale("log")
     left.margins(0.14)
-    left.set_xlabel("$K^{(h∘f)}$")
-    left.set_ylabel(f"CRA({TRUE_MARGIN:g}) %, training points")
+    left.set(xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
     own = table[table["method"] == "GloRo"].sort_values("t")
     right.loglog(own["t"], own["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
     if len(own):
         middle = own.iloc[(np.log(own["t"]).abs()).argmin()]  # temperature 1, or next to it
         line = middle["K_f"] / middle["t"] * own["t"]
         right.loglog(own["t"], line, "--", color=GRAY, lw=1, label="$K^{(f)}$ ∝ t")
-    right.set_xlabel("temperature t of the softmax")
-    right.set_ylabel("$K^{(f)}$ of GloRo")
+    right.set(xlabel="temperature t of the softmax", ylabel="$K^{(f)}$ of GloRo")
     handles = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0][-1:]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return _title(figure, title)
@@ -416,8 +411,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         ax.set_yticks(range(len(margins)), [f"{epsilon:.2f}" for epsilon in margins])
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-        ax.set_xlabel("slack p of the training")
-        ax.set_title(name)
+        ax.set(xlabel="slack p of the training", title=name)
     figure.axes[0].set_ylabel("margin ε of the training")
     return _title(figure, f"{title} · test points")
 
@@ -476,8 +470,7 @@ def seeds_figure(results):
     ax.axvline(0, color=GRAY, lw=0.8)
     names = [f"{name} ({len(runs)} seeds)" for name, runs in groups.items()]
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel("seed − mean of the seeds (points)")
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
     return _title(figure, caption([r for runs in groups.values() for r in runs]))
 
@@ -549,8 +542,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
         result, model = first[method]
         plane = moons.plane(model, points)
         moons_panel(above, plane, points, targets, epsilon)
-        above.set_title(names.get(method, method))
-        above.set_xlabel("$x_1$ (input units)")
+        above.set(title=names.get(method, method), xlabel="$x_1$ (input units)")
 
         K, f = plane.K, plane.logits
         output = (f[:, 1] - f[:, 0]).numpy()
@@ -577,8 +569,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
             note = f"margin ±Kε\n= ±{margin:.0f},\noutside"
             below.text(0.03, 0.97, note, va="top", fontsize=8, transform=below.transAxes)
             below.set_ylim(top=1.4 * below.get_ylim()[1])  # room for the note
-        below.set_xlim(-end, end)
-        below.set_xlabel("output $f_1 - f_0$")
+        below.set(xlim=(-end, end), xlabel="output $f_1 - f_0$")
         logistic = below.twinx()
         z = np.linspace(-end, end, 801)
         logistic.plot(z, scipy.special.expit(z / scale), color="black", lw=1, ls="--")
@@ -667,16 +658,12 @@ def figure5(results):
                 own = own.dropna(subset=["clean"])
                 left.plot(own["p"], own["clean"], **OPEN, marker="^", mec=GREEN, ms=6)
                 left.plot(own["p"], own["cra_at_eps"], **mark)
-    certified.set_ylabel("CRA at the trained ε (%)")
-    certified.set_title("certified accuracy")
+    certified.set(ylabel="CRA at the trained ε (%)", title="certified accuracy")
     _log_y(constants)
-    constants.set_ylabel("Lipschitz constant")
-    constants.set_title("K")
-    tight.set_ylabel("tightness (%)")
-    tight.set_title("tightness")
+    constants.set(ylabel="Lipschitz constant", title="K")
+    tight.set(ylabel="tightness (%)", title="tightness")
     for ax in (certified, constants, tight):
-        ax.set_xlabel("training margin ε")
-        ax.set_xlim(0, 1.4)
+        ax.set(xlabel="training margin ε", xlim=(0, 1.4))
     for ax in (left, certified, tight):
         values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
         ax.set_ylim(0, max(1, 1.35 * np.nanmax(values, initial=0)))
@@ -713,8 +700,7 @@ def convergence_figure(results):
             if column != "K_f" and np.isfinite(at):
                 y = own[own["epoch"] == at][column]
                 ax.plot(at, y, "o", ms=10, mfc="none", mec=line["color"])
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(label)
+        ax.set(xlabel="epoch", ylabel=label)
         if table["epoch"].max() > 30:
             ax.set_xscale("log")
         else:
@@ -767,8 +753,7 @@ def lambda_figure(images, moons):
             constant.plot(1e-4, row["k_f"], label="paper (power iteration)", **mark)
             accuracy.plot(1e-4, row["clean"], **OPEN, marker="^", mec=GREEN, ms=7)
         for ax in (accuracy, constant):
-            ax.set_xscale("log")
-            ax.set_xlabel("λ, weight of K²")
+            ax.set(xscale="log", xlabel="λ, weight of K²")
         accuracy.legend(loc="lower left", ncols=2)
         constant.legend(loc="upper right")
     return _title(figure, f"{caption(images)} · below: {caption(moons)}")
@@ -806,8 +791,7 @@ def ablation_figure(table, title):
     names = [f"{m}: {choice}" if np.isnan(p) else f"{m}, p = {p:g}: {choice}"
              for (m, p, choice), _ in rows]  # fmt: skip
     ax.set_yticks(range(len(rows)), names)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("minus the usual choice (points)")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="minus the usual choice (points)")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     return _title(figure, title)
@@ -830,8 +814,7 @@ def training_curves(curve, result=None):
     for ax, (column, label, factor) in zip(figure.subplots(1, 3), measures, strict=True):
         marker = "o" if len(curve) < 30 else None
         ax.plot(curve["epoch"], factor * curve[column], color=BLUE, marker=marker, ms=3)
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(label)
+        ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
     return _title(figure, f"{result['name']} · {caption([result])}") if result else figure
 
@@ -873,9 +856,7 @@ def radius_histogram(radii, result):
     figure, ax = _subplots((4.8, 3))
     bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
     _stacked_radii(ax, radius, correct, bins)
-    ax.set_xlabel(_radius_label(result))
-    ax.set_ylabel("test samples per bin")
-    ax.set_xlim(0, bins[-1])
+    ax.set(xlabel=_radius_label(result), ylabel="test samples per bin", xlim=(0, bins[-1]))
     ax.margins(y=0.3)  # room for the legend
     ax.legend(loc="upper right")
     return _title(figure, f"{result['name']} · {caption([result])}")
@@ -945,8 +926,7 @@ def cra_comparison(radii, results):
             ax.xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
             ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
-    axes[0].set_ylim(0, top)
-    axes[0].set_yticks(range(0, 20 * int(min(top, 100) // 20) + 1, 20))
+    axes[0].set(ylim=(0, top), yticks=range(0, 20 * int(min(top, 100) // 20) + 1, 20))
     note = " · open marks: the paper's values" if marked else ""
     return _title(figure, _drawn(results) + note)
 
@@ -1053,8 +1033,7 @@ def radius_comparison(certificates, title):
         radius = table["radius"].to_numpy().clip(bins[0], bins[-1])
         _stacked_radii(ax, radius, table["correct"].to_numpy(), bins)
         ax.axvline(36 / 255, color="black", lw=1, ls="--")
-        ax.set_xscale("log")
-        ax.set_ylabel("test images")
+        ax.set(xscale="log", ylabel="test images")
         ax.set_title(name, loc="left")
         ax.legend(loc="upper left")
     at = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
@@ -1120,9 +1099,7 @@ def fault_overview(faults, title="computed, not trained"):
     ax.plot([], [], "x", color=RED, mew=1.6, label="published logic")
     ax.plot([], [], "o", color=BLUE, ms=4, label="this kit")
     ax.set_yticks(range(len(faults)), [f"{f.title}  {f.number:2d}" for f in faults])
-    ax.set_ylim(len(faults) - 0.4, -1)
-    ax.set_xscale("log")
-    ax.set_xlim(left, right)
+    ax.set(ylim=(len(faults) - 0.4, -1), xscale="log", xlim=(left, right))
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
     ax.legend(loc="lower right", frameon=True, edgecolor="none")
@@ -1154,11 +1131,9 @@ def fault_margins(faults, title="computed, not trained"):
         ax.plot(t, margin, color="black", label="margin of the predicted class")
         ax.fill_between(t, margin, 0, where=(margin < 0) & (t <= claim), color=RED, lw=0)
         ax.axhline(0, color=GRAY, lw=0.8)
-        ax.set_xlim(0, end)
-        ax.set_ylim(-1.6, 1.2)
+        ax.set(xlim=(0, end), ylim=(-1.6, 1.2))
         heading = textwrap.fill(f"{fault.number}: {fault.title}", 26)
-        ax.set_title(heading if "\n" in heading else f"{heading}\n")
-        ax.set_xlabel("distance moved (L2)")
+        ax.set(title=heading if "\n" in heading else f"{heading}\n", xlabel="distance moved (L2)")
     figure.axes[0].set_ylabel("margin / margin at x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

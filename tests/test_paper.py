@@ -118,6 +118,15 @@ def test_uncertain_cells_are_read_from_their_notes():
     assert paper.uncertain(paper.published("table1").loc["T1-07"]) == {"cra_36"}
 
 
+def test_what_is_said_of_the_tables_is_about_their_rows_and_columns():
+    said = paper.published("table_claims")
+    assert said["claim"].is_unique and set(said["relation"]) == set(paper.RELATIONS)
+    for claim in said.to_dict("records"):
+        rows = {claim["row_id"], *claim["rivals"].split()}
+        assert rows <= set(paper.published(claim["table"]).index)
+        assert set(claim["columns"].split()) <= set(paper.COLUMNS)
+
+
 def test_unknown_table_is_named():
     with pytest.raises(ValueError, match="no published table 'table3'; there are: figure5"):
         paper.published("table3")
