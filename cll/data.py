@@ -12,14 +12,13 @@ with a handful of tensor operations.
 
 import difflib
 import hashlib
-import http.client
 import os
-import pickle
 import socket
 import sys
-import zipfile
-import zlib
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +31,13 @@ from .progress import progress_bar
 BY_NAME = ("two_moons", "cifar10", "cifar100", "tiny-imagenet", "digits")
 SOURCES = (*BY_NAME, "npz:PATH", "folder:PATH")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
+TESTS = ("test", "val", "validation", "valid")  # folders of the test split, by precedence
+SUFFIXES = tuple(".jpg .jpeg .jfif .png .ppm .pgm .bmp .tif .tiff .webp .gif .avif .jp2".split())
+HIDDEN = ("__MACOSX", "@eaDir", "lost+found")  # besides the names with a leading dot
 OWN_DATA = (
     "your own copy with DATA=npz:PATH (uint8 arrays x_train, y_train, x_test, y_test) or "
     "DATA=folder:PATH (folders train/CLASS/ and test/CLASS/ of images)"
-)
-# What zipfile, zlib and numpy raise on a file that is cut short, overwritten or no archive at all.
-# RuntimeError: encrypted, or compressed by a method that zipfile does not know.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
 )
 
 
@@ -65,7 +56,7 @@ class Dataset:
     input_shape: shape of one sample, (C, H, W) or (features,).
 
     Raises ValueError (one line) for an empty split, a count, shape or type that does not fit, a
-    target out of range, and NaN or infinite inputs.
+    target out of range, and what `check_values` refuses.
     """
 
     name: str
@@ -84,35 +75,58 @@ class Dataset:
         for split in ("train", "test"):
             images, targets = getattr(self, f"{split}_images"), getattr(self, f"{split}_targets")
             if len(images) == 0:
-                raise ValueError(f"the {split} split is empty: at least one sample is needed")
+                raise ValueError(f"the {split} split is empty: x_{split} needs at least one sample")
             if targets.dtype != torch.int64 or targets.shape != (len(images),):
                 raise ValueError(
-                    f"the {split} split has {len(images)} images but targets {targets.dtype} of "
-                    f"shape {tuple(targets.shape)}: give one int64 class number per image"
+                    f"the {split} split has {len(images)} images but {targets.numel()} labels, "
+                    f"y_{split} of {targets.dtype} and shape {tuple(targets.shape)}: give one "
+                    "int64 class number per image (from one-hot rows: y.argmax(1))"
                 )
-            if images.dtype != torch.uint8 and not images.is_floating_point():
+            shape = tuple(images.shape[1:])
+            if shape != self.input_shape:
                 raise ValueError(
-                    f"the {split} images are {images.dtype}: give uint8 in 0..255 or float"
+                    f"samples of x_{split} are {_size(shape)}, shape {shape}, but input_shape, as "
+                    f"of x_train, is {_size(self.input_shape)}, {self.input_shape}"
                 )
-            if tuple(images.shape[1:]) != self.input_shape:
+            check_values(images, f"{split} ")
+            for i in ((targets < 0) | (targets >= self.num_classes)).nonzero()[:1, 0].tolist():
                 raise ValueError(
-                    f"a {split} sample has shape {tuple(images.shape[1:])} but input_shape is "
-                    f"{self.input_shape}"
+                    f"{split} target {targets[i]} (index {i}) is out of range: y_{split} holds "
+                    f"label {targets[i]}, but class_names or the labels of y_train give classes "
+                    f"0..{self.num_classes - 1}; number them from 0"
                 )
-            wrong = ((targets < 0) | (targets >= self.num_classes)).nonzero().flatten()
-            if len(wrong):
-                i = int(wrong[0])
-                raise ValueError(
-                    f"{split} target {int(targets[i])} (index {i}) is out of range: with "
-                    f"{self.num_classes} classes, targets are 0..{self.num_classes - 1}"
-                )
-            if images.is_floating_point():
-                wrong = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
-                if len(wrong):
-                    raise ValueError(
-                        f"{split} image {int(wrong[0])} holds NaN or infinity "
-                        f"({len(wrong)} such images): repair or remove them"
-                    )
+
+
+def check_values(images, split=""):
+    """Refuse values that are no pixels and no points; the ValueError names the first at fault.
+
+    images: (N, C, H, W) or (N, H, W), uint8 in 0..255, not all 0 and 1, or float in [0, 1]; or
+        points (N, features), float in any unit. 64 features and more in 0..255, some above 127, are
+        taken for flattened images that were not divided by 255: their radii would be in levels.
+    """
+    points = images.ndim == 2
+    if images.dtype == torch.uint8:
+        if points or images.max() == 1:
+            kind = "points" if points else "images that hold only 0 and 1"
+            raise ValueError(
+                f"the {split}samples are {kind} but uint8, which are divided by 255: give float "
+                "values, or multiply 0 and 1 by 255"
+            )
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"{split}images must be uint8 or floating point, got {images.dtype}")
+    flat = images.flatten(1)
+    low, high = flat.amin(dim=1), flat.amax(dim=1)
+    for i in (~(low.isfinite() & high.isfinite())).nonzero()[:1, 0].tolist():
+        raise ValueError(f"{split}image {i} holds NaN or infinite values: repair or remove it")
+    wrong = (low < -1e-6) | (high > 1 + 1e-6)  # rounding of resized images
+    if points:
+        wrong &= flat.shape[1] >= 64 and low.min() >= 0 and 127 < high.max() <= 255
+    for i in wrong.nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"{split}image {i} has values in [{low[i]:.3g}, {high[i]:.3g}]: pass uint8 images, or "
+            "float in [0, 1] without mean and std (the model normalises by itself)"
+        )
 
 
 # ---- sources ---------------------------------------------------------------------------------
@@ -137,9 +151,11 @@ def load(
         "tiny-imagenet" the official folder tiny-imagenet-200 in `root`; decoded once, then cached
         "digits"        scikit-learn's 1,797 real digits, enlarged to `input_shape`; no download
         "npz:PATH"      uint8 arrays x_train, x_test of shape (N, H, W, C) or (N, H, W), integer
-                        arrays y_train, y_test of shape (N,), optionally class_names
-        "folder:PATH"   images PATH/train/CLASS/* and PATH/test/CLASS/* (or val/), resized to
-                        `input_shape`
+                        arrays y_train, y_test of shape (N,) or (N, 1), optionally class_names; or
+                        by MedMNIST's names, train_images, train_labels, ...
+        "folder:PATH"   images PATH/train/CLASS/* and PATH/test/CLASS/* (or val/, validation/,
+                        valid/), hidden ones left out: turned upright, scaled to 8 bits, laid on
+                        white, resized to `input_shape`
     root: folder of the downloaded data sets; default: environment variable CLL_DATA, else data/
         beside this package.
     input_shape: (C, H, W) that the network takes. Images of another shape are an error, except
@@ -152,7 +168,8 @@ def load(
     download: False never touches the network.
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
-    ValueError where they are unusable; both say in one line what, where and what to do.
+    ValueError where they are unusable; both say in one line what, where and what to do. Warns of
+    files left out, classes without training images, one class alone and nearly black images.
     """
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)
@@ -177,19 +194,24 @@ def load(
         else:
             where = f"{kind}:{path}"
             name = f"npz:{path.stem}" if kind == "npz" else f"folder:{path.name}"
+            if not (path.is_file() if kind == "npz" else path.is_dir()):
+                raise DataNotFound(f"{where} is not there: write the path of {OWN_DATA}")
             arrays, names = _npz(path) if kind == "npz" else _folder(path, input_shape)
-        x_train, y_train = _subset(*arrays[:2], train_size, "train")
-        x_test, y_test = _subset(*arrays[2:], test_size, "test")
+        x_train, y_train, x_test, y_test = arrays
         dataset = Dataset(
             name=label or name,
             train_images=torch.from_numpy(x_train),
             train_targets=torch.from_numpy(y_train),
             test_images=torch.from_numpy(x_test),
             test_targets=torch.from_numpy(y_test),
-            num_classes=len(names) if names else int(arrays[1].max()) + 1,
+            num_classes=len(names) if names else _count_classes(y_train, y_test),
             class_names=names,
             input_shape=x_train.shape[1:],
         )
+        for doubt in _doubts(dataset):
+            warnings.warn(f"{where}: {doubt}", stacklevel=2)
+        _subset(dataset, "train", train_size)
+        _subset(dataset, "test", test_size)
         if input_shape is not None and dataset.input_shape != input_shape:
             raise ValueError(
                 f"samples are {_size(dataset.input_shape)} but the network is built for "
@@ -248,41 +270,31 @@ def _cifar(kind, root, download):
     from torchvision.datasets.utils import check_integrity
 
     cls = CIFAR10 if kind == "cifar10" else CIFAR100
-    reason = ""
+    archive, timeout = root / cls.filename, socket.getdefaulttimeout()
     try:
-        train = cls(root, train=True, download=False)
-    except UNREADABLE:
-        archive = root / cls.filename
-        train = None
-        if download or check_integrity(str(archive), cls.tgz_md5):  # unpacking needs no network
-            timeout = socket.getdefaulttimeout()
+        try:
+            train = cls(root, train=True)
+        except Exception:  # a damaged file raises anything
+            if not (download or check_integrity(archive, cls.tgz_md5)):
+                raise
             socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
-            try:
-                train = cls(root, train=True, download=True)
-            except (http.client.HTTPException, *UNREADABLE) as error:
-                reason = f"; download and unpacking failed ({_one_line(error)})"
-            finally:
-                socket.setdefaulttimeout(timeout)
-    if train is None:
-        files = cls.train_list + cls.test_list + [(cls.meta["filename"], cls.meta["md5"])]
+            train = cls(root, train=True, download=True)  # or unpack, which needs no network
+    except Exception as error:
         folder = root / cls.base_folder
-        damaged = [name for name, md5 in files if not check_integrity(str(folder / name), md5)]
-        if any((folder / name).exists() for name in damaged):
-            state = f"{folder} is damaged (wrong or missing: {', '.join(damaged)})"
-        elif archive.exists() and not check_integrity(str(archive), cls.tgz_md5):
-            state = f"{archive} is truncated or damaged (its md5 sum is wrong)"
-        else:
-            state = f"looked for {cls.base_folder}/ and {cls.filename} in {root}"
+        files = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
+        files = [(archive, cls.tgz_md5), *((folder / name, md5) for name, md5 in files)]
+        damaged = [str(p) for p, md5 in files if p.exists() and not check_integrity(p, md5)]
         raise DataNotFound(
-            f"no usable {kind}: {state}{reason}. Two ways out: download {cls.url} where there is a "
-            f"network and put it into {root} (or set CLL_DATA to the folder that has it), or use "
-            f"{OWN_DATA}"
-        )
-    test = cls(root, train=False, download=False)
-    arrays = []
-    for split in (train, test):
-        arrays += [_nchw(split.data), np.asarray(split.targets, np.int64)]
-    return tuple(arrays), list(train.classes)
+            f"no usable {kind}: missing, truncated or damaged: "
+            f"{', '.join(damaged) or f'{folder} and {archive}'} ({_one_line(error)}). Two ways "
+            f"out: download {cls.url} where there is a network and put it into {root} (or set "
+            f"CLL_DATA to the folder that has it), or use {OWN_DATA}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    splits = train, cls(root, train=False)
+    arrays = [(_array("x", split.data), _array("y", np.array(split.targets))) for split in splits]
+    return sum(arrays, ()), list(train.classes)
 
 
 def _tiny_imagenet(root):
@@ -323,27 +335,30 @@ def _tiny_imagenet(root):
 
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
     digest = hashlib.sha256((listing + repr(targets)).encode()).hexdigest()
-    cache = folder / "decoded.npz"
-    images = {}
-    if cache.exists():
-        try:
-            with np.load(cache) as stored:
-                if str(stored["digest"]) == digest:
-                    images = {split: stored[split] for split in ("train", "test")}
-        except UNREADABLE:
-            pass  # a damaged cache is only a reason to decode again
-    if not images:
-        images = {split: _decode(files[split], "RGB", None) for split in ("train", "test")}
-        _save_atomically(cache, digest=digest, **images)
-
+    images = _decode_once(files, digest, folder / "decoded.npz")
     words = folder / "words.txt"
-    names = {}
-    if words.exists():
-        rows = (line.partition("\t") for line in words.read_text().splitlines())
-        names = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
+    lines = words.read_text().splitlines() if words.exists() else []
+    rows = (line.partition("\t") for line in lines)
+    names = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
     y_train, y_test = (np.asarray(targets[split], np.int64) for split in ("train", "test"))
     arrays = (images["train"], y_train, images["test"], y_test)
     return arrays, [names.get(wnid, wnid) for wnid in wnids]
+
+
+def _decode_once(files, digest, cache):
+    """{split: images} of the files {split: [file]}, kept in the cache with their digest."""
+    with suppress(Exception), np.load(cache) as stored:  # none, or damaged: decode
+        if str(stored["digest"]) == digest:
+            return {split: stored[split] for split in files}
+    images = {split: _decode(files[split], None) for split in files}
+    whole = cache.with_name(f"decoded.{os.getpid()}.tmp.npz")
+    try:
+        with suppress(OSError):  # a read-only folder keeps no cache
+            np.savez(whole, digest=digest, **images)
+            os.replace(whole, cache)
+    finally:
+        whole.unlink(missing_ok=True)
+    return images
 
 
 def _digits(input_shape):
@@ -359,11 +374,8 @@ def _digits(input_shape):
     channels, height, width = input_shape
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    if (height, width) != (8, 8):
-        size, bicubic = (width, height), Image.Resampling.BICUBIC
-        grey = np.stack(
-            [np.asarray(Image.fromarray(image).resize(size, bicubic)) for image in grey]
-        )
+    size, bicubic = (width, height), Image.Resampling.BICUBIC
+    grey = np.stack([np.asarray(Image.fromarray(image).resize(size, bicubic)) for image in grey])
     images = np.repeat(grey[:, None], channels, axis=1)
     order = np.random.RandomState(0).permutation(len(images))
     train, test = order[:1437], order[1437:]
@@ -372,171 +384,156 @@ def _digits(input_shape):
 
 
 def _npz(path):
-    """Arrays of one .npz file, checked for whatever would fail, or train to nonsense, later."""
-    if not path.is_file():
-        raise DataNotFound(
-            f"npz:{path}: there is no such file: write the path of an .npz with arrays "
-            f"{', '.join(ARRAYS)}"
-        )
+    """Arrays of one .npz file in ours or MedMNIST's names: images as (N, C, H, W), labels int64."""
+    save = f"save it with np.savez(PATH, {', '.join(f'{key}=...' for key in ARRAYS)})"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError(f"it is an .npy file, a single array: {save}")
+        with file:
             present = list(file.files)
-            missing = [key for key in ARRAYS if key not in present]
-            data = {} if missing else {key: file[key] for key in ARRAYS}
+            keys = MEDMNIST if MEDMNIST[0] in present and ARRAYS[0] not in present else ARRAYS
+            missing = [key for key in keys if key not in present]
+            arrays = [] if missing else [file[key] for key in keys]
             names = file["class_names"].tolist() if "class_names" in present else None
-    except (AttributeError, TypeError, *UNREADABLE) as error:
-        raise ValueError(
-            f"not a readable .npz, truncated or damaged? ({_one_line(error)})"
-        ) from None
+    except Exception as error:  # numpy's and zipfile's are of many kinds
+        raise ValueError(f"no readable .npz, truncated or damaged? ({_one_line(error)})") from None
     if missing:
-        raise ValueError(
-            f"array {missing[0]} is missing, the file has {', '.join(present) or 'none'}: save it "
-            f"with np.savez(PATH, {', '.join(f'{key}=...' for key in ARRAYS)})"
-        )
-    for key in ("x_train", "x_test"):
-        images = data[key]
-        if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
-            i = int(np.argwhere(~np.isfinite(images))[0][0])
-            raise ValueError(
-                f"{key} holds NaN or infinity (image {i}) and is {images.dtype}, not uint8"
-            )
-        if images.dtype != np.uint8:
-            raise ValueError(
-                f"{key} is {images.dtype}: images must be uint8 in 0..255; from floats in [0, 1] "
-                "write (255 * x).round().astype('uint8')"
-            )
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] > 4):
-            channels_first = images.ndim == 4 and images.shape[1] <= 4
-            raise ValueError(
-                f"{key} has shape {images.shape}: images must be (N, H, W) or (N, H, W, C), C <= 4"
-                + ("; from (N, C, H, W) write x.transpose(0, 2, 3, 1)" if channels_first else "")
-            )
-        data[key] = _nchw(images)
-    if data["x_train"].shape[1:] != data["x_test"].shape[1:]:
-        shapes = [_size(data[key].shape[1:]) for key in ("x_train", "x_test")]
-        raise ValueError(f"x_train images are {shapes[0]} but x_test images are {shapes[1]}")
-    for split in ("train", "test"):
-        targets = data[f"y_{split}"]
-        if not np.issubdtype(targets.dtype, np.integer):
-            raise ValueError(
-                f"y_{split} is {targets.dtype}: labels must be whole numbers 0, 1, 2, ..."
-            )
-        if targets.ndim != 1:
-            raise ValueError(
-                f"y_{split} has shape {targets.shape}: write one class number per image, shape (N,)"
-            )
-        if len(targets) != len(data[f"x_{split}"]):
-            raise ValueError(
-                f"x_{split} has {len(data[f'x_{split}'])} images but y_{split} has "
-                f"{len(targets)} labels"
-            )
-        if len(targets) == 0:
-            raise ValueError(f"x_{split} is empty: at least one image is needed")
-        data[f"y_{split}"] = targets.astype(np.int64)
-    _check_labels(data["y_train"], data["y_test"], names)
-    return tuple(data[key] for key in ARRAYS), names
-
-
-def _check_labels(y_train, y_test, names):
-    """Labels are 0..C-1; C is the number of names or else follows from the training labels.
-
-    A small subset may miss some classes, so gaps are allowed up to the number of classes seen plus
-    8: a lone 99 among ten classes is a mistake that would build a network with 89 empty classes.
-    """
-    seen = np.unique(y_train)
-    last = int(seen[-1]) if names is None else len(names) - 1
-    if names is None:
-        gaps = np.diff(seen, prepend=-1)
-        if seen[0] >= 0 and gaps.max() > len(seen) + 8:
-            culprit = int(seen[gaps.argmax()])
-            raise ValueError(
-                f"y_train holds label {culprit} (index {int((y_train == culprit).argmax())}) but "
-                f"none of the {int(gaps.max()) - 1} labels below it: number the classes 0, 1, 2, "
-                "... or add an array class_names"
-            )
-    for key, targets in (("y_train", y_train), ("y_test", y_test)):
-        wrong = np.flatnonzero((targets < 0) | (targets > last))
-        if len(wrong):
-            label, i = int(targets[wrong[0]]), int(wrong[0])
-            known = "class_names has" if names else "y_train has"
-            raise ValueError(
-                f"{key} holds label {label} (index {i}), out of range: {known} classes 0..{last}"
-            )
-
-
-def _folder(path, input_shape):
-    """torchvision's ImageFolder layout: PATH/train/CLASS/* and PATH/test/CLASS/* (or val/)."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    if not path.is_dir():
-        raise DataNotFound(
-            f"folder:{path}: there is no such folder: write the path of a folder with images "
-            "train/CLASS/* and test/CLASS/*"
-        )
-    if input_shape is not None and (len(input_shape) != 3 or input_shape[0] not in (1, 3)):
-        raise ValueError(
-            f"images cannot become {_size(input_shape)}: write input_shape (1 or 3, H, W)"
-        )
-    folders = {"train": path / "train", "test": path / "test"}
-    if not folders["test"].is_dir():
-        folders["test"] = path / "val"
-    for split, where in folders.items():
-        if not where.is_dir():
-            raise ValueError(f"no folder {split}{'/ or val' if split == 'test' else ''}/ in {path}")
-    try:
-        names, number = find_classes(str(folders["train"]))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folders['train']} has no class folders: write train/CLASS/image.png"
-        ) from None
-    mode = "L" if input_shape is not None and input_shape[0] == 1 else "RGB"
-    size = None if input_shape is None else input_shape[1:]
-    arrays = []
-    for split, where in folders.items():
-        unknown = [p.name for p in sorted(where.iterdir()) if p.is_dir() and p.name not in number]
-        if unknown:
-            raise ValueError(f"class {unknown[0]} of {where} is not among the training classes")
-        files = make_dataset(str(where), number, IMG_EXTENSIONS, allow_empty=True)
-        if not files:
-            raise ValueError(
-                f"the {split} split is empty: no images in the class folders of {where}"
-            )
-        arrays += [_decode([file for file, _ in files], mode, size)]
-        arrays += [np.asarray([target for _, target in files], np.int64)]
-    if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise ValueError(
-            f"train images are {_size(arrays[0].shape[1:])}, test images "
-            f"{_size(arrays[2].shape[1:])}: give input_shape"
-        )
+        raise ValueError(f"array {missing[0]} is missing, only {', '.join(present)} there: {save}")
+    arrays = [_array(*item) for item in zip(keys, arrays, strict=True)]
     return tuple(arrays), names
 
 
-def _decode(files, mode, size):
-    """Image files as uint8 (N, C, H, W), resized to size (H, W) with antialiasing.
+def _array(key, values):
+    """uint8 images (N, H, W) or (N, H, W, C) as (N, C, H, W), integer labels (N,) as int64; also
+    labels (N, 1), as MedMNIST and Keras write them."""
+    if key.startswith("y") or key.endswith("labels"):
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"{key} is {values.dtype}: labels must be whole numbers 0, 1, 2, ...")
+        return (values[:, 0] if values.shape[1:] == (1,) else values).astype(np.int64)
+    if values.dtype != np.uint8:
+        nan = [f" with NaN (image {at[0]})" for at in np.argwhere(values != values)[:1]]
+        raise ValueError(
+            f"{key} is {values.dtype}{''.join(nan)}: images must be uint8 in 0..255; from floats "
+            "in [0, 1] write (255 * x).round().astype('uint8')"
+        )
+    if values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] > 4):
+        raise ValueError(
+            f"{key} has shape {values.shape}: images must be (N, H, W) or (N, H, W, C), C <= 4; "
+            "from (N, C, H, W) write x.transpose(0, 2, 3, 1)"
+        )
+    values = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(values)
 
-    size None: all images must have the size of the first.
+
+def _count_classes(y_train, y_test):
+    """The number of classes that training labels 0..C-1 tell.
+
+    A subset may miss classes, so gaps are allowed up to the number of classes seen plus 8: a lone
+    99 among ten classes is a mistake that would build a network with 89 empty classes.
     """
-    from PIL import Image
+    seen = np.unique(y_train)
+    if len(seen) == 0 or seen[0] < 0:
+        return 1  # `Dataset` says what is wrong
+    gaps = np.diff(seen, prepend=-1)
+    if gaps.max() > len(seen) + 8:
+        culprit = seen[gaps.argmax()]
+        raise ValueError(
+            f"y_train holds label {culprit} (index {(y_train == culprit).argmax()}) but none of "
+            f"the {gaps.max() - 1} below: number the classes 0, 1, 2, ... or add class_names"
+        )
+    if seen[0] > 0 and 0 not in y_test:
+        raise ValueError(f"y_train begins with label {seen[0]}: write y - {seen[0]} or class_names")
+    return int(seen[-1]) + 1
 
-    def read(file):
-        try:
-            with Image.open(file) as image:
-                image = image.convert(mode)
-        except FileNotFoundError:
-            raise ValueError(f"image {file} is missing") from None
-        except (Image.DecompressionBombError, SyntaxError, *UNREADABLE) as error:
-            raise ValueError(
-                f"cannot decode image {file}, truncated? ({_one_line(error)})"
-            ) from None
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
-    first = read(files[0])
+def _doubts(dataset):
+    """What a data set may well not be meant to be, one line each."""
+    C, names = dataset.num_classes, dataset.class_names
+    empty = (dataset.train_targets.bincount(minlength=C) == 0).nonzero().flatten().tolist()
+    if empty:
+        first = (names or range(C))[empty[0]]
+        yield f"{len(empty)} of {C} classes have no training images, the first is {first}"
+    if C == 1:
+        yield "there is one class only, nothing to tell apart"
+    for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
+        if images.dtype == torch.uint8 and images.max() < 32:
+            yield f"{split} images are nearly black, {images.max()} of 255 at most: scale them"
+
+
+def _folder(path, input_shape):
+    """torchvision's ImageFolder layout: PATH/train/CLASS/* and the first of TESTS with classes."""
+    if input_shape is not None and (len(input_shape) != 3 or input_shape[0] not in (1, 3)):
+        raise ValueError(f"images cannot be {_size(input_shape)}: write input_shape (1 or 3, H, W)")
+    inside = _folders(path)
+    tests = [name for name in TESTS if name in inside]
+    if "train" not in inside or not tests:
+        lacks = "test/ or val/" if "train" in inside else "train/"
+        raise ValueError(f"no folder {lacks} in {path}, which has {inside[:9]}")
+    names = _folders(path / "train")
+    if not names:
+        raise ValueError(f"{path / 'train'} has no class folders: write train/CLASS/image.png")
+    labelled = [name for name in tests if set(names) & set(_folders(path / name))]
+    test = (labelled or tests)[0]
+    if test != tests[0]:
+        warnings.warn(f"{path / tests[0]} has no training class: {test}/ is read", stacklevel=3)
+    arrays = []
+    for split, where in (("train", path / "train"), ("test", path / test)):
+        files, targets = zip(*_image_files(split, where, names), strict=True)
+        arrays += [_decode(files, input_shape), np.array(targets)]
+    return tuple(arrays), names
+
+
+def _folders(where):
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(p.name for p in where.iterdir() if p.is_dir() and not _hidden(p.name))
+
+
+def _hidden(name):
+    return name.startswith(".") or name in HIDDEN
+
+
+def _image_files(split, where, names):
+    """[(file, class number)] of where/CLASS/** in ImageFolder's order; a warning counts others."""
+    from torchvision.datasets.folder import make_dataset
+
+    folders = _folders(where)
+    for name in sorted(set(folders) - set(names)):
+        raise ValueError(f"class {name} of {where} is not among the training classes")
+    left = [str(p) for p in where.iterdir() if p.is_file() and not _hidden(p.name)]
+
+    def is_image(file):
+        if any(map(_hidden, Path(file).relative_to(where).parts)):
+            return False
+        known = file.lower().endswith(SUFFIXES)
+        left.extend([] if known else [file])
+        return known
+
+    number = {name: i for i, name in enumerate(names)}
+    files = make_dataset(str(where), number, is_valid_file=is_image, allow_empty=True)
+    kinds = Counter(Path(file).suffix.lower() or "without suffix" for file in left)
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    said = f"left out: {counts or 'nothing'}{', such as ' + min(left) if left else ''}"
+    empty = [f"class {name}" for name in folders if number[name] not in dict(map(reversed, files))]
+    if empty or not files:
+        what = empty[0] if files else f"the {split} split"
+        raise ValueError(f"{what} is empty: no images in its class folders of {where} ({said})")
+    if left:
+        warnings.warn(f"{where}: {said}: no images, or in no class folder", stacklevel=4)
+    return files
+
+
+def _decode(files, shape):
+    """Image files as uint8 (N, C, H, W), resized to shape (C, H, W) with antialiasing.
+
+    shape None: RGB, and all images must have the size of the first.
+    """
+    laid = set()  # on white
+    first = _read(files[0], shape, laid)
     images = np.empty((len(files), *first.shape), np.uint8)
 
     def store(i):
-        image = read(files[i])
+        image = _read(files[i], shape, laid)
         if image.shape != first.shape:
             raise ValueError(
                 f"image {files[i]} is {_size(image.shape)} but {files[0]} is {_size(first.shape)}: "
@@ -548,37 +545,57 @@ def _decode(files, mode, size):
     with ThreadPoolExecutor() as pool, progress_bar(len(files), "decode", "image") as bar:
         for _ in pool.map(store, range(len(files))):
             bar.update()
+    if laid:
+        warnings.warn(f"{len(laid)} transparent images laid on white ({min(laid)})", stacklevel=4)
     return images
 
 
-def _save_atomically(path, **arrays):
-    """np.savez that leaves the whole file or nothing: nothing where the folder is read-only."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _read(file, shape, laid):
+    """One image file, upright, as uint8 (C, H, W); `laid` grows by it where it is transparent."""
+    from PIL import Image, ImageOps
+
+    mode = "L" if shape and shape[0] == 1 else "RGB"
     try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    except OSError:
-        pass
-    finally:
-        part.unlink(missing_ok=True)
+        # by its path, Pillow 13 maps a turned TIFF file into memory with the wrong width
+        with open(file, "rb") as stream, Image.open(stream) as image:
+            frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a preview
+            image = image.copy() if image.format == "TIFF" else ImageOps.exif_transpose(image)
+        wide = image.mode[0] in "IF"  # which `convert` would cut off at 255
+        clear = not wide and (image.mode[-1] in "Aa" or "transparency" in image.info)
+        image = image if wide else image.convert("RGBA" if clear else mode)
+    except FileNotFoundError:
+        raise ValueError(f"image {file} is missing") from None
+    except Exception as error:  # Pillow's are of many kinds
+        raise ValueError(f"cannot decode image {file}, truncated? ({_one_line(error)})") from None
+    if frames > 1:
+        raise ValueError(f"image {file} holds {frames} frames or pages: write one image per file")
+    if wide:
+        levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+        if not (levels.min() >= 0 and levels.max() <= top):
+            raise ValueError(
+                f"image {file} has values in [{levels.min():.5g}, {levels.max():.5g}], mode "
+                f"{image.mode}: write 8 or 16 bits without sign, or float in [0, 1]"
+            )
+        image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
+    if clear and image.getextrema()[3][0] < 255:
+        laid.add(file)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(mode)
+    if shape:
+        image = image.resize(shape[:0:-1], Image.Resampling.BILINEAR)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def _subset(images, targets, size, split):
-    """The same random subset on every call, in the original order; size None: all samples."""
-    if size is None or size == len(images):
-        return images, targets
-    if size > len(images):
-        raise ValueError(f"{split}_size = {size} but the {split} split has {len(images)} samples")
-    rows = np.sort(np.random.RandomState(0).permutation(len(images))[: int(size)])
-    return images[rows], targets[rows]
-
-
-def _nchw(images):
-    """(N, H, W, C) or (N, H, W) -> contiguous (N, C, H, W)."""
-    return np.ascontiguousarray(
-        images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    )
+def _subset(dataset, split, size):
+    """Keep the same random subset on every call, in the original order; size None: all samples."""
+    fields = f"{split}_images", f"{split}_targets"
+    n = len(getattr(dataset, fields[0]))
+    if size is not None and size > n:
+        raise ValueError(f"{split}_size = {size} but the {split} split has {n} samples")
+    if size is not None and size < n:
+        rows = np.sort(np.random.RandomState(0).permutation(n)[: int(size)])
+        for field in fields:
+            setattr(dataset, field, getattr(dataset, field)[rows])
 
 
 def _checked_shape(shape):

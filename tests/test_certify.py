@@ -344,6 +344,159 @@ def test_images_of_a_torch_dataset_are_named_too():
         certify(convnet(), Images([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)]))
 
 
+def flat_net(*shape):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 10))
+
+
+GREY = torch.rand(20, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        255 * GREY,
+        (255 * GREY).round().double().numpy(),
+        (255 * GREY).flatten(1),
+        (255 * GREY[:, None]).bfloat16(),
+        (GREY - 0.5) / 0.5,
+    ],
+)
+def test_pixels_outside_the_unit_interval_are_refused_in_any_shape(images):
+    """Their radii would be in grey levels beside a CRA at 36/255 of the unit interval."""
+    net = flat_net(*images.shape[1:])
+    with pytest.raises(ValueError, match=r"image 0 has values in .*in \[0, 1\]") as error:
+        certify(net, (images, torch.arange(20) % 10), progress=False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="image 0 has values in"):
+        lipschitz_lower_bound(LipschitzNet(net[:1], net[1], images.shape[1:]), images)
+
+
+@pytest.mark.parametrize("images", [GREY, GREY.flatten(1), (255 * GREY).byte()])
+def test_pixels_in_the_unit_interval_are_certified_in_any_shape(images):
+    scaled = images / 255 if images.dtype == torch.uint8 else images
+    net = flat_net(*images.shape[1:])
+    logits = net(scaled).double().detach()
+    radius = certified_radius(logits, pairwise(net[1].weight.double().detach()))
+    table = certify(net, (images, torch.arange(20) % 10), progress=False)
+    np.testing.assert_allclose(table["radius"], radius, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "points", [torch.randn(20, 2), 200 * torch.rand(20, 30), 300 * torch.randn(20, 784)]
+)
+def test_points_have_any_unit(points):
+    labels = torch.arange(20) % 10
+    net = nn.Sequential(nn.Linear(points.shape[1], 10))
+    assert (certify(net, (points, labels), progress=False)["radius"] > 0).any()
+    with pytest.raises(ValueError, match="points but uint8"):
+        certify(net, (points.abs().byte(), labels), progress=False)
+
+
+def test_images_of_bits_are_refused():
+    """0 and 1 of 255 are black; a black image is not a mistake."""
+    bits, labels = torch.randint(2, (20, 3, 8, 8), dtype=torch.uint8), torch.zeros(20, dtype=int)
+    with pytest.raises(ValueError, match="only 0 and 1 .*multiply"):
+        certify(convnet(), (bits, labels), progress=False)
+    with pytest.raises(ValueError, match="uint8 or floating point, got torch.bool"):
+        certify(convnet(), (bits.bool(), labels), progress=False)
+    certify(convnet(), (0 * bits, labels), progress=False)
+    whole = certify(convnet(), (255 * bits, labels), progress=False)
+    assert whole.equals(certify(convnet(), (bits.float(), labels), progress=False))
+
+
+class Samples(torch.utils.data.Dataset):
+    """Six samples, each as a function of its number gives it."""
+
+    def __init__(self, sample, n=6):
+        self.sample, self.n = sample, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.sample(i)
+
+
+SIX = torch.rand(6, 3, 8, 8)
+ONE = torch.eye(4)[1]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (lambda i: (SIX[i], 0.9 if i == 2 else 0), "target 2 .* integers .*float32"),
+        (lambda i: (SIX[i], np.float64(2)), "target 0 .* integers .*float64"),
+        (lambda i: (SIX[i], math.nan), "target 0 .* integers"),
+        (lambda i: (SIX[i], True), "target 0 .* integers .*bool"),
+        (lambda i: (SIX[i], "cat"), "target 0 .* numbers"),
+        (lambda i: (SIX[i], None), "target 0 .* numbers"),
+        (lambda i: (SIX[i], {"boxes": 1}), "target 0 .* numbers"),
+        (lambda i: (SIX[i], [[1], [2, 3]]), "target 0 .* numbers"),
+        (lambda i: (SIX[i], 2**70), "target 0 .* numbers"),
+        (lambda i: (SIX[i], ONE), "target 0 .* integers .*float32"),
+        (lambda i: (SIX[i], ONE.long().numpy()), r"target 0 .* shape \(4,\): .* number"),
+        (lambda i: {"image": SIX[i], "label": 1}, r"sample 0 .* dict, .* \(image, target\)"),
+        (lambda i: SIX[i], "sample 0 .* Tensor"),
+        (lambda i: (SIX[i],), "sample 0 .* tuple"),
+        (lambda i: None, "sample 0 .* NoneType"),
+        (lambda i: ("cat.png", 1), "image 0 .* str"),
+        (lambda i: (SIX[i], 1 + i % 4), r"label 4 of sample 3 is outside 0\.\.3"),
+    ],
+)
+def test_samples_of_a_torch_dataset_that_are_no_pairs_are_named(sample, message):
+    with pytest.raises(ValueError, match=message) as error:
+        certify(convnet(), Samples(sample), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_of_a_torch_dataset():
+    """The class number may be an array of one number, as MedMNIST has it; what follows is left."""
+    expected = certify(convnet(), (SIX, torch.arange(6) % 4), progress=False)
+    for sample in (
+        lambda i: (SIX[i], i % 4),
+        lambda i: [SIX[i].numpy(), np.array([i % 4], np.uint8)],
+        lambda i: (SIX[i], torch.tensor(i % 4), {"path": "cat.png"}),
+    ):
+        assert certify(convnet(), Samples(sample), progress=False).equals(expected)
+    with pytest.raises(ValueError, match="N >= 1"):
+        certify(convnet(), Samples(None, 0), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["a"] * 6, "targets must be numbers"),
+        (np.array(["a"] * 6), "targets must be numbers"),
+        (np.array([None] * 6), "targets must be numbers"),
+        (None, "targets must be numbers"),
+        ([[1], [2, 3]] * 3, "targets must be numbers"),
+        (torch.arange(6) > 2, "integers .*bool"),
+        (np.full(6, np.nan), "integers .*float64"),
+        (torch.eye(4)[[0] * 6], "integers .*float32"),
+        (torch.eye(4).long()[[0] * 6], r"shape \(6,\), got \(6, 4\)"),
+        (torch.arange(6) % 4 + 1, r"label 4 of sample 3 is outside 0\.\.3"),
+    ],
+)
+def test_targets_that_are_no_class_numbers_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message) as error:
+        certify(convnet(), (SIX, targets), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_targets_in_a_column_are_read():
+    expected = certify(convnet(), (SIX, [0, 1, 2, 3, 0, 1]), progress=False)
+    column = np.array([[0], [1], [2], [3], [0], [1]], np.uint8)
+    assert certify(convnet(), (SIX, column), progress=False).equals(expected)
+
+
+@pytest.mark.parametrize("images", [None, ["0.png"] * 6, [SIX[0], SIX[1, :, :4]], 3, []])
+def test_images_that_are_no_numbers_are_refused(images):
+    with pytest.raises(ValueError, match="images must") as error:
+        certify(convnet(), (images, [0] * 6), progress=False)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("radius", [-0.1, math.nan, math.inf])
 def test_bad_radii_are_refused(radius):
     with pytest.raises(ValueError, match="radii"):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import urllib.error
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,90 @@ def test_npz_of_another_shape_than_the_network(npz):
     one_line(error, "1x28x28", "3x32x32", "input_shape=[1, 28, 28]")
 
 
+def test_npz_of_medmnist_and_labels_in_a_column(npz, tmp_path):
+    """MedMNIST's names; Keras and MedMNIST write labels (N, 1). The same images and classes."""
+    ours = load(npz())
+    good = arrays()
+    column = {key: good[key][:, None] for key in ("y_train", "y_test")}
+    renamed = {
+        f"{split}_{kind}": value[:, None] if key == "y" else value
+        for split in ("train", "test")
+        for key, kind in (("x", "images"), ("y", "labels"))
+        for value in [good[f"{key}_{split}"]]
+    }
+    path = tmp_path / "pathmnist.npz"
+    np.savez(path, **renamed, val_images=pictures(2, 6, 5, 3), val_labels=[[0], [1]])
+    for source in (npz(**column), f"npz:{path}"):
+        theirs = load(source)
+        for field in ("train_images", "train_targets", "test_images", "test_targets"):
+            assert torch.equal(getattr(theirs, field), getattr(ours, field))
+    np.savez(path, **renamed | {"train_labels": np.zeros((24, 14), int)})
+    with pytest.raises(ValueError) as error:
+        load(f"npz:{path}", train_size=10)
+    one_line(error, path, "24 images", "(24, 14)")
+    del renamed["test_images"]
+    np.savez(path, **renamed)
+    with pytest.raises(ValueError) as error:
+        load(f"npz:{path}")
+    one_line(error, path, "test_images", "missing")
+
+
+FROM_ONE = {"y_train": np.arange(24) % 4 + 1, "y_test": np.arange(8) % 4 + 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (FROM_ONE, ["y_train", "label 1", "y - 1", "class_names"]),
+        (FROM_ONE | {"class_names": list("abcd")}, ["label 4", "class_names", "0..3", "from 0"]),
+        ({"y_train": np.full(24, 7), "y_test": np.full(8, 7)}, ["label 7", "y - 7"]),
+        ({"y_train": np.full(24, 2**63 + 1, np.uint64)}, ["out of range"]),
+        ({"y_train": np.array(list("abcd") * 6)}, ["y_train", "<U1", "whole numbers"]),
+        ({"y_train": np.array([b"a", b"b"] * 12)}, ["y_train", "|S1", "whole numbers"]),
+        ({"y_train": np.arange(24) % 2 == 0}, ["y_train", "bool"]),
+        ({"y_train": np.int64(1)}, ["y_train", "shape ()"]),
+        ({"x_train": np.uint8(1)}, ["x_train", "shape ()"]),
+        ({"x_train": np.array(["0.png"] * 24)}, ["x_train", "<U5", "uint8"]),
+        ({"x_train": pictures(24, 6, 5, 3) > 9}, ["x_train", "bool", "uint8"]),
+        ({"x_train": pictures(24, 6, 5, 3) * np.uint16(257)}, ["x_train", "uint16", "uint8"]),
+        ({"x_train": pictures(24, 6, 5, 3) // 128}, ["train", "0 and 1", "multiply", "255"]),
+        ({"x_test": pictures(8, 6, 5, 3) // 128}, ["test", "0 and 1"]),
+    ],
+)
+def test_npz_that_would_be_misread(npz, changes, words):
+    source = npz(**changes)
+    with pytest.raises(ValueError) as error:
+        load(source)
+    one_line(error, source, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "words"),
+    [
+        ({"y_train": np.arange(24) % 3 + 1}, 4, "1 of 4 classes .* 0$"),  # the test split has a 0
+        ({"y_train": np.arange(24) % 3 * 5, "y_test": np.zeros(8, int)}, 11, "8 of 11 .* 1$"),
+        ({**FROM_ONE, "class_names": list("abcde")}, 5, "1 of 5 classes .* a$"),
+        ({"y_train": np.zeros(24, int), "y_test": np.zeros(8, int)}, 1, "one class only"),
+        ({"x_train": pictures(24, 6, 5, 3) // 15}, 4, "train images .* 17 of 255"),
+        ({"x_test": pictures(8, 6, 5, 3) // 255}, 4, "test images .* 0 of 255"),
+    ],
+)
+def test_npz_that_may_well_be_a_mistake(npz, changes, classes, words):
+    if "x_test" in changes:
+        changes["x_test"] = changes["x_test"] * 0
+    source = npz(**changes)
+    with pytest.warns(UserWarning, match=f"^{re.escape(source)}: .*{words}"):
+        ours = load(source)
+    assert ours.num_classes == classes
+
+
+def test_npy_is_not_npz(tmp_path):
+    np.save(tmp_path / "x.npy", pictures(4, 6, 5))
+    with pytest.raises(ValueError) as error:
+        load(f"npz:{tmp_path / 'x.npy'}")
+    one_line(error, tmp_path / "x.npy", ".npy file", "single array", "np.savez")
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, "flip", "encrypted", "npy", "text"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_truncated_or_damaged(tmp_path, keep, save):
@@ -315,6 +400,213 @@ def test_folder_refusals(tmp_path):
     damaged = tmp_path / "train" / "bee" / "1.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     refused(damaged, "truncated")
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Folders train/ and test/ with 3 images each of ants and bees."""
+    for split in ("train", "test"):
+        write_images(tmp_path / split)
+    return tmp_path
+
+
+def test_hidden_files_are_no_images(classes):
+    """Checkpoints of editors, AppleDouble files, archives of macOS: no class, no image twice."""
+    before = load(f"folder:{classes}")
+    image = classes / "train" / "ant" / "0.png"
+    for hidden in ("train/.ipynb_checkpoints", "test/.git", "train/__MACOSX", "test/@eaDir",
+                   "train/ant/.ipynb_checkpoints", "train/bee/.thumbnails/x"):  # fmt: skip
+        (classes / hidden).mkdir(parents=True)
+        shutil.copy(image, classes / hidden / "0-checkpoint.png")
+    (classes / "train" / "ant" / "._0.png").write_bytes(b"Mac OS X")
+    (classes / "train" / ".DS_Store").write_bytes(b"")
+    with warnings.catch_warnings(action="error"):
+        after = load(f"folder:{classes}")
+    assert after.class_names == ["ant", "bee"]
+    assert torch.equal(after.train_images, before.train_images)
+    assert torch.equal(after.test_images, before.test_images)
+
+
+def test_files_left_out_are_counted_and_named(classes):
+    for i, suffix in enumerate((".heic", ".HEIC", ".dcm")):
+        image = classes / "train" / "bee" / f"{i}.png"
+        shutil.copy(image, image.with_suffix(suffix))
+    shutil.copy(image, classes / "test" / "loose.png")
+    (classes / "test" / "README").write_text("")
+    with pytest.warns(UserWarning) as caught:
+        assert len(load(f"folder:{classes}").train_images) == 6
+    train, test = (str(warning.message) for warning in caught)
+    assert f"{classes / 'train'}: left out: 2 .heic, 1 .dcm, such as " in train and "bee" in train
+    assert f"{classes / 'test'}: " in test and "1 .png" in test and "1 without suffix" in test
+    for png in (classes / "train" / "bee").glob("*.png"):
+        png.unlink()
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, "class bee is empty", classes / "train", "2 .heic")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".jfif", ".JPG", ".webp", ".tiff", ".ppm", ".jp2"])
+def test_suffixes_of_images(tmp_path, suffix):
+    for split in ("train", "test"):
+        for name, grey in (("a", 40), ("b", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            kind = {".jfif": "JPEG"}.get(suffix)
+            image = Image.fromarray(np.full((8, 8, 3), grey, np.uint8))
+            image.save(tmp_path / split / name / f"0{suffix}", kind)
+    ours = load(f"folder:{tmp_path}")
+    assert (ours.train_images[0].float() - 40).abs().max() <= 3
+    assert (ours.test_images[1].float() - 200).abs().max() <= 3
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_class_is_named(classes, split):
+    shutil.rmtree(classes / split / "bee")
+    (classes / split / "bee").mkdir()
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, "class bee is empty", classes / split)
+
+
+def test_one_class_is_said(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path / split, classes=("images",))
+    with pytest.warns(UserWarning, match="one class only"):
+        load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+@pytest.mark.parametrize("unlabelled", [None, "", "unknown", ".ipynb_checkpoints"])
+def test_names_of_the_test_split(classes, name, unlabelled):
+    """As other tools write them, also beside a test/ without labels, of which a warning speaks."""
+    expected = load(f"folder:{classes}")
+    (classes / "test").rename(classes / name)
+    if unlabelled is None:
+        ours = load(f"folder:{classes}")
+    else:
+        where = classes / "test" / unlabelled
+        where.mkdir(parents=True)
+        shutil.copy(classes / name / "ant" / "0.png", where)
+        with pytest.warns(UserWarning, match=f"test has no training class: {name}/ is read"):
+            ours = load(f"folder:{classes}")
+    assert torch.equal(ours.test_images, expected.test_images)
+    assert torch.equal(ours.test_targets, expected.test_targets)
+
+
+def test_missing_split_names_the_folders_that_are_there(classes):
+    (classes / "test").rename(classes / "Testing")
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, "no folder test/ or val/", "Testing", "train")
+    (classes / "test").mkdir()
+    shutil.copy(classes / "train" / "ant" / "0.png", classes / "test")
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, "test split is empty", classes / "test", "1 .png", "0.png")
+
+
+def decoded(folder, image, suffix, channels=3, **options):
+    """The pixels (C, H, W) that an image of this kind is read as."""
+    (folder / "test" / "ant" / "0.png").unlink()
+    image.save((folder / "test" / "ant" / "0").with_suffix(suffix), **options)
+    height, width = (image.height, image.width)
+    return load(f"folder:{folder}", input_shape=(channels, height, width)).test_images[0].numpy()
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("suffix", "pixels"),
+    [
+        (".png", (RAMP * 65535).astype(np.uint16)),
+        (".tif", (RAMP * 65535).astype(np.uint16)),
+        (".pgm", (RAMP * 65535).astype(np.uint16)),
+        (".tif", (RAMP * 65535).astype(np.int32)),
+        (".tif", RAMP.astype(np.float32)),
+    ],
+)
+def test_greys_of_more_than_8_bits_are_scaled(classes, channels, suffix, pixels):
+    read = decoded(classes, Image.fromarray(pixels), suffix, channels)
+    assert read.shape == (channels, 8, 8)
+    assert np.abs(read - 255 * RAMP).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        (RAMP * 65535 - 9).astype(np.int32),
+        (RAMP * 1e8).astype(np.int32),
+        (RAMP * 255).astype(np.float32),
+        np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32),
+    ],
+)
+def test_greys_of_unknown_range_are_refused(classes, pixels):
+    with pytest.raises(ValueError) as error:
+        decoded(classes, Image.fromarray(pixels), ".tif")
+    one_line(error, classes / "test" / "ant" / "0.tif", "values in", "8 or 16 bits")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_stand_upright(classes, suffix, orientation):
+    """The eight orientations of EXIF: the stored rows and columns, of an upright picture A."""
+    A = np.repeat(np.repeat([[255, 170], [90, 0]], 16, 0), 8, 1).astype(np.uint8)  # 32 x 16
+    stored = {
+        1: A, 2: A[:, ::-1], 3: A[::-1, ::-1], 4: A[::-1],
+        5: A.T, 6: np.rot90(A), 7: A[::-1, ::-1].T, 8: np.rot90(A, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    (classes / "test" / "ant" / "0.png").unlink()
+    options = {"quality": 100} if suffix != ".tif" else {}
+    image.save(classes / "test" / "ant" / f"0{suffix}", exif=exif, **options)
+    read = load(f"folder:{classes}", input_shape=(1, 32, 16)).test_images[0, 0].numpy()
+    assert np.abs(read - A.astype(float)).max() <= 4
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\x08", b"none", b"\0" * 20])
+def test_damaged_exif_leaves_the_picture(classes, exif):
+    image = Image.fromarray(np.full((8, 8, 3), 90, np.uint8))
+    assert np.abs(decoded(classes, image, ".jpg", exif=exif) - 90.0).max() <= 2
+
+
+def test_transparent_images_are_laid_on_white(classes):
+    """Half covered black is grey on white; a hidden colour does not show."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 3] = [0, 128, 255, 255, 255, 255, 255, 255]
+    pixels[:, 0, :3] = (10, 200, 30)
+    with pytest.warns(UserWarning, match="1 transparent images laid on white .*0.png"):
+        read = decoded(classes, Image.fromarray(pixels), ".png")
+    assert (read[..., 0] == 255).all() and (read[..., 2:] == 0).all()
+    assert np.abs(read[..., 1] - 127.0).max() <= 1
+    palette = Image.fromarray(np.eye(8, dtype=np.uint8)).convert("P")
+    with pytest.warns(UserWarning, match="transparent"):
+        read = decoded(classes, palette, ".png", 1, transparency=0)
+    assert (read[0][~np.eye(8, dtype=bool)] == 255).all()
+    (classes / "test" / "bee" / "0.png").unlink()
+    opaque = Image.fromarray(pixels).convert("RGB").convert("RGBA")
+    opaque.save(classes / "test" / "bee" / "0.png")
+    (classes / "test" / "ant" / "0.png").unlink()
+    with warnings.catch_warnings(action="error"):
+        read = load(f"folder:{classes}", input_shape=(3, 8, 8)).test_images[2].numpy()
+    assert np.array_equal(read, pixels[..., :3].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp"])
+def test_several_pictures_in_one_file_are_refused(classes, suffix):
+    first, *more = (Image.fromarray(x) for x in pictures(3, 8, 8, 3))
+    with pytest.raises(ValueError) as error:
+        decoded(classes, first, suffix, save_all=True, append_images=more)
+    one_line(error, classes / "test" / "ant" / f"0{suffix}", "3 frames", "one image per file")
+
+
+def test_a_camera_s_preview_is_not_a_second_picture(classes):
+    image = Image.fromarray(np.full((8, 8, 3), 90, np.uint8))
+    black = Image.new("RGB", (8, 8))
+    read = decoded(classes, image, ".jpg", format="MPO", save_all=True, append_images=[black])
+    assert np.abs(read - 90.0).max() <= 2
 
 
 # ---- Tiny-ImageNet ---------------------------------------------------------------------------
@@ -533,10 +825,26 @@ def test_dataset_refuses_what_would_fail_later():
         ({"train_images": good.train_images.long()}, ["int64", "uint8"]),
         ({"input_shape": (3, 32, 32)}, ["(1, 8, 8)", "(3, 32, 32)"]),
         ({"class_names": ["a"]}, ["1 class names", "10 classes"]),
+        ({"train_images": good.train_images.float()}, ["train image 0", "255", "[0, 1]"]),
+        ({"test_images": to_float(good.test_images) - 0.5}, ["test image 0", "mean and std"]),
+        ({"test_images": good.test_images // 200}, ["test", "0 and 1"]),
+        ({"test_targets": torch.eye(10).long()[good.test_targets]}, ["y_test", "(20, 10)"]),
+        ({"train_targets": good.train_targets + 1}, ["train target 10", "from 0"]),
     ):
         with pytest.raises(ValueError) as error:
             replace(good, **changes)
         one_line(error, *words)
+
+
+def test_points_are_float():
+    """uint8 is divided by 255, as pixels are; a float has any unit."""
+    points = torch.tensor([[-300.0, 7], [4, 2000]])
+    rest = {"num_classes": 2, "class_names": None, "input_shape": (2,), "name": "points"}
+    targets = {"train_targets": torch.arange(2), "test_targets": torch.arange(2)}
+    data.Dataset(train_images=points, test_images=points, **targets, **rest)
+    with pytest.raises(ValueError) as error:
+        data.Dataset(train_images=points, test_images=points.byte(), **targets, **rest)
+    one_line(error, "test", "points", "uint8", "float")
 
 
 # ---- augmentation ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..architectures import as_lipschitz_net
 from ..bounds import float64_copy, lipschitz_matrix
+from ..data import check_values
 from ..layers import freeze
 from ..local import local_radius
 from ..norms import U, exact_arithmetic, full_precision
@@ -239,7 +240,7 @@ def lipschitz_lower_bound(
     method "pairs" (the paper's text): the best pair among 2 * `pairs` random `images`, all classes.
         With fewer images than that, either method takes what there is.
     images: as in ``certify``. clamp: (low, high) range the points are kept in, or None; "auto" is
-        (0, 1) for images (N, C, H, W), None for points (N, features).
+        (0, 1) for images (N, [C,] H, W), None for points (N, features).
     batch_size: pairs optimised at a time; changes memory, not the result beyond rounding.
 
     The search runs in the model's own precision, but the quotients returned are recomputed in
@@ -253,7 +254,7 @@ def lipschitz_lower_bound(
     if pairs < 1 or len(images) < 2:
         raise ValueError(f"a pair of images is needed: got pairs = {pairs}, {len(images)} images")
     if clamp == "auto":
-        clamp = (0.0, 1.0) if images.ndim == 4 else None
+        clamp = (0.0, 1.0) if images.ndim >= 3 else None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     chosen = images[order[: min(2 * pairs, len(images) // 2 * 2)]]
     if method == "pairs":
@@ -365,35 +366,71 @@ def as_pixels(images, dtype):
 
 
 def _test_split(dataset):
-    """(images, targets) of a cll Dataset, a pair or a torch Dataset."""
+    """(images, targets) of a cll Dataset, a pair or a torch Dataset, as tensors."""
     if hasattr(dataset, "test_images"):
-        return dataset.test_images, dataset.test_targets
-    if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
-        return dataset
-    if isinstance(dataset, torch.utils.data.Dataset):
-        samples = [dataset[i][:2] for i in range(len(dataset))]
-        for i, (image, _) in enumerate(samples):
-            if not isinstance(image, (Tensor, np.ndarray)):
-                raise ValueError(
-                    f"image {i} of the dataset is a {type(image).__name__}, not a tensor: "
-                    "give the dataset transform=torchvision.transforms.ToTensor()"
-                )
-            if image.shape != samples[0][0].shape:
+        images, targets = dataset.test_images, dataset.test_targets
+    elif isinstance(dataset, (tuple, list)) and len(dataset) == 2:
+        images, targets = dataset
+    elif isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
+        images, targets = [], []
+        for i in range(len(dataset)):
+            image, target = _sample(dataset[i], i)
+            if images and image.shape != images[0].shape:
                 raise ValueError(
                     f"image {i} has shape {tuple(image.shape)}, image 0 has "
-                    f"{tuple(samples[0][0].shape)}: all images must have one size"
+                    f"{tuple(images[0].shape)}: all images must have one size"
                 )
-        images = torch.stack([torch.as_tensor(image) for image, _ in samples])
-        return images, torch.tensor([int(target) for _, target in samples])
-    raise ValueError(
-        f"cannot read samples from a {type(dataset).__name__}: give a cll Dataset, a pair "
-        "(images, targets) or a torch Dataset"
-    )
+            images.append(image)
+            targets.append(target)
+        images = torch.stack(images) if images else images
+    else:
+        raise ValueError(
+            f"cannot read samples from a {type(dataset).__name__}: give a cll Dataset, a pair "
+            "(images, targets) or a torch Dataset"
+        )
+    images = _tensor(images, "images")
+    if images.ndim < 2 or len(images) == 0:
+        raise ValueError(f"images must have shape (N, ...) with N >= 1, got {tuple(images.shape)}")
+    return images, _integers(targets, "targets")
+
+
+def _sample(sample, i):
+    """Image and class number of sample i of a torch Dataset, of (image, target, ...)."""
+    if not isinstance(sample, (tuple, list)) or len(sample) < 2:
+        raise ValueError(
+            f"sample {i} of the dataset is a {type(sample).__name__}, not a pair (image, target)"
+        )
+    image, target = sample[:2]
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise ValueError(
+            f"image {i} of the dataset is a {type(image).__name__}, not a tensor: "
+            "give the dataset transform=torchvision.transforms.ToTensor()"
+        )
+    name = f"target {i} of the dataset"
+    if (target := _integers(target, name)).numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(target.shape)}: give the number of its class")
+    return _tensor(image, f"image {i} of the dataset"), target.item()
+
+
+def _tensor(values, name):
+    """torch.as_tensor, or ValueError for strings, ragged lists and the like."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be numbers ({' '.join(str(error).split())})") from None
+
+
+def _integers(values, name):
+    """Class numbers as int64; (N, 1), as MedMNIST and Keras have them, becomes (N,)."""
+    values = _tensor(values, name)
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers 0, 1, 2, ..., got {values.dtype}")
+    return (values[:, 0] if values.shape[1:] == (1,) else values).to(torch.int64)
 
 
 def check_images(images, model):
     """Images as a CPU-or-device tensor, or ValueError naming the first image at fault."""
-    images = torch.as_tensor(images)
+    images = _tensor(images, "images")
     shape = tuple(model.input_shape)
     if tuple(images.shape[1:]) != shape or len(images) == 0:
         hint = ""
@@ -403,33 +440,15 @@ def check_images(images, model):
             f"images must have shape (N, {', '.join(map(str, shape))}) with N >= 1, "
             f"got {tuple(images.shape)}{hint}"
         )
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    flat = images.flatten(1)
-    low, high = flat.amin(dim=1), flat.amax(dim=1)
-    if not (finite := low.isfinite() & high.isfinite()).all():
-        raise ValueError(f"image {(~finite).nonzero()[0].item()} holds NaN or infinite values")
-    if images.ndim == 4:
-        inside = (low >= -1e-6) & (high <= 1 + 1e-6)  # rounding of resized images
-        if not inside.all():
-            i = (~inside).nonzero()[0].item()
-            raise ValueError(
-                f"image {i} has values in [{low[i]:.3g}, {high[i]:.3g}]: pass uint8, or float in "
-                "[0, 1] without mean and std (the model normalises by itself)"
-            )
+    check_values(images)
     return images
 
 
 def check_targets(targets, N, C):
-    """Labels as int64 (N,), or ValueError naming the first label at fault."""
-    targets = torch.as_tensor(targets)
+    """Labels (N,) or (N, 1) as int64 (N,), or ValueError naming the first label at fault."""
+    targets = _integers(targets, "targets")
     if targets.shape != (N,):
         raise ValueError(f"targets must have shape ({N},), got {tuple(targets.shape)}")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be integers, got {targets.dtype}")
-    targets = targets.to(torch.int64)
     wrong = (targets < 0) | (targets >= C)
     if wrong.any():
         i = wrong.nonzero()[0].item()
