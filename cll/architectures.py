@@ -14,6 +14,7 @@ from torch import nn
 
 from .bounds import (
     HEADS,
+    _head,
     batch_norm_scale,
     estimate,
     head_rows,
@@ -23,6 +24,7 @@ from .bounds import (
     layer_inputs,
     layer_lipschitz,
     leaves,
+    normalisation,
     operator_norm,
     output_shape,
     pairwise_distances,
@@ -161,11 +163,16 @@ def as_lipschitz_net(model, input_shape):
     The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
     the last layer are the logits. A BatchNorm joins the Linear or Conv2d before it. The layers
     themselves are shared with `model`, not copied, and nothing is computed anew.
+    A model with one output f (binary, as `binary_cll_loss` trains it) gets the logits (0, f), by a
+    head that is exact in every arithmetic: class 1 where f > 0, K_01 the Lipschitz constant of f.
     Raises TypeError for a model with a forward of its own and for a layer without a known bound,
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     if hasattr(model, "body") and hasattr(model, "head") and hasattr(model, "input_shape"):
-        return model
+        return _two_logits(model) if getattr(model.head, "out_features", 0) == 1 else model
+    if input_shape is None:
+        raise ValueError("give input_shape, the shape of one sample: (C, H, W) or (features,)")
+    _refuse_other_kits(model)
     if not is_open(model):
         raise TypeError(
             f"{type(model).__name__} has a forward of its own, which no certificate can look into: "
@@ -196,7 +203,39 @@ def as_lipschitz_net(model, input_shape):
         head = Truncation(features[0], features[0])
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
-        return LipschitzNet(body, head, input_shape)
+        net = LipschitzNet(body, head, input_shape)
+    return as_lipschitz_net(net, input_shape)
+
+
+def _two_logits(model):
+    """The LipschitzNet with logits (0, f) of one with the output f."""
+    if type(model) is not LipschitzNet or "forward" in vars(model):
+        raise TypeError(
+            f"{type(model).__name__} has one output and may compute anything: give it two logits, "
+            "0 and f, or write it as nn.Sequential"
+        )
+    refuse_overridden(model)
+    _head(model, output_shape(model.body, model.input_shape))  # raises if it is none
+    like = model.std  # on the device of the model
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
+        head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
+        std, mean = normalisation(model)
+        body = nn.Sequential(model.body, model.head)
+        return LipschitzNet(body, head, model.input_shape, std, mean)
+
+
+def _refuse_other_kits(layer):
+    """Their layers derive weights in ways of their own; told by module, nothing is imported."""
+    homes = {kind.__module__.split(".")[0] for kind in type(layer).__mro__}
+    registered = layer_lipschitz.dispatch(type(layer)).__module__ != operator_norm.__module__
+    if homes & {"deel", "orthogonium"} and not registered:
+        name = type(layer).__name__
+        raise TypeError(
+            f"no Lipschitz bound known for {name} of another kit: export it to layers of torch.nn "
+            "(torchlip: model.vanilla_export()), write cll's own in its place, or register its "
+            f"bound with @cll.bounds.register({name})"
+        )
 
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
@@ -212,6 +251,7 @@ def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     layers = []
     for _, layer in leaves(module):
+        _refuse_other_kits(layer)
         if type(layer) not in HEADS:  # before anything is run, taken apart or left out
             refuse_overridden(layer)
         if is_bounded_as(layer, Residual):

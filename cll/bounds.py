@@ -137,33 +137,22 @@ def layer_lipschitz(layer, input_shape, method):
 register = layer_lipschitz.register
 
 
-@register(MaxMin)
-@register(ClampedMaxMin)
-@register(GroupSort)
-@register(Householder)
-@register(PadChannels)
-@register(nn.PixelUnshuffle)
-@register(nn.PixelShuffle)
-@register(nn.ZeroPad2d)
-@register(nn.ReLU)
-@register(nn.ReLU6)
-@register(nn.Hardtanh)
-@register(nn.Tanh)
-@register(nn.Softsign)
-@register(nn.LogSigmoid)
-@register(nn.Softshrink)
-@register(nn.Tanhshrink)
-@register(nn.Identity)
-@register(nn.Flatten)
-@register(nn.Unflatten)
-@register(nn.Dropout)
-@register(nn.Dropout1d)
-@register(nn.Dropout2d)
-@register(nn.AlphaDropout)
-@register(nn.FeatureAlphaDropout)
 def _one(layer, input_shape, method):
-    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity."""
+    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
+    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
     return 1.0
+
+
+PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)  # with a constant: a bias
+PADS += (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation, *PADS, *DROPOUTS)
+for _kind in (MaxMin, ClampedMaxMin, GroupSort, Householder, *RESHAPES, nn.ReLU, nn.ReLU6, nn.Tanh):
+    register(_kind, _one)
+for _kind in (nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softplus, nn.Softshrink, nn.Tanhshrink):
+    register(_kind, _one)
 
 
 # Largest slopes of smooth activations, rounded up in the last digit. GELU: Phi(x) + x phi(x) peaks
@@ -180,20 +169,23 @@ SLOPES = {
 }
 
 
-@register(nn.Sigmoid)
-@register(nn.Hardsigmoid)
-@register(nn.GELU)
-@register(nn.SiLU)
-@register(nn.Mish)
-@register(nn.Hardswish)
-@register(nn.SELU)
 def _smooth(layer, input_shape, method):
     return next(slope for kind, slope in SLOPES.items() if isinstance(layer, kind))
+
+
+for _kind in SLOPES:
+    register(_kind, _smooth)
 
 
 @register(nn.LeakyReLU)
 def _leaky_relu(layer, input_shape, method):
     return _at_least_one(abs(layer.negative_slope))
+
+
+@register(nn.RReLU)
+def _random_relu(layer, input_shape, method):
+    """In evaluation mode the slope below 0 is the mean of the two."""
+    return _at_least_one(abs((layer.lower + layer.upper) / 2))
 
 
 @register(nn.PReLU)
@@ -225,6 +217,9 @@ def _normalize(layer, input_shape, method):
 @register(nn.BatchNorm1d)
 @register(nn.BatchNorm2d)
 @register(nn.BatchNorm3d)
+@register(nn.InstanceNorm1d)
+@register(nn.InstanceNorm2d)
+@register(nn.InstanceNorm3d)
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
     scale = batch_norm_scale(layer).abs().max().item()
@@ -233,10 +228,11 @@ def _batch_norm(layer, input_shape, method):
 
 def batch_norm_scale(layer):
     """weight / sqrt(running_var + eps), (C,) float64, off by 4 u of its size."""
-    if layer.running_var is None:
+    instance = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+    if layer.running_var is None or instance and not layer.track_running_stats:
         raise TypeError(
             f"no Lipschitz bound known for {describe(layer)} with track_running_stats=False: it "
-            "normalises by the batch at hand, so that images change each other's logits"
+            "normalises by the image or batch at hand, not by statistics of the training"
         )
     scale = 1 / (layer.running_var.detach().to("cpu", torch.float64) + layer.eps).sqrt()
     if layer.weight is not None:
@@ -278,7 +274,7 @@ def absolute_norm(layer, weight, input_shape):
     rows, columns = (weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0))
     if getattr(layer, "padding_mode", "zeros") == "circular":
         # a tap reads the positions s i + t mod n, i < m: one of them so many times
-        sizes = output_shape(layer, input_shape)[1:], layer.stride, input_shape[-2:]
+        sizes = output_shape(layer, input_shape)[1:], pair(layer.stride), input_shape[-2:]
         columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
     return math.sqrt(rows) * math.sqrt(columns) * (1 + 1e-6)  # their product may underflow
 
@@ -298,78 +294,80 @@ def chain_norm(module, input_shape, method):
     return round_up(total) if method in ("guaranteed", "fast") else total
 
 
-@register(nn.MaxPool2d)
-def _max_pool(layer, input_shape, method):
-    """sqrt(r) for an input that lies in at most r windows: each output moves no more than the
-    largest move in its window, so the squared moves of all outputs are at most r times those of the
-    inputs. r = ceil(k/s) per dimension, and no more than there are outputs."""
+def _in_dimensions(*names):
+    """The layers of torch.nn with these names, in one, two and three dimensions."""
+    return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
+
+
+AVERAGES = _in_dimensions("AvgPool", "AdaptiveAvgPool")
+COPIES = _in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
+RESIZES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+MAXIMA = _in_dimensions("MaxPool", "AdaptiveMaxPool")
+NORMS = _in_dimensions("LPPool")
+
+
+def _separable(layer, input_shape, method):
+    """Product over the dimensions of the image of what the layer does in each.
+
+    Pads that copy pixels, averages and interpolations are Kronecker products of one matrix A_k per
+    dimension: a copy of a corner is one of a row and of a column, a window or the weight of a pixel
+    a product. The norm is the product of their norms; where all entries are 0 and 1 with one 1 in
+    each row, the root of the largest number of copies.
+
+    Windows of maxima and of p-norms, p = 2, 4, 6, ..., are products too. An output w_i ||window||_p
+    moves at most by w_i times the length of the move in its window, a maximum (w_i = 1) as well, so
+    that the squared moves of all outputs are at most those of the inputs times the largest sum of
+    w_i^2 over the windows that hold one input. One pixel alone attains that: the constant is the
+    length of the layer's answer to it, a product over the dimensions of the lengths of columns of
+    matrices A_k of the w_i.
+
+    The layer itself says what A_k is, of whatever attributes: x = 1 on slice i of dimension k gives
+    A_k e_i along a line, times the same factor for all i. That factor is known from x = 1 on all of
+    the image, at the point p through which the lines go: the product over k of (A_k 1)[p_k].
+
+    Rounding: positions between pixels are off by 4 n u, n the longest side, hence bilinear weights
+    by as much and bicubic ones, cubic polynomials of them, by 40 n u; other entries by a few u.
+    """
     _check_shape(layer, input_shape)
-    if pair(layer.dilation) != (1, 1):
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)} with dilation: "
-            "register one with cll.bounds.register"
-        )
-    if method != "guaranteed" and method != "exact":
-        return 1.0  # a lower bound: one window that holds the single non-zero input
-    kernel, stride = pair(layer.kernel_size), pair(layer.stride)
-    outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
-    windows = [min(-(-k // s), m) for k, s, m in zip(kernel, stride, outputs, strict=True)]
-    return round_up(math.sqrt(math.prod(windows)))
-
-
-@register(nn.AdaptiveAvgPool2d)
-@register(nn.AdaptiveMaxPool2d)
-def _adaptive_pool(layer, input_shape, method):
-    """Where the input divides into equal windows, the pool with these windows. Otherwise TypeError:
-    windows of different sizes overlap."""
-    _check_shape(layer, input_shape)
-    wanted = [
-        n if m is None else m
-        for n, m in zip(input_shape[-2:], _size(layer.output_size), strict=True)
-    ]
-    if any(n % m for n, m in zip(input_shape[-2:], wanted, strict=True)):
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)} on {tuple(input_shape)}, which does "
-            "not divide into equal windows: use a pool with a kernel size, or register a bound "
-            "with cll.bounds.register"
-        )
-    windows = [n // m for n, m in zip(input_shape[-2:], wanted, strict=True)]
-    same = nn.AvgPool2d if isinstance(layer, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
-    return operator_norm(same(windows), input_shape, method)
-
-
-def _size(value):
-    return (value, value) if value is None or isinstance(value, int) else tuple(value)
-
-
-@register(nn.AvgPool2d)
-def _avg_pool(layer, input_shape, method):
-    """The divisor of a window is a product (rows times columns), so the layer is a Kronecker
-    product of two small matrices, one per dimension, and its norm the product of their norms."""
-    _check_shape(layer, input_shape)
-    outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
-    norm = 1.0
-    for n, m, k, s, p in zip(
-        input_shape[-2:],
-        outputs,
-        pair(layer.kernel_size),
-        pair(layer.stride),
-        pair(layer.padding),
-        strict=True,
-    ):
-        matrix = torch.zeros(m, n, dtype=torch.float64)
-        for i in range(m):
-            first, last = i * s - p, min(i * s - p + k, n + p)
-            inside = max(first, 0), min(last, n)
-            count = last - first if layer.count_include_pad else inside[1] - inside[0]
-            matrix[i, inside[0] : inside[1]] = 1 if layer.divisor_override else 1 / count
-        if method == "guaranteed":
+    output_shape(layer, input_shape)  # raises if the layer does not accept this shape
+    sides = input_shape[1:]
+    black = torch.zeros(1, 1, *sides, dtype=torch.float64)
+    white = layer(black + 1)[0, 0]
+    if not white.any():
+        return 0.0
+    point = np.unravel_index(white.abs().argmax().item(), white.shape)
+    norm = abs(white[point].item())
+    for k, n in enumerate(sides):
+        line = (0, 0, *point[:k], slice(None), *point[k + 1 :])
+        slices = (black.index_fill(2 + k, torch.tensor(i), 1) for i in range(n))
+        matrix = torch.stack([layer(x)[line] for x in slices], 1) / white[point]
+        if isinstance(layer, (*MAXIMA, *NORMS)) and getattr(layer, "norm_type", 2) != 1:
+            norm *= torch.linalg.vector_norm(matrix, dim=0).max().item()
+        elif method == "guaranteed":
             norm *= proven_norm(matrix[None])
         else:
             norm *= torch.linalg.svdvals(matrix)[0].item()
-    if layer.divisor_override:
-        norm /= abs(layer.divisor_override)
-    return {"guaranteed": round_up(norm), "exact": norm, "power": round_down(norm)}[method]
+    slack = gamma(256 * max(sides))  # an error of n u per entry, a few times the root of both sums
+    upper, lower = round_up(norm * (1 + slack)), round_down(norm * (1 - slack))
+    return {"guaranteed": upper, "exact": norm, "power": lower}[method]
+
+
+for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA):
+    register(_kind, _separable)
+
+
+def _norm_pool(layer, input_shape, method):
+    p = layer.norm_type
+    if p != 1 and not (0 < p < math.inf and p % 2 == 0):
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)}: torch takes powers of negative "
+            "numbers; use norm_type 1, 2 or another even number, or nn.MaxPool2d"
+        )
+    return _separable(layer, input_shape, method)
+
+
+for _kind in NORMS:
+    register(_kind, _norm_pool)
 
 
 @register(nn.Linear)
@@ -379,24 +377,89 @@ def _matrix_norm(layer, input_shape, method):
     return matrix_norm(layer, _weight(layer, input_shape), input_shape, method)
 
 
+@register(NormalizedLinear)
+def _normalized(layer, input_shape, method):
+    """The rows that it computes, each off by gamma(D + 8) of its length 1."""
+    _weight(layer, input_shape)  # checked
+    W = _evaluation_copy(layer).rows()
+    norm = matrix_norm(_plain(W), W, input_shape, method)
+    error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
+    return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+@register(nn.Conv1d)
+@register(nn.ConvTranspose1d)
+@register(nn.ConvTranspose2d)
+def _convolution(layer, input_shape, method):
+    conv, weight, shape = as_conv2d(layer, input_shape)
+    return matrix_norm(conv, weight, shape, method)
+
+
+def as_conv2d(layer, input_shape):
+    """(Conv2d on the meta device, its weight, its input shape): a map of the same norm.
+
+    A convolution of one dimension is that of an image with one row. A transposed one is, up to its
+    bias, the adjoint of the Conv2d with the same weight and settings, on inputs of the shape of its
+    outputs: that makes of them its inputs again as long as output_padding < stride. Beyond, torch
+    allows it where dilation > stride, the Conv2d has more outputs, of which the norm says less.
+    """
+    weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
+    shape, d = tuple(input_shape), len(input_shape) - 1
+    if layer.padding_mode != "zeros":
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)}: use padding_mode zeros, or an nn.Pad"
+        )
+    stride, dilation = pair(layer.stride, d), pair(layer.dilation, d)
+    pads = layer.padding if isinstance(layer.padding, str) else pair(layer.padding, d)
+    if transposed:
+        shape = output_shape(layer, input_shape)
+        if any(a >= s for a, s in zip(pair(layer.output_padding, d), stride, strict=True)):
+            raise TypeError(
+                f"no Lipschitz bound known for {describe(layer)}, of which output_padding is not "
+                "below stride: pad behind it, or register a bound with cll.bounds.register"
+            )
+    if d == 1:
+        weight, shape = weight.unsqueeze(2), (shape[0], 1, shape[1])
+        stride, dilation = (1, *stride), (1, *dilation)
+        pads = pads if isinstance(pads, str) else (0, *pads)
+    outputs, inputs, *kernel = weight.shape
+    settings = kernel, stride, pads, dilation, layer.groups
+    return nn.Conv2d(inputs * layer.groups, outputs, *settings, False, device="meta"), weight, shape
+
+
+def _check_attributes(layer):
+    """torch computes with the weight, whatever channels and sizes a layer says to have."""
+    if isinstance(layer, nn.Linear):
+        said, sizes = (layer.out_features, layer.in_features), ()
+    else:
+        said = layer.out_channels, layer.in_channels
+        said = said[::-1] if isinstance(layer, TRANSPOSED) else said
+        sizes = pair(layer.kernel_size, layer.weight.ndim - 2)
+    outputs, inputs, *kernel = layer.weight.shape
+    same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == (*said, *sizes)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "circular":
+        copied = [n for pads in reversed(padding(layer)) for n in pads]
+        same = same and list(layer._reversed_padding_repeated_twice) == copied
+    if not same:
+        raise ValueError(
+            f"{describe(layer)} has attributes that were changed after it was built and differ "
+            "from what it computes: build it anew"
+        )
+
+
 def _weight(layer, input_shape):
-    """The weight of a Linear or Conv2d in float64 on the CPU, checked."""
+    """The weight of a Linear or convolution in float64 on the CPU, checked."""
+    _check_attributes(layer)
     _check_shape(layer, input_shape)
     if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
         raise TypeError(
             f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
-            'use "zeros" or "circular", or register a bound with cll.bounds.register'
+            'use "zeros" or "circular", or padding=0 behind nn.ReflectionPad2d or '
+            "nn.ReplicationPad2d"
         )
-    if isinstance(layer, nn.Conv2d):
-        copied = [n for pads in reversed(padding(layer)) for n in pads]
-        stale = layer.padding_mode == "circular" and (
-            list(layer._reversed_padding_repeated_twice) != copied
-        )
-        if stale or tuple(layer.weight.shape[2:]) != tuple(layer.kernel_size):
-            raise ValueError(
-                f"{describe(layer)} has attributes that were changed after it was built and differ "
-                "from what it computes: build it anew"
-            )
     if layer.weight.is_complex():
         raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
     if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
@@ -748,7 +811,13 @@ def _evaluation(model):
             module.training = mode
 
 
-def lipschitz_matrix(model, method="guaranteed", progress=False):
+def _as_net(model, input_shape):
+    from .architectures import as_lipschitz_net  # which imports this module
+
+    return as_lipschitz_net(model, input_shape)
+
+
+def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
     """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
     un-normalised input. (C, C) float64 on the CPU, zero diagonal.
 
@@ -756,9 +825,11 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
 
     over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
     attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
-    and input_std (float or one per channel). With the methods "guaranteed" and "fast" every factor
+    and input_std (float or one per channel); or it is an nn.Sequential as in `as_lipschitz_net`,
+    with input_shape, the shape of one sample. With the methods "guaranteed" and "fast" every factor
     and every product is rounded up.
     """
+    model = _as_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
@@ -807,9 +878,9 @@ def normalisation(model):
     return values
 
 
-def layer_bounds(model, progress=True):
+def layer_bounds(model, progress=True, *, input_shape=None):
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
-    lower, upper, proof).
+    lower, upper, proof). model, input_shape: as in `lipschitz_matrix`.
 
     upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
     vector shows. Of Linear and Conv2d, alone or joined with BatchNorm, both enclose the norm, for
@@ -818,6 +889,7 @@ def layer_bounds(model, progress=True):
     is its spectral norm as a layer; the certificate does not use it, in K stand the distances
     ||w_i - w_j|| between its rows.
     """
+    model = _as_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
     head = _head(model, features)
@@ -888,6 +960,9 @@ def _head(model, features):
     _refuse_hooks(head)
     if "forward" in vars(head):
         raise TypeError(f"no bound known for {describe(head)}, of which forward was replaced")
+    if isinstance(head, nn.Linear):
+        with _evaluation(head):  # to look at a weight that is computed may change it in training
+            _check_attributes(head)
     if features != (head.in_features,):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
@@ -903,8 +978,11 @@ def _check_shape(layer, shape):
     if isinstance(layer, nn.Linear):
         fits, wanted = shape[-1] == layer.in_features, f"({layer.in_features},)"
     else:
-        channels = getattr(layer, "in_channels", None)
-        fits = len(shape) == 3 and channels in (None, shape[0])
-        wanted = f"({channels or 'C'}, H, W)"
+        names = (k.__name__ for k in type(layer).__mro__)  # Conv2d: two dimensions; Upsample: any
+        d = next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), 0)
+        channels = getattr(layer, "in_channels", getattr(layer, "num_features", None))
+        fits = len(shape) == d + 1 or not d and len(shape) > 1
+        fits = fits and channels in (None, shape[0])
+        wanted = f"({', '.join([str(channels or 'C'), *'DHW'[-d or 1 :]])})"
     if not fits:
         raise ValueError(f"{describe(layer)} takes inputs of shape {wanted}, got {shape}")

@@ -126,6 +126,8 @@ def certify(
 
     model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
         ``cll.LipschitzNet`` or a module with its attributes (body, head, input_shape, input_std).
+        With one output f, class 1 where f > 0 and 0 elsewhere, the radius is |f| / K, K the
+        Lipschitz constant of f; targets are 0 and 1.
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
@@ -298,6 +300,7 @@ def lipschitz_lower_bound(
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
+    model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if pairs < 1 or len(images) < 2:
         raise ValueError(f"a pair of images is needed: got pairs = {pairs}, {len(images)} images")
