@@ -143,59 +143,40 @@ def _one(layer, input_shape, method):
     return 1.0
 
 
-PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)  # with a constant: a bias
-PADS += (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+def in_dimensions(*names):
+    """The layers of torch.nn with these names, in one, two and three dimensions."""
+    return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
+
+
 RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
-RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation, *PADS, *DROPOUTS)
+RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation)
+RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
+RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 for _kind in (MaxMin, ClampedMaxMin, GroupSort, Householder, *RESHAPES, nn.ReLU, nn.ReLU6, nn.Tanh):
     register(_kind, _one)
 for _kind in (nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softplus, nn.Softshrink, nn.Tanhshrink):
     register(_kind, _one)
 
 
-# Largest slopes of smooth activations, rounded up in the last digit. GELU: Phi(x) + x phi(x) peaks
-# at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4, where the second
-# derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha at 0 from below.
+# Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
+# x phi(x) peaks at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4,
+# where the second derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha
+# at 0 from below. Of those with slope 1 above 0 the slope below: of RReLU, in evaluation mode, the
+# mean of its two; CELU: exp(x / alpha), 1 at most for alpha > 0, unbounded for alpha < 0.
 SLOPES = {
-    nn.Sigmoid: 0.25,
-    nn.Hardsigmoid: 0.1667,
-    nn.GELU: 1.1291,
-    nn.SiLU: 1.0999,
-    nn.Mish: 1.0885,
-    nn.Hardswish: 1.5,
-    nn.SELU: 1.7581,
+    nn.Sigmoid: lambda m: 0.25,
+    nn.Hardsigmoid: lambda m: 0.1667,
+    nn.GELU: lambda m: 1.1291,
+    nn.SiLU: lambda m: 1.0999,
+    nn.Mish: lambda m: 1.0885,
+    nn.Hardswish: lambda m: 1.5,
+    nn.SELU: lambda m: 1.7581,
+    nn.LeakyReLU: lambda m: _at_least_one(abs(m.negative_slope)),
+    nn.RReLU: lambda m: _at_least_one(abs((m.lower + m.upper) / 2)),
+    nn.PReLU: lambda m: _at_least_one(m.weight.detach().abs().max().item()),
+    nn.ELU: lambda m: _at_least_one(abs(m.alpha)),
+    nn.CELU: lambda m: 1.0 if m.alpha > 0 else math.inf,
 }
-
-
-def _smooth(layer, input_shape, method):
-    return next(slope for kind, slope in SLOPES.items() if isinstance(layer, kind))
-
-
-for _kind in SLOPES:
-    register(_kind, _smooth)
-
-
-@register(nn.LeakyReLU)
-def _leaky_relu(layer, input_shape, method):
-    return _at_least_one(abs(layer.negative_slope))
-
-
-@register(nn.RReLU)
-def _random_relu(layer, input_shape, method):
-    """In evaluation mode the slope below 0 is the mean of the two."""
-    return _at_least_one(abs((layer.lower + layer.upper) / 2))
-
-
-@register(nn.PReLU)
-def _parametric_relu(layer, input_shape, method):
-    return _at_least_one(layer.weight.detach().abs().max().item())
-
-
-@register(nn.ELU)
-def _elu(layer, input_shape, method):
-    return _at_least_one(abs(layer.alpha))
 
 
 def _at_least_one(slope):
@@ -203,10 +184,12 @@ def _at_least_one(slope):
     return slope if not slope <= 1 else 1.0
 
 
-@register(nn.CELU)
-def _celu(layer, input_shape, method):
-    """exp(x / alpha) below 0: slope 1 at most for alpha > 0, unbounded for alpha < 0."""
-    return 1.0 if layer.alpha > 0 else math.inf
+def _slope(layer, input_shape, method):
+    return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
+
+
+for _kind in SLOPES:
+    register(_kind, _slope)
 
 
 @register(Normalize)
@@ -214,16 +197,14 @@ def _normalize(layer, input_shape, method):
     return round_up(1 / layer.std.min().item())
 
 
-@register(nn.BatchNorm1d)
-@register(nn.BatchNorm2d)
-@register(nn.BatchNorm3d)
-@register(nn.InstanceNorm1d)
-@register(nn.InstanceNorm2d)
-@register(nn.InstanceNorm3d)
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
     scale = batch_norm_scale(layer).abs().max().item()
     return {"guaranteed": round_up(scale), "power": round_down(scale)}.get(method, scale)
+
+
+for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
+    register(_kind, _batch_norm)
 
 
 def batch_norm_scale(layer):
@@ -294,40 +275,39 @@ def chain_norm(module, input_shape, method):
     return round_up(total) if method in ("guaranteed", "fast") else total
 
 
-def _in_dimensions(*names):
-    """The layers of torch.nn with these names, in one, two and three dimensions."""
-    return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
-
-
-AVERAGES = _in_dimensions("AvgPool", "AdaptiveAvgPool")
-COPIES = _in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
+AVERAGES = in_dimensions("AvgPool", "AdaptiveAvgPool")
+COPIES = in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
 RESIZES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-MAXIMA = _in_dimensions("MaxPool", "AdaptiveMaxPool")
-NORMS = _in_dimensions("LPPool")
+MAXIMA = in_dimensions("MaxPool", "AdaptiveMaxPool")
+NORMS = in_dimensions("LPPool")
 
 
 def _separable(layer, input_shape, method):
     """Product over the dimensions of the image of what the layer does in each.
 
     Pads that copy pixels, averages and interpolations are Kronecker products of one matrix A_k per
-    dimension: a copy of a corner is one of a row and of a column, a window or the weight of a pixel
-    a product. The norm is the product of their norms; where all entries are 0 and 1 with one 1 in
-    each row, the root of the largest number of copies.
+    dimension, since windows, weights and copies of a pixel are products. The norm is the product of
+    their norms; of pads the root of the largest number of copies.
 
     Windows of maxima and of p-norms, p = 2, 4, 6, ..., are products too. An output w_i ||window||_p
     moves at most by w_i times the length of the move in its window, a maximum (w_i = 1) as well, so
     that the squared moves of all outputs are at most those of the inputs times the largest sum of
     w_i^2 over the windows that hold one input. One pixel alone attains that: the constant is the
-    length of the layer's answer to it, a product over the dimensions of the lengths of columns of
-    matrices A_k of the w_i.
+    length of the layer's answer to it, the product of the longest columns of matrices A_k of w_i.
 
-    The layer itself says what A_k is, of whatever attributes: x = 1 on slice i of dimension k gives
-    A_k e_i along a line, times the same factor for all i. That factor is known from x = 1 on all of
-    the image, at the point p through which the lines go: the product over k of (A_k 1)[p_k].
+    The layer itself says what A_k is: x = 1 on slice i of dimension k gives A_k e_i along a line,
+    times the same factor for all i. That factor is known from x = 1 on all of the image, at the
+    point p through which the lines go: there the answer is the product over k of (A_k 1)[p_k].
 
     Rounding: positions between pixels are off by 4 n u, n the longest side, hence bilinear weights
     by as much and bicubic ones, cubic polynomials of them, by 40 n u; other entries by a few u.
     """
+    p = getattr(layer, "norm_type", 1)
+    if p != 1 and not (0 < p < math.inf and p % 2 == 0):
+        raise TypeError(
+            f"no Lipschitz bound known for {describe(layer)}: torch takes powers of negative "
+            "numbers; use norm_type 1, 2 or another even number, or nn.MaxPool2d"
+        )
     _check_shape(layer, input_shape)
     output_shape(layer, input_shape)  # raises if the layer does not accept this shape
     sides = input_shape[1:]
@@ -341,7 +321,7 @@ def _separable(layer, input_shape, method):
         line = (0, 0, *point[:k], slice(None), *point[k + 1 :])
         slices = (black.index_fill(2 + k, torch.tensor(i), 1) for i in range(n))
         matrix = torch.stack([layer(x)[line] for x in slices], 1) / white[point]
-        if isinstance(layer, (*MAXIMA, *NORMS)) and getattr(layer, "norm_type", 2) != 1:
+        if p != 1 or isinstance(layer, MAXIMA):
             norm *= torch.linalg.vector_norm(matrix, dim=0).max().item()
         elif method == "guaranteed":
             norm *= proven_norm(matrix[None])
@@ -352,22 +332,8 @@ def _separable(layer, input_shape, method):
     return {"guaranteed": upper, "exact": norm, "power": lower}[method]
 
 
-for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA):
+for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS):
     register(_kind, _separable)
-
-
-def _norm_pool(layer, input_shape, method):
-    p = layer.norm_type
-    if p != 1 and not (0 < p < math.inf and p % 2 == 0):
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)}: torch takes powers of negative "
-            "numbers; use norm_type 1, 2 or another even number, or nn.MaxPool2d"
-        )
-    return _separable(layer, input_shape, method)
-
-
-for _kind in NORMS:
-    register(_kind, _norm_pool)
 
 
 @register(nn.Linear)
@@ -408,10 +374,6 @@ def as_conv2d(layer, input_shape):
     """
     weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
     shape, d = tuple(input_shape), len(input_shape) - 1
-    if layer.padding_mode != "zeros":
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)}: use padding_mode zeros, or an nn.Pad"
-        )
     stride, dilation = pair(layer.stride, d), pair(layer.dilation, d)
     pads = layer.padding if isinstance(layer.padding, str) else pair(layer.padding, d)
     if transposed:
@@ -454,11 +416,11 @@ def _weight(layer, input_shape):
     """The weight of a Linear or convolution in float64 on the CPU, checked."""
     _check_attributes(layer)
     _check_shape(layer, input_shape)
-    if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
+    modes = ("zeros", "circular") if isinstance(layer, nn.Conv2d) else ("zeros",)
+    if getattr(layer, "padding_mode", "zeros") not in modes:
         raise TypeError(
             f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
-            'use "zeros" or "circular", or padding=0 behind nn.ReflectionPad2d or '
-            "nn.ReplicationPad2d"
+            f"use {' or '.join(modes)}, or padding=0 behind a layer such as nn.ReflectionPad2d"
         )
     if layer.weight.is_complex():
         raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
@@ -811,12 +773,6 @@ def _evaluation(model):
             module.training = mode
 
 
-def _as_net(model, input_shape):
-    from .architectures import as_lipschitz_net  # which imports this module
-
-    return as_lipschitz_net(model, input_shape)
-
-
 def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
     """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
     un-normalised input. (C, C) float64 on the CPU, zero diagonal.
@@ -829,7 +785,9 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     with input_shape, the shape of one sample. With the methods "guaranteed" and "fast" every factor
     and every product is rounded up.
     """
-    model = _as_net(model, input_shape)
+    from .architectures import as_lipschitz_net  # which imports this module
+
+    model = as_lipschitz_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
@@ -889,7 +847,9 @@ def layer_bounds(model, progress=True, *, input_shape=None):
     is its spectral norm as a layer; the certificate does not use it, in K stand the distances
     ||w_i - w_j|| between its rows.
     """
-    model = _as_net(model, input_shape)
+    from .architectures import as_lipschitz_net  # which imports this module
+
+    model = as_lipschitz_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
     head = _head(model, features)

@@ -725,13 +725,16 @@ def _largest_eigenvalue(grams):
 
 
 def describe(layer):
-    line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    try:
+        line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    except TypeError:  # torch cannot name a convolution of which padding was set to one number
+        return type(layer).__name__
     return line.removesuffix("(")  # of a container, the name
 
 
 def pair(value, n=2):
     """A setting in n dimensions, of which torch takes one number for all."""
-    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    value = tuple(map(int, value if isinstance(value, (tuple, list)) else (value,)))
     return value * n if len(value) == 1 else value
 
 

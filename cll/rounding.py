@@ -31,6 +31,7 @@ from .bounds import (
     as_conv2d,
     batch_norm_scale,
     head_rows,
+    in_dimensions,
     layer_inputs,
     normalisation,
     operator_norm,
@@ -238,12 +239,6 @@ def _normalize(layer, input_shape):
     return 4 * U / smallest, 4 * U / smallest * offset
 
 
-@register(nn.BatchNorm1d)
-@register(nn.BatchNorm2d)
-@register(nn.BatchNorm3d)
-@register(nn.InstanceNorm1d)
-@register(nn.InstanceNorm2d)
-@register(nn.InstanceNorm3d)
 def _batch_norm(layer, input_shape):
     """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
     scale = batch_norm_scale(layer).abs()
@@ -252,6 +247,10 @@ def _batch_norm(layer, input_shape):
         offset = offset + layer.bias.detach().cpu().double().abs()
     positions = math.sqrt(math.prod(input_shape[1:]))
     return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
+
+
+for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
+    register(_kind, _batch_norm)
 
 
 @register(BatchNormalized)

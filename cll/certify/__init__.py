@@ -300,7 +300,8 @@ def lipschitz_lower_bound(
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
-    model = as_lipschitz_net(model, np.shape(images)[1:])
+    if isinstance(model, torch.nn.Sequential | LipschitzNet):  # it takes any function otherwise
+        model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if pairs < 1 or len(images) < 2:
         raise ValueError(f"a pair of images is needed: got pairs = {pairs}, {len(images)} images")
