@@ -200,6 +200,11 @@ def as_lipschitz_net(model, input_shape):
                 f"the model's outputs have shape {features}, not (classes,): end it with "
                 "nn.Flatten() and nn.Linear"
             )
+        if features == (1,) and isinstance(last, nn.Sigmoid | nn.Hardsigmoid | nn.LogSigmoid):
+            raise ValueError(
+                f"the model ends in {type(last).__name__}: certificates are about a single score "
+                "whose sign is the answer; leave that layer out"
+            )
         head = Truncation(features[0], features[0])
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
@@ -216,7 +221,7 @@ def _two_logits(model):
         )
     refuse_overridden(model)
     _head(model, output_shape(model.body, model.input_shape))  # raises if it is none
-    like = model.std  # on the device of the model
+    like = next(model.parameters())
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
         head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))

@@ -109,7 +109,9 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
         return matrix_norm(layer, _weight(layer, shape), shape, method, start)
-    several = is_linear(layer) or isinstance(layer, BatchNormalized | Residual)
+    several = is_linear(layer) or isinstance(
+        layer, (BatchNormalized, Residual, nn.Conv1d, *TRANSPOSED)
+    )
     if method == "fast" and not several:  # other layers know one proof only
         method = "guaranteed"
     bound = float(layer_lipschitz(layer, shape, method))
@@ -152,9 +154,9 @@ RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnsh
 RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation)
 RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
 RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
-for _kind in (MaxMin, ClampedMaxMin, GroupSort, Householder, *RESHAPES, nn.ReLU, nn.ReLU6, nn.Tanh):
-    register(_kind, _one)
-for _kind in (nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softplus, nn.Softshrink, nn.Tanhshrink):
+_ONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus)
+_ONE += (nn.Softshrink, nn.Tanhshrink, MaxMin, ClampedMaxMin, GroupSort, Householder)
+for _kind in (*_ONE, *RESHAPES):
     register(_kind, _one)
 
 
@@ -336,11 +338,16 @@ for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS):
     register(_kind, _separable)
 
 
-@register(nn.Linear)
-@register(nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
 def _matrix_norm(layer, input_shape, method):
     """Largest singular value of a linear layer."""
-    return matrix_norm(layer, _weight(layer, input_shape), input_shape, method)
+    return matrix_norm(*as_conv2d(layer, input_shape), method)
+
+
+for _kind in (nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED):
+    register(_kind, _matrix_norm)
 
 
 @register(NormalizedLinear)
@@ -353,26 +360,17 @@ def _normalized(layer, input_shape, method):
     return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
 
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-
-
-@register(nn.Conv1d)
-@register(nn.ConvTranspose1d)
-@register(nn.ConvTranspose2d)
-def _convolution(layer, input_shape, method):
-    conv, weight, shape = as_conv2d(layer, input_shape)
-    return matrix_norm(conv, weight, shape, method)
-
-
 def as_conv2d(layer, input_shape):
-    """(Conv2d on the meta device, its weight, its input shape): a map of the same norm.
+    """(layer, weight, input shape) of a Linear or Conv2d with the norm of this layer.
 
     A convolution of one dimension is that of an image with one row. A transposed one is, up to its
-    bias, the adjoint of the Conv2d with the same weight and settings, on inputs of the shape of its
-    outputs: that makes of them its inputs again as long as output_padding < stride. Beyond, torch
-    allows it where dilation > stride, the Conv2d has more outputs, of which the norm says less.
+    bias, the adjoint of the Conv2d with the same weight and settings on its outputs, as long as
+    that gives outputs of the shape of its inputs: output_padding < stride. (torch allows more where
+    dilation > stride.)
     """
     weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        return layer, weight, input_shape
     shape, d = tuple(input_shape), len(input_shape) - 1
     stride, dilation = pair(layer.stride, d), pair(layer.dilation, d)
     pads = layer.padding if isinstance(layer.padding, str) else pair(layer.padding, d)
@@ -381,7 +379,7 @@ def as_conv2d(layer, input_shape):
         if any(a >= s for a, s in zip(pair(layer.output_padding, d), stride, strict=True)):
             raise TypeError(
                 f"no Lipschitz bound known for {describe(layer)}, of which output_padding is not "
-                "below stride: pad behind it, or register a bound with cll.bounds.register"
+                "below stride: register one with cll.bounds.register"
             )
     if d == 1:
         weight, shape = weight.unsqueeze(2), (shape[0], 1, shape[1])

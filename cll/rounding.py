@@ -177,12 +177,6 @@ def _softplus(layer, input_shape):
     return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
 
 
-@register(nn.Linear)
-@register(nn.Conv2d)
-@register(nn.Conv1d)
-@register(nn.ConvTranspose1d)
-@register(nn.ConvTranspose2d)
-@register(NormalizedLinear)
 def _linear(layer, input_shape):
     """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included; rows that are
     divided by their length are off by gamma(n + 8) themselves."""
@@ -198,7 +192,7 @@ def _linear(layer, input_shape):
         if not isinstance(layer, nn.Linear):
             outputs = math.prod(output_shape(layer, input_shape)[1:])
         constant = lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(outputs)
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    if not isinstance(layer, NormalizedLinear):
         layer, weight, input_shape = as_conv2d(layer, input_shape)
     return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
@@ -227,7 +221,9 @@ def _norm_pool(layer, input_shape):
     return gamma(terms + 1024) * norm, lost
 
 
-for _kinds, _handler in ((AVERAGES, _average), (RESIZES, _resize), (NORMS, _norm_pool)):
+_LINEAR = (nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+_HANDLERS = {_linear: _LINEAR, _average: AVERAGES, _resize: RESIZES, _norm_pool: NORMS}
+for _handler, _kinds in _HANDLERS.items():
     for _kind in _kinds:
         register(_kind, _handler)
 

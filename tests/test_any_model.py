@@ -701,6 +701,14 @@ def test_a_binary_network_with_one_output_is_certified_within_f_over_K(name):
         assert (local["radius_local"] >= local["radius"]).all()
 
 
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.LogSigmoid(), nn.Hardsigmoid()])
+def test_a_single_score_has_a_sign(last):
+    """A probability above 0 would be class 1 whatever the input."""
+    model = nn.Sequential(nn.Linear(3, 1), last)
+    with pytest.raises(ValueError, match="sign is the answer; leave that layer out"):
+        cll.certify(model, (torch.rand(5, 3), labels(5, 2)))
+
+
 def test_a_lipschitz_net_with_one_output_keeps_its_normalisation():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), MaxMin())

@@ -126,8 +126,7 @@ def certify(
 
     model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
         ``cll.LipschitzNet`` or a module with its attributes (body, head, input_shape, input_std).
-        With one output f, class 1 where f > 0 and 0 elsewhere, the radius is |f| / K, K the
-        Lipschitz constant of f; targets are 0 and 1.
+        With one output f, of Lipschitz constant K: class 1 where f > 0, else 0; radius |f| / K.
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
