@@ -15,6 +15,7 @@ from torch import nn
 
 from .bounds import (
     HEADS,
+    _head,
     batch_norm_scale,
     estimate,
     head_rows,
@@ -24,6 +25,7 @@ from .bounds import (
     layer_inputs,
     layer_lipschitz,
     leaves,
+    normalisation,
     operator_norm,
     output_shape,
     pairwise_distances,
@@ -166,13 +168,19 @@ def as_lipschitz_net(model, input_shape):
     The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
     the last layer are the logits. A BatchNorm joins the Linear or Conv2d before it. The layers
     themselves are shared with `model`, not copied, and nothing is computed anew.
+    A model with one output f (binary, as `binary_cll_loss` trains it) gets the logits (0, f), by a
+    head that is exact in every arithmetic: class 1 where f > 0, K_01 the Lipschitz constant of f.
     Raises TypeError for a model with a forward of its own and for a layer without a known bound,
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     model = unwrapped(model)
     refuse_foreign(model)
-    if isinstance(model, LipschitzNet):
+    if not isinstance(model, nn.Module):  # the attributes of a network, which answers nothing
         return model
+    if isinstance(model, LipschitzNet):
+        return _two_logits(model) if model.head.out_features == 1 else model
+    if input_shape is None:
+        raise ValueError("give input_shape, the shape of one sample: (C, H, W) or (features,)")
     weight = next(model.parameters(), torch.empty(0))
     layers = _joined(model, weight.device)
     while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
@@ -194,10 +202,28 @@ def as_lipschitz_net(model, input_shape):
                 f"the model's outputs have shape {features}, not (classes,): end it with "
                 "nn.Flatten() and nn.Linear"
             )
+        if features == (1,) and isinstance(last, nn.Sigmoid | nn.Hardsigmoid | nn.LogSigmoid):
+            raise ValueError(
+                f"the model ends in {type(last).__name__}: certificates are about a single score "
+                "whose sign is the answer; leave that layer out"
+            )
         head = Truncation(features[0], features[0])
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
-        return LipschitzNet(body, head, input_shape)
+        net = LipschitzNet(body, head, input_shape)
+    return as_lipschitz_net(net, input_shape)
+
+
+def _two_logits(model):
+    """The LipschitzNet with logits (0, f) of one with the output f."""
+    _head(model, output_shape(model.body, model.input_shape))  # raises if it is none
+    like = next(model.parameters())
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
+        head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
+        std, mean = normalisation(model)
+        body = nn.Sequential(model.body, model.head)
+        return LipschitzNet(body, head, model.input_shape, std, mean)
 
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)

@@ -107,7 +107,9 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
         return matrix_norm(layer, _weight(layer, shape), shape, method, start)
-    several = is_linear(layer) or isinstance(layer, BatchNormalized | Residual)
+    several = is_linear(layer) or isinstance(
+        layer, (BatchNormalized, Residual, nn.Conv1d, *TRANSPOSED)
+    )
     if method == "fast" and not several:  # other layers know one proof only
         method = "guaranteed"
     bound = float(layer_lipschitz(layer, shape, method))
@@ -127,11 +129,7 @@ def layer_lipschitz(layer, input_shape, method):
     """
     bound = BOUNDS.get(kind_of(layer))
     if bound is None:
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)}: register one with "
-            f"@cll.bounds.register({type(layer).__name__}) on a function (layer, input_shape, "
-            "method)"
-        )
+        raise TypeError(f"no Lipschitz bound known for {describe(layer)}: {_mend(type(layer))}")
     return bound(layer, input_shape, method)
 
 
@@ -178,73 +176,46 @@ for _kind in (nn.Sequential, *HEADS):
     know(_kind)
 
 
-@register(MaxMin)
-@register(ClampedMaxMin)
-@register(GroupSort)
-@register(Householder)
-@register(PadChannels)
-@register(nn.PixelUnshuffle)
-@register(nn.PixelShuffle)
-@register(nn.ZeroPad2d)
-@register(nn.ReLU)
-@register(nn.ReLU6)
-@register(nn.Hardtanh)
-@register(nn.Tanh)
-@register(nn.Softsign)
-@register(nn.LogSigmoid)
-@register(nn.Softshrink)
-@register(nn.Tanhshrink)
-@register(nn.Identity)
-@register(nn.Flatten)
-@register(nn.Unflatten)
-@register(nn.Dropout)
-@register(nn.Dropout1d)
-@register(nn.Dropout2d)
-@register(nn.AlphaDropout)
-@register(nn.FeatureAlphaDropout)
 def _one(layer, input_shape, method):
-    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity."""
+    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
+    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
     return 1.0
 
 
-# Largest slopes of smooth activations, rounded up in the last digit. GELU: Phi(x) + x phi(x) peaks
-# at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4, where the second
-# derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha at 0 from below.
+def in_dimensions(*names):
+    """The layers of torch.nn with these names, in one, two and three dimensions."""
+    return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
+
+
+RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation)
+RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
+RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_ONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus)
+_ONE += (nn.Softshrink, nn.Tanhshrink, MaxMin, ClampedMaxMin, GroupSort, Householder)
+for _kind in (*_ONE, *RESHAPES):
+    register(_kind, _one)
+
+
+# Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
+# x phi(x) peaks at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4,
+# where the second derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha
+# at 0 from below. Of those with slope 1 above 0 the slope below: of RReLU, in evaluation mode, the
+# mean of its two; CELU: exp(x / alpha), 1 at most for alpha > 0, unbounded for alpha < 0.
 SLOPES = {
-    nn.Sigmoid: 0.25,
-    nn.Hardsigmoid: 0.1667,
-    nn.GELU: 1.1291,
-    nn.SiLU: 1.0999,
-    nn.Mish: 1.0885,
-    nn.Hardswish: 1.5,
-    nn.SELU: 1.7581,
+    nn.Sigmoid: lambda m: 0.25,
+    nn.Hardsigmoid: lambda m: 0.1667,
+    nn.GELU: lambda m: 1.1291,
+    nn.SiLU: lambda m: 1.0999,
+    nn.Mish: lambda m: 1.0885,
+    nn.Hardswish: lambda m: 1.5,
+    nn.SELU: lambda m: 1.7581,
+    nn.LeakyReLU: lambda m: _at_least_one(abs(m.negative_slope)),
+    nn.RReLU: lambda m: _at_least_one(abs((m.lower + m.upper) / 2)),
+    nn.PReLU: lambda m: _at_least_one(m.weight.detach().abs().max().item()),
+    nn.ELU: lambda m: _at_least_one(abs(m.alpha)),
+    nn.CELU: lambda m: 1.0 if m.alpha > 0 else math.inf,
 }
-
-
-@register(nn.Sigmoid)
-@register(nn.Hardsigmoid)
-@register(nn.GELU)
-@register(nn.SiLU)
-@register(nn.Mish)
-@register(nn.Hardswish)
-@register(nn.SELU)
-def _smooth(layer, input_shape, method):
-    return next(slope for kind, slope in SLOPES.items() if isinstance(layer, kind))
-
-
-@register(nn.LeakyReLU)
-def _leaky_relu(layer, input_shape, method):
-    return _at_least_one(abs(layer.negative_slope))
-
-
-@register(nn.PReLU)
-def _parametric_relu(layer, input_shape, method):
-    return _at_least_one(layer.weight.detach().abs().max().item())
-
-
-@register(nn.ELU)
-def _elu(layer, input_shape, method):
-    return _at_least_one(abs(layer.alpha))
 
 
 def _at_least_one(slope):
@@ -252,10 +223,12 @@ def _at_least_one(slope):
     return slope if not slope <= 1 else 1.0
 
 
-@register(nn.CELU)
-def _celu(layer, input_shape, method):
-    """exp(x / alpha) below 0: slope 1 at most for alpha > 0, unbounded for alpha < 0."""
-    return 1.0 if layer.alpha > 0 else math.inf
+def _slope(layer, input_shape, method):
+    return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
+
+
+for _kind in SLOPES:
+    register(_kind, _slope)
 
 
 @register(Normalize)
@@ -263,21 +236,23 @@ def _normalize(layer, input_shape, method):
     return round_up(1 / layer.std.min().item())
 
 
-@register(nn.BatchNorm1d)
-@register(nn.BatchNorm2d)
-@register(nn.BatchNorm3d)
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
     scale = batch_norm_scale(layer).abs().max().item()
     return {"guaranteed": round_up(scale), "power": round_down(scale)}.get(method, scale)
 
 
+for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
+    register(_kind, _batch_norm)
+
+
 def batch_norm_scale(layer):
     """weight / sqrt(running_var + eps), (C,) float64, off by 4 u of its size."""
-    if layer.running_var is None:
+    instance = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+    if layer.running_var is None or instance and not layer.track_running_stats:
         raise TypeError(
             f"no Lipschitz bound known for {describe(layer)} with track_running_stats=False: it "
-            "normalises by the batch at hand, so that images change each other's logits"
+            "normalises by the image or batch at hand, not by statistics of the training"
         )
     scale = 1 / (layer.running_var.detach().to("cpu", torch.float64) + layer.eps).sqrt()
     if layer.weight is not None:
@@ -324,7 +299,7 @@ def absolute_norm(layer, weight, input_shape):
     rows, columns = (weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0))
     if getattr(layer, "padding_mode", "zeros") == "circular":
         # a tap reads the positions s i + t mod n, i < m: one of them so many times
-        sizes = output_shape(layer, input_shape)[1:], layer.stride, input_shape[-2:]
+        sizes = output_shape(layer, input_shape)[1:], pair(layer.stride), input_shape[-2:]
         columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
     return math.sqrt(rows) * math.sqrt(columns) * (1 + 1e-6)  # their product may underflow
 
@@ -344,105 +319,149 @@ def chain_norm(module, input_shape, method):
     return round_up(total) if method in ("guaranteed", "fast") else total
 
 
-@register(nn.MaxPool2d)
-def _max_pool(layer, input_shape, method):
-    """sqrt(r) for an input that lies in at most r windows: each output moves no more than the
-    largest move in its window, so the squared moves of all outputs are at most r times those of the
-    inputs. r = ceil(k/s) per dimension, and no more than there are outputs."""
-    _check_shape(layer, input_shape)
-    if pair(layer.dilation) != (1, 1):
+AVERAGES = in_dimensions("AvgPool", "AdaptiveAvgPool")
+COPIES = in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
+RESIZES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+MAXIMA = in_dimensions("MaxPool", "AdaptiveMaxPool")
+NORMS = in_dimensions("LPPool")
+
+
+def _separable(layer, input_shape, method):
+    """Product over the dimensions of the image of what the layer does in each.
+
+    Pads that copy pixels, averages and interpolations are Kronecker products of one matrix A_k per
+    dimension, since windows, weights and copies of a pixel are products. The norm is the product of
+    their norms; of pads the root of the largest number of copies.
+
+    Windows of maxima and of p-norms, p = 2, 4, 6, ..., are products too. An output w_i ||window||_p
+    moves at most by w_i times the length of the move in its window, a maximum (w_i = 1) as well, so
+    that the squared moves of all outputs are at most those of the inputs times the largest sum of
+    w_i^2 over the windows that hold one input. One pixel alone attains that: the constant is the
+    length of the layer's answer to it, the product of the longest columns of matrices A_k of w_i.
+
+    The layer itself says what A_k is: x = 1 on slice i of dimension k gives A_k e_i along a line,
+    times the same factor for all i. That factor is known from x = 1 on all of the image, at the
+    point p through which the lines go: there the answer is the product over k of (A_k 1)[p_k].
+
+    Rounding: positions between pixels are off by 4 n u, n the longest side, hence bilinear weights
+    by as much and bicubic ones, cubic polynomials of them, by 40 n u; other entries by a few u.
+    """
+    p = getattr(layer, "norm_type", 1)
+    if p != 1 and not (0 < p < math.inf and p % 2 == 0):
         raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)} with dilation: "
-            "register one with cll.bounds.register"
+            f"no Lipschitz bound known for {describe(layer)}: torch takes powers of negative "
+            "numbers; use norm_type 1, 2 or another even number, or nn.MaxPool2d"
         )
-    if method != "guaranteed" and method != "exact":
-        return 1.0  # a lower bound: one window that holds the single non-zero input
-    kernel, stride = pair(layer.kernel_size), pair(layer.stride)
-    outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
-    windows = [min(-(-k // s), m) for k, s, m in zip(kernel, stride, outputs, strict=True)]
-    return round_up(math.sqrt(math.prod(windows)))
-
-
-@register(nn.AdaptiveAvgPool2d)
-@register(nn.AdaptiveMaxPool2d)
-def _adaptive_pool(layer, input_shape, method):
-    """Where the input divides into equal windows, the pool with these windows. Otherwise TypeError:
-    windows of different sizes overlap."""
     _check_shape(layer, input_shape)
-    wanted = [
-        n if m is None else m
-        for n, m in zip(input_shape[-2:], _size(layer.output_size), strict=True)
-    ]
-    if any(n % m for n, m in zip(input_shape[-2:], wanted, strict=True)):
-        raise TypeError(
-            f"no Lipschitz bound known for {describe(layer)} on {tuple(input_shape)}, which does "
-            "not divide into equal windows: use a pool with a kernel size, or register a bound "
-            "with cll.bounds.register"
-        )
-    windows = [n // m for n, m in zip(input_shape[-2:], wanted, strict=True)]
-    same = nn.AvgPool2d if isinstance(layer, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
-    return operator_norm(same(windows), input_shape, method)
-
-
-def _size(value):
-    return (value, value) if value is None or isinstance(value, int) else tuple(value)
-
-
-@register(nn.AvgPool2d)
-def _avg_pool(layer, input_shape, method):
-    """The divisor of a window is a product (rows times columns), so the layer is a Kronecker
-    product of two small matrices, one per dimension, and its norm the product of their norms."""
-    _check_shape(layer, input_shape)
-    outputs = layer(torch.zeros(1, *input_shape)).shape[-2:]
-    norm = 1.0
-    for n, m, k, s, p in zip(
-        input_shape[-2:],
-        outputs,
-        pair(layer.kernel_size),
-        pair(layer.stride),
-        pair(layer.padding),
-        strict=True,
-    ):
-        matrix = torch.zeros(m, n, dtype=torch.float64)
-        for i in range(m):
-            first, last = i * s - p, min(i * s - p + k, n + p)
-            inside = max(first, 0), min(last, n)
-            count = last - first if layer.count_include_pad else inside[1] - inside[0]
-            matrix[i, inside[0] : inside[1]] = 1 if layer.divisor_override else 1 / count
-        if method == "guaranteed":
+    output_shape(layer, input_shape)  # raises if the layer does not accept this shape
+    sides = input_shape[1:]
+    black = torch.zeros(1, 1, *sides, dtype=torch.float64)
+    white = layer(black + 1)[0, 0]
+    if not white.any():
+        return 0.0
+    point = np.unravel_index(white.abs().argmax().item(), white.shape)
+    norm = abs(white[point].item())
+    for k, n in enumerate(sides):
+        line = (0, 0, *point[:k], slice(None), *point[k + 1 :])
+        slices = (black.index_fill(2 + k, torch.tensor(i), 1) for i in range(n))
+        matrix = torch.stack([layer(x)[line] for x in slices], 1) / white[point]
+        if p != 1 or isinstance(layer, MAXIMA):
+            norm *= torch.linalg.vector_norm(matrix, dim=0).max().item()
+        elif method == "guaranteed":
             norm *= proven_norm(matrix[None])
         else:
             norm *= torch.linalg.svdvals(matrix)[0].item()
-    if layer.divisor_override:
-        norm /= abs(layer.divisor_override)
-    return {"guaranteed": round_up(norm), "exact": norm, "power": round_down(norm)}[method]
+    slack = gamma(256 * max(sides))  # an error of n u per entry, a few times the root of both sums
+    upper, lower = round_up(norm * (1 + slack)), round_down(norm * (1 - slack))
+    return {"guaranteed": upper, "exact": norm, "power": lower}[method]
 
 
-@register(nn.Linear)
-@register(nn.Conv2d)
+for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS):
+    register(_kind, _separable)
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
 def _matrix_norm(layer, input_shape, method):
     """Largest singular value of a linear layer."""
-    return matrix_norm(layer, _weight(layer, input_shape), input_shape, method)
+    return matrix_norm(*as_conv2d(layer, input_shape), method)
+
+
+for _kind in (nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED):
+    register(_kind, _matrix_norm)
+
+
+@register(NormalizedLinear)
+def _normalized(layer, input_shape, method):
+    """The rows that it computes, each off by gamma(D + 8) of its length 1."""
+    _weight(layer, input_shape)  # checked
+    W = _evaluation_copy(layer).rows()
+    norm = matrix_norm(_plain(W), W, input_shape, method)
+    error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
+    return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
+
+
+def as_conv2d(layer, input_shape):
+    """(layer, weight, input shape) of a Linear or Conv2d with the norm of this layer.
+
+    A convolution of one dimension is that of an image with one row. A transposed one is, up to its
+    bias, the adjoint of the Conv2d with the same weight and settings on its outputs, as long as
+    that gives outputs of the shape of its inputs: output_padding < stride. (torch allows more where
+    dilation > stride.)
+    """
+    weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        return layer, weight, input_shape
+    shape, d = tuple(input_shape), len(input_shape) - 1
+    stride, dilation = pair(layer.stride, d), pair(layer.dilation, d)
+    pads = layer.padding if isinstance(layer.padding, str) else pair(layer.padding, d)
+    if transposed:
+        shape = output_shape(layer, input_shape)
+        if any(a >= s for a, s in zip(pair(layer.output_padding, d), stride, strict=True)):
+            raise TypeError(
+                f"no Lipschitz bound known for {describe(layer)}, of which output_padding is not "
+                "below stride: register one with cll.bounds.register"
+            )
+    if d == 1:
+        weight, shape = weight.unsqueeze(2), (shape[0], 1, shape[1])
+        stride, dilation = (1, *stride), (1, *dilation)
+        pads = pads if isinstance(pads, str) else (0, *pads)
+    outputs, inputs, *kernel = weight.shape
+    settings = kernel, stride, pads, dilation, layer.groups
+    return nn.Conv2d(inputs * layer.groups, outputs, *settings, False, device="meta"), weight, shape
+
+
+def _check_attributes(layer):
+    """torch computes with the weight, whatever channels and sizes a layer says to have."""
+    if isinstance(layer, nn.Linear):
+        said, sizes = (layer.out_features, layer.in_features), ()
+    else:
+        said = layer.out_channels, layer.in_channels
+        said = said[::-1] if isinstance(layer, TRANSPOSED) else said
+        sizes = pair(layer.kernel_size, layer.weight.ndim - 2)
+    outputs, inputs, *kernel = layer.weight.shape
+    same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == (*said, *sizes)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "circular":
+        copied = [n for pads in reversed(padding(layer)) for n in pads]
+        same = same and list(layer._reversed_padding_repeated_twice) == copied
+    if not same:
+        raise ValueError(
+            f"{describe(layer)} has attributes that were changed after it was built and differ "
+            "from what it computes: build it anew"
+        )
 
 
 def _weight(layer, input_shape):
-    """The weight of a Linear or Conv2d in float64 on the CPU, checked."""
+    """The weight of a Linear or convolution in float64 on the CPU, checked."""
+    _check_attributes(layer)
     _check_shape(layer, input_shape)
-    if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
+    modes = ("zeros", "circular") if isinstance(layer, nn.Conv2d) else ("zeros",)
+    if getattr(layer, "padding_mode", "zeros") not in modes:
         raise TypeError(
             f"no Lipschitz bound known for {describe(layer)}, padding_mode={layer.padding_mode!r}: "
-            'use "zeros" or "circular", or register a bound with cll.bounds.register'
+            f"use {' or '.join(modes)}, or padding=0 behind a layer such as nn.ReflectionPad2d"
         )
-    if isinstance(layer, nn.Conv2d):
-        copied = [n for pads in reversed(padding(layer)) for n in pads]
-        stale = layer.padding_mode == "circular" and (
-            list(layer._reversed_padding_repeated_twice) != copied
-        )
-        if stale or tuple(layer.weight.shape[2:]) != tuple(layer.kernel_size):
-            raise ValueError(
-                f"{describe(layer)} has attributes that were changed after it was built and differ "
-                "from what it computes: build it anew"
-            )
     if layer.weight.is_complex():
         raise TypeError(f"no Lipschitz bound known for {describe(layer)} with complex weights")
     if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
@@ -692,10 +711,7 @@ def refuse_overridden(layer):
         )
     if replaced or kind is not known and known not in _EXTENSIBLE:
         what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
-        raise TypeError(
-            f"{unknown}, {what} {known.__name__}: register one with "
-            f"@cll.bounds.register({kind.__name__})"
-        )
+        raise TypeError(f"{unknown}, {what} {known.__name__}: {_mend(kind)}")
     loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k != "frozen"}
     for name, tensor in (layer._parameters | layer._buffers | loose).items():
         if tensor is not None and (name in loose or not _is_plain(tensor)):
@@ -718,6 +734,21 @@ def refuse_foreign(model):
         )
     if isinstance(model, nn.Module):
         refuse_overridden(model)
+
+
+def _mend(kind):
+    """What to do about a type of layer that has no bound."""
+    home, name = kind.__module__, kind.__name__
+    if "quantized" in home:
+        return "pass the network as it was before it was quantised"
+    if name.startswith("Lazy"):
+        return "run the network on a batch first, which gives the layer its size"
+    if {base.__module__.partition(".")[0] for base in kind.__mro__} & {"deel", "orthogonium"}:
+        return (
+            "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
+            f"in its place, or register its bound with @cll.bounds.register({name})"
+        )
+    return f"register one with @cll.bounds.register({name})"
 
 
 def _is_torchs_own(name, method):
@@ -881,7 +912,7 @@ def _evaluation(model):
 
 
 @exact_arithmetic()
-def lipschitz_matrix(model, method="guaranteed", progress=False):
+def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
     """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
     un-normalised input. (C, C) float64 on the CPU, zero diagonal.
 
@@ -889,9 +920,13 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
 
     over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
     attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
-    and input_std (float or one per channel). With the methods "guaranteed" and "fast" every factor
+    and input_std (float or one per channel); or it is an nn.Sequential as in `as_lipschitz_net`,
+    with input_shape, the shape of one sample. With the methods "guaranteed" and "fast" every factor
     and every product is rounded up.
     """
+    from .architectures import as_lipschitz_net  # which imports this module
+
+    model = as_lipschitz_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
@@ -938,9 +973,9 @@ def normalisation(model):
 
 
 @exact_arithmetic()
-def layer_bounds(model, progress=True):
+def layer_bounds(model, progress=True, *, input_shape=None):
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
-    lower, upper, proof).
+    lower, upper, proof). model, input_shape: as in `lipschitz_matrix`.
 
     upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
     vector shows. Of Linear and Conv2d, alone or joined with BatchNorm, both enclose the norm, for
@@ -949,6 +984,9 @@ def layer_bounds(model, progress=True):
     is its spectral norm as a layer; the certificate does not use it, in K stand the distances
     ||w_i - w_j|| between its rows.
     """
+    from .architectures import as_lipschitz_net  # which imports this module
+
+    model = as_lipschitz_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
     head = _head(model, features)
@@ -1018,6 +1056,9 @@ def _head(model, features):
             f"the head must be nn.Linear, NormalizedLinear or Truncation, got {describe(head)}"
         )
     refuse_overridden(head)
+    if isinstance(head, nn.Linear):
+        with _evaluation(head):  # to look at a weight that is computed may change it in training
+            _check_attributes(head)
     if features != (head.in_features,):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
@@ -1033,8 +1074,11 @@ def _check_shape(layer, shape):
     if isinstance(layer, nn.Linear):
         fits, wanted = shape[-1] == layer.in_features, f"({layer.in_features},)"
     else:
-        channels = getattr(layer, "in_channels", None)
-        fits = len(shape) == 3 and channels in (None, shape[0])
-        wanted = f"({channels or 'C'}, H, W)"
+        names = (k.__name__ for k in type(layer).__mro__)  # Conv2d: two dimensions; Upsample: any
+        d = next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), 0)
+        channels = getattr(layer, "in_channels", getattr(layer, "num_features", None))
+        fits = len(shape) == d + 1 or not d and len(shape) > 1
+        fits = fits and channels in (None, shape[0])
+        wanted = f"({', '.join([str(channels or 'C'), *'DHW'[-d or 1 :]])})"
     if not fits:
         raise ValueError(f"{describe(layer)} takes inputs of shape {wanted}, got {shape}")

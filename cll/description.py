@@ -120,6 +120,9 @@ def _description(module, name):
     else:
         known = [k for k in inspect.signature(kind.__init__).parameters if k not in _HIDDEN]
         arguments = {k: getattr(module, k) for k in known}
+    if kind is nn.Conv2d:  # also where a setting was replaced by one number
+        sides = {k: arguments[k] for k in ("kernel_size", "stride", "padding", "dilation")}
+        arguments |= {k: v if isinstance(v, str) else norms.pair(v) for k, v in sides.items()}
     described = {"type": kind.__name__}
     for key, value in arguments.items():
         if isinstance(value, nn.Module):

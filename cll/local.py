@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architectures import as_lipschitz_net
 from .bounds import (
     float64_copy,
     head_rows,
@@ -194,7 +195,7 @@ def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
     """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
     epsilon > 0 around an image, never above the global bound. float64, on the CPU.
 
-    model: as in `cll.lipschitz_matrix`, with model(x) = head(body((x - input_mean) / input_std)).
+    model: as in `cll.certify`, with model(x) = head(body((x - input_mean) / input_std)).
     images: (N, *input_shape), uint8 or float in [0, 1]. K: the global bound; None computes it.
     pairs: (M, 3) int64, rows (n, i, j): image, class, class; None for all.
 
@@ -228,6 +229,7 @@ def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
     images = torch.as_tensor(images).cpu()
+    model = as_lipschitz_net(model, images.shape[1:])
     exact, layers = _exact(model)
     rows = head_rows(exact.head)
     K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
@@ -283,6 +285,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     a bound too, and the smallest counts. The charge is divided by rho and enters K_j: within a
     smaller ball it falls at least in proportion, because g(a d) <= a g(d) for 0 <= a <= 1.
     """
+    model = as_lipschitz_net(model, images.shape[1:])
     exact, layers = _exact(model)
     rows = head_rows(exact.head)
     distances = row_distances(exact.head, rows)

@@ -174,8 +174,7 @@ def _key(layer, weight, input_shape):
     """What a norm depends on."""
     geometry = "linear"
     if isinstance(layer, nn.Conv2d):
-        sides = layer.kernel_size, layer.stride, layer.dilation, layer.padding
-        geometry = (*sides, layer.groups, layer.padding_mode)
+        geometry = (*_geometry(layer), padding(layer), layer.groups, layer.padding_mode)
     digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
     return digest, tuple(weight.shape), geometry, tuple(input_shape)
 
@@ -243,8 +242,7 @@ def apply_adjoint(layer, weight, y, input_shape):
     live on a smaller image, whose norm is smaller (a fault of the published code)."""
     if isinstance(layer, nn.Linear):
         return y @ weight
-    stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-    sides = padding(layer)
+    (kernel, stride, dilation), groups, sides = _geometry(layer), layer.groups, padding(layer)
     symmetric = layer.padding_mode == "zeros" and all(a == b for a, b in sides)
     inside = [a if symmetric else 0 for a, _ in sides]
     whole = [
@@ -253,7 +251,7 @@ def apply_adjoint(layer, weight, y, input_shape):
     skipped = [
         n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
         for n, m, s, p, d, k in zip(
-            whole, y.shape[-2:], stride, inside, dilation, layer.kernel_size, strict=True
+            whole, y.shape[-2:], stride, inside, dilation, kernel, strict=True
         )
     ]
     x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, groups, dilation)
@@ -272,12 +270,18 @@ def _place(x, axis, first, n):
     return F.pad(x, ends if axis == -1 else (0, 0, *ends))
 
 
+def _geometry(layer):
+    """(kernel_size, stride, dilation), two numbers each, also where one was set later."""
+    return pair(layer.kernel_size), pair(layer.stride), pair(layer.dilation)
+
+
 def padding(layer):
     """((top, bottom), (left, right)) of a convolution, also for "same" and "valid"."""
     if layer.padding == "valid":
         return ((0, 0), (0, 0))
     if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        kernel, _, dilation = _geometry(layer)
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
     return tuple((p, p) for p in pair(layer.padding))
 
@@ -285,16 +289,9 @@ def padding(layer):
 def output_shape(layer, input_shape):
     if isinstance(layer, nn.Linear):
         return (*input_shape[:-1], layer.out_features)
+    sides = input_shape[-2:], padding(layer), *_geometry(layer)
     sizes = [
-        (n + a + b - d * (k - 1) - 1) // s + 1
-        for n, (a, b), d, k, s in zip(
-            input_shape[-2:],
-            padding(layer),
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
-        )
+        (n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, s, d in zip(*sides, strict=True)
     ]
     if min(sizes) < 1:
         raise ValueError(
@@ -417,8 +414,7 @@ def _fast(layer, weight, input_shape):
         bound = min(bound, torus_norm(layer, weight, input_shape, 1))
     inputs, outputs = math.prod(input_shape), math.prod(output_shape(layer, input_shape))
     wraps = layer.padding_mode == "circular" and any(
-        d * (k - 1) >= n
-        for d, k, n in zip(layer.dilation, layer.kernel_size, input_shape[-2:], strict=True)
+        d * (k - 1) >= n for k, _, d, n in zip(*_geometry(layer), input_shape[-2:], strict=True)
     )  # then taps meet on one pixel and the entries of the matrix are rounded sums
     if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
         bound = min(bound, proven_norm(dense_matrix(layer, weight, input_shape)[None]))
@@ -523,8 +519,7 @@ class _Axis(NamedTuple):
 def _axes(layer, input_shape):
     before = [a for a, _ in padding(layer)]
     sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
-    geometry = layer.kernel_size, layer.stride, layer.dilation
-    return [_Axis(*values) for values in zip(*sizes, *geometry, before, strict=True)]
+    return [_Axis(*values) for values in zip(*sizes, *_geometry(layer), before, strict=True)]
 
 
 def _polyphase(axis, circular, extra=0):
@@ -783,12 +778,17 @@ def _largest_eigenvalue(grams):
 
 
 def describe(layer):
-    line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    try:
+        line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
+    except TypeError:  # torch cannot name a convolution of which padding was set to one number
+        return type(layer).__name__
     return line.removesuffix("(")  # of a container, the name
 
 
-def pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
+def pair(value, n=2):
+    """A setting in n dimensions, of which torch takes one number for all."""
+    value = tuple(map(int, value if isinstance(value, (tuple, list)) else (value,)))
+    return value * n if len(value) == 1 else value
 
 
 def round_up(x):

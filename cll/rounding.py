@@ -19,14 +19,24 @@ import torch
 from torch import nn
 
 from .bounds import (
+    AVERAGES,
+    COPIES,
+    MAXIMA,
+    NORMS,
+    RESHAPES,
+    RESIZES,
+    TRANSPOSED,
     absolute_norm,
+    as_conv2d,
     batch_norm_scale,
     float64_copy,
     head_rows,
+    in_dimensions,
     kind_of,
     layer_inputs,
     normalisation,
     operator_norm,
+    output_shape,
     row_distances,
 )
 from .layers import (
@@ -38,7 +48,7 @@ from .layers import (
     Householder,
     MaxMin,
     Normalize,
-    PadChannels,
+    NormalizedLinear,
     Residual,
     SandwichConv2d,
     SandwichLinear,
@@ -46,7 +56,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import TINY, U, exact_arithmetic, gamma, output_shape, proven_norm
+from .norms import TINY, U, exact_arithmetic, gamma, proven_norm
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
@@ -123,12 +133,11 @@ def _table(layer, input_shape):
 
 register = _table.register
 
-EXACT = (MaxMin, ClampedMaxMin, GroupSort, PadChannels, nn.PixelUnshuffle, nn.PixelShuffle)
-EXACT += (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d)
-EXACT += (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-EXACT += (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+EXACT = (MaxMin, ClampedMaxMin, GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
+EXACT += (*RESHAPES, *COPIES, *MAXIMA)
 ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
 ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
+ELEMENTWISE += (nn.RReLU,)
 
 
 def _exact(layer, input_shape):
@@ -155,29 +164,64 @@ def _sixth(layer, input_shape):
     return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
 
 
-@register(nn.Linear)
-@register(nn.Conv2d)
+@register(nn.Softplus)
+def _softplus(layer, input_shape):
+    """log(1 + exp(beta z)) / beta. Above the threshold torch returns z, by log(1 + exp(-threshold))
+    / beta less: counted twice, at the image and at any other input, where it steps as well."""
+    above = torch.tensor(layer.threshold, dtype=torch.float64)
+    step = 2 * -nn.functional.logsigmoid(above).item() + 64 * U
+    return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
+
+
 def _linear(layer, input_shape):
-    """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included."""
-    weight = layer.weight.detach().cpu().double()
+    """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included; rows that are
+    divided by their length are off by gamma(n + 8) themselves."""
+    weight = head_rows(layer).detach().cpu().double()
     terms = weight[0].numel() + 2
+    if isinstance(layer, TRANSPOSED):
+        terms = weight[:, 0].numel() // layer.groups + 2
+    if isinstance(layer, NormalizedLinear):
+        terms = 2 * terms + 16
     constant = 0.0
     if layer.bias is not None:
-        outputs = 1
-        if isinstance(layer, nn.Conv2d):
+        outputs = math.prod(input_shape[:-1])
+        if not isinstance(layer, nn.Linear):
             outputs = math.prod(output_shape(layer, input_shape)[1:])
-        elif len(input_shape) > 1:
-            outputs = math.prod(input_shape[:-1])
         constant = lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(outputs)
+    if not isinstance(layer, NormalizedLinear):
+        layer, weight, input_shape = as_conv2d(layer, input_shape)
     return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
 
-@register(nn.AvgPool2d)
-@register(nn.AdaptiveAvgPool2d)
 def _average(layer, input_shape):
     """Positive weights: sums of at most all positions, relative to the exact average."""
-    terms = math.prod(input_shape[-2:]) + 4
+    terms = math.prod(input_shape[1:]) + 4
     return gamma(terms) * operator_norm(layer, input_shape), 0.0
+
+
+def _resize(layer, input_shape):
+    """Weights off by 40 n u, as in `bounds`; an output reads at most 4 pixels per dimension, and a
+    pixel is read by no more outputs than there are."""
+    outputs = output_shape(layer, input_shape)[1:]
+    return gamma(256 * max(input_shape)) * math.sqrt(math.prod(4 * m for m in outputs)), 0.0
+
+
+def _norm_pool(layer, input_shape):
+    """Sums of positive powers (of norm_type 1: of numbers), relative to the exact norm; 1 / p as a
+    number is off by u / p, which a power of up to 2^1024 sees 710 times. Powers that underflow are
+    off by 2^-1074 each, and (s + d)^(1/p) <= s^(1/p) + d^(1/p)."""
+    norm, p = operator_norm(layer, input_shape), layer.norm_type
+    terms = math.prod(input_shape[1:]) + 4
+    outputs = math.prod(output_shape(layer, input_shape))
+    lost = 2 * norm * (terms * 2.0**-1070) ** (1 / p) * math.sqrt(outputs)
+    return gamma(terms + 1024) * norm, lost
+
+
+_LINEAR = (nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+_HANDLERS = {_linear: _LINEAR, _average: AVERAGES, _resize: RESIZES, _norm_pool: NORMS}
+for _handler, _kinds in _HANDLERS.items():
+    for _kind in _kinds:
+        register(_kind, _handler)
 
 
 @register(Normalize)
@@ -187,9 +231,6 @@ def _normalize(layer, input_shape):
     return 4 * U / smallest, 4 * U / smallest * offset
 
 
-@register(nn.BatchNorm1d)
-@register(nn.BatchNorm2d)
-@register(nn.BatchNorm3d)
 def _batch_norm(layer, input_shape):
     """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
     scale = batch_norm_scale(layer).abs()
@@ -198,6 +239,10 @@ def _batch_norm(layer, input_shape):
         offset = offset + layer.bias.detach().cpu().double().abs()
     positions = math.sqrt(math.prod(input_shape[1:]))
     return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
+
+
+for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
+    register(_kind, _batch_norm)
 
 
 @register(BatchNormalized)

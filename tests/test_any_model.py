@@ -5,6 +5,7 @@ climbing never exceeds the bound, of single layers and of f_i - f_j of whole net
 """
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -47,7 +48,7 @@ def randomised(module, seed=0):
     torch.manual_seed(seed)
     with torch.no_grad():
         for m in module.modules():
-            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            if isinstance(m, nn.modules.batchnorm._NormBase):
                 m.running_mean.normal_()
                 m.running_var.uniform_(0, 2)
                 m.running_var[0] = 1e-12
@@ -80,12 +81,14 @@ LAYERS = {
         for kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid)
         + (nn.Softshrink, nn.Tanhshrink, nn.Identity, nn.Dropout, nn.AlphaDropout, nn.Sigmoid)
         + (nn.FeatureAlphaDropout, nn.Hardsigmoid, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
-        + (nn.SELU, nn.LeakyReLU, nn.ELU, nn.CELU, nn.PReLU)
+        + (nn.SELU, nn.LeakyReLU, nn.ELU, nn.CELU, nn.PReLU, nn.Softplus, nn.RReLU)
     },
     "GELU tanh": (lambda: nn.GELU("tanh"), (5,)),
     "LeakyReLU 3": (lambda: nn.LeakyReLU(-3.0), (5,)),
     "ELU 2.5": (lambda: nn.ELU(2.5), (5,)),
     "CELU 0.3": (lambda: nn.CELU(0.3), (5,)),
+    "Softplus -2": (lambda: nn.Softplus(-2.0), (5,)),
+    "RReLU 5": (lambda: nn.RReLU(-7.0, 2.0), (5,)),
     "PReLU channels": (lambda: nn.PReLU(3), (3, 2, 2)),
     "Hardtanh wide": (lambda: nn.Hardtanh(-0.1, 7), (5,)),
     "MaxMin": (MaxMin, (4, 3)),
@@ -95,7 +98,31 @@ LAYERS = {
     "PadChannels": (lambda: layers.PadChannels(5), (2, 3, 3)),
     "PixelUnshuffle": (lambda: nn.PixelUnshuffle(2), (1, 4, 6)),
     "PixelShuffle": (lambda: nn.PixelShuffle(2), (4, 2, 3)),
+    "ChannelShuffle": (lambda: nn.ChannelShuffle(2), (6, 2, 3)),
     "ZeroPad2d": (lambda: nn.ZeroPad2d((1, -1, 0, 2)), (2, 4, 4)),
+    **{
+        kind.__name__: (functools.partial(kind, *arguments), shape)
+        for d, shape in enumerate([(2, 5), (2, 5, 4), (1, 3, 4, 3)], 1)
+        for name, *arguments in [("ConstantPad", 1, 0.5), ("ZeroPad", 2), ("CircularPad", 2)]
+        + [("ReflectionPad", 2), ("ReplicationPad", 3), ("AvgPool", 2), ("MaxPool", 3, 1)]
+        + [("AdaptiveAvgPool", 4), ("AdaptiveMaxPool", 2), ("LPPool", 2, 2)]
+        for kind in [getattr(nn, f"{name}{d}d")]
+    },
+    "Upsample": (pool(nn.Upsample, scale_factor=2), (2, 3, 4)),
+    "Upsample linear": (pool(nn.Upsample, 7, mode="linear"), (2, 5)),
+    "UpsamplingNearest2d": (pool(nn.UpsamplingNearest2d, (5, 7)), (1, 3, 4)),
+    "UpsamplingBilinear2d": (pool(nn.UpsamplingBilinear2d, scale_factor=2), (1, 3, 4)),
+    "Conv1d": (lambda: nn.Conv1d(2, 4, 3, 2, 1, groups=2), (2, 7)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, 2), (4, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), (2, 3, 4)),
+    "NormalizedLinear": (lambda: layers.NormalizedLinear(5, 4), (5,)),
+    "Truncation": (lambda: layers.Truncation(5, 2), (5,)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (3, 4)),
+    "InstanceNorm2d": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (3, 2, 4),
+    ),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(2, track_running_stats=True), (2, 2, 2, 2)),
     "Flatten": (nn.Flatten, (2, 3, 2)),
     "Unflatten": (lambda: nn.Unflatten(1, (2, 3)), (6,)),
     "Normalize": (lambda: Normalize([0.1, 0.2, 0.3], [0.5, 0.05, 2.0]), (3, 2, 2)),
@@ -171,7 +198,7 @@ def test_every_layer_with_a_bound_is_tested_above():
     for build, _ in LAYERS.values():
         built |= {type(m) for m in build().modules()}
     from_here = {k for k in kinds if k.__module__.split(".")[0] in ("torch", "cll")}
-    missing = from_here - built - {nn.Dropout1d, nn.Dropout2d}
+    missing = from_here - built - {nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
     assert not missing
 
 
@@ -512,7 +539,7 @@ def test_ends_other_than_a_linear_layer():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.LayerNorm(4), nn.Softplus(), nn.Softmax(1), nn.Bilinear(2, 2, 2), nn.GRU(4, 4)]
+    "layer", [nn.LayerNorm(4), nn.Hardshrink(), nn.Softmax(1), nn.Bilinear(2, 2, 2), nn.GRU(4, 4)]
 )
 def test_unknown_layers_are_named(layer):
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
@@ -563,6 +590,178 @@ def test_batch_statistics_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(TypeError, match="track_running_stats"):
         cll.certify(model, (torch.rand(5, 4), labels(5)))
+    later = nn.InstanceNorm2d(2, track_running_stats=True)
+    later.track_running_stats = False  # the buffers stay, torch no longer reads them
+    for norm in (nn.InstanceNorm2d(2), later):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.Flatten(), nn.Linear(8, 3))
+        with pytest.raises(TypeError, match="track_running_stats"):
+            cll.certify(model, (torch.rand(5, 1, 4, 4), labels(5)))
+
+
+def test_instance_normalisation_with_statistics_joins_its_convolution():
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    net = as_lipschitz_net(randomised(model), (1, 6, 6))
+    assert isinstance(net.body[0], layers.BatchNormalized)
+    check(model, (1, 6, 6))
+
+
+def certified(model, x, **options):
+    """The table of cll.certify, whose predictions and radii hold for model(x) as it is called."""
+    C = max(2, model.eval()(x).shape[1])
+    table = cll.certify(model, (x, labels(len(x), C)), progress=False, **options)
+    f = copy.deepcopy(model).double().eval()(x.double())
+    f = f if f.shape[1] > 1 else torch.cat([0 * f, f], 1)
+    assert table["prediction"].tolist() == f.argmax(1).tolist()
+    return table
+
+
+def test_a_convolution_changed_later_is_certified_as_it_computes():
+    """torch reads these settings in every forward pass, one number for both directions too."""
+    x = torch.rand(6, 2, 9, 8)
+    for name, value in (("stride", 1), ("stride", [2, 1]), ("dilation", 2), ("padding", 2)):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        setattr(conv, name, value)
+        settings = {"stride": 2, "padding": 1, "dilation": 1} | {name: value}
+        same = nn.Conv2d(2, 4, 3, **{k: norms.pair(v) for k, v in settings.items()})
+        same.load_state_dict(conv.state_dict())
+        for method in bounds.METHODS:
+            norm = operator_norm(conv, (2, 9, 8), method)
+            assert norm == operator_norm(same, (2, 9, 8), method)
+        rest = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        first, second = (certified(nn.Sequential(c, rest), x, local=True) for c in (conv, same))
+        assert first.equals(second)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, changes",
+    [
+        (nn.Conv2d(2, 4, 3), (2, 5, 5), {"in_channels": 4}),
+        (nn.Conv2d(2, 4, 3), (2, 5, 5), {"out_channels": 1}),
+        (nn.Conv2d(4, 4, 3), (8, 5, 5), {"groups": 2}),
+        (nn.ConvTranspose2d(2, 4, 3), (2, 5, 5), {"out_channels": 1}),
+        (nn.Conv1d(2, 4, 3), (2, 5), {"in_channels": 1}),
+        (nn.Linear(5, 4), (5,), {"in_features": 7}),
+        (nn.Linear(5, 4), (5,), {"out_features": 1}),
+    ],
+    ids=str,
+)
+def test_channels_that_a_layer_says_but_does_not_have_are_refused(layer, shape, changes):
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    with pytest.raises(ValueError, match="changed after it was built"):
+        operator_norm(layer, shape)
+    if isinstance(layer, nn.Linear):
+        with pytest.raises(ValueError, match="changed after it was built"):
+            certified(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), layer), torch.rand(4, 3))
+
+
+def test_norm_pools_of_odd_or_endless_powers_are_refused():
+    """(x^3 + y^3)^(1/3) has no bounded slope near x = -y; torch takes it for norm_type 3."""
+    for p in (3, 0.5, -2, math.inf, 2.5, math.nan):
+        with pytest.raises(TypeError, match=r"LPPool2d.*norm_type 1, 2 or another even"):
+            operator_norm(nn.LPPool2d(p, 2), (1, 4, 4))
+
+
+BINARY = {
+    "Linear": lambda: [nn.Linear(8, 1)],
+    "no bias": lambda: [nn.Linear(8, 1, bias=False)],
+    "spectral_norm": lambda: [parametrizations.spectral_norm(nn.Linear(8, 1))],
+    "activation": lambda: [nn.Linear(8, 1), nn.Tanh()],
+    "BatchNorm": lambda: [nn.Linear(8, 1), nn.BatchNorm1d(1)],
+    "normalised": lambda: [layers.NormalizedLinear(8, 1)],
+    "truncated": lambda: [layers.Truncation(8, 1)],
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_binary_network_with_one_output_is_certified_within_f_over_K(name):
+    torch.manual_seed(0)
+    x = torch.randn(40, 3)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), *BINARY[name]())
+    model(x)  # statistics
+    table = certified(model, x)
+    f = copy.deepcopy(model).double()(x.double())[:, 0].detach()
+    K = table.attrs["summary"]["K_f"]
+    np.testing.assert_allclose(table["radius"], f.abs() / K, rtol=1e-6, atol=1e-12)
+    assert stretch(model, (3,)) <= K
+    found = cll.lipschitz_lower_bound(model, x, steps=20, clamp=None)
+    assert 0.02 * K < found <= K
+    # the same as two logits 0 and f, whose difference is f
+    if name == "Linear":
+        head = nn.Linear(8, 2)
+        with torch.no_grad():
+            head.weight.copy_(torch.cat([0 * model[-1].weight, model[-1].weight]))
+            head.bias.copy_(torch.cat([0 * model[-1].bias, model[-1].bias]))
+        two = certified(nn.Sequential(*model[:-1], head), x)
+        np.testing.assert_allclose(table["radius"], two["radius"], rtol=1e-9)
+        local = certified(model, x, local=True)
+        assert (local["radius_local"] >= local["radius"]).all()
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.LogSigmoid(), nn.Hardsigmoid()])
+def test_a_single_score_has_a_sign(last):
+    """A probability above 0 would be class 1 whatever the input."""
+    model = nn.Sequential(nn.Linear(3, 1), last)
+    with pytest.raises(ValueError, match="sign is the answer; leave that layer out"):
+        cll.certify(model, (torch.rand(5, 3), labels(5, 2)))
+
+
+def test_a_lipschitz_net_with_one_output_keeps_its_normalisation():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), MaxMin())
+    net = cll.LipschitzNet(body, nn.Linear(6, 1), (3, 2, 2), (0.2, 0.3, 0.4), (0.5, 0.4, 0.3))
+    x = torch.rand(20, 3, 2, 2)
+    table = certified(net, x)
+    K = cll.lipschitz_matrix(net)
+    assert K.shape == (2, 2) and K[0, 1].item() == table.attrs["summary"]["K_f"]
+    assert stretch(net, (3, 2, 2)) <= K[0, 1].item()
+    np.testing.assert_allclose(
+        table["radius"], net.double()(x.double())[:, 0].abs().detach() / K[0, 1]
+    )
+
+    class Loud(cll.LipschitzNet):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    for model in (Loud(body, nn.Linear(6, 1), (3, 2, 2)), hooked(net), replaced(net)):
+        with pytest.raises(TypeError, match="one output|hooks"):
+            cll.certify(model, (x, labels(20, 2)))
+
+
+def test_bounds_of_a_plain_sequential():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x, net = torch.rand(6, 1, 6, 6), as_lipschitz_net(model, (1, 6, 6))
+    K = cll.lipschitz_matrix(model, input_shape=(1, 6, 6))
+    assert K.equal(cll.lipschitz_matrix(net))
+    assert cll.layer_bounds(model, input_shape=(1, 6, 6)).equals(cll.layer_bounds(net))
+    assert 0 < cll.lipschitz_lower_bound(model, x, steps=5) <= K.max()
+    local = cll.local.local_lipschitz(model, x, 0.1)
+    assert local.equal(cll.local.local_lipschitz(net, x, 0.1)) and (local <= K).all()
+    for function in (cll.lipschitz_matrix, cll.layer_bounds):
+        with pytest.raises(ValueError, match="give input_shape"):
+            function(model)
+
+
+@pytest.mark.parametrize("home", ["deel.torchlip.modules", "orthogonium.layers.conv"])
+def test_layers_of_other_kits_say_how_to_export_or_register_them(home):
+    kinds = [
+        type("Spectral", (nn.Linear,), {}),
+        type("Sort", (nn.Module,), {"forward": lambda s, x: x}),
+    ]
+    for kind in kinds:
+        kind.__module__ = home
+        layer = kind(4, 4) if kind is kinds[0] else kind()
+        for model in (nn.Sequential(layer, nn.Linear(4, 3)), layer, nn.Sequential(Residual(layer))):
+            with pytest.raises(
+                TypeError, match=rf"vanilla_export.*bounds.register\({kind.__name__}\)"
+            ):
+                cll.certify(model, (torch.rand(5, 4), labels(5)))
+    bounds.register(kinds[1])(lambda layer, input_shape, method: 1.0)
+    check(nn.Sequential(kinds[1](), nn.Linear(4, 3)), (4,))
 
 
 def test_datasets_arrays_and_points_give_one_table():

@@ -452,9 +452,156 @@ def test_max_pooling_is_bounded(arguments):
         assert bound == pytest.approx(reached, rel=1e-6)
 
 
-def test_dilated_max_pooling_is_unknown():
-    with pytest.raises(TypeError, match="MaxPool2d.*dilation"):
-        operator_norm(nn.MaxPool2d(2, dilation=2), (1, 8, 8))
+MODES = ["nearest", "nearest-exact", "linear", "linear", "bicubic"]
+
+
+@st.composite
+def separable(draw):
+    """(pad, pool or Upsample in one to three dimensions, input shape)."""
+    d = draw(st.integers(1, 3))
+    sizes = st.integers(1, {1: 12, 2: 7, 3: 4}[d])
+    shape = (draw(st.integers(1, 2)), *(draw(sizes) for _ in range(d)))
+    sides, side = shape[1:], min(shape[1:])
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(d))
+
+    def kind(name):
+        return getattr(nn, f"{name}{d}d")
+
+    name = draw(
+        st.sampled_from(
+            ["Circular", "Reflection", "Replication", "Upsample", "Adaptive"] + 4 * ["Pool"]
+        )
+    )
+    if name == "Upsample":
+        mode = draw(st.sampled_from(MODES if d == 2 else MODES[:-1]))
+        mode = {
+            1: mode,
+            2: mode.replace("linear", "bilinear"),
+            3: mode.replace("linear", "trilinear"),
+        }[d]
+        corners = None if mode.startswith("nearest") else draw(st.booleans())
+        if draw(st.booleans()):
+            return nn.Upsample(each(1, 9 - 2 * d), None, mode, corners), shape
+        factor = draw(st.sampled_from([1.0, 1.5, 2.0, 2.3, 3.0]))
+        again = draw(st.sampled_from([None, True]))
+        return nn.Upsample(None, factor, mode, corners, again), shape
+    if name == "Adaptive":
+        return kind(name + draw(st.sampled_from(["AvgPool", "MaxPool"])))(each(1, 9 - 2 * d)), shape
+    if name != "Pool":
+        low, high = 0, {"Circular": side, "Reflection": side - 1, "Replication": 5 - d}[name]
+        if name == "Circular" and side > 2 and draw(st.booleans()):
+            low, high = -1, side - 3  # it also cuts off
+        pads = tuple(draw(st.integers(low, high)) for _ in range(2 * d))
+        return kind(name + "Pad")(pads), shape
+    kernel = tuple(draw(st.integers(1, n)) for n in sides)
+    stride, ceil = each(1, 3), draw(st.booleans())
+    pads = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    what = draw(st.sampled_from(["AvgPool", "MaxPool", "LPPool"]))
+    if what == "LPPool":
+        kernel, stride = (kernel[0], stride[0]) if d == 1 else (kernel, stride)
+        return kind(what)(draw(st.sampled_from([1, 2, 2.0, 4])), kernel, stride, ceil), shape
+    if what == "MaxPool":
+        return kind(what)(kernel, stride, pads, ceil_mode=ceil), shape
+    options = {"divisor_override": draw(st.sampled_from([None, 3, -2]))} if d > 1 else {}
+    return kind(what)(kernel, stride, pads, ceil, draw(st.booleans()), **options), shape
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(separable())
+def test_pads_pools_and_interpolations_are_exact(case):
+    """Linear ones have the norm of their matrix; the others are attained by one pixel."""
+    layer, shape = case
+    one = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    answers = layer(one).flatten(1)
+    if isinstance(layer, bounds.MAXIMA + bounds.NORMS) and getattr(layer, "norm_type", 2) != 1:
+        reference = answers.norm(dim=1).max().item()
+        assert jacobian_norm(layer, shape, 0) <= reference * (1 + 1e-12)
+    else:
+        reference = torch.linalg.matrix_norm(answers, 2).item()
+    guaranteed, power = (operator_norm(layer, shape, m) for m in ("guaranteed", "power"))
+    assert reference <= guaranteed <= reference * (1 + 1e-10)
+    assert reference * (1 - 1e-10) <= power <= reference
+    assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.ReflectionPad2d(4), (1, 4, 4)),
+        (nn.CircularPad1d(5), (1, 4)),
+        (nn.AvgPool2d(5), (1, 4, 4)),
+        (nn.MaxPool2d(5), (1, 4, 4)),
+        (nn.LPPool2d(2, 5), (1, 4, 4)),
+        (nn.AdaptiveAvgPool2d(2), (4, 4)),
+        (nn.Upsample(3, mode="bilinear"), (1, 4)),
+        (nn.ConvTranspose2d(2, 2, 1, padding=3), (2, 3, 3)),
+        (nn.ConvTranspose2d(2, 2, 3), (1, 3, 3)),
+    ],
+    ids=str,
+)
+def test_shapes_that_a_layer_does_not_accept_are_one_line_errors(layer, shape):
+    with pytest.raises(ValueError, match=type(layer).__name__) as error:
+        operator_norm(layer, shape)
+    assert "\n" not in str(error.value)
+
+
+@st.composite
+def other_convolutions(draw):
+    """(Conv1d, ConvTranspose1d or ConvTranspose2d, input shape)."""
+    d, transposed = draw(st.sampled_from([(1, False), (1, True), (2, True), (2, True)]))
+    groups = draw(st.sampled_from([1, 1, 2]))
+    channels = [groups * draw(st.integers(1, 3)) for _ in range(2)]
+    kernel, stride, dilation, size, pads, extra = zip(
+        *[
+            [
+                draw(st.integers(low, high))
+                for low, high in ((1, 4), (1, 3), (1, 2), (1, 6), (0, 3), (0, 2))
+            ]
+            for _ in range(d)
+        ],
+        strict=True,
+    )
+    extra = tuple(min(e, s - 1) for e, s in zip(extra, stride, strict=True))
+    size = tuple(
+        max(n, d * (k - 1) + 1 - 2 * p, -(-(2 * p + 1 - d * (k - 1)) // s) + 1 if transposed else 1)
+        for n, k, s, d, p in zip(size, kernel, stride, dilation, pads, strict=True)
+    )
+    name = f"Conv{'Transpose' if transposed else ''}{d}d"
+    options = {"output_padding": extra} if transposed else {}
+    layer = getattr(nn, name)(
+        *channels, kernel, stride, pads, groups=groups, dilation=dilation, **options
+    )
+    set_weight(layer, draw(st.sampled_from(WEIGHTS)), draw(st.integers(0, 10**6)))
+    return layer, (channels[0], *size)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(other_convolutions())
+def test_transposed_and_one_dimensional_convolutions_have_the_norm_of_their_matrix(case):
+    layer, shape = case
+    double = copy.deepcopy(layer).double()
+    one = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    black = double(torch.zeros(1, *shape, dtype=torch.float64))
+    double.bias = None
+    matrix = double(one).flatten(1).detach()
+    size = matrix.abs().max().item() or 1.0
+    reference = torch.linalg.matrix_norm(matrix / size, 2).item() * size
+    guaranteed, fast, power = (
+        operator_norm(layer, shape, m) for m in ("guaranteed", "fast", "power")
+    )
+    assert black.shape[1] == layer.out_channels
+    assert reference <= guaranteed <= fast * (1 + 1e-12)
+    assert guaranteed <= reference * (1 + 1e-4) + 1e-290
+    assert reference * (1 - 1e-6) <= power <= reference * (1 + 1e-15)
+    assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
+
+
+def test_output_padding_beyond_the_stride_is_refused():
+    """torch allows it where the dilation is larger; the Conv2d then has more outputs."""
+    with pytest.raises(TypeError, match="output_padding is not below stride"):
+        operator_norm(nn.ConvTranspose2d(1, 1, 2, 1, 0, 1, dilation=2), (1, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -471,12 +618,22 @@ def test_dilated_max_pooling_is_unknown():
         (nn.Flatten(), 1.0),
         (nn.Unflatten(1, (2, 2)), 1.0),
         (nn.Dropout(0.5), 1.0),
+        (nn.Dropout3d(0.5), 1.0),
+        (nn.Softplus(3.0), 1.0),
+        (nn.RReLU(), 1.0),
+        (nn.RReLU(-3.0, -2.0), 2.5),
+        (nn.ChannelShuffle(2), 1.0),
+        (nn.ConstantPad2d(2, 7.0), 1.0),
+        (nn.ReplicationPad2d(2), 9.0**0.5),  # a corner fills 3 x 3 positions
+        (nn.CircularPad2d(3), 3.0),  # an image of 3 x 3, nine times
+        (nn.ReflectionPad2d((2, 2, 0, 0)), 3.0**0.5),  # the middle column, three times
+        (nn.Upsample(scale_factor=2), 2.0),
     ],
     ids=str,
 )
 def test_constants_of_layers_without_weights(layer, constant):
     shape = (4, 3, 3)
-    assert operator_norm(layer, shape) == constant
+    assert operator_norm(layer, shape) == pytest.approx(constant, rel=1e-12)
     torch.manual_seed(0)
     x = torch.randn(2000, *shape) * 2
     y = x + 1e-2 * torch.randn(2000, *shape)
@@ -492,11 +649,9 @@ def test_constants_of_layers_without_weights(layer, constant):
     "layer",
     [
         nn.GroupNorm(1, 3),
-        nn.Softplus(),
         nn.Hardshrink(),
-        nn.Conv1d(3, 3, 1),
-        nn.ConvTranspose2d(3, 3, 3),
-        nn.AdaptiveAvgPool2d(3),
+        nn.Threshold(0.5, 0.0),
+        nn.Conv3d(3, 3, 1),
         nn.Softmax(1),
     ],
     ids=lambda layer: type(layer).__name__,

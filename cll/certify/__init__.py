@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..architectures import as_lipschitz_net
+from ..architectures import LipschitzNet, as_lipschitz_net
 from ..bounds import float64_copy, lipschitz_matrix
 from ..data import check_values
 from ..layers import freeze
@@ -126,6 +126,7 @@ def certify(
 
     model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
         or a ``cll.LipschitzNet``.
+        With one output f, of Lipschitz constant K: class 1 where f > 0, else 0; radius |f| / K.
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
@@ -250,6 +251,8 @@ def lipschitz_lower_bound(
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
+    if isinstance(model, torch.nn.Sequential | LipschitzNet):  # it takes any function otherwise
+        model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if pairs < 1 or len(images) < 2:
         raise ValueError(f"a pair of images is needed: got pairs = {pairs}, {len(images)} images")
