@@ -43,6 +43,7 @@ from cll.layers import (
     SLLLinear,
     SOCConv2d,
     Truncation,
+    power_of_two,
 )
 from cll.norms import (
     CHUNK,
@@ -425,14 +426,20 @@ def _soc(layer, input_shape, method):
     layer = _evaluation_copy(layer)
     if method == "exact":
         return _exact_linear(layer, input_shape)
-    kernel, terms = layer.effective(), layer.terms[1]
-    norm = layer.kernel_size * min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
-    gain = taylor_gain(terms, round_up(norm))
+    kernel, terms = _derived(layer), layer.terms[1]
+    gain = taylor_gain(terms, round_up(series_norm(layer, kernel)))
     if gain > 1:
         size = [n // layer.stride for n in input_shape[-2:]]
         proven = matrix_norm(_plain(kernel), kernel, (len(kernel), *size), "fast")
         gain = min(gain, taylor_gain(terms, proven))
     return round_up(gain)
+
+
+def series_norm(layer, kernel):
+    """Upper bound of ||A|| of a SOCConv2d, see `_soc`; infinite from where squares may overflow."""
+    if kernel.abs().max() > 64:  # and ||A||, which is no smaller, above all that has a gain
+        return math.inf
+    return layer.kernel_size * min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -494,15 +501,23 @@ def _potential_step(layer, input_shape, method):
             'published form, for ablation only; build with variant="sound" to certify'
         )
     layer = _evaluation_copy(layer)
-    D, W = layer.effective(), layer.weight
+    D, W = _derived(layer), layer.weight
+    largest, known = W.abs().flatten(1).amax(1), D > 1e-290  # of CPL: the square of its norm
+    if isinstance(layer, SLLLinear | SLLConv2d):
+        known = (largest == 0) | (layer.shares()[1] > 1e-270 * (1 + largest * largest))
+    if not (known & (largest < 1e140)).all():
+        raise ValueError(
+            f"the step of {describe(layer)} is made of squares that float64 does not hold, of its "
+            "weight or norm: no bound; give its rows entries between 1e-120 and 1e140, or zeros"
+        )
     scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
     _check_shape(_plain(W), input_shape)
     norm = matrix_norm(_plain(W), scaled, input_shape, "exact" if method == "exact" else "fast")
     if method == "exact":
-        return max(1.0, 2 * norm**2 - 1)
+        return max(1.0, 2 * norm * norm - 1)
     # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
     norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
-    return round_up(max(1.0, round_up(2 * norm**2) - 1))
+    return round_up(max(1.0, round_up(2 * norm * norm) - 1))
 
 
 @register(SandwichLinear)
@@ -514,7 +529,9 @@ def _sandwich(layer, input_shape, method):
     if method == "power":
         return 1.0
     layer = _evaluation_copy(layer)
-    both = layer.effective()
+    both, P = _derived(layer), torch.exp(layer.psi)
+    if not ((P > 1e-300) & (P < 1e300)).all():
+        raise ValueError(f"exp(psi) of {describe(layer)} overflows or vanishes: no bound")
     both = both.reshape(-1, *both.shape[-2:])
     if method == "exact":
         square = torch.linalg.matrix_norm(both, 2).max().item() ** 2
@@ -537,8 +554,10 @@ def settle(model):
     """
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         if isinstance(layer, SOCConv2d):
-            kernel = _evaluation_copy(layer).skew_kernel()
-            norm = min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
+            exact = _evaluation_copy(layer)
+            size = power_of_two(exact.weight)
+            W = exact.skew_kernel(size)
+            norm = min(proven_norm(U[None]) for U in layer.unfoldings(W)) * size.item()
         elif isinstance(layer, CPLLinear | CPLConv2d):
             W = _evaluation_copy(layer).weight
             norm = matrix_norm(_plain(W), W, shape, "fast")
@@ -547,6 +566,11 @@ def settle(model):
         stored = torch.tensor(norm, dtype=layer.norm.dtype)
         if stored.double() < norm:
             stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        if W.any() and not torch.finfo(stored.dtype).tiny <= stored.item() < math.inf:
+            raise ValueError(
+                f"the norm of {describe(layer)}, {norm:.1e}, is no {stored.dtype} of full "
+                "precision: scale its weight"
+            )
         layer.norm.copy_(stored)
 
 
@@ -565,6 +589,16 @@ def _evaluation_copy(layer):
     if not all(t.isfinite().all() for t in layer.state_dict().values()):
         raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
     return layer
+
+
+def _derived(layer):
+    """What a layer applies to its inputs, `effective`; ValueError where float64 does not reach."""
+    tensor = layer.effective()
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"what {describe(layer)} computes from its parameters overflows: no bound; scale them"
+        )
+    return tensor
 
 
 @torch.no_grad()
@@ -861,12 +895,15 @@ def row_distances(head, W):
     """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3) or above
     the exact distance. Squares of tiny differences underflow: such pairs get an upper bound.
     Rows that were divided by their length are off by gamma(D) each, which may be all of it."""
+    size = power_of_two(W)
+    W = W / size
     distances = pairwise_distances(W)
     i, j = (distances < 1e-140).nonzero().unbind(1)
     for row in i[i != j].unique():
         others = j[i == row]
         gap = (W[row] - W[others]).abs().amax(1)
         distances[row, others] = gap * math.sqrt(W.shape[1]) * (1 + 1e-12)
+    distances = distances * size
     if isinstance(head, NormalizedLinear):
         distances = distances + 2 * gamma(W.shape[1] + 8)
     return distances
