@@ -426,8 +426,8 @@ def _soc(layer, input_shape, method):
     layer = _evaluation_copy(layer)
     if method == "exact":
         return _exact_linear(layer, input_shape)
-    kernel, terms = _derived(layer), layer.terms[1]
-    gain = taylor_gain(terms, round_up(series_norm(layer, kernel)))
+    kernel, terms = layer.effective(), layer.terms[1]
+    gain = taylor_gain(terms, round_up(layer.kernel_size * unfolded_norm(kernel)))
     if gain > 1:
         size = [n // layer.stride for n in input_shape[-2:]]
         proven = matrix_norm(_plain(kernel), kernel, (len(kernel), *size), "fast")
@@ -435,11 +435,10 @@ def _soc(layer, input_shape, method):
     return round_up(gain)
 
 
-def series_norm(layer, kernel):
-    """Upper bound of ||A|| of a SOCConv2d, see `_soc`; infinite from where squares may overflow."""
-    if kernel.abs().max() > 64:  # and ||A||, which is no smaller, above all that has a gain
-        return math.inf
-    return layer.kernel_size * min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
+def unfolded_norm(kernel):
+    """The smaller proven norm of the unfoldings of a skew kernel, of any order of size."""
+    sides = SOCConv2d.unfoldings(kernel)
+    return min(matrix_norm(_plain(U), U, U.shape[1:], "fast") for U in sides)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -501,14 +500,12 @@ def _potential_step(layer, input_shape, method):
             'published form, for ablation only; build with variant="sound" to certify'
         )
     layer = _evaluation_copy(layer)
-    D, W = _derived(layer), layer.weight
-    largest, known = W.abs().flatten(1).amax(1), D > 1e-290  # of CPL: the square of its norm
-    if isinstance(layer, SLLLinear | SLLConv2d):
-        known = (largest == 0) | (layer.shares()[1] > 1e-270 * (1 + largest * largest))
-    if not (known & (largest < 1e140)).all():
+    D, W = layer.effective(), layer.weight
+    largest = W.abs().flatten(1).amax(1)
+    if not ((largest == 0) | (largest < 1e140) & (D > 1e-290)).all():
         raise ValueError(
-            f"the step of {describe(layer)} is made of squares that float64 does not hold, of its "
-            "weight or norm: no bound; give its rows entries between 1e-120 and 1e140, or zeros"
+            f"float64 does not hold the squares that {describe(layer)} makes of its weight or norm:"
+            " no bound; scale them, rows of the weight to entries between 1e-90 and 1e140, or to 0"
         )
     scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
     _check_shape(_plain(W), input_shape)
@@ -529,9 +526,12 @@ def _sandwich(layer, input_shape, method):
     if method == "power":
         return 1.0
     layer = _evaluation_copy(layer)
-    both, P = _derived(layer), torch.exp(layer.psi)
-    if not ((P > 1e-300) & (P < 1e300)).all():
-        raise ValueError(f"exp(psi) of {describe(layer)} overflows or vanishes: no bound")
+    both, P = layer.effective(), torch.exp(layer.psi)
+    if not (both.isfinite().all() and ((P > 1e-300) & (P < 1e300)).all()):
+        raise ValueError(
+            f"float64 does not hold alpha^2 or exp(psi) of {describe(layer)}: no bound; take alpha "
+            "up to 1e150 and psi from -690 to 690"
+        )
     both = both.reshape(-1, *both.shape[-2:])
     if method == "exact":
         square = torch.linalg.matrix_norm(both, 2).max().item() ** 2
@@ -554,19 +554,18 @@ def settle(model):
     """
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         if isinstance(layer, SOCConv2d):
-            exact = _evaluation_copy(layer)
-            size = power_of_two(exact.weight)
-            W = exact.skew_kernel(size)
-            norm = min(proven_norm(U[None]) for U in layer.unfoldings(W)) * size.item()
+            kernel = _evaluation_copy(layer).skew_kernel()
+            norm, lowest = unfolded_norm(kernel), torch.finfo(layer.norm.dtype).tiny
+            lowest = lowest if kernel.any() else 0.0
         elif isinstance(layer, CPLLinear | CPLConv2d):
             W = _evaluation_copy(layer).weight
-            norm = matrix_norm(_plain(W), W, shape, "fast")
+            norm, lowest = matrix_norm(_plain(W), W, shape, "fast"), 0.0
         else:
             continue
         stored = torch.tensor(norm, dtype=layer.norm.dtype)
         if stored.double() < norm:
             stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
-        if W.any() and not torch.finfo(stored.dtype).tiny <= stored.item() < math.inf:
+        if not lowest <= stored.item() < math.inf:
             raise ValueError(
                 f"the norm of {describe(layer)}, {norm:.1e}, is no {stored.dtype} of full "
                 "precision: scale its weight"
@@ -589,16 +588,6 @@ def _evaluation_copy(layer):
     if not all(t.isfinite().all() for t in layer.state_dict().values()):
         raise ValueError(f"the weight of {describe(layer)} holds NaN or infinite numbers: no bound")
     return layer
-
-
-def _derived(layer):
-    """What a layer applies to its inputs, `effective`; ValueError where float64 does not reach."""
-    tensor = layer.effective()
-    if not tensor.isfinite().all():
-        raise ValueError(
-            f"what {describe(layer)} computes from its parameters overflows: no bound; scale them"
-        )
-    return tensor
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ class PadChannels(nn.Module):
         self.channels = channels
 
     def forward(self, x):
-        return _pad_channels(x, self.channels)
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.channels - x.shape[1]))
 
     def extra_repr(self):
         return str(self.channels)
@@ -302,8 +302,7 @@ class SOCConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"SOCConv2d needs an odd kernel, got {kernel_size}")
+        _odd(kernel_size, "SOCConv2d")
         if not all(1 <= count <= 64 for count in terms):
             raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -317,10 +316,10 @@ class SOCConv2d(nn.Module):
         self.register_buffer("norm", torch.ones(()))
         self.frozen = None
 
-    def skew_kernel(self, size=1.0):
-        """(c, c, k, k) over size, exactly skew: W[o, i, a, b] = -W[i, o, k-1-a, k-1-b]."""
-        weight = self.weight / size
-        return (weight - weight.transpose(0, 1).flip(2, 3)) / 2
+    def skew_kernel(self):
+        """(c, c, k, k), exactly skew: W[o, i, a, b] = -W[i, o, k-1-a, k-1-b]."""
+        half = self.weight / 2  # first: the difference of two numbers may overflow
+        return half - half.transpose(0, 1).flip(2, 3)
 
     @staticmethod
     def unfoldings(kernel):
@@ -331,7 +330,8 @@ class SOCConv2d(nn.Module):
     @torch.no_grad()
     def advance(self, iterations):
         """Move the vectors of the norm estimates by steps of power iteration, in place."""
-        square, flat = self.unfoldings(self.skew_kernel(power_of_two(self.weight)))
+        kernel = self.skew_kernel()
+        square, flat = self.unfoldings(kernel / power_of_two(kernel))
         v, w = self.v_square, self.v_flat
         for _ in range(iterations):
             v = _unit(square.mT @ (square @ v), v)
@@ -341,8 +341,9 @@ class SOCConv2d(nn.Module):
 
     def effective(self):
         """The scaled kernel (c, c, k, k) of A."""
-        size = power_of_two(self.weight)
-        kernel, norm = self.skew_kernel(size), self.norm / size
+        kernel = self.skew_kernel()
+        size = power_of_two(kernel)
+        kernel, norm = kernel / size, self.norm / size
         if self.training:
             square, flat = self.unfoldings(kernel)
             norm = torch.linalg.vector_norm(square @ self.v_square)
@@ -354,8 +355,7 @@ class SOCConv2d(nn.Module):
         kernel = self.effective() if self.frozen is None else self.frozen
         if self.stride > 1:
             x = F.pixel_unshuffle(x, self.stride)
-        x = _pad_channels(x, kernel.shape[0])
-        y = power = x
+        y = power = F.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[1]))
         for k in range(1, self.terms[0 if self.training else 1] + 1):
             power = F.conv2d(power, kernel, padding=self.kernel_size // 2) / k
             y = y + power
@@ -477,27 +477,23 @@ class _SLL(_PotentialStep):
         self.q = nn.Parameter(torch.randn(shape[0]))
         self.variant = variant
 
-    def shares(self):
-        """(q, G q), (inner,) each: D is their quotient. In full precision also under autocast."""
+    def effective(self):
+        """D, (inner,), 0 for rows of zeros. In full precision also under autocast."""
         with _full_precision(self.weight):
+            small = 1e-200 if self.weight.dtype == torch.float64 else 1e-30
             if self.weight.ndim == 2:
                 G = (self.weight @ self.weight.mT).abs()
             else:  # correlations of the kernels at all offsets: the rows of G on an endless image
                 pad = self.weight.shape[-1] - 1
                 G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
             if self.variant == "sound":
-                q = inverse = torch.exp(self.q - self.q.max())
+                q = inverse = torch.exp(self.q - self.q.max()).clamp_min(small)
             elif self.variant == "abs-q":
                 q, inverse = self.q.abs(), self.q.abs() + 1e-6
             else:
                 q = inverse = torch.ones_like(self.q)
-            return inverse, G @ q
-
-    def effective(self):
-        """D, (inner,). It stays finite where T vanishes: of a row of zeros, D plays no role."""
-        q, total = self.shares()
-        small = 1e-290 if total.dtype == torch.float64 else 1e-30
-        return q / torch.where(total > small, total, 1.0)
+            total = G @ q
+            return inverse / torch.where(total > small, total, math.inf)
 
     def extra_repr(self):
         kind = "" if self.variant == "sound" else f", variant={self.variant!r}"
@@ -560,8 +556,9 @@ class _Sandwich(nn.Module):
         self.frozen = None
 
     def _cayley(self, W):
-        """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex."""
-        n = W.shape[-2]
+        """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex,
+        brought to the length alpha."""
+        n, W = W.shape[-2], self.alpha * W / _length(W).clamp_min(1e-30)
         U, V = W[..., :n].mH, W[..., n:].mH  # (..., n, n), (..., m, n)
         Z = U - U.mH + V.mH @ V
         identity = torch.eye(n, dtype=W.dtype, device=W.device)
@@ -574,20 +571,15 @@ class _Sandwich(nn.Module):
 
 
 class _RightSolve(torch.autograd.Function):
-    """X of X A = B, A (..., n, n) and B (..., m, n), for autograd and torch.func.
-
-    On CPUs with several threads torch's LU of a batch is broken from n = 151 on: it never returns,
-    or returns nonsense (PyTorch issue 142815). There, and in the backward pass, which solves as
-    well, matrices are taken one at a time.
+    """X of X A = B, A (..., n, n), B (..., m, n). On CPUs one matrix at a time, backward as well:
+    with several threads torch's LU of a batch never returns from n = 151 on (PyTorch issue 142815).
     """
 
     @staticmethod
     def forward(A, B):
-        if A.device.type != "cpu" or A.ndim == 2 or A.shape[-1] <= 128:
-            return torch.linalg.solve(A, B, left=False)
-        pairs = zip(A.flatten(0, -3), B.flatten(0, -3), strict=True)
-        X = torch.stack([torch.linalg.solve(*pair, left=False) for pair in pairs])
-        return X.unflatten(0, A.shape[:-2])
+        if A.device.type == "cpu" and A.ndim > 2 and A.shape[-1] > 128:
+            return torch.stack([_RightSolve.forward(*pair) for pair in zip(A, B, strict=True)])
+        return torch.linalg.solve(A, B, left=False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -614,8 +606,7 @@ class SandwichLinear(_Sandwich):
     def effective(self):
         """[A B], (out, out + in)."""
         with _full_precision(self.weight):
-            weight = self.weight / power_of_two(self.weight)
-            return self._cayley(self.alpha * weight / _length(weight).clamp_min(1e-30))
+            return self._cayley(self.weight / power_of_two(self.weight))
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
@@ -655,8 +646,7 @@ class SandwichConv2d(_Sandwich):
     def effective(self):
         """[A B] of each frequency, (H, W/2 + 1, out, out + in), complex."""
         with _full_precision(self.weight):
-            spectrum = self._spectrum(self.weight / power_of_two(self.weight))
-            return self._cayley(self.alpha * spectrum / _length(spectrum).clamp_min(1e-30))
+            return self._cayley(self._spectrum(self.weight / power_of_two(self.weight)))
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
@@ -741,10 +731,6 @@ def _pairs(x, name):
     return x.unflatten(1, (-1, 2))
 
 
-def _pad_channels(x, channels):
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, channels - x.shape[1]))
-
-
 def power_of_two(x, *axis):
     """The largest power of two up to max |x|, 1 where all of x is 0; along an axis, which is kept,
     or of all. x / it is exact, and no square of it overflows or is lost beside the largest."""
@@ -754,11 +740,10 @@ def power_of_two(x, *axis):
 
 
 def _length(x):
-    """||x|| of all of x, summed in float64: float32 loses up to 4e-3 of the sum of 1e7 squares, by
-    which the gradient of the full-size Sandwich network, nine such layers deep, was off 3 %."""
+    """||x||, summed in float64: float32 loses up to 4e-3 of a sum of millions of squares, which put
+    the gradients of the full-size Sandwich network off by 3 %."""
     wide = torch.promote_types(x.dtype, torch.float64)
-    norm = torch.linalg.vector_norm(x, dtype=wide)
-    return norm.to(x.real.dtype)
+    return torch.linalg.vector_norm(x, dtype=wide).to(x.real.dtype)
 
 
 def _full_precision(tensor):
@@ -769,12 +754,10 @@ def _full_precision(tensor):
 
 def _odd(kernel_size, name):
     if kernel_size % 2 == 0:
-        raise ValueError(f"{name} keeps the image size: use an odd kernel, not {kernel_size}")
+        raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
 
 
 def _unit(x, fallback):
     """x / ||x||; where x vanishes, the vector before."""
     norm = torch.linalg.vector_norm(x)
-    return torch.where(
-        norm > 0, x / norm.clamp_min(1e-300 if x.dtype == torch.float64 else 1e-38), fallback
-    )
+    return torch.where(norm > 0, x / norm.clamp_min(torch.finfo(x.dtype).tiny), fallback)

@@ -27,7 +27,7 @@ from .bounds import (
     normalisation,
     operator_norm,
     row_distances,
-    series_norm,
+    unfolded_norm,
 )
 from .layers import (
     BatchNormalized,
@@ -232,7 +232,7 @@ def _soc(layer, input_shape):
     """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
     off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
     kernel = layer.effective().detach()
-    n = series_norm(layer, kernel)
+    n = layer.kernel_size * unfolded_norm(kernel)
     m, g = absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
     size, error = 1.0, 0.0
     total, sizes = 0.0, 1.0
