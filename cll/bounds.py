@@ -43,6 +43,7 @@ from cll.layers import (
     SLLLinear,
     SOCConv2d,
     Truncation,
+    power_of_two,
 )
 from cll.norms import (
     CHUNK,
@@ -491,13 +492,18 @@ def _soc(layer, input_shape, method):
     if method == "exact":
         return _exact_linear(layer, input_shape)
     kernel, terms = layer.effective(), layer.terms[1]
-    norm = layer.kernel_size * min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
-    gain = taylor_gain(terms, round_up(norm))
+    gain = taylor_gain(terms, round_up(layer.kernel_size * unfolded_norm(kernel)))
     if gain > 1:
         size = [n // layer.stride for n in input_shape[-2:]]
         proven = matrix_norm(_plain(kernel), kernel, (len(kernel), *size), "fast")
         gain = min(gain, taylor_gain(terms, proven))
     return round_up(gain)
+
+
+def unfolded_norm(kernel):
+    """The smaller proven norm of the unfoldings of a skew kernel, of any order of size."""
+    sides = SOCConv2d.unfoldings(kernel)
+    return min(matrix_norm(_plain(U), U, U.shape[1:], "fast") for U in sides)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -560,14 +566,20 @@ def _potential_step(layer, input_shape, method):
         )
     layer = _evaluation_copy(layer)
     D, W = layer.effective(), layer.weight
+    largest = W.abs().flatten(1).amax(1)
+    if not ((largest == 0) | (largest < 1e140) & (D > 1e-290)).all():
+        raise ValueError(
+            f"float64 does not hold the squares that {describe(layer)} makes of its weight or norm:"
+            " no bound; scale them, rows of the weight to entries between 1e-90 and 1e140, or to 0"
+        )
     scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
     _check_shape(_plain(W), input_shape)
     norm = matrix_norm(_plain(W), scaled, input_shape, "exact" if method == "exact" else "fast")
     if method == "exact":
-        return max(1.0, 2 * norm**2 - 1)
+        return max(1.0, 2 * norm * norm - 1)
     # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
     norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
-    return round_up(max(1.0, round_up(2 * norm**2) - 1))
+    return round_up(max(1.0, round_up(2 * norm * norm) - 1))
 
 
 @register(SandwichLinear)
@@ -579,7 +591,12 @@ def _sandwich(layer, input_shape, method):
     if method == "power":
         return 1.0
     layer = _evaluation_copy(layer)
-    both = layer.effective()
+    both, P = layer.effective(), torch.exp(layer.psi)
+    if not (both.isfinite().all() and ((P > 1e-300) & (P < 1e300)).all()):
+        raise ValueError(
+            f"float64 does not hold alpha^2 or exp(psi) of {describe(layer)}: no bound; take alpha "
+            "up to 1e150 and psi from -690 to 690"
+        )
     both = both.reshape(-1, *both.shape[-2:])
     if method == "exact":
         square = torch.linalg.matrix_norm(both, 2).max().item() ** 2
@@ -604,15 +621,21 @@ def settle(model):
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         if isinstance(layer, SOCConv2d):
             kernel = _evaluation_copy(layer).skew_kernel()
-            norm = min(proven_norm(U[None]) for U in layer.unfoldings(kernel))
+            norm, lowest = unfolded_norm(kernel), torch.finfo(layer.norm.dtype).tiny
+            lowest = lowest if kernel.any() else 0.0
         elif isinstance(layer, CPLLinear | CPLConv2d):
             W = _evaluation_copy(layer).weight
-            norm = matrix_norm(_plain(W), W, shape, "fast")
+            norm, lowest = matrix_norm(_plain(W), W, shape, "fast"), 0.0
         else:
             continue
         stored = torch.tensor(norm, dtype=layer.norm.dtype)
         if stored.double() < norm:
             stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        if not lowest <= stored.item() < math.inf:
+            raise ValueError(
+                f"the norm of {describe(layer)}, {norm:.1e}, is no {stored.dtype} of full "
+                "precision: scale its weight"
+            )
         layer.norm.copy_(stored)
 
 
@@ -1030,12 +1053,15 @@ def row_distances(head, W):
     """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3) or above
     the exact distance. Squares of tiny differences underflow: such pairs get an upper bound.
     Rows that were divided by their length are off by gamma(D) each, which may be all of it."""
+    size = power_of_two(W)
+    W = W / size
     distances = pairwise_distances(W)
     i, j = (distances < 1e-140).nonzero().unbind(1)
     for row in i[i != j].unique():
         others = j[i == row]
         gap = (W[row] - W[others]).abs().amax(1)
         distances[row, others] = gap * math.sqrt(W.shape[1]) * (1 + 1e-12)
+    distances = distances * size
     if isinstance(head, NormalizedLinear):
         distances = distances + 2 * gamma(W.shape[1] + 8)
     return distances

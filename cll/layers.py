@@ -98,10 +98,14 @@ class _UnsortPairs(torch.autograd.Function):
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
+def _in_front(x, axis, info):
+    """Under vmap over `axis`, None for a tensor that all share: that axis before the others."""
+    return x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+
+
 def _one_batch(x, axis, info):
     """Under vmap over `axis`: a layer without weights may see all samples as one batch."""
-    x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-    return x.flatten(0, 1)
+    return _in_front(x, axis, info).flatten(0, 1)
 
 
 class ClampedMaxMin(nn.Module):
@@ -169,7 +173,7 @@ class PadChannels(nn.Module):
         self.channels = channels
 
     def forward(self, x):
-        return _pad_channels(x, self.channels)
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.channels - x.shape[1]))
 
     def extra_repr(self):
         return str(self.channels)
@@ -320,8 +324,7 @@ class SOCConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"SOCConv2d needs an odd kernel, got {kernel_size}")
+        _odd(kernel_size, "SOCConv2d")
         if not all(1 <= count <= 64 for count in terms):
             raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -337,7 +340,8 @@ class SOCConv2d(nn.Module):
 
     def skew_kernel(self):
         """(c, c, k, k), exactly skew: W[o, i, a, b] = -W[i, o, k-1-a, k-1-b]."""
-        return (self.weight - self.weight.transpose(0, 1).flip(2, 3)) / 2
+        half = self.weight / 2  # first: the difference of two numbers may overflow
+        return half - half.transpose(0, 1).flip(2, 3)
 
     @staticmethod
     def unfoldings(kernel):
@@ -348,7 +352,8 @@ class SOCConv2d(nn.Module):
     @torch.no_grad()
     def advance(self, iterations):
         """Move the vectors of the norm estimates by steps of power iteration, in place."""
-        square, flat = self.unfoldings(self.skew_kernel())
+        kernel = self.skew_kernel()
+        square, flat = self.unfoldings(kernel / power_of_two(kernel))
         v, w = self.v_square, self.v_flat
         for _ in range(iterations):
             v = _unit(square.mT @ (square @ v), v)
@@ -359,20 +364,20 @@ class SOCConv2d(nn.Module):
     def effective(self):
         """The scaled kernel (c, c, k, k) of A."""
         kernel = self.skew_kernel()
-        norm = self.norm
+        size = power_of_two(kernel)
+        kernel, norm = kernel / size, self.norm / size
         if self.training:
             square, flat = self.unfoldings(kernel)
             norm = torch.linalg.vector_norm(square @ self.v_square)
             norm = torch.minimum(norm, torch.linalg.vector_norm(flat.mT @ self.v_flat))
         scale = 0.7 if self.kernel_size > 1 else 1.0
-        return kernel * (scale / norm.clamp_min(1e-30))
+        return kernel * (scale / norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
     def forward(self, x):
         kernel = self.effective() if self.frozen is None else self.frozen
         if self.stride > 1:
             x = F.pixel_unshuffle(x, self.stride)
-        x = _pad_channels(x, kernel.shape[0])
-        y = power = x
+        y = power = F.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[1]))
         for k in range(1, self.terms[0 if self.training else 1] + 1):
             power = F.conv2d(power, kernel, padding=self.kernel_size // 2) / k
             y = y + power
@@ -495,20 +500,22 @@ class _SLL(_PotentialStep):
         self.variant = variant
 
     def effective(self):
-        """D, (inner,). In full precision also under autocast; 0 / 0 of a row of zeros is finite."""
+        """D, (inner,), 0 for rows of zeros. In full precision also under autocast."""
         with _full_precision(self.weight):
+            small = 1e-200 if self.weight.dtype == torch.float64 else 1e-30
             if self.weight.ndim == 2:
                 G = (self.weight @ self.weight.mT).abs()
             else:  # correlations of the kernels at all offsets: the rows of G on an endless image
                 pad = self.weight.shape[-1] - 1
                 G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
             if self.variant == "sound":
-                q = inverse = torch.exp(self.q - self.q.max())
+                q = inverse = torch.exp(self.q - self.q.max()).clamp_min(small)
             elif self.variant == "abs-q":
                 q, inverse = self.q.abs(), self.q.abs() + 1e-6
             else:
                 q = inverse = torch.ones_like(self.q)
-            return inverse / (G @ q).clamp_min(1e-30)  # the clamp can only shrink D
+            total = G @ q
+            return inverse / torch.where(total > small, total, math.inf)
 
     def extra_repr(self):
         kind = "" if self.variant == "sound" else f", variant={self.variant!r}"
@@ -571,18 +578,44 @@ class _Sandwich(nn.Module):
         self.frozen = None
 
     def _cayley(self, W):
-        """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex."""
-        n = W.shape[-2]
+        """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex,
+        brought to the length alpha."""
+        n, W = W.shape[-2], self.alpha * W / _length(W).clamp_min(1e-30)
         U, V = W[..., :n].mH, W[..., n:].mH  # (..., n, n), (..., m, n)
         Z = U - U.mH + V.mH @ V
         identity = torch.eye(n, dtype=W.dtype, device=W.device)
         # (I + Z) has a positive definite symmetric part, so that it is never singular
-        Q = torch.linalg.solve(identity + Z, torch.cat([identity - Z, -2 * V], -2), left=False)
-        return Q.mH
+        return _RightSolve.apply(identity + Z, torch.cat([identity - Z, -2 * V], -2)).mH
 
     def extra_repr(self):
         out, both = self.weight.shape[:2]
         return f"{both - out}, {out}"
+
+
+class _RightSolve(torch.autograd.Function):
+    """X of X A = B, A (..., n, n), B (..., m, n). On CPUs one matrix at a time, backward as well:
+    with several threads torch's LU of a batch never returns from n = 151 on (PyTorch issue 142815).
+    """
+
+    @staticmethod
+    def forward(A, B):
+        if A.device.type == "cpu" and A.ndim > 2 and A.shape[-1] > 128:
+            return torch.stack([_RightSolve.forward(*pair) for pair in zip(A, B, strict=True)])
+        return torch.linalg.solve(A, B, left=False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        A, X = ctx.saved_tensors
+        gradient = _RightSolve.apply(A.mH, gradient)
+        return -X.mH @ gradient, gradient
+
+    @staticmethod
+    def vmap(info, in_dims, A, B):
+        return _RightSolve.apply(_in_front(A, in_dims[0], info), _in_front(B, in_dims[1], info)), 0
 
 
 class SandwichLinear(_Sandwich):
@@ -590,13 +623,12 @@ class SandwichLinear(_Sandwich):
 
     def __init__(self, in_features, out_features):
         super().__init__((out_features, out_features + in_features))
-        self.alpha = nn.Parameter(self.weight.detach().norm())
+        self.alpha = nn.Parameter(_length(self.weight.detach()))
 
     def effective(self):
         """[A B], (out, out + in)."""
         with _full_precision(self.weight):
-            norm = torch.linalg.vector_norm(self.weight).clamp_min(1e-30)
-            return self._cayley(self.alpha * self.weight / norm)
+            return self._cayley(self.weight / power_of_two(self.weight))
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
@@ -624,21 +656,19 @@ class SandwichConv2d(_Sandwich):
         if min(self.size) < k:
             raise ValueError(f"SandwichConv2d: a {k}x{k} kernel is larger than its image {size}")
         super().__init__((out_channels, out_channels + channels * stride**2, k, k))
-        self.alpha = nn.Parameter(self._spectrum().detach().norm())
+        self.alpha = nn.Parameter(_length(self._spectrum(self.weight.detach())))
 
-    def _spectrum(self):
+    def _spectrum(self, weight):
         """Fourier transform of the centred kernel, (H, W/2 + 1, out, out + in)."""
-        (height, width), k = self.size, self.weight.shape[-1]
-        kernel = F.pad(self.weight, (0, width - k, 0, height - k))
+        (height, width), k = self.size, weight.shape[-1]
+        kernel = F.pad(weight, (0, width - k, 0, height - k))
         kernel = kernel.roll((-(k // 2), -(k // 2)), (2, 3))
         return torch.fft.rfft2(kernel).permute(2, 3, 0, 1)
 
     def effective(self):
         """[A B] of each frequency, (H, W/2 + 1, out, out + in), complex."""
         with _full_precision(self.weight):
-            spectrum = self._spectrum()
-            norm = torch.linalg.vector_norm(spectrum).clamp_min(1e-30)
-            return self._cayley(self.alpha * spectrum / norm)
+            return self._cayley(self._spectrum(self.weight / power_of_two(self.weight)))
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
@@ -680,8 +710,8 @@ class NormalizedLinear(nn.Linear):
     """
 
     def rows(self):
-        """(C, features), each of length 1."""
-        return F.normalize(self.weight, dim=1)
+        """(C, features), each of length 1; rows of zeros stay 0."""
+        return F.normalize(self.weight / power_of_two(self.weight, 1), dim=1)
 
     def forward(self, x):
         return F.linear(x, self.rows(), self.bias)
@@ -723,8 +753,19 @@ def _pairs(x, name):
     return x.unflatten(1, (-1, 2))
 
 
-def _pad_channels(x, channels):
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, channels - x.shape[1]))
+def power_of_two(x, *axis):
+    """The largest power of two up to max |x|, 1 where all of x is 0; along an axis, which is kept,
+    or of all. x / it is exact, and no square of it overflows or is lost beside the largest."""
+    largest = x.detach().abs().amax(*axis, keepdim=bool(axis)).double()
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where(largest > 0, power, 1.0).to(x.dtype)
+
+
+def _length(x):
+    """||x||, summed in float64: float32 loses up to 4e-3 of a sum of millions of squares, which put
+    the gradients of the full-size Sandwich network off by 3 %."""
+    wide = torch.promote_types(x.dtype, torch.float64)
+    return torch.linalg.vector_norm(x, dtype=wide).to(x.real.dtype)
 
 
 def _full_precision(tensor):
@@ -735,12 +776,10 @@ def _full_precision(tensor):
 
 def _odd(kernel_size, name):
     if kernel_size % 2 == 0:
-        raise ValueError(f"{name} keeps the image size: use an odd kernel, not {kernel_size}")
+        raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
 
 
 def _unit(x, fallback):
     """x / ||x||; where x vanishes, the vector before."""
     norm = torch.linalg.vector_norm(x)
-    return torch.where(
-        norm > 0, x / norm.clamp_min(1e-300 if x.dtype == torch.float64 else 1e-38), fallback
-    )
+    return torch.where(norm > 0, x / norm.clamp_min(torch.finfo(x.dtype).tiny), fallback)

@@ -38,6 +38,7 @@ from .bounds import (
     operator_norm,
     output_shape,
     row_distances,
+    unfolded_norm,
 )
 from .layers import (
     BatchNormalized,
@@ -56,7 +57,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import TINY, U, exact_arithmetic, gamma, proven_norm
+from .norms import TINY, U, exact_arithmetic, gamma
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
@@ -272,7 +273,7 @@ def _soc(layer, input_shape):
     """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
     off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
     kernel = layer.effective().detach()
-    n = layer.kernel_size * min(proven_norm(M[None]) for M in layer.unfoldings(kernel))
+    n = layer.kernel_size * unfolded_norm(kernel)
     m, g = absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
     size, error = 1.0, 0.0
     total, sizes = 0.0, 1.0
@@ -294,9 +295,9 @@ def _potential_step(layer, input_shape):
     m, d = absolute_norm(layer, W, input_shape), D.max().item()
     g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
     positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
-    bias = lengths(layer.bias.detach()[None]).item() * positions
+    bias = lengths(layer.bias.detach()[None]).item() * positions + TINY
     # relu(W z + b): size s = m ||z|| + bias, error g s; then D, W^T, - and the error through them
-    return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE
+    return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY
 
 
 @register(SandwichLinear)
@@ -316,7 +317,7 @@ def _sandwich(layer, input_shape):
     if isinstance(layer, SandwichConv2d):
         positions = math.prod(layer.size)
         g = g + 64 * U * math.log2(positions + 1)
-    bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(positions)
+    bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(positions) + TINY
     # after relu: size s = sqrt 2 / low m_B ||z|| + bias, error 2 g s; then P, A^T
     factor = math.sqrt(2) * high * m_A * 4 * g * SAFE
     return factor * math.sqrt(2) / low * m_B, factor * bias

@@ -6,7 +6,9 @@ stretches distances: 1120 exact Jacobians, dense, float64, for every kind of lay
 with one Jacobian for all points: 1000 layers there.
 """
 
+import copy
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -426,6 +428,191 @@ def test_dense_sll_and_householder_agree_with_orthogonium():
         ours.angle.copy_(angles)
     x = torch.randn(5, 6, 4, 4)
     assert torch.allclose(ours(x), math.sqrt(2) * theirs(x), atol=1e-5)  # theirs is over sqrt(2)
+
+
+# ------------------------------------------------------------------- weights of any order of size
+
+
+def powers(low=-1060, high=1000):
+    return st.integers(low, high)
+
+
+def times(tensor, exponent):
+    """tensor * 2^exponent, where 2^exponent itself may be no float64."""
+    return tensor * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+
+
+def whole(layer, seed):
+    """Weights of few bits, exact after any scaling by powers of two; all in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    layer.double().eval().requires_grad_(False)
+    for name, p in layer.named_parameters():
+        if name.endswith(("weight", "bias")):
+            p.copy_(torch.randint(-99, 100, p.shape, generator=generator) / 64)
+    return layer
+
+
+def grown(layer, exponent, *names):
+    layer = copy.deepcopy(layer)
+    for name, p in layer.named_parameters():
+        if name in (names or ("weight",)):
+            p.copy_(times(p, exponent))
+    return layer
+
+
+def settled(layer, shape):
+    net = nn.Module()
+    net.body, net.input_shape = nn.Sequential(layer), shape
+    cll.bounds.settle(net)
+    return layer
+
+
+INVARIANT = {
+    "SandwichLinear": (lambda: SandwichLinear(4, 3), (4,), ["weight"], 1060),
+    "SandwichConv2d": (lambda: SandwichConv2d((2, 4, 4), 3), (2, 4, 4), ["weight"], 1060),
+    "SOCConv2d": (lambda: SOCConv2d(3, 2), (3, 4, 4), ["weight"], 1000),
+    "SLLLinear": (lambda: SLLLinear(4, 5), (4,), ["weight", "bias"], 300),
+    "SLLConv2d": (lambda: SLLConv2d(2, 3), (2, 4, 4), ["weight", "bias"], 300),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_answers_and_bounds_know_no_scale_of_the_weights(name):
+    """Or the layer is refused by its name, beyond 2^known."""
+    make, shape, scaled, known = INVARIANT[name]
+
+    @settings(max_examples=40)
+    @given(powers(), st.integers(0, 100))
+    def check(exponent, seed):
+        torch.manual_seed(seed)
+        layer = whole(make(), seed)
+        layer.weight[0, 0] = 1.0  # not all zeros
+        wanted, x = settled(layer, shape), torch.randn(5, *shape, dtype=torch.float64)
+        try:
+            other = settled(grown(layer, exponent, *scaled), shape)
+            bound = operator_norm(other, shape)
+        except ValueError as error:
+            assert abs(exponent) > known and name in str(error)
+            return
+        assert bound == pytest.approx(operator_norm(wanted, shape), rel=1e-12)
+        assert torch.allclose(other(x), wanted(x), rtol=1e-12, atol=1e-12)
+
+    check()
+
+
+@settings(max_examples=60)
+@given(powers(), powers(), st.integers(0, 100))
+def test_certificates_know_no_scale_of_normalised_weights(first, second, seed):
+    torch.manual_seed(seed)
+    body = nn.Sequential(SandwichLinear(3, 4))
+    net = whole(cll.LipschitzNet(body, NormalizedLinear(4, 3), (3,)), seed)
+    other = grown(grown(net, first, "body.0.weight"), second, "head.weight")
+    assert torch.equal(other.head.rows(), net.head.rows())
+    x, y = torch.rand(10, 3, dtype=torch.float64), torch.zeros(10, dtype=torch.int64)
+    wanted, got = (cll.certify(n, (x, y), radii=[0.1], progress=False) for n in (net, other))
+    assert wanted.equals(got)
+
+
+@settings(max_examples=200)
+@given(powers(), powers())
+def test_a_cpl_step_of_any_size_is_bounded_or_refused(weight, norm):
+    """One feature, one unit: the slope is 1 - 2 w^2 / (norm^2 + 1e-4) where the unit is active."""
+    layer = CPLLinear(1, 1).double().requires_grad_(False)
+    layer.weight.copy_(times(torch.ones(1, 1, dtype=torch.float64), weight))
+    layer.norm.fill_(times(1.0, norm))
+    step = Fraction(2) ** (2 * weight) / (Fraction(2) ** (2 * norm) + Fraction(1e-4))
+    try:
+        bound = operator_norm(layer, (1,))
+    except ValueError as error:
+        assert "CPLLinear" in str(error) and (weight > 460 or norm > 460)
+        return
+    assert bound == math.inf or Fraction(bound) >= abs(1 - 2 * step)
+
+
+@pytest.mark.parametrize(
+    "layer, change",
+    [
+        (CPLLinear(2, 2), {"norm": 1e155}),
+        (SLLLinear(2, 2), {"weight": 1e160}),
+        (SLLConv2d(2), {"weight": 1e-160}),
+        (SandwichLinear(2, 2), {"psi": 800.0}),
+        (SandwichLinear(2, 2), {"psi": -800.0}),
+        (SandwichLinear(2, 2), {"alpha": 1e200}),
+    ],
+)
+def test_what_float64_does_not_hold_is_refused_by_name(layer, change):
+    layer = layer.double().requires_grad_(False)
+    shape = (2, 3, 3) if layer.weight.ndim == 4 else (2,)
+    for name, value in change.items():
+        getattr(layer, name).fill_(value)
+    with pytest.raises(ValueError, match=type(layer).__name__):
+        operator_norm(layer, shape)
+
+
+@pytest.mark.parametrize("norm, size", [(0.0, 1), (1e-250, 1), (1e-100, 1), (1.0, 1.7e308)])
+def test_a_series_of_a_huge_kernel_certifies_nothing(norm, size):
+    layer = SOCConv2d(2, 2).double()
+    layer.norm.fill_(norm)
+    layer.weight.data = layer.weight.data.sign() * size
+    assert operator_norm(layer, (2, 3, 3)) == math.inf
+    net = cll.LipschitzNet(nn.Sequential(layer, nn.Flatten()), nn.Linear(18, 2), (2, 3, 3)).double()
+    x = torch.rand(3, 2, 3, 3, dtype=torch.float64)
+    radius = cll.certify(net, (x, torch.zeros(3, dtype=torch.int64)), progress=False)["radius"]
+    assert (radius == 0).all()
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-44])
+def test_settling_refuses_norms_that_the_buffer_does_not_hold(size):
+    layer = SOCConv2d(6, 6).requires_grad_(False)
+    layer.weight.copy_(torch.randn(layer.weight.shape).sign() * size)
+    with pytest.raises(ValueError, match="SOCConv2d.*scale its weight"):
+        settled(layer, (6, 4, 4))
+    settled(SOCConv2d(6, 6), (6, 4, 4))
+    layer.weight.zero_()
+    assert operator_norm(settled(layer, (6, 4, 4)), (6, 4, 4)) == pytest.approx(1, abs=1e-9)
+
+
+def test_rows_of_zeros_leave_a_step_and_a_head_alone():
+    layer = SLLLinear(3, 4).double().requires_grad_(False)
+    layer.weight[1] = 0
+    x = torch.randn(5, 3, dtype=torch.float64)
+    others = SLLLinear(3, 3).double()
+    keep = [0, 2, 3]
+    others.load_state_dict({k: v[keep] for k, v in layer.state_dict().items()})
+    assert torch.allclose(layer(x), others(x)) and operator_norm(layer, (3,)) < 1 + 1e-9
+    assert cll.rounding.rounding(layer, (3,))[0] < 1e-12
+    head = NormalizedLinear(3, 2).requires_grad_(False)
+    head.weight[0] = 0
+    assert head.rows()[0].tolist() == [0, 0, 0] and head.rows()[1].norm() == pytest.approx(1)
+
+
+def cayley(layer, W):
+    """[A B] of a Sandwich layer from the definition, W (..., n, n + m)."""
+    n, W = W.shape[-2], layer.alpha * W / torch.linalg.vector_norm(W)
+    U, V = W[..., :n].mH, W[..., n:].mH
+    one, Z = torch.eye(n, dtype=W.dtype), U - U.mH + V.mH @ V
+    return torch.linalg.solve(one + Z, torch.cat([one - Z, -2 * V], -2), left=False).mH
+
+
+def test_powers_of_two_change_no_bit_of_ordinary_weights():
+    """The definitions as they stand, without any scaling, give the same numbers."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        head = NormalizedLinear(7, 5).to(dtype)
+        assert torch.equal(head.rows(), nn.functional.normalize(head.weight, dim=1))
+        soc = SOCConv2d(4, 4).to(dtype)
+        soc.norm.fill_(1.7)
+        scale = 0.7 / soc.norm
+        assert torch.equal(soc.eval().effective(), soc.skew_kernel() * scale)
+        sll = SLLLinear(4, 6).to(dtype)
+        q = torch.exp(sll.q - sll.q.max())
+        total = (sll.weight @ sll.weight.mT).abs() @ q
+        assert torch.equal(sll.effective(), q / total)
+    sandwich = SandwichLinear(5, 4).double()
+    assert torch.equal(sandwich.effective(), cayley(sandwich, sandwich.weight))
+    convolution = SandwichConv2d((3, 4, 6), 5).double()
+    spectrum = convolution._spectrum(convolution.weight)
+    assert torch.equal(convolution.effective(), cayley(convolution, spectrum))
 
 
 # --------------------------------------------------------------------------------- heads and others

@@ -1,10 +1,23 @@
-"""Activations: the order of their outputs, their gradients, their Lipschitz constants."""
+"""Activations: the order of their outputs, their gradients, their Lipschitz constants. Below them
+the arithmetic of layers that derive weights: powers of two, lengths, linear systems."""
+
+import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.func import grad, vmap
 
-from cll.layers import ClampedMaxMin, Householder, MaxMin
+from cll.layers import (
+    ClampedMaxMin,
+    Householder,
+    MaxMin,
+    SandwichConv2d,
+    _RightSolve,
+    power_of_two,
+)
 
 SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
 
@@ -111,3 +124,98 @@ def test_householder_is_continuous_at_its_mirror_line():
         y = layer(sides)
         assert (y[0] - y[1]).norm() < 1e-7
         assert torch.allclose(y.norm(dim=1), sides.norm(dim=1))
+
+
+# ------------------------------------------------------- arithmetic of layers that derive weights
+
+
+def test_powers_of_two_bring_the_largest_entry_between_1_and_2():
+    for dtype, exponents in (
+        (torch.float64, (-1074, -1050, 0, 7, 1023)),
+        (torch.float32, (-149, 127)),
+    ):
+        for exponent in exponents:
+            x = torch.tensor([[1.0, -1.0], [0.0, 0.5]], dtype=dtype) * 2.0**exponent
+            assert power_of_two(x).item() == 2.0**exponent
+            assert torch.equal(
+                x / power_of_two(x), x.new_tensor([[1, -1], [0, x[1, 1] != 0 and 0.5]])
+            )
+    rows = torch.tensor([[3.0, -5.0], [0.0, 0.0], [1e-300, 0.7]])
+    assert power_of_two(rows, 1).tolist() == [[4.0], [1.0], [0.5]]
+    assert torch.vmap(power_of_two)(rows).tolist() == [4.0, 1.0, 0.5]
+
+
+def matrices(n, *batch, dtype=torch.float64):
+    random = torch.Generator().manual_seed(0)
+    A = torch.randn(*batch, n, n, dtype=dtype, generator=random) + 3 * n**0.5 * torch.eye(n)
+    return A, torch.randn(*batch, 3, n, dtype=dtype, generator=random)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_solving_from_the_right_and_its_gradients(dtype):
+    A, B = (t.requires_grad_() for t in matrices(4, 2, dtype=dtype))
+    solve = _RightSolve.apply
+    assert torch.allclose(solve(A, B) @ A, B)
+    assert torch.autograd.gradcheck(solve, (A, B)) and torch.autograd.gradgradcheck(solve, (A, B))
+
+
+@pytest.mark.parametrize("n", [4, 130])
+def test_a_batch_is_solved_as_its_matrices_are(n):
+    """Also below torch.func.vmap, whose axis makes a batch of single matrices."""
+    A, B = matrices(n, 2, 3)
+    solve = _RightSolve.apply
+    X = torch.stack(
+        [
+            torch.stack([solve(*pair) for pair in zip(a, b, strict=True)])
+            for a, b in zip(A, B, strict=True)
+        ]
+    )
+    assert torch.equal(solve(A, B), X)
+    assert torch.equal(vmap(solve)(A, B), X)
+    assert torch.equal(vmap(vmap(solve))(A, B), X)
+    shared = vmap(solve, in_dims=(None, 1))(A[0, 0], B[0].movedim(0, 1))
+    assert torch.allclose(shared @ A[0, 0], B[0])
+
+    def loss(a, b):
+        return solve(a, b).square().sum()
+
+    slopes = vmap(grad(loss, argnums=(0, 1)))(A[0], B[0])
+    for i in range(3):
+        for slope, one in zip(slopes, grad(loss, argnums=(0, 1))(A[0, i], B[0, i]), strict=True):
+            assert torch.allclose(slope[i], one)
+    assert solve(A.to("meta"), B.to("meta")).shape == B.shape
+
+
+ON_TWO_THREADS = """
+import torch
+from cll.layers import SandwichConv2d
+torch.manual_seed(0)
+layer, x, slopes = SandwichConv2d((256, 8, 8), 256, 3, 2), torch.randn(2, 256, 8, 8), []
+for threads in (2, 1):
+    torch.set_num_threads(threads)
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    slopes.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+both = layer.effective()
+assert (both @ both.mH - torch.eye(256)).abs().max() < 1e-5
+assert (slopes[0] - slopes[1]).norm() < 1e-4 * slopes[1].norm() < float("inf")
+"""
+
+
+def test_the_largest_sandwich_convolution_works_on_two_threads():
+    """Twelve complex matrices of 256 x 256, forward and backward. In a process of its own: where it
+    goes wrong, it never ends. Passive waiting: threads that spin would slow down a busy machine."""
+    child = [sys.executable, "-W", "ignore", "-c", ON_TWO_THREADS]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(child, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_float32_knows_the_length_of_a_large_spectrum():
+    """2.4 million squares, of which plain float32 sums lose 3e-4 and more."""
+    torch.manual_seed(0)
+    layer = SandwichConv2d((128, 32, 32), 8)
+    wanted = copy.deepcopy(layer).double()
+    exact = torch.linalg.vector_norm(wanted._spectrum(wanted.weight)).item()
+    assert layer.alpha.item() == pytest.approx(exact, rel=1e-6)
+    assert torch.allclose(layer.effective().to(torch.complex128), wanted.effective(), atol=1e-6)

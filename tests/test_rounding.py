@@ -630,6 +630,37 @@ def test_roundings_in_one_direction_add_up():
     assert error <= margin <= 200 * error
 
 
+def within_its_bound(layer, x):
+    """As `used`, for numbers whose squares underflow: the largest error of an output."""
+    numbers = longs if isinstance(layer, layers._Sandwich) else decimals
+    error = abs(exact(layer, numbers(x)) - numbers(layer(x[None])[0])).max()
+    a, b = rounding.rounding(layer, tuple(x.shape))
+    return float(error) <= a * rounding.lengths(x[None]).item() + b
+
+
+@pytest.mark.parametrize("exponent", [-600, -660, -700, 0, 300])
+@pytest.mark.parametrize("kind", [layers.CPLLinear, layers.SLLLinear])
+def test_a_step_of_huge_weights_counts_what_underflows_inside(kind, exponent):
+    """D of weights of 2^460 is 2^-920: of small inputs D relu(W z) is 0, W^T D relu(W z) is not."""
+    torch.manual_seed(0)
+    layer = kind(3, 4).double().requires_grad_(False)
+    layer.weight *= 2.0**460
+    layer.bias.zero_()
+    if kind is layers.CPLLinear:
+        bounds.settle(type("Net", (), {"body": layer, "input_shape": (3,)}))
+    assert within_its_bound(layer, torch.randn(3, dtype=torch.float64) * 2.0**exponent)
+
+
+@pytest.mark.parametrize("psi", [-600.0, 600.0])
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1.0])
+def test_a_sandwich_with_extreme_scales_counts_what_underflows_inside(psi, size):
+    torch.manual_seed(0)
+    layer = layers.SandwichLinear(3, 4).double().requires_grad_(False)
+    layer.psi.fill_(psi)
+    layer.bias.zero_()
+    assert within_its_bound(layer, torch.randn(3, dtype=torch.float64) * size)
+
+
 # ------------------------------------------------------------------------------- whole networks
 
 
