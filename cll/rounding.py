@@ -45,7 +45,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import TINY, U, gamma, output_shape, proven_norm
+from .norms import SMALLEST, TINY, U, gamma, lengths, output_shape, proven_norm
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
@@ -79,12 +79,6 @@ def margin_error(model, images, predicted, method="guaranteed"):
     return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
 
 
-def lengths(rows):
-    """L2 norms of the rows (N, D), also of those whose squares underflow: (N,)."""
-    largest = rows.abs().amax(1).clamp_min(1e-300)
-    return (rows / largest[:, None]).norm(dim=1) * largest
-
-
 def chain(module, input_shape, method="guaranteed"):
     """(gain, shift, a, b) of the leaves of a module, one after the other: outputs have norms of at
     most gain ||z|| + shift, and as computed they are off by at most a ||z|| + b."""
@@ -93,6 +87,7 @@ def chain(module, input_shape, method="guaranteed"):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
+        slope += SMALLEST
         a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
         b = norm * b + slope * (shift + b) + constant + TINY
         gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
