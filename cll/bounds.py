@@ -55,6 +55,7 @@ from cll.norms import (
     describe,
     enclose,
     gamma,
+    lengths,
     matrix_norm,
     padding,
     pair,
@@ -864,17 +865,16 @@ def _stretch(layer, input_shape, steps=20):
 
 
 def row_distances(head, W):
-    """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3) or above
-    the exact distance. Squares of tiny differences underflow: such pairs get an upper bound.
-    Rows that were divided by their length are off by gamma(D) each, which may be all of it."""
+    """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3), whatever
+    their scale. Rows that were divided by their length are off by gamma(D) each, which may be all
+    of it."""
     unit = power(W.abs().max())
     scaled = pairwise_distances(W / unit)
     distances = scaled * unit
     i, j = (scaled < 1e-140).nonzero().unbind(1)
     for row in i[i != j].unique():
         others = j[i == row]
-        gap = (W[row] - W[others]).abs().amax(1)
-        distances[row, others] = gap * math.sqrt(W.shape[1]) * (1 + 1e-12)
+        distances[row, others] = lengths(W[row] - W[others])
     distances = torch.where(distances > 0, distances + SMALLEST, distances)
     if isinstance(head, NormalizedLinear):
         distances = distances + 2 * gamma(W.shape[1] + 8)

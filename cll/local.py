@@ -29,23 +29,12 @@ from .bounds import (
     row_distances,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
-from .norms import (
-    SMALLEST,
-    TINY,
-    U,
-    apply_adjoint,
-    apply_linear,
-    gamma,
-    lengths,
-    matrix_norm,
-    power,
-    shift,
-)
+from .norms import TINY, U, apply_adjoint, apply_linear, gamma, lengths, matrix_norm, power, shift
 from .progress import progress_bar
 from .rounding import absolute_norm, rounding
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
-RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
+KNOWN = (*ACTIVATIONS, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # and linear ones
 LEAST = 1e-200  # where norms of layers and sizes of gradients are about 1: more than all underflows
 RANGE = 800  # of the exponents of units in which local bounds are tried, see `local_radius`
 STEPS = 10  # of the search for the multiplier of a knapsack: more changes nothing visible
@@ -261,15 +250,13 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
 
     For the prediction y and the margin m_j = f_y - f_j, `_backward` proves numbers K_j and E_j with
         m_j(x) >= m_j(image) - E_j - K_j ||x - image||   for ||x - image|| <= rho,
-    E_j the rounding of this computation, the logits included (they may have underflowed where those
-    here, in better units, did not: TINY per layer). So the prediction holds within
+    E_j the rounding of this computation, the logits included. So the prediction holds within
     min(rho, min_j (m_j - E_j) / K_j); and where m_j - E_j > rho K_j for all j, the global bound
     goes on from the edge of the ball, up to min_j rho + (m_j - E_j - rho K_j) / K_yj > rho. The
     largest radius of all counts. A NaN in a logit or bound proves nothing.
 
-    Powers of two that move between layers change no radius while the unit of every layer, about
-    the largest size of its outputs, lies within 2^-RANGE and 2^RANGE. Beyond, where float64 may
-    end, `radius` stands.
+    Weights in other powers of two, layer by layer, give the same radii. Where the unit of a layer
+    (see _Network) leaves 2^-RANGE to 2^RANGE, and float64 may end, `radius` stands.
 
     Proof. Read the proof in `local_lipschitz` up to c. Now only a fall of m_j costs, and only from
     its value at the image. Fold i contributes k_i (|u_i + d| - |u_i|) when u_i moves by d. For
@@ -291,9 +278,9 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     if max(map(abs, net.units)) > RANGE:
         return radius
     K = lipschitz_matrix(model) if K is None else K
-    above = K.cpu() > 0  # and so it stays
-    K, logits = (shift(t.to("cpu", torch.float64), -net.units[-1]) for t in (K, logits))
-    K = torch.where(above, K + SMALLEST, K)
+    K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
+    K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
+    logits = shift(logits, -net.units[-1])
     images = torch.as_tensor(images).cpu()
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
@@ -307,7 +294,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
             state = None
             failed = ~((margin > 0) | is_y).all(dim=1) | ~f.isfinite().all(dim=1)
             for rho in sorted(float(r) for r in radii if r > 0):
-                pending = ~failed & (radius[part] <= rho)
+                pending = tried = ~failed & (radius[part] <= rho)
                 if not pending.any():
                     continue
                 if state is None:
@@ -325,7 +312,6 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
                     local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
                     left = margin - lost - rho * local
                     pending = pending & ((left > 0) | is_y).all(dim=1)
-                tried = ~failed & (radius[part] <= rho)
                 within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
                 beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
                 found = torch.where(pending, beyond, within.clamp(max=rho))
@@ -359,19 +345,16 @@ class _Layer(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """A float64 copy of a model on the CPU in evaluation mode, and what is known about it.
-
-    Lengths are in units 2^e in which all norms are about 1, however large or small the weights are:
-    products of norms and gradients stay far from the ends of float64. units: the exponents e of the
-    inputs of each layer, of the features and of the logits. gains: the radius of the ball of each
-    layer's inputs and of the features, for images in a ball of radius 1. std: what gradients are
-    divided by at last. rows (C, features) of the head and the distances (C, C) between them."""
+    """A float64 copy of a model on the CPU in evaluation mode, and what is known about it. Lengths
+    are in units 2^e, in which norms are about 1 and their products do not leave float64, whatever
+    the scale of the weights. units: e of each layer's inputs, of the features and of the logits.
+    gains: the radius of the ball of each layer's inputs and of the features, for images in a ball
+    of radius 1. rows (C, features) of the head and the distances (C, C) between them."""
 
     model: nn.Module
     layers: list
     units: list
     gains: list
-    std: Tensor
     rows: Tensor
     distances: Tensor
 
@@ -379,39 +362,31 @@ class _Network(NamedTuple):
 def _exact(model):
     """The _Network of a model."""
     model = freeze(copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False))
-    std, _ = normalisation(model)
-    units = [-_exponent(std.min().item())]
-    std = shift(std, units[0])
-    layers, gains = [], [ROUNDED / std.min().item()]
+    smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
+    layers, units = [], [1 - math.frexp(smallest)[1]]
+    gains = [ROUNDED / shift(smallest, units[0])]
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         step, unit = _layer(layer, shape, units[-1])
         layers.append(step)
         units.append(unit)
-        gains.append(gains[-1] * step.norm * ROUNDED + SMALLEST)
-    rows = head_rows(model.head)
-    exponent = _exponent(rows.abs().max().item())
-    distances = shift(row_distances(model.head, rows), -exponent)
+        gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
+    exponent = math.frexp(rows.abs().max().item())[1] - 1
     units.append(units[-1] + exponent)
-    return _Network(model, layers, units, gains, std, shift(rows, -exponent), distances)
-
-
-def _exponent(x):
-    """e with 2^e <= x < 2^(e + 1); of 0 and infinity, any."""
-    return math.frexp(x)[1] - 1
+    distances = row_distances(model.head, rows)
+    return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
 
 
 def _layer(layer, shape, unit):
     """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
     known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
     norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
-    exponent = _exponent(norm)  # 0 for activations, whose folds mix inputs and outputs
-    if known:  # weights that meet only padding may be larger than the norm
-        exponent = max(exponent, _exponent(layer.weight.abs().max().item()))
-    after, norm = unit + exponent, shift(norm, -exponent)
-    # TINY: for underflow, here and in the logits that were computed in other units
-    error = shift(a + SMALLEST, -exponent), shift(b + TINY, -after)
+    # weights that meet only padding may be larger than the norm
+    largest = max(norm, layer.weight.abs().max().item()) if known else norm
+    exponent = math.frexp(largest)[1] - 1  # 0 for activations: folds mix inputs and outputs
+    norm, unit = shift(norm, -exponent), unit + exponent
+    error = shift(a, -exponent), shift(b + TINY, -unit)  # TINY: underflow, also of the logits
     if not known:
-        return _Layer(layer, shape, norm, error), after
+        return _Layer(layer, shape, norm, error), unit
     W = shift(layer.weight, -exponent)
     terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
     wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
@@ -425,7 +400,7 @@ def _layer(layer, shape, unit):
         facts["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
         rows = lengths(half.flatten(1)).view(row_shape) * (math.sqrt(2) * ROUNDED)
         facts["pair_rows"] = torch.full_like(rows, facts["pair_norm"]) if wraps else rows
-    return _Layer(layer, shape, norm, error, **facts), after
+    return _Layer(layer, shape, norm, error, **facts), unit
 
 
 class _State(NamedTuple):
@@ -444,8 +419,8 @@ def _forward(net, images):
     channels = (-1,) + (1,) * (x.ndim - 2)
     std, mean = (value.reshape(channels) for value in normalisation(net.model))
     h = (x - mean) / std
-    error = 4 * U * lengths(((x.abs() + mean.abs()) / std).flatten(1)) + TINY
-    error = shift(error, -net.units[0])
+    size = lengths(((x.abs() + mean.abs()) / std).flatten(1))
+    error = shift(4 * U * size + TINY, -net.units[0])
     folds, errors = [], [error]
     for step, unit in zip(net.layers, net.units, strict=False):
         folds.append(_folds(step.layer, h, unit))
@@ -454,16 +429,14 @@ def _forward(net, images):
         errors.append(error * ROUNDED)
         h = step.layer(h)  # last: an in-place activation overwrites its input
     bias = getattr(net.model.head, "bias", None)
-    size = lengths(net.rows).max() * shift(lengths(h), -net.units[-2])
-    if bias is not None:
-        size = size + shift(bias.abs().max(), -net.units[-1])
-    head_error = 4 * gamma(net.rows.shape[1] + 8) * size + shift(TINY, -net.units[-1])
+    size = lengths(head_rows(net.model.head)).max() * lengths(h)
+    size = size if bias is None else size + bias.abs().max()
+    head_error = shift(4 * gamma(net.rows.shape[1] + 8) * size + TINY, -net.units[-1])
     return _State(folds, errors, head_error)
 
 
 def _folds(layer, z, unit):
-    """[(|u| / 2^unit, sign of u), ...] of an activation at z in forward order; None for other
-    layers."""
+    """[(|u| / 2^unit, sign of u), ...] of an activation at z, forward; None for other layers."""
     if type(layer) not in ACTIVATIONS:
         return None
     if type(layer) is nn.ReLU:
@@ -474,8 +447,7 @@ def _folds(layer, z, unit):
         if type(layer) is ClampedMaxMin:
             high, low = torch.maximum(a, b) - layer.high, torch.minimum(a, b) - layer.low
             stages.append(torch.cat([high, low], 1))
-    signs = [torch.where(u >= 0, 1.0, -1.0).double() for u in stages]
-    return [(shift(u.abs() / ROUNDED, -unit), sign) for u, sign in zip(stages, signs, strict=True)]
+    return [(shift(u.abs() / ROUNDED, -unit), 2 * (u >= 0).double() - 1) for u in stages]
 
 
 def _backward(net, state, index, v, rho, rule):
@@ -495,15 +467,13 @@ def _follow(net, state, n, c, rho, rule):
     part in directions a - b. The rounding of c itself is charged too. E collects what the error of
     the computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
     tilt, layers, gain = rule is _tilt, net.layers, net.gains
-    unit = power(c.abs().amax(1))
-    c = c / unit[:, None]
     errors = [e[n] for e in state.errors]
     size = lengths(c)
     charge = 8 * U * size * (1 if tilt else gain[-1])
     pair_charge = torch.zeros_like(charge)
     bound = torch.full_like(charge, math.inf)
     E, depth = torch.zeros_like(charge), len(layers)
-    while depth and _is_known(layers[depth - 1]):
+    while depth and (layers[depth - 1].rows is not None or type(layers[depth - 1].layer) in KNOWN):
         depth -= 1
         step = layers[depth]
         E = E + 5 * size * errors[depth + 1]
@@ -544,13 +514,10 @@ def _follow(net, state, n, c, rho, rule):
         bound = torch.minimum(bound, total)
     E = E + size * errors[depth]
     if depth == 0:  # the gradient in the un-normalised input
-        size = lengths((c / net.std.view(-1, *[1] * (c.ndim - 2))).flatten(1))
+        std = shift(normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
+        size = lengths((c / std).flatten(1))
         bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
-    return bound * unit * ROUNDED + LEAST, (E * unit + state.head_error[n]) * ROUNDED
-
-
-def _is_known(step):
-    return step.rows is not None or type(step.layer) in (*ACTIVATIONS, *RESHAPES)
+    return bound * ROUNDED + LEAST, (E + state.head_error[n]) * ROUNDED
 
 
 def _reach(below, layer, pairs, gain_below, gain):
@@ -598,10 +565,8 @@ def _fall(k, tau, reach, ball):
     active_square = square * (missing > 0)
     # the last terms: rounding of the two maxima that t makes equal
     charge = (missing.square() * square).sum(1) + 64 * U * active_square.sum(1) + LEAST
-    charge = torch.where(
-        square.sum(1) > 0, ball.square() / (2 * q).clamp_min(LEAST) + q / 2 * charge, 0
-    )
-    return (1 - missing).view(shape), charge * size * unit
+    charge = ball.square() / (2 * q) + q / 2 * charge
+    return (1 - missing).view(shape), torch.where(square.sum(1) > 0, charge, 0) * size * unit
 
 
 def _tilt(k, tau, reach, ball):

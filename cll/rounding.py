@@ -87,7 +87,6 @@ def chain(module, input_shape, method="guaranteed"):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
-        slope += SMALLEST
         a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
         b = norm * b + slope * (shift + b) + constant + TINY
         gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
@@ -112,7 +111,8 @@ def rounding(layer, input_shape):
     for method in ("forward", "_conv_forward"):  # a subclass that does other work
         if getattr(kind, method, None) is not getattr(known, method, None):
             known = object
-    return _table.registry[known](layer, input_shape)
+    a, b = _table.registry[known](layer, input_shape)
+    return a + SMALLEST, b + SMALLEST
 
 
 @functools.singledispatch
