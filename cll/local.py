@@ -378,8 +378,9 @@ def _exact(model):
 
 def _layer(layer, shape, unit):
     """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
-    known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
     norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
+    known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
+    known = known and norm < math.inf
     # weights that meet only padding may be larger than the norm
     largest = max(norm, layer.weight.abs().max().item()) if known else norm
     exponent = math.frexp(largest)[1] - 1  # 0 for activations: folds mix inputs and outputs

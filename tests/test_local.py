@@ -1,8 +1,10 @@
 """Local bounds: never below what a gradient, a neighbour or an attack shows, never above global."""
 
+import copy
 import importlib
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, vmap
 
-from cll.architectures import LipschitzNet, build
+from cll.architectures import LipschitzNet, as_lipschitz_net, build
 from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix, operator_norm, register
 from cll.certify import RADII, certified_radius, certify, predict_logits
@@ -27,6 +29,7 @@ from cll.local import (
     local_lipschitz,
     local_radius,
 )
+from cll.norms import lengths, shift
 
 local = importlib.import_module("cll.local")
 KINDS = ("MaxMin", "ClampedMaxMin", "ReLU")
@@ -635,3 +638,224 @@ def test_rows_whose_squares_vanish(size):
     identity = ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
     net = by_hand(identity, ([[size, 0.0], [0.0, 0.0]], [0.0, 0.0]))
     assert local_of(net, [0.5, 0.0], [0.1, 1.0, 3.0]) <= 0.5
+
+
+# ------------------------------------------------------------------------------------ any scale
+
+
+def times(t, exponent):
+    """t * 2^exponent in two steps, as 2^1062 is no float64; the same digits, or ValueError."""
+    half = exponent // 2
+    scaled = t * 2.0**half * 2.0 ** (exponent - half)
+    if not torch.equal(scaled * 2.0**-half * 2.0 ** (half - exponent), t):
+        raise ValueError("no multiple in float64")
+    return scaled
+
+
+def rescaled(net, exponents):
+    """The same function in other powers of two: the outputs of the l-th linear layer, the head
+    included, are 2^exponents[l] times what they were. float64; None where that is no float64."""
+    net, before = copy.deepcopy(net).double().eval(), 0
+    linear = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    after = dict(zip(linear, exponents, strict=True))
+    try:
+        with torch.no_grad():
+            for layer in net.modules():
+                if layer in after:
+                    layer.weight.copy_(times(layer.weight, after[layer] - before))
+                    before = after[layer]
+                    layer.bias.copy_(times(layer.bias, before))
+                elif isinstance(layer, ClampedMaxMin):
+                    layer.high.copy_(times(layer.high, before))
+                    layer.low.copy_(times(layer.low, before))
+    except ValueError:
+        return None
+    return net
+
+
+@st.composite
+def scales(draw, layers=4):
+    """Exponents for `rescaled`, of the size of float64 and of usual sizes."""
+    size = draw(st.sampled_from([2, 60, 300, 600, 1000]))
+    between = [draw(st.integers(-size, size)) for _ in range(layers - 1)]
+    return [*between, draw(st.sampled_from([0, 0, draw(st.integers(-size, size))]))]
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 10**6),
+    st.sampled_from([dense, conv]),
+    st.lists(scales(), min_size=3, max_size=3),
+)
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_powers_of_two_between_layers_raise_no_radius(kind, seed, make, exponents):
+    net = make(kind, seed).double()
+    x, radii = images_of(net, 3, seed), (0.01, 0.1, 1.0)
+    y = predict_logits(net, x).argmax(1)
+    K, table = lipschitz_matrix(net), certify(net, (x, y), radii, local=True)
+    for e in exponents:
+        other = rescaled(net, e)
+        if other is None:
+            continue
+        again = certify(other, (x, y), radii, local=True)
+        for column in ("radius", "radius_local"):
+            assert (again[column] <= table[column]).all()
+            if max(map(abs, e)) <= 600:
+                assert (again[column] == table[column]).all()
+        if e[-1] == 0:
+            assert torch.equal(lipschitz_matrix(other), K)
+        assert not local_lipschitz(other, x[:1], 0.1).isnan().any()
+
+
+def diagonal(factors, bias):
+    """logits (bias - s, s) with s = x_1 + x_2, times all factors: layers f x, then the sum."""
+    layers = [([[f, 0.0], [0.0, f]], [0.0, 0.0]) for f in factors]
+    return by_hand(*layers, ([[-1.0, -1.0], [1.0, 1.0]], [bias, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "factors, bias",
+    [
+        ([1e10] * 17 + [1e-10] * 17, 0.1),  # gradients of 1e-170 in between
+        ([1e-10] * 17 + [1e10] * 17, 0.1),
+        ([1e150, 1e150, 1e-150, 1e-150], 0.1),
+        ([1e-10] * 17, 1e-171),
+        ([1e-60, 1e-60], 1e-121),
+        ([1e60, 1e60], 1e119),
+        ([3e-150, 5e140], 1e-11),
+    ],
+)
+def test_gradients_whose_squares_leave_float64_count(factors, bias):
+    """logit 0 falls below logit 1 where 2 s = bias, at the distance bias / (2 sqrt(2) slope)."""
+    net = diagonal(factors, bias)
+    slope = math.prod(Fraction(layer.weight[0, 0].item()) for layer in net[:-1])
+    distance = float(Fraction(bias) / (2 * slope)) / math.sqrt(2)
+    radius = local_of(net, [0.0, 0.0], [1.0])
+    assert distance * (1 - 1e-6) < radius <= distance * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    "factors, bias",
+    [([1e-10] * 33 + [1e110] * 2, 1e-110), ([1e-10] * 33 + [1e37] * 8 + [1e4], 1e-30)],
+)
+def test_what_underflows_on_the_way_is_certified_by_nobody(factors, bias):
+    """The input becomes 0 before the last factors can bring it back: the bias alone is left, and
+    the exact logits name the other class."""
+    layers = [([[f]], [0.0]) for f in factors]
+    net = by_hand(*layers, ([[-1.0], [1.0]], [bias, 0.0]))
+    x = torch.ones(1, 1, dtype=torch.float64)
+    assert predict_logits(as_lipschitz_net(net, (1,)), x).argmax() == 0
+    assert math.prod(Fraction(layer.weight.item()) for layer in net[:-1]) > Fraction(bias)
+    assert local_of(net, [1.0], [0.1, 10.0]) == 0
+
+
+def test_a_layer_whose_norm_is_no_float64_leaves_the_rest_alone():
+    identity = ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    huge = ([[1.5e308, 1.5e308], [1.5e308, -1.5e308]], [0.0, 0.0])
+    net = by_hand(identity, huge, nn.ReLU(), ([[1e-308, 0.0], [0.0, 0.0]], [0.0, 0.0]))
+    assert local_of(net, [0.5, 0.1], [0.1]) == 0  # and no error
+    assert local_lipschitz(as_lipschitz_net(net, (2,)), torch.zeros(1, 2), 0.1)[0, 0, 1] > 1.5
+
+
+@given(st.integers(-1070, 1010), st.integers(1, 9))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_lengths_are_the_same_in_any_power_of_two(exponent, features):
+    rows = torch.arange(1.0, 4 * features + 1, dtype=torch.float64).view(4, features)
+    exact = torch.tensor([math.dist(row, [0] * features) for row in rows.tolist()])
+    assert torch.allclose(lengths(rows).float(), exact)
+    scaled = times(rows, exponent)
+    assert torch.equal(shift(rows, exponent), scaled)
+    error = (times(lengths(scaled), -exponent) - lengths(rows)).abs()
+    assert (error <= (0 if exponent > -1000 else 2.0 ** (-1074 - exponent))).all()
+
+
+# -------------------------------------------------------------------------------- exact distances
+
+
+def pieces(net):
+    """All affine pieces of a network on the plane: (A (P, C, 2), b (P, C)), the logits A x + b, and
+    (G (P, k, 2), g (P, k)), the half-planes G x + g >= 0 whose intersection is the piece."""
+    found = [(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), [])]
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            W, bias = layer.weight.detach(), layer.bias.detach()
+            found = [(W @ A, W @ b + bias, held) for A, b, held in found]
+        else:
+            found = [piece for before in found for piece in pieces_of(layer, *before)]
+    A, b, held = zip(*found, strict=True)
+    G, g = (
+        torch.stack([torch.stack(rows) for rows in side])
+        for side in zip(*(zip(*half_planes, strict=True) for half_planes in held), strict=True)
+    )
+    return (torch.stack(A), torch.stack(b)), (G, g)
+
+
+def pieces_of(layer, A, b, held):
+    """The pieces into which an activation divides one: all choices, also those with no points."""
+    if isinstance(layer, nn.ReLU):
+        for on in choices(len(b)):
+            side = 2 * on - 1
+            kept = [*held, *zip(side[:, None] * A, side * b, strict=True)]
+            yield on[:, None] * A, on * b, kept
+        return
+    for swapped in choices(len(b) // 2):
+        first = 2 * torch.arange(len(swapped)) + swapped.long()
+        second = first + 1 - 2 * swapped.long()
+        kept = [*held, *zip(A[first] - A[second], b[first] - b[second], strict=True)]
+        P, p = torch.cat([A[first], A[second]]), torch.cat([b[first], b[second]])
+        if isinstance(layer, MaxMin):
+            yield P, p, kept
+            continue
+        limit = torch.cat([layer.high, layer.low]).detach()
+        inner = torch.cat([-torch.ones_like(layer.high), torch.ones_like(layer.low)]).detach()
+        for free in choices(len(p)):  # on the inner side of its threshold, or cut off
+            side = inner * (2 * free - 1)
+            cut = zip(side[:, None] * P, side * (p - limit), strict=True)
+            yield free[:, None] * P, free * p + (1 - free) * limit, [*kept, *cut]
+
+
+def choices(n):
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * n).view(-1, n)
+
+
+def distance_to_another_class(net, x, y):
+    """From a point of class y, up to roundings: the smallest distance to a polygon, a piece's half
+    where another class is larger. The foot on an edge's line, a corner, or x attains it."""
+    (A, b), (G, g) = pieces(net)
+    nearest = math.inf
+    for j in set(range(A.shape[1])) - {y}:
+        H = torch.cat([G, (A[:, j] - A[:, y])[:, None]], 1)  # (P, k, 2)
+        h = torch.cat([g, (b[:, j] - b[:, y])[:, None]], 1)
+        square = H.square().sum(2)
+        gap = (H @ x + h) / torch.where(square > 0, square, 1)
+        feet = x - gap[..., None] * H
+        first, second = torch.combinations(torch.arange(H.shape[1])).T
+        (P, p), (Q, q) = ((H[:, i], h[:, i]) for i in (first, second))
+        area = P[..., 0] * Q[..., 1] - P[..., 1] * Q[..., 0]
+        corners = [P[..., 1] * q - Q[..., 1] * p, Q[..., 0] * p - P[..., 0] * q]
+        corners = torch.stack(corners, 2) / torch.where(area == 0, math.nan, area)[..., None]
+        points = torch.cat([x.expand(len(H), 1, 2), feet, corners], 1)
+        value = points @ H.mT + h[:, None]
+        size = points.abs() @ H.abs().mT + h.abs()[:, None]
+        inside = (value >= -1e-12 * size).all(2)
+        distances = (points - x).norm(dim=2)[inside]
+        nearest = min([nearest, *distances.tolist()])
+    return nearest
+
+
+@pytest.mark.parametrize(
+    "kind, widths", [("ReLU", (2, 3, 2)), ("MaxMin", (2, 4, 4)), ("ClampedMaxMin", (2, 2, 2))]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_local_radius_exceeds_the_exact_distance(kind, widths, seed):
+    net = dense(kind, seed, widths, classes=3).double()
+    plain = nn.Sequential(*net.body, net.head)
+    x = images_of(net, 4, seed) * 2 - 1
+    y = predict_logits(net, x).argmax(1)
+    distance = [distance_to_another_class(plain, *pair) for pair in zip(x, y.tolist(), strict=True)]
+    raised = False
+    for e in ([0, 0, 0], [500, -300, 0], [-700, 100, 0], [900, -50, -40]):
+        table = certify(rescaled(net, e), (x, y), (0.05, 0.2, 1.0), local=True)
+        assert (table["radius_local"] <= torch.tensor(distance).numpy() * (1 + 1e-6)).all()
+        raised = raised or (table["radius_local"] > table["radius"]).any()
+    assert raised
