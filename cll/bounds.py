@@ -43,13 +43,12 @@ from cll.layers import (
     SLLLinear,
     SOCConv2d,
     Truncation,
-    power_of_two,
 )
 from cll.norms import (
     CHUNK,
     DENSE_ENTRIES,
     METHODS,
-    TINY,
+    SMALLEST,
     U,
     apply_adjoint,
     apply_linear,
@@ -57,13 +56,16 @@ from cll.norms import (
     enclose,
     exact_arithmetic,
     gamma,
+    lengths,
     matrix_norm,
     padding,
     pair,
+    power,
     proven_norm,
     proven_square,
     round_down,
     round_up,
+    shift,
 )
 from cll.progress import progress_bar
 
@@ -297,12 +299,14 @@ def absolute_norm(layer, weight, input_shape):
     """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
     of the largest row sum and the largest column sum of |A|."""
     kernel = tuple(range(2, weight.ndim))
-    rows, columns = (weight.abs().sum((axis, *kernel)).max().item() for axis in (1, 0))
+    unit = power(weight.abs().max())  # of it, sums and their product do not leave float64
+    scaled = weight.abs() / unit
+    rows, columns = (scaled.sum((axis, *kernel)).max().item() for axis in (1, 0))
     if getattr(layer, "padding_mode", "zeros") == "circular":
         # a tap reads the positions s i + t mod n, i < m: one of them so many times
         sizes = output_shape(layer, input_shape)[1:], pair(layer.stride), input_shape[-2:]
         columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
-    return math.sqrt(rows) * math.sqrt(columns) * (1 + 1e-6)  # their product may underflow
+    return math.sqrt(rows * columns) * unit.item() * (1 + 1e-6)
 
 
 @register(Residual)
@@ -953,17 +957,16 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
-    K = 1 / std.min().item()
+    K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
     with (
         _evaluation(model.body),
         _evaluation(model.head),
     ):  # where a weight is computed, this may depend on the mode
         with progress_bar(len(layers), "bounds", "layer", progress) as bar:
             for _, layer, shape in layers:
-                norm = operator_norm(layer, shape, method)
-                K *= norm
-                if method in ("guaranteed", "fast") and norm > 0:
-                    K = max(K, TINY)  # a product that underflows to 0 would certify every distance
+                norm, e = math.frexp(operator_norm(layer, shape, method))
+                K, f = math.frexp(K * norm)
+                exponent += e + f
                 bar.update()
         W = head_rows(float64_copy(head))
     if not W.isfinite().all():
@@ -973,7 +976,10 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     if method in ("guaranteed", "fast"):
         # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
-        matrix = torch.where((distances > 0) & (matrix < TINY) & (K > 0), TINY, matrix)
+        # rounded up: a bound that underflows to 0 would certify every distance
+        matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
+    else:
+        matrix = shift(matrix, exponent)
     return matrix.fill_diagonal_(0)
 
 
@@ -1050,18 +1056,17 @@ def _stretch(layer, input_shape, steps=20):
 
 
 def row_distances(head, W):
-    """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3) or above
-    the exact distance. Squares of tiny differences underflow: such pairs get an upper bound.
-    Rows that were divided by their length are off by gamma(D) each, which may be all of it."""
-    size = power_of_two(W)
-    W = W / size
-    distances = pairwise_distances(W)
-    i, j = (distances < 1e-140).nonzero().unbind(1)
+    """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3), whatever
+    their scale. Rows that were divided by their length are off by gamma(D) each, which may be all
+    of it."""
+    unit = power(W.abs().max())
+    scaled = pairwise_distances(W / unit)
+    distances = scaled * unit
+    i, j = (scaled < 1e-140).nonzero().unbind(1)
     for row in i[i != j].unique():
         others = j[i == row]
-        gap = (W[row] - W[others]).abs().amax(1)
-        distances[row, others] = gap * math.sqrt(W.shape[1]) * (1 + 1e-12)
-    distances = distances * size
+        distances[row, others] = lengths(W[row] - W[others])
+    distances = torch.where(distances > 0, distances + SMALLEST, distances)
     if isinstance(head, NormalizedLinear):
         distances = distances + 2 * gamma(W.shape[1] + 8)
     return distances

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .norms import power_of_two
+
 
 class MaxMin(nn.Module):
     """Sort pairs of channels: (N, C, ...) -> (N, C, ...), all C/2 maxima first, then all minima.
@@ -751,14 +753,6 @@ def _pairs(x, name):
             "use an even number of channels"
         )
     return x.unflatten(1, (-1, 2))
-
-
-def power_of_two(x, *axis):
-    """The largest power of two up to max |x|, 1 where all of x is 0; along an axis, which is kept,
-    or of all. x / it is exact, and no square of it overflows or is lost beside the largest."""
-    largest = x.detach().abs().amax(*axis, keepdim=bool(axis)).double()
-    power = largest / (2 * torch.frexp(largest).mantissa)
-    return torch.where(largest > 0, power, 1.0).to(x.dtype)
 
 
 def _length(x):

@@ -30,13 +30,14 @@ from .bounds import (
     row_distances,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
-from .norms import U, apply_adjoint, apply_linear, gamma, matrix_norm
+from .norms import TINY, U, apply_adjoint, apply_linear, gamma, lengths, matrix_norm, power, shift
 from .progress import progress_bar
 from .rounding import absolute_norm, rounding
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
-RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
-TINY = 1e-200
+KNOWN = (*ACTIVATIONS, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # and linear ones
+LEAST = 1e-200  # where norms of layers and sizes of gradients are about 1: more than all underflows
+RANGE = 800  # of the exponents of units in which local bounds are tried, see `local_radius`
 STEPS = 10  # of the search for the multiplier of a knapsack: more changes nothing visible
 BATCH = 50  # images whose activations are held at a time, and rows followed backward at a time
 ROUNDED = 1 + 1e-9  # more than the roundings of sums of up to a million terms, a few in a row
@@ -191,15 +192,14 @@ def _unit(v):
 # --------------------------------------------------------------------------------- certification
 
 
-def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
+def local_lipschitz(model, images, epsilon):
     """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
     epsilon > 0 around an image, never above the global bound. float64, on the CPU.
 
     model: as in `cll.certify`, with model(x) = head(body((x - input_mean) / input_std)).
-    images: (N, *input_shape), uint8 or float in [0, 1]. K: the global bound; None computes it.
-    pairs: (M, 3) int64, rows (n, i, j): image, class, class; None for all.
+    images: (N, *input_shape), uint8 or float in [0, 1].
 
-    Returns (M,), or without `pairs` (N, C, C), symmetric with zero diagonal.
+    Returns (N, C, C), symmetric with zero diagonal.
 
     Proof. m = f_i - f_j is piecewise linear above the last layer of an unknown kind (all but
     Conv2d, Linear, MaxMin, ClampedMaxMin, ReLU and reshapes), and its Lipschitz constant on a
@@ -230,29 +230,19 @@ def local_lipschitz(model, images, epsilon, pairs=None, *, K=None):
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
     images = torch.as_tensor(images).cpu()
     model = as_lipschitz_net(model, images.shape[1:])
-    exact, layers = _exact(model)
-    rows = head_rows(exact.head)
-    K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
-    N, C = len(images), len(rows)
-    every = pairs is None
-    if every:
-        i, j = torch.triu_indices(C, C, 1)
-        n = torch.arange(N).repeat_interleave(len(i))
-        pairs = torch.stack([n, i.repeat(N), j.repeat(N)], 1)
-    n, i, j = torch.as_tensor(pairs).unbind(1)
-    bound = K[i, j]
+    net = _exact(model)
+    K = lipschitz_matrix(model)
+    i, j = torch.triu_indices(*K.shape, 1)
+    matrix = torch.zeros(len(images), *K.shape, dtype=torch.float64)
     with torch.inference_mode():
-        for first in range(0, N, BATCH):
-            chosen = ((n >= first) & (n < first + BATCH)).nonzero()[:, 0]
-            state = _forward(exact, layers, images[first : first + BATCH])
-            v = rows[i[chosen]] - rows[j[chosen]]
-            local, _ = _backward(exact, layers, state, n[chosen] - first, v, epsilon, _tilt)
-            bound[chosen] = torch.minimum(bound[chosen], local)
-    if not every:
-        return bound
-    matrix = torch.zeros(N, C, C, dtype=torch.float64)
-    matrix[n, i, j] = matrix[n, j, i] = bound
-    return matrix
+        for first in range(0, len(images), BATCH):
+            state = _forward(net, images[first : first + BATCH])
+            n = torch.arange(len(state.head_error)).repeat_interleave(len(i))
+            v = (net.rows[i] - net.rows[j]).repeat(len(state.head_error), 1)
+            local, _ = _backward(net, state, n, v, epsilon, _tilt)
+            local = shift(local, net.units[-1]).view(-1, len(i)) + TINY
+            matrix[first : first + BATCH, i, j] = torch.where(local < K[i, j], local, K[i, j])
+    return matrix + matrix.mT
 
 
 def local_radius(model, images, logits, radius, radii, K=None, progress=False):
@@ -268,6 +258,9 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     min(rho, min_j (m_j - E_j) / K_j); and where m_j - E_j > rho K_j for all j, the global bound
     goes on from the edge of the ball, up to min_j rho + (m_j - E_j - rho K_j) / K_yj > rho. The
     largest radius of all counts. A NaN in a logit or bound proves nothing.
+
+    Weights in other powers of two, layer by layer, give the same radii. Where the unit of a layer
+    (see _Network) leaves 2^-RANGE to 2^RANGE, and float64 may end, `radius` stands.
 
     Proof. Read the proof in `local_lipschitz` up to c. Now only a fall of m_j costs, and only from
     its value at the image. Fold i contributes k_i (|u_i + d| - |u_i|) when u_i moves by d. For
@@ -286,12 +279,14 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     smaller ball it falls at least in proportion, because g(a d) <= a g(d) for 0 <= a <= 1.
     """
     model = as_lipschitz_net(model, images.shape[1:])
-    exact, layers = _exact(model)
-    rows = head_rows(exact.head)
-    distances = row_distances(exact.head, rows)
-    K = (lipschitz_matrix(model) if K is None else K).to("cpu", torch.float64)
+    net, radius = _exact(model), torch.as_tensor(radius).clone()
+    if max(map(abs, net.units)) > RANGE:
+        return radius
+    K = lipschitz_matrix(model) if K is None else K
+    K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
+    K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
+    logits = shift(logits, -net.units[-1])
     images = torch.as_tensor(images).cpu()
-    logits, radius = logits.to("cpu", torch.float64), torch.as_tensor(radius).clone()
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
         for first in batches:
@@ -304,25 +299,24 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
             state = None
             failed = ~((margin > 0) | is_y).all(dim=1) | ~f.isfinite().all(dim=1)
             for rho in sorted(float(r) for r in radii if r > 0):
-                pending = ~failed & (radius[part] <= rho)
+                pending = tried = ~failed & (radius[part] <= rho)
                 if not pending.any():
                     continue
                 if state is None:
-                    state = _forward(exact, layers, images[part])
+                    state = _forward(net, images[part])
                 # the rounding of every margin, also of those that no local bound is asked for
-                apart = distances[y] * state.errors[-1][:, None]
+                apart = net.distances[y] * state.errors[-1][:, None]
                 local, lost = top.clone(), (state.head_error[:, None] + apart) * ROUNDED
                 ratio = torch.where(is_y, math.inf, (margin - lost) / top)
                 nearest = ratio.argmin(dim=1)[:, None] == torch.arange(f.shape[1])
                 # the nearest class first: where it fails, the others need no work
                 for asked in (nearest, ~nearest & (ratio <= rho)):
                     n, j = (asked & pending[:, None] & ~is_y).nonzero().unbind(1)
-                    v = rows[y[n]] - rows[j]
-                    bound, E = _backward(exact, layers, state, n, v, rho, _fall)
+                    v = net.rows[y[n]] - net.rows[j]
+                    bound, E = _backward(net, state, n, v, rho, _fall)
                     local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
                     left = margin - lost - rho * local
                     pending = pending & ((left > 0) | is_y).all(dim=1)
-                tried = ~failed & (radius[part] <= rho)
                 within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
                 beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
                 found = torch.where(pending, beyond, within.clamp(max=rho))
@@ -337,81 +331,118 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
 
 
 class _Layer(NamedTuple):
-    """What is known about a layer beforehand. norm: its guaranteed Lipschitz constant. Of a Conv2d
-    or Linear also `rows`, the lengths of its rows per output channel (at borders they are shorter),
-    of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels 2i, 2i + 1
-    are no pairs; and `adjoint_error`, such that A^T y as computed is off by at most
-    adjoint_error ||y||. error: (a, b) of the layer, see `rounding.rounding`."""
+    """What is known about a layer beforehand, in the units of a _Network. norm: its guaranteed
+    Lipschitz constant; error: (a, b) of the layer, see `rounding.rounding`. Of a Conv2d or Linear
+    also its `weight`, `rows`, the lengths of its rows per output channel (at borders they are
+    shorter), of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels
+    2i, 2i + 1 are no pairs; and `adjoint_error`, such that A^T y as computed is off by at most
+    adjoint_error ||y||."""
 
     layer: nn.Module
     shape: tuple
     norm: float
     error: tuple
+    weight: Tensor | None = None
     rows: Tensor | None = None
     pair_norm: float | None = None
     pair_rows: Tensor | None = None
     adjoint_error: float = 0.0
 
 
+class _Network(NamedTuple):
+    """A float64 copy of a model on the CPU in evaluation mode, and what is known about it. Lengths
+    are in units 2^e, in which norms are about 1 and their products do not leave float64, whatever
+    the scale of the weights. units: e of each layer's inputs, of the features and of the logits.
+    gains: the radius of the ball of each layer's inputs and of the features, for images in a ball
+    of radius 1. rows (C, features) of the head and the distances (C, C) between them."""
+
+    model: nn.Module
+    layers: list
+    units: list
+    gains: list
+    rows: Tensor
+    distances: Tensor
+
+
 def _exact(model):
-    """A float64 copy on the CPU in evaluation mode, and its layers, a list of _Layer."""
+    """The _Network of a model."""
     model = freeze(float64_copy(model))
-    layers = []
+    smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
+    layers, units = [], [1 - math.frexp(smallest)[1]]
+    gains = [ROUNDED / shift(smallest, units[0])]
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        norm, error = operator_norm(layer, shape), rounding(layer, shape)
-        if not (type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1):
-            layers.append(_Layer(layer, shape, norm, error))
-            continue
-        W = layer.weight
-        terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
-        wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
-        rows = _row_norms(W, len(shape) + 1)
-        rows = torch.full_like(rows, norm) if wraps else rows * ROUNDED
-        known = {"rows": rows, "adjoint_error": gamma(terms) * absolute_norm(layer, W, shape)}
-        if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
-            half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
-            both = torch.stack([half, -half], 1).flatten(0, 1)
-            known["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
-            rows = _row_norms(half, len(shape) + 1) * (math.sqrt(2) * ROUNDED)
-            known["pair_rows"] = torch.full_like(rows, known["pair_norm"]) if wraps else rows
-        layers.append(_Layer(layer, shape, norm, error, **known))
-    return model, layers
+        step, unit = _layer(layer, shape, units[-1])
+        layers.append(step)
+        units.append(unit)
+        gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
+    exponent = math.frexp(rows.abs().max().item())[1] - 1
+    units.append(units[-1] + exponent)
+    distances = row_distances(model.head, rows)
+    return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
+
+
+def _layer(layer, shape, unit):
+    """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
+    norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
+    known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
+    known = known and norm < math.inf
+    # weights that meet only padding may be larger than the norm
+    largest = max(norm, layer.weight.abs().max().item()) if known else norm
+    exponent = math.frexp(largest)[1] - 1  # 0 for activations: folds mix inputs and outputs
+    norm, unit = shift(norm, -exponent), unit + exponent
+    error = shift(a, -exponent), shift(b + TINY, -unit)  # TINY: underflow, also of the logits
+    if not known:
+        return _Layer(layer, shape, norm, error), unit
+    W = shift(layer.weight, -exponent)
+    terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
+    wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
+    row_shape = 1, -1, *[1] * (len(shape) - 1)
+    rows = lengths(W.flatten(1)).view(row_shape) * ROUNDED
+    facts = {"weight": W, "rows": torch.full_like(rows, norm) if wraps else rows}
+    facts["adjoint_error"] = gamma(terms) * absolute_norm(layer, W, shape)
+    if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
+        half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
+        both = torch.stack([half, -half], 1).flatten(0, 1)
+        facts["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
+        rows = lengths(half.flatten(1)).view(row_shape) * (math.sqrt(2) * ROUNDED)
+        facts["pair_rows"] = torch.full_like(rows, facts["pair_norm"]) if wraps else rows
+    return _Layer(layer, shape, norm, error, **facts), unit
 
 
 class _State(NamedTuple):
-    """Of a batch of images: `folds`, per layer a list of (|u|, sign of u), (N, folds) in the shape
-    of the layer; `errors`, per layer input (N,): how far its computed value may be from the exact
-    one; `head_error` (N,), of the computed margins."""
+    """Of a batch of images, in the units of a _Network: `folds`, per layer a list of (|u|, sign of
+    u), (N, folds) in the shape of the layer; `errors`, per layer input (N,): how far its computed
+    value may be from the exact one; `head_error` (N,), of the computed margins."""
 
     folds: list
     errors: list
     head_error: Tensor
 
 
-def _forward(model, layers, images):
+def _forward(net, images):
     """The _State of a batch. Errors add up from layer to layer."""
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     channels = (-1,) + (1,) * (x.ndim - 2)
-    std, mean = (value.reshape(channels) for value in normalisation(model))
+    std, mean = (value.reshape(channels) for value in normalisation(net.model))
     h = (x - mean) / std
-    error = 4 * U * ((x.abs() + mean.abs()) / std).flatten(1).norm(dim=1)
+    size = lengths(((x.abs() + mean.abs()) / std).flatten(1))
+    error = shift(4 * U * size + TINY, -net.units[0])
     folds, errors = [], [error]
-    for step in layers:
-        folds.append(_folds(step.layer, h))
+    for step, unit in zip(net.layers, net.units, strict=False):
+        folds.append(_folds(step.layer, h, unit))
         a, b = step.error
-        error = step.norm * error + a * h.flatten(1).norm(dim=1) + b
+        error = step.norm * error + a * shift(lengths(h.flatten(1)), -unit) + b
         errors.append(error * ROUNDED)
         h = step.layer(h)  # last: an in-place activation overwrites its input
-    rows, bias = head_rows(model.head), getattr(model.head, "bias", None)
-    size = rows.norm(dim=1).max() * h.flatten(1).norm(dim=1)
-    if bias is not None:
-        size = size + bias.abs().max()
-    head_error = 4 * gamma(rows.shape[1] + 8) * size
+    bias = getattr(net.model.head, "bias", None)
+    size = lengths(head_rows(net.model.head)).max() * lengths(h)
+    size = size if bias is None else size + bias.abs().max()
+    head_error = shift(4 * gamma(net.rows.shape[1] + 8) * size + TINY, -net.units[-1])
     return _State(folds, errors, head_error)
 
 
-def _folds(layer, z):
-    """[(|u|, sign of u), ...] of an activation at z in forward order; None for other layers."""
+def _folds(layer, z, unit):
+    """[(|u| / 2^unit, sign of u), ...] of an activation at z, forward; None for other layers."""
     if type(layer) not in ACTIVATIONS:
         return None
     if type(layer) is nn.ReLU:
@@ -422,57 +453,50 @@ def _folds(layer, z):
         if type(layer) is ClampedMaxMin:
             high, low = torch.maximum(a, b) - layer.high, torch.minimum(a, b) - layer.low
             stages.append(torch.cat([high, low], 1))
-    return [(u.abs() / ROUNDED, torch.where(u >= 0, 1.0, -1.0).double()) for u in stages]
+    return [(shift(u.abs() / ROUNDED, -unit), 2 * (u >= 0).double() - 1) for u in stages]
 
 
-def _backward(model, layers, state, index, v, rho, rule):
+def _backward(net, state, index, v, rho, rule):
     """(K (M,), E (M,)) of the margins with rows v (M, features) at images index (M,) of the batch.
 
     rule _tilt: K bounds the Lipschitz constant on the ball of radius rho, E is of no use.
     rule _fall: m(x) >= m(image) - E - K ||x - image|| in the ball, m(image) the computed margin.
     """
     parts = zip(index.split(BATCH), v.split(BATCH), strict=True)
-    found = [_follow(model, layers, state, n, c, rho, rule) for n, c in parts]
+    found = [_follow(net, state, n, c, rho, rule) for n, c in parts]
     return tuple(map(torch.cat, zip(*found, strict=True))) if found else (v.new_empty(0),) * 2
 
 
-def _follow(model, layers, state, n, c, rho, rule):
-    """`_backward` of one part. Lengths are in units of rho: gain[i] is the radius of the ball of
-    layer i's inputs. charge: of _fall the sum of the charges; of _tilt r, with pair_charge its part
-    in directions a - b. The rounding of c itself is charged too. E collects what the error of the
-    computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
-    tilt = rule is _tilt
-    std, _ = normalisation(model)
-    # a power of two: the squares of rows of 1e-160 would vanish, and what they charge with them
-    unit = torch.exp2(torch.frexp(c.abs().amax(1)).exponent.double())
-    c = c / unit[:, None]
-    gain = [ROUNDED / std.min().item()]
-    for step in layers:
-        gain.append(gain[-1] * step.norm * ROUNDED)
+def _follow(net, state, n, c, rho, rule):
+    """`_backward` of one part. Lengths are in units of rho too: gain[i] is the radius of the ball
+    of layer i's inputs. charge: of _fall the sum of the charges; of _tilt r, with pair_charge its
+    part in directions a - b. The rounding of c itself is charged too. E collects what the error of
+    the computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
+    tilt, layers, gain = rule is _tilt, net.layers, net.gains
     errors = [e[n] for e in state.errors]
-    size = c.norm(dim=1)
+    size = lengths(c)
     charge = 8 * U * size * (1 if tilt else gain[-1])
     pair_charge = torch.zeros_like(charge)
     bound = torch.full_like(charge, math.inf)
     E, depth = torch.zeros_like(charge), len(layers)
-    while depth and _is_known(layers[depth - 1]):
+    while depth and (layers[depth - 1].rows is not None or type(layers[depth - 1].layer) in KNOWN):
         depth -= 1
         step = layers[depth]
-        E = E + 5 * size * torch.maximum(errors[depth], errors[depth + 1])
+        E = E + 5 * size * errors[depth + 1]
         rounded = 8 * U * size
         if step.rows is not None:
             if tilt:
                 charge = charge * step.norm + pair_charge * (step.pair_norm or 0)
                 pair_charge = torch.zeros_like(charge)
             rounded = step.adjoint_error * size
-            c = apply_adjoint(step.layer, step.layer.weight, c, step.shape)
+            c = apply_adjoint(step.layer, step.weight, c, step.shape)
         elif state.folds[depth]:
             below = layers[depth - 1] if depth else None
             for stage in reversed(range(len(state.folds[depth]))):
                 tau, side = (t[n] for t in state.folds[depth][stage])
                 pairs = stage == 0 and type(step.layer) is not nn.ReLU
                 ball, reach = _reach(below, step.layer, pairs, gain[depth - 1], gain[depth])
-                ball = torch.full_like(charge, ball)
+                ball, reach = torch.full_like(charge, ball + LEAST), reach + LEAST
                 if tilt:  # the computed u may be off
                     ball = ball + errors[depth] / rho
                     reach = reach + (errors[depth] / rho).view(-1, *[1] * (c.ndim - 1))
@@ -490,19 +514,16 @@ def _follow(model, layers, state, n, c, rho, rule):
                     charge = charge + cost
         else:
             c = c.reshape(-1, *step.shape)
-        charge = charge + rounded * (1 if tilt else gain[depth])
-        size = c.flatten(1).norm(dim=1)
+        charge = charge + (rounded + LEAST) * (1 if tilt else gain[depth])
+        size = lengths(c.flatten(1))
         total = (size + charge + pair_charge) * gain[depth] if tilt else charge + size * gain[depth]
         bound = torch.minimum(bound, total)
     E = E + size * errors[depth]
     if depth == 0:  # the gradient in the un-normalised input
-        size = (c / std.view(-1, *[1] * (c.ndim - 2))).flatten(1).norm(dim=1)
+        std = shift(normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
+        size = lengths((c / std).flatten(1))
         bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
-    return bound * unit * ROUNDED + TINY, (E * unit + state.head_error[n]) * ROUNDED
-
-
-def _is_known(step):
-    return step.rows is not None or type(step.layer) in (*ACTIVATIONS, *RESHAPES)
+    return bound * ROUNDED + LEAST, (E + state.head_error[n]) * ROUNDED
 
 
 def _reach(below, layer, pairs, gain_below, gain):
@@ -535,40 +556,42 @@ def _fall(k, tau, reach, ball):
     """
     shape = k.shape
     k = torch.where((k < 0) & (tau <= reach), -k, 0).flatten(1)
-    tau, square = tau.flatten(1), k.square().flatten(1)
-    tau_square = tau.square()
+    size, unit = power(k.amax(1)), power(ball)  # powers of two, for the squares
+    tau = torch.where(k > 0, tau.flatten(1), 0) / unit[:, None]
+    k, ball = k / size[:, None], ball / unit
+    square, tau_square = k.square(), tau.square()
     q_square = torch.full_like(ball, math.inf)
     for _ in range(STEPS):
         active = (q_square[:, None] * square > tau_square).double()
         below = (square * active).sum(1)
-        q_square = (ball.square() + (tau_square * active).sum(1)) / below.clamp_min(TINY)
+        q_square = (ball.square() + (tau_square * active).sum(1)) / below.clamp_min(LEAST)
     q = q_square.sqrt()
-    missing = (1 - tau / (q[:, None] * k).clamp_min(TINY)).clamp_min(0)  # 1 - t
+    missing = (1 - tau / (q[:, None] * k).clamp_min(LEAST)).clamp_min(0)  # 1 - t
     missing = torch.where(k > 0, missing, 0)
     active_square = square * (missing > 0)
-    # the last term: rounding of the two maxima that t makes equal
-    charge = (missing.square() * square).sum(1) + 64 * U * active_square.sum(1)
-    charge = torch.where(
-        square.sum(1) > 0, ball.square() / (2 * q).clamp_min(TINY) + q / 2 * charge, 0
-    )
-    return (1 - missing).view(shape), charge
+    # the last terms: rounding of the two maxima that t makes equal
+    charge = (missing.square() * square).sum(1) + 64 * U * active_square.sum(1) + LEAST
+    charge = ball.square() / (2 * q) + q / 2 * charge
+    return (1 - missing).view(shape), torch.where(square.sum(1) > 0, charge, 0) * size * unit
 
 
 def _tilt(k, tau, reach, ball):
     """(slopes t, charge E (M,)) of the folds of one layer, see `local_lipschitz`. lambda by
     bisection: at the best one, sum tau^2 / 2 (1 - lambda tau^2 / (4 k^2))_+ = B^2."""
     shape = k.shape
-    square = torch.where(tau <= reach, k.square(), 0).flatten(1)
-    tau_square = tau.square().flatten(1)
-    total = square.sum(1)
-    high = total / ball.square().clamp_min(TINY)  # there, lambda B^2 is the charge of lambda = 0
+    k = torch.where(tau <= reach, k.abs(), 0).flatten(1)
+    size, unit = power(k.amax(1)), power(ball)  # powers of two, for the squares
+    square = (k / size[:, None]).square()
+    tau_square = (torch.where(k > 0, tau.flatten(1), 0) / unit[:, None]).square()
+    total, ball = square.sum(1), ball / unit
+    high = total / ball.square()  # there, lambda B^2 is the charge of lambda = 0
     low = high * 1e-12
     for _ in range(2 * STEPS):
         middle = (low * high).sqrt()
-        missing = (1 - middle[:, None] * tau_square / (4 * square).clamp_min(TINY)).clamp_min(0)
+        missing = (1 - middle[:, None] * tau_square / (4 * square).clamp_min(LEAST)).clamp_min(0)
         larger = (tau_square / 2 * missing * (square > 0)).sum(1) > ball.square()
         low, high = torch.where(larger, middle, low), torch.where(larger, high, middle)
-    missing = (1 - low[:, None] * tau_square / (4 * square).clamp_min(TINY)).clamp_min(0)
+    missing = (1 - low[:, None] * tau_square / (4 * square).clamp_min(LEAST)).clamp_min(0)
     missing = torch.where(square > 0, missing, 0)  # 1 - t
     charge = low * ball.square() + (missing.square() * square).sum(1) + 64 * U * total
-    return (1 - missing).view(shape), charge.sqrt()
+    return (1 - missing).view(shape), charge.sqrt() * size

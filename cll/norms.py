@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 U = 2.0**-53  # unit roundoff of float64
+SMALLEST = 5e-324  # added to what may underflow, it rounds up
 TINY = 1e-280  # after scaling to largest weight 1, more than all underflows of a norm together
 DENSE_ENTRIES = 60_000_000  # largest matrix that "exact" decomposes
 CHUNK = 4_000_000  # float64 numbers per temporary of the torus bound (32 MB)
@@ -189,10 +190,7 @@ def _scaled(weight):
     if largest == 0:
         return None, 0
     exponent = math.frexp(largest)[1] - 1
-    if exponent > -1000:
-        return weight * 2.0**-exponent, exponent
-    half = -exponent // 2  # in two steps: 2^1062, for subnormal weights, is no float64
-    return weight * 2.0**half * 2.0 ** (-exponent - half), exponent
+    return shift(weight, -exponent), exponent
 
 
 def _prove(layer, weight, input_shape):
@@ -799,6 +797,31 @@ def round_up(x):
 
 def round_down(x):
     return math.nextafter(x * (1 - 1e-13), 0.0)
+
+
+def shift(x, exponent):
+    """x * 2^exponent, a float or a tensor; rounded, by less than SMALLEST, only if subnormal."""
+    exponent = min(max(exponent, -3000), 3000)
+    for third in range(3):  # in steps: 2^1062, for subnormal numbers, is no float64
+        x = x * 2.0 ** ((exponent + third) // 3)
+    return x
+
+
+def lengths(rows):
+    """L2 norms of the rows (N, D), also of those whose squares under- or overflow: (N,)."""
+    unit = power(rows.abs().amax(1))
+    return (rows / unit[:, None]).norm(dim=1) * unit
+
+
+def power(x):
+    """The largest power of two up to x, elementwise, exactly; 1 for 0. x: float64, finite, >= 0."""
+    return torch.where(x > 0, x / (2 * torch.frexp(x).mantissa), 1.0)
+
+
+def power_of_two(x, *axis):
+    """`power` of the largest |x|, of all or along an axis, which is kept; in the type of x. x / it
+    is exact, and no square of it overflows or is lost beside the largest."""
+    return power(x.detach().abs().amax(*axis, keepdim=bool(axis)).double()).to(x.dtype)
 
 
 def _ldexp(x, exponent, towards=None):

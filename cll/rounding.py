@@ -57,7 +57,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
 )
-from .norms import TINY, U, exact_arithmetic, gamma
+from .norms import SMALLEST, TINY, U, exact_arithmetic, gamma, lengths
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 
@@ -91,12 +91,6 @@ def margin_error(model, images, predicted, method="guaranteed"):
     return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
 
 
-def lengths(rows):
-    """L2 norms of the rows (N, D), also of those whose squares underflow: (N,)."""
-    largest = rows.abs().amax(1).clamp_min(1e-300)
-    return (rows / largest[:, None]).norm(dim=1) * largest
-
-
 def chain(module, input_shape, method="guaranteed"):
     """(gain, shift, a, b) of the leaves of a module, one after the other: outputs have norms of at
     most gain ||z|| + shift, and as computed they are off by at most a ||z|| + b."""
@@ -124,7 +118,8 @@ def rounding(layer, input_shape):
     Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
     of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
     """
-    return _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
+    a, b = _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
+    return a + SMALLEST, b + SMALLEST
 
 
 @functools.singledispatch

@@ -1,8 +1,10 @@
 """Local bounds: never below what a gradient, a neighbour or an attack shows, never above global."""
 
+import copy
 import importlib
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, vmap
 
-from cll.architectures import LipschitzNet, build
+from cll.architectures import LipschitzNet, as_lipschitz_net, build
 from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix, operator_norm, register
 from cll.certify import RADII, certified_radius, certify, predict_logits
@@ -27,6 +29,7 @@ from cll.local import (
     local_lipschitz,
     local_radius,
 )
+from cll.norms import lengths, shift
 
 local = importlib.import_module("cll.local")
 KINDS = ("MaxMin", "ClampedMaxMin", "ReLU")
@@ -147,14 +150,15 @@ def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size
 def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)
-    copy, layers = _exact(exact)
+    known = _exact(exact)
+    unit = 2.0 ** known.units[-1]
     with torch.no_grad():
         f = exact(x)
     for i, j in itertools.permutations(range(f.shape[1]), 2):
         with torch.no_grad():
-            state = _forward(copy, layers, x)
-            v = (copy.head.weight[i] - copy.head.weight[j]).expand(4, -1)
-            K, E = _backward(copy, layers, state, torch.arange(4), v, rho, _fall)
+            v = (known.rows[i] - known.rows[j]).expand(4, -1)
+            K, E = _backward(known, _forward(known, x), torch.arange(4), v, rho, _fall)
+            K, E = K * unit, E * unit
         assert (E < 1e-9).all()
         y = in_ball(x, rho, 4, seed)
         x_all, y = x.repeat(4, *[1] * (x.ndim - 1)), y.flatten(0, 1)
@@ -249,8 +253,9 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
 def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
     """Against dense matrices; and not much less, or another layer's norm was taken."""
     net = conv(kind, seed).double()
-    _, layers = _exact(net)
-    for below, step in itertools.pairwise(layers):
+    known = _exact(net)
+    for i, (below, step) in enumerate(itertools.pairwise(known.layers)):
+        unit = 2.0 ** (known.units[i + 1] - known.units[i])
         if below.rows is None or isinstance(step.layer, nn.Flatten):
             continue
         size = math.prod(below.shape)
@@ -265,8 +270,8 @@ def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
             ball, reach = _reach(
                 below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm
             )
-            norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item()
-            rows = 2 * u.norm(dim=0)
+            norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item() / unit
+            rows = 2 * u.norm(dim=0) / unit
             if stage:
                 rows = torch.maximum(*rows.chunk(2)).repeat(2, *[1] * (rows.ndim - 1))
             assert norm <= ball < 1.3 * norm
@@ -341,13 +346,13 @@ def test_the_bound_grows_with_the_ball_up_to_the_global_one():
     assert (bounds[0].sum() < 0.7 * K.sum() * 6) and torch.equal(bounds[-1], K.expand(6, 3, 3))
 
 
-def test_pairs_are_rows_of_the_whole():
+def test_each_image_has_its_bound_whatever_the_others():
     net = conv().double()
     x = images_of(net, 60)  # more than one batch
     every = local_lipschitz(net, x, 0.05)
-    pairs = torch.tensor([[59, 2, 0], [3, 0, 1], [3, 1, 0], [0, 1, 2]])
-    some = local_lipschitz(net, x, 0.05, pairs)
-    torch.testing.assert_close(some, every[tuple(pairs.T)], rtol=1e-9, atol=0)
+    assert torch.equal(every, every.mT) and (every.diagonal(dim1=1, dim2=2) == 0).all()
+    some = local_lipschitz(net, x[[59, 3]], 0.05)
+    torch.testing.assert_close(some, every[[59, 3]], rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="epsilon"):
         local_lipschitz(net, x, 0.0)
 
@@ -650,3 +655,253 @@ def test_rows_whose_squares_vanish(size):
     identity = ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
     net = by_hand(identity, ([[size, 0.0], [0.0, 0.0]], [0.0, 0.0]))
     assert local_of(net, [0.5, 0.0], [0.1, 1.0, 3.0]) <= 0.5
+
+
+# ------------------------------------------------------------------------------------ any scale
+
+
+def times(t, exponent):
+    """t * 2^exponent in two steps, as 2^1062 is no float64; the same digits, or ValueError."""
+    half = exponent // 2
+    scaled = t * 2.0**half * 2.0 ** (exponent - half)
+    if not torch.equal(scaled * 2.0**-half * 2.0 ** (half - exponent), t):
+        raise ValueError("no multiple in float64")
+    return scaled
+
+
+def rescaled(net, exponents):
+    """The same function in other powers of two: the outputs of the l-th linear layer, the head
+    included, are 2^exponents[l] times what they were. float64; None where that is no float64."""
+    net, before = copy.deepcopy(net).double().eval(), 0
+    linear = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    after = dict(zip(linear, exponents, strict=True))
+    try:
+        with torch.no_grad():
+            for layer in net.modules():
+                if layer in after:
+                    layer.weight.copy_(times(layer.weight, after[layer] - before))
+                    before = after[layer]
+                    layer.bias.copy_(times(layer.bias, before))
+                elif isinstance(layer, ClampedMaxMin):
+                    layer.high.copy_(times(layer.high, before))
+                    layer.low.copy_(times(layer.low, before))
+    except ValueError:
+        return None
+    return net
+
+
+@st.composite
+def scales(draw, layers=4):
+    """Exponents for `rescaled`, of the size of float64 and of usual sizes."""
+    size = draw(st.sampled_from([2, 60, 300, 600, 1000]))
+    between = [draw(st.integers(-size, size)) for _ in range(layers - 1)]
+    return [*between, draw(st.sampled_from([0, 0, draw(st.integers(-size, size))]))]
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 10**6),
+    st.sampled_from([dense, conv]),
+    st.lists(scales(), min_size=3, max_size=3),
+)
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_powers_of_two_between_layers_raise_no_radius(kind, seed, make, exponents):
+    net = make(kind, seed).double()
+    x, radii = images_of(net, 3, seed), (0.01, 0.1, 1.0)
+    y = predict_logits(net, x).argmax(1)
+    K, table = lipschitz_matrix(net), certify(net, (x, y), radii, local=True)
+    for e in exponents:
+        other = rescaled(net, e)
+        if other is None:
+            continue
+        again = certify(other, (x, y), radii, local=True)
+        for column in ("radius", "radius_local"):
+            assert (again[column] <= table[column]).all()
+            if max(map(abs, e)) <= 600:
+                assert (again[column] == table[column]).all()
+        if e[-1] == 0:
+            assert torch.equal(lipschitz_matrix(other), K)
+        assert not local_lipschitz(other, x[:1], 0.1).isnan().any()
+
+
+def diagonal(factors, bias):
+    """logits (bias - s, s) with s = x_1 + x_2, times all factors: layers f x, then the sum."""
+    layers = [([[f, 0.0], [0.0, f]], [0.0, 0.0]) for f in factors]
+    return by_hand(*layers, ([[-1.0, -1.0], [1.0, 1.0]], [bias, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "factors, bias",
+    [
+        ([1e10] * 17 + [1e-10] * 17, 0.1),  # gradients of 1e-170 in between
+        ([1e-10] * 17 + [1e10] * 17, 0.1),
+        ([1e150, 1e150, 1e-150, 1e-150], 0.1),
+        ([1e-10] * 17, 1e-171),
+        ([1e-60, 1e-60], 1e-121),
+        ([1e60, 1e60], 1e119),
+        ([3e-150, 5e140], 1e-11),
+    ],
+)
+def test_gradients_whose_squares_leave_float64_count(factors, bias):
+    """logit 0 falls below logit 1 where 2 s = bias, at the distance bias / (2 sqrt(2) slope)."""
+    net = diagonal(factors, bias)
+    slope = math.prod(Fraction(layer.weight[0, 0].item()) for layer in net[:-1])
+    distance = float(Fraction(bias) / (2 * slope)) / math.sqrt(2)
+    radius = local_of(net, [0.0, 0.0], [1.0])
+    assert distance * (1 - 1e-6) < radius <= distance * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    "factors, bias",
+    [([1e-10] * 33 + [1e110] * 2, 1e-110), ([1e-10] * 33 + [1e37] * 8 + [1e4], 1e-30)],
+)
+def test_what_underflows_on_the_way_is_certified_by_nobody(factors, bias):
+    """The input becomes 0 before the last factors can bring it back: the bias alone is left, and
+    the exact logits name the other class."""
+    layers = [([[f]], [0.0]) for f in factors]
+    net = by_hand(*layers, ([[-1.0], [1.0]], [bias, 0.0]))
+    x = torch.ones(1, 1, dtype=torch.float64)
+    assert predict_logits(as_lipschitz_net(net, (1,)), x).argmax() == 0
+    assert math.prod(Fraction(layer.weight.item()) for layer in net[:-1]) > Fraction(bias)
+    assert local_of(net, [1.0], [0.1, 10.0]) == 0
+
+
+def test_what_underflows_beside_larger_signals_is_certified_by_nobody():
+    """x_2 becomes 1e-330, that is 0, and then 1 again in exact numbers."""
+    small, large = ([[1e-120, 0.0], [0.0, 1e-165]], [0.0, 0.0]), ([[0.0, 1e165]], [0.0])
+    net = by_hand(small, small, large, ([[1e165]], [0.0]), ([[-1.0], [1.0]], [0.5, 0.0]))
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert predict_logits(as_lipschitz_net(net, (2,)), x).argmax() == 0
+    assert local_of(net, [1.0, 1.0], [0.1, 10.0]) == 0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-165, 1e-175])
+@pytest.mark.parametrize("bend", ["ReLU", "MaxMin"])
+def test_small_margins_beside_a_large_class_bend_as_far_as_they_do(bend, size):
+    """f_0 - f_1 = size (1/2 - 10 relu(-x)), or with min(x, -x), falls to 0 at x = -0.05; its
+    gradient at x = 0.1 is 0 and in a ball of radius 0.3 up to 10 size. f_2 = x - 100."""
+    if bend == "ReLU":
+        first, head = ([[-1.0], [1.0]], [0.0, 1000.0]), [[-10 * size, 0], [0, 0], [0, 1.0]]
+        layers = [first, nn.ReLU(), (head, [size / 2, 0.0, -1100.0])]
+    else:  # the maximum of -x and 0
+        first, head = ([[-1.0], [0.0]], [0.0, 0.0]), [[-10 * size, 0], [0, 0], [1.0, 0]]
+        layers = [first, MaxMin(), (head, [size / 2, 0.0, -1100.0])]
+    net = by_hand(*layers)
+    radius = local_of(net, [0.1], [0.02, 0.05, 0.1, 0.2, 1.0])
+    assert radius <= 0.15 and (radius > 0.06 or size < 1)
+    x = torch.tensor([[0.1]], dtype=torch.float64)
+    slopes = [local_lipschitz(as_lipschitz_net(net, (1,)), x, rho)[0, 0, 1] for rho in (0.05, 0.3)]
+    assert slopes[0] < 1e-6 * size and 10 * size <= slopes[1] < 15 * size
+
+
+def test_a_layer_whose_norm_is_no_float64_leaves_the_rest_alone():
+    identity = ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    huge = ([[1.5e308, 1.5e308]] * 4, [0.0] * 4)
+    net = by_hand(identity, huge, nn.ReLU(), ([[1e-308] * 4, [0.0] * 4], [0.0, 0.0]))
+    assert local_of(net, [0.5, 0.1], [0.1]) == 0  # and no error
+    assert local_lipschitz(as_lipschitz_net(net, (2,)), torch.zeros(1, 2), 0.1)[0, 0, 1] > 1.5
+
+
+@given(st.integers(-1070, 1010), st.integers(1, 9))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_lengths_are_the_same_in_any_power_of_two(exponent, features):
+    rows = torch.arange(1.0, 4 * features + 1, dtype=torch.float64).view(4, features)
+    exact = torch.tensor([math.dist(row, [0] * features) for row in rows.tolist()])
+    assert torch.allclose(lengths(rows).float(), exact)
+    scaled = times(rows, exponent)
+    assert torch.equal(shift(rows, exponent), scaled)
+    error = (times(lengths(scaled), -exponent) - lengths(rows)).abs()
+    assert (error <= (0 if exponent > -1000 else 2.0 ** (-1074 - exponent))).all()
+
+
+# -------------------------------------------------------------------------------- exact distances
+
+
+def pieces(net):
+    """All affine pieces of a network on the plane: (A (P, C, 2), b (P, C)), the logits A x + b, and
+    (G (P, k, 2), g (P, k)), the half-planes G x + g >= 0 whose intersection is the piece."""
+    found = [(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), [])]
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            W, bias = layer.weight.detach(), layer.bias.detach()
+            found = [(W @ A, W @ b + bias, held) for A, b, held in found]
+        else:
+            found = [piece for before in found for piece in pieces_of(layer, *before)]
+    A, b, held = zip(*found, strict=True)
+    G, g = (
+        torch.stack([torch.stack(rows) for rows in side])
+        for side in zip(*(zip(*half_planes, strict=True) for half_planes in held), strict=True)
+    )
+    return (torch.stack(A), torch.stack(b)), (G, g)
+
+
+def pieces_of(layer, A, b, held):
+    """The pieces into which an activation divides one: all choices, also those with no points."""
+    if isinstance(layer, nn.ReLU):
+        for on in choices(len(b)):
+            side = 2 * on - 1
+            kept = [*held, *zip(side[:, None] * A, side * b, strict=True)]
+            yield on[:, None] * A, on * b, kept
+        return
+    for swapped in choices(len(b) // 2):
+        first = 2 * torch.arange(len(swapped)) + swapped.long()
+        second = first + 1 - 2 * swapped.long()
+        kept = [*held, *zip(A[first] - A[second], b[first] - b[second], strict=True)]
+        P, p = torch.cat([A[first], A[second]]), torch.cat([b[first], b[second]])
+        if isinstance(layer, MaxMin):
+            yield P, p, kept
+            continue
+        limit = torch.cat([layer.high, layer.low]).detach()
+        inner = torch.cat([-torch.ones_like(layer.high), torch.ones_like(layer.low)]).detach()
+        for free in choices(len(p)):  # on the inner side of its threshold, or cut off
+            side = inner * (2 * free - 1)
+            cut = zip(side[:, None] * P, side * (p - limit), strict=True)
+            yield free[:, None] * P, free * p + (1 - free) * limit, [*kept, *cut]
+
+
+def choices(n):
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * n).view(-1, n)
+
+
+def distance_to_another_class(net, x, y):
+    """From a point of class y, up to roundings: the smallest distance to a polygon, a piece's half
+    where another class is larger. The foot on an edge's line, a corner, or x attains it."""
+    (A, b), (G, g) = pieces(net)
+    nearest = math.inf
+    for j in set(range(A.shape[1])) - {y}:
+        H = torch.cat([G, (A[:, j] - A[:, y])[:, None]], 1)  # (P, k, 2)
+        h = torch.cat([g, (b[:, j] - b[:, y])[:, None]], 1)
+        square = H.square().sum(2)
+        gap = (H @ x + h) / torch.where(square > 0, square, 1)
+        feet = x - gap[..., None] * H
+        first, second = torch.combinations(torch.arange(H.shape[1])).T
+        (P, p), (Q, q) = ((H[:, i], h[:, i]) for i in (first, second))
+        area = P[..., 0] * Q[..., 1] - P[..., 1] * Q[..., 0]
+        corners = [P[..., 1] * q - Q[..., 1] * p, Q[..., 0] * p - P[..., 0] * q]
+        corners = torch.stack(corners, 2) / torch.where(area == 0, math.nan, area)[..., None]
+        points = torch.cat([x.expand(len(H), 1, 2), feet, corners], 1)
+        value = points @ H.mT + h[:, None]
+        size = points.abs() @ H.abs().mT + h.abs()[:, None]
+        inside = (value >= -1e-12 * size).all(2)
+        distances = (points - x).norm(dim=2)[inside]
+        nearest = min([nearest, *distances.tolist()])
+    return nearest
+
+
+@pytest.mark.parametrize(
+    "kind, widths", [("ReLU", (2, 3, 2)), ("MaxMin", (2, 4, 4)), ("ClampedMaxMin", (2, 2, 2))]
+)
+def test_no_local_radius_exceeds_the_exact_distance(kind, widths):
+    raised = 0
+    for seed in range(4):
+        net = dense(kind, seed, widths, classes=3).double()
+        plain = nn.Sequential(*net.body, net.head)
+        x = images_of(net, 4, seed) * 2 - 1
+        y = predict_logits(net, x).argmax(1)
+        exact = map(distance_to_another_class, [plain] * 4, x, y.tolist())
+        exact = torch.tensor(list(exact), dtype=torch.float64).numpy()
+        for e in ([0, 0, 0], [500, -300, 0], [-700, 100, 0], [900, -50, -40]):
+            table = certify(rescaled(net, e), (x, y), (0.05, 0.2, 1.0), local=True)
+            assert (table["radius_local"] <= exact * (1 + 1e-9)).all()
+            raised += (table["radius_local"] > table["radius"]).sum()
+    assert raised > 0

@@ -70,7 +70,8 @@ def certified_radius(logits, K, error=None):
     if error is not None:
         # differences and a quotient: each is off by at most u of its size
         margin = (margin * (1 - 2 * U) - _float64(error).to(f.device)) * (1 - 8 * U)
-    margin = torch.where(margin > 0, margin, 0)  # also where an error is NaN
+    # also where an error is NaN, or a difference of finite logits is no float64
+    margin = torch.where((margin > 0) & margin.isfinite(), margin, 0)
     radius = torch.where(margin == 0, 0, margin / rows).masked_fill(is_y, math.inf).amin(dim=1)
     trusted = f.isfinite().all(dim=1) & rows.isfinite().all(dim=1)
     return torch.where(trusted, radius, 0)
