@@ -27,7 +27,7 @@ from ..architectures import LipschitzNet, as_lipschitz_net
 from ..bounds import FOREIGN, lipschitz_matrix, normalisation
 from ..layers import freeze
 from ..local import local_radius
-from ..norms import U
+from ..norms import PROOFS, U
 from ..progress import progress_bar
 from ..rounding import margin_error
 
@@ -130,7 +130,8 @@ def certify(
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
     radii: distances at which the CRA is reported, in input units.
-    method: the bound, see ``cll.lipschitz_matrix``. "guaranteed" gives certificates; "power" is the
+    method: the bound, see ``cll.lipschitz_matrix``. "guaranteed" gives certificates; so do "fast",
+        sooner and smaller, and "tight", later and larger where layers are large; "power" is the
         converged estimate that papers report, from below, hence optimistic.
     local: True to certify with local bounds as well, at each of the `radii`, see
         ``local.local_radius``: a free gain for any network, guaranteed, on the CPU.
@@ -155,7 +156,7 @@ def certify(
     K = lipschitz_matrix(model, method, progress).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
     error = None
-    if method in ("guaranteed", "fast"):
+    if method in PROOFS:
         error = margin_error(model, images, logits.argmax(dim=1), method)
     radius = certified_radius(logits, K, error)
     if local:
