@@ -779,10 +779,7 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
     head = _head(model, features)
     std, _ = normalisation(model)
     K = 1 / std.min().item()
-    with (
-        _evaluation(model.body),
-        _evaluation(model.head),
-    ):  # where a weight is computed, this may depend on the mode
+    with _evaluation(model.body), _evaluation(model.head):  # what computes a weight may ask for it
         factors = {f"body.{name}".rstrip(".") for name, _, _ in layers}
         inside = list(opened(model.body, model.input_shape, "body"))
         for name, layer, shape in _announced(inside, progress):

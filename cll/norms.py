@@ -1,10 +1,9 @@
 """The L2 operator norm of a matrix, given as the weight of a Linear or Conv2d layer.
 
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use. Up
-                 to CHEAP flops the last of the proofs below, some 1e-6 above the norm. Beyond, the
-                 first two, some 1e-4 above it; the last one only where they leave a gap of more
-                 than TOLERANCE per CHEAP flops of it, at most LOOSE
-    tight        the same, but of any map up to LARGEST flops at most TOLERANCE above the norm
+    guaranteed   an upper bound by construction, rounding included: what a certificate may use. The
+                 smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
+                 where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
+    tight        the same with a gap of TOLERANCE
     fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, some
                  percent on images of few pixels
     power        what converged power iteration finds, never above the norm
@@ -88,8 +87,8 @@ def enclose(layer, weight, input_shape, method="guaranteed"):
 
 def confirm(layer, weight, input_shape, bound, proof):
     """Whether the proof of that name holds at this bound, which is a little above what it proved
-    when `enclose` found it: one factorisation, no search. `enclose` then knows the bound. Proofs of
-    more work than `enclose` would do hold at no bound."""
+    when `enclose` found it: one factorisation, no search, and none that `enclose` would not try.
+    `enclose` then knows the bound."""
     weight, exponent = _scaled(weight)
     if weight is None:
         return bound >= 0

@@ -151,7 +151,7 @@ LARGE = [  # 3x3 kernels on images so small, or so many channels, that the borde
 @pytest.mark.parametrize("spectrum", ["random", "smooth", "low rank"])
 @pytest.mark.parametrize("arguments, shape", LARGE, ids=str)
 def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments, shape, spectrum):
-    """Limits of work far below the real ones: small layers, of which the norm is known, are large."""
+    """With limits of work far below the real ones: the norms of these layers are known."""
     torch.manual_seed(0)
     monkeypatch.setattr(norms, "CHUNK", 100_000)
     layer = nn.Conv2d(shape[0], 8, **arguments)
@@ -166,7 +166,7 @@ def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments,
     guaranteed, tight = (operator_norm(layer, shape, method) for method in ("guaranteed", "tight"))
     assert exact <= guaranteed <= min(fast, exact * 1.01)
     assert exact <= tight <= min(fast, exact * 1.001)
-    monkeypatch.setattr(norms, "LARGEST", 1e6)
+    monkeypatch.setattr(norms, "LARGEST", 1e5)
     monkeypatch.setattr(norms, "_PROVEN", {})
     assert operator_norm(layer, shape) == fast
     for proof in ("block Cholesky", "DFT in one direction"):  # too much work, as for `enclose`
