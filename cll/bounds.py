@@ -1,21 +1,23 @@
 """Lipschitz bounds: the constant of every layer, and K, the bound of every logit difference.
 
-Four answers to "what is the constant of this layer?", all in float64 on the CPU:
+Five answers to "what is the constant of this layer?", all in float64 on the CPU:
 
     guaranteed   an upper bound by construction, rounding included: what a certificate may use.
-                 Of Linear and Conv2d the smallest that can be proven, see `norms`
+                 Of Conv2d proven as tightly as its size allows, see `norms`
+    tight        an upper bound too, also of large Conv2d within a permille, for more time
     fast         an upper bound too, by the cheapest proof, some permille larger
     power        what converged power iteration finds, as the paper reports: never above the norm;
                  1 for layers that are 1-Lipschitz by design, as their papers count them
     exact        dense singular value decomposition, for small layers: the judge in tests
 
-and a fifth, `estimate`, for training: a few warm-started power iterations, differentiable.
+and a sixth, `estimate`, for training: a few warm-started power iterations, differentiable.
 """
 
 import copy
 import functools
 import itertools
 import math
+import sys
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -48,7 +50,9 @@ from cll.norms import (
     CHUNK,
     DENSE_ENTRIES,
     METHODS,
+    PROOFS,
     SMALLEST,
+    TINY,
     U,
     apply_adjoint,
     apply_linear,
@@ -83,7 +87,8 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     layer        nn.Linear, nn.Conv2d or any layer known to `layer_lipschitz`
     input_shape  shape of one sample: (C, H, W) or (features,)
     method       "guaranteed": never below the true norm, rounding included; seconds for a large
-                 convolution, see `norms`
+                 convolution, which it may exceed by a percent at most, see `norms`
+                 "tight": as "guaranteed", by a permille at most, minutes for a large convolution
                  "fast": as "guaranteed", by the cheapest proof, some permille larger
                  "power": the number that the paper's power iteration converges to (computed by
                  Lanczos from a fixed start), rounded down so that it is never above the true norm;
@@ -113,7 +118,7 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     several = is_linear(layer) or isinstance(
         layer, (BatchNormalized, Residual, nn.Conv1d, *TRANSPOSED)
     )
-    if method == "fast" and not several:  # other layers know one proof only
+    if method in PROOFS and not several:  # other layers know one proof only
         method = "guaranteed"
     bound = float(layer_lipschitz(layer, shape, method))
     if not bound >= 0:
@@ -260,8 +265,9 @@ def batch_norm_scale(layer):
     scale = 1 / (layer.running_var.detach().to("cpu", torch.float64) + layer.eps).sqrt()
     if layer.weight is not None:
         scale = scale * layer.weight.detach().to("cpu", torch.float64)
-    if not scale.isfinite().all():
-        raise ValueError(f"the statistics of {describe(layer)} give NaN or infinite scales")
+    vanishes = (scale.abs() < TINY) & (True if layer.weight is None else layer.weight.cpu() != 0)
+    if not scale.isfinite().all() or vanishes.any():
+        raise ValueError(f"the statistics of {describe(layer)} give scales that are no float64")
     return scale
 
 
@@ -275,7 +281,7 @@ def _batch_normalized(layer, input_shape, method):
         return chain_norm(nn.Sequential(*layer), input_shape, method)
     scaled, error = _scaled_weight(layer, input_shape)
     found = matrix_norm(layer[0], scaled, input_shape, method)
-    return round_up(found + error) if method in ("guaranteed", "fast") else found
+    return round_up(found + error) if method in PROOFS else found
 
 
 def _is_one_map(layer, input_shape):
@@ -292,7 +298,9 @@ def _scaled_weight(layer, input_shape):
     """(diag(scale) W, bound of its own rounding in norm) of a BatchNormalized."""
     weight = _weight(layer[0], input_shape)
     scaled = batch_norm_scale(layer[1]).view(-1, *[1] * (weight.ndim - 1)) * weight
-    return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape)
+    if not scaled.isfinite().all():
+        raise ValueError(f"{describe(layer[0])} times the scales of its BatchNorm overflows")
+    return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
 
 
 def absolute_norm(layer, weight, input_shape):
@@ -313,15 +321,24 @@ def absolute_norm(layer, weight, input_shape):
 def _residual(layer, input_shape, method):
     layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
     total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
-    return round_up(total) if method == "guaranteed" else total
+    return round_up(total) if method in PROOFS else min(total, sys.float_info.max)
 
 
 def chain_norm(module, input_shape, method):
     """Product of the bounds of the leaves of a module."""
     total = 1.0
     for _, layer, shape in layer_inputs(module, input_shape):
-        total *= operator_norm(layer, shape, method)
-    return round_up(total) if method in ("guaranteed", "fast") else total
+        total = _times(total, operator_norm(layer, shape, method), method)
+    return round_up(total) if method in PROOFS and total > 0 else total
+
+
+def _times(total, norm, method):
+    """total * norm. One that underflows is TINY as an upper bound, or the next product would make
+    an error of it, and 0 otherwise; one that overflows is infinite or the largest float."""
+    product = 0.0 if 0 in (total, norm) else total * norm
+    if method in PROOFS:
+        return max(product, TINY) if min(total, norm) > 0 else 0.0
+    return min(product, sys.float_info.max) if product >= TINY or method == "exact" else 0.0
 
 
 AVERAGES = in_dimensions("AvgPool", "AdaptiveAvgPool")
@@ -948,8 +965,8 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
     attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
     and input_std (float or one per channel); or it is an nn.Sequential as in `as_lipschitz_net`,
-    with input_shape, the shape of one sample. With the methods "guaranteed" and "fast" every factor
-    and every product is rounded up.
+    with input_shape, the shape of one sample. With the methods "guaranteed", "tight" and
+    "fast" every factor and every product is rounded up. The bar names the layer at work.
     """
     from .architectures import as_lipschitz_net  # which imports this module
 
@@ -958,22 +975,20 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     head = _head(model, features)
     std, _ = normalisation(model)
     K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
-    with (
-        _evaluation(model.body),
-        _evaluation(model.head),
-    ):  # where a weight is computed, this may depend on the mode
-        with progress_bar(len(layers), "bounds", "layer", progress) as bar:
-            for _, layer, shape in layers:
-                norm, e = math.frexp(operator_norm(layer, shape, method))
+    with _evaluation(model.body), _evaluation(model.head):  # what computes a weight may ask for it
+        factors = {f"body.{name}".rstrip(".") for name, _, _ in layers}
+        inside = list(opened(model.body, model.input_shape, "body"))
+        for name, layer, shape in _announced(inside, progress):
+            norm, e = math.frexp(operator_norm(layer, shape, method))
+            if name in factors:
                 K, f = math.frexp(K * norm)
                 exponent += e + f
-                bar.update()
         W = head_rows(float64_copy(head))
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
     distances = row_distances(head, W)
     matrix = K * distances
-    if method in ("guaranteed", "fast"):
+    if method in PROOFS:
         # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
         # rounded up: a bound that underflows to 0 would certify every distance
@@ -1001,42 +1016,68 @@ def normalisation(model):
     return values
 
 
+def opened(module, input_shape, prefix):
+    """`layer_inputs` with names behind a prefix, and before each Residual the layers inside it."""
+    for name, layer, shape in layer_inputs(module, input_shape):
+        name = f"{prefix}.{name}" if name else prefix
+        if is_bounded_as(layer, Residual):
+            for part in ("branch", "shortcut"):
+                yield from opened(getattr(layer, part), shape, f"{name}.{part}")
+        yield name, layer, shape
+
+
+def _announced(layers, progress):
+    """The layers (name, layer, input shape), one by one, under a bar that names the one at work; a
+    large one at once, and about how long its proof takes on one core."""
+    with progress_bar(len(layers), "bounds", "layer", progress) as bar:
+        for name, layer, shape in layers:
+            linear, seconds = layer[0] if isinstance(layer, BatchNormalized) else layer, 0
+            if isinstance(linear, nn.Conv2d):
+                channels = min(linear.in_channels, linear.out_channels) / linear.groups
+                seconds = channels**3 * math.prod(shape[1:]) / 1.5e8
+            bar.set_postfix_str(f"{name}, about {seconds:.0f} s", refresh=seconds > 1)
+            yield name, layer, shape
+            bar.update()
+
+
 @exact_arithmetic()
-def layer_bounds(model, progress=True, *, input_shape=None):
+def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None):
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
     lower, upper, proof). model, input_shape: as in `lipschitz_matrix`.
 
-    upper is the guaranteed bound and proof says how it was proven, see `norms`; lower is what some
-    vector shows. Of Linear and Conv2d, alone or joined with BatchNorm, both enclose the norm, for
-    large maps to 1e-3, else closer; of other layers lower is the largest stretch found at a random
-    point. The row of a linear head
-    is its spectral norm as a layer; the certificate does not use it, in K stand the distances
-    ||w_i - w_j|| between its rows.
+    upper is the bound of the method, "guaranteed", "tight" or "fast", and proof says how it was
+    proven, see `norms`; lower is what some vector shows. Of Linear and Conv2d, alone or joined with
+    BatchNorm, both enclose the norm; of other layers lower is the largest stretch found at a random
+    point. The layers inside a Residual stand before it. The row of a linear head is its spectral
+    norm as a layer; the certificate does not use it, in K stand the distances ||w_i - w_j|| between
+    its rows.
     """
+    if method not in PROOFS:
+        raise ValueError(f"method {method!r} proves no bound: use one of {', '.join(PROOFS)}")
     from .architectures import as_lipschitz_net  # which imports this module
 
     model = as_lipschitz_net(model, input_shape)
-    layers, features = _trace(model.body, tuple(model.input_shape))
-    layers = [(f"body.{name}", layer, shape) for name, layer, shape in layers]
-    head = _head(model, features)
-    if type(head) is nn.Linear:
-        layers.append(("head", head, features))
+    head = _head(model, output_shape(model.body, model.input_shape))
     rows = []
-    bar = progress_bar(len(layers), "bounds", "layer", progress)
-    with _evaluation(model.body), _evaluation(model.head), bar:
-        for name, layer, shape in layers:
-            upper = operator_norm(layer, shape)
-            bar.update()
+    with _evaluation(model.body), _evaluation(model.head):
+        layers = list(opened(model.body, model.input_shape, "body"))
+        if type(head) is nn.Linear:
+            layers.append(("head", head, (head.in_features,)))
+        for name, layer, shape in _announced(layers, progress):
+            upper = operator_norm(layer, shape, method)
             if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
                 continue
+            linear = None
             if is_linear(layer):
-                lower, upper, proof = enclose(layer, _weight(layer, shape), shape)
+                linear, weight, error = layer, _weight(layer, shape), 0.0
             elif is_bounded_as(layer, BatchNormalized) and _is_one_map(layer, shape):
-                scaled, error = _scaled_weight(layer, shape)
-                lower, _, proof = enclose(layer[0], scaled, shape)
-                lower = max(0.0, round_down(lower - error))
-            else:
+                linear, (weight, error) = layer[0], _scaled_weight(layer, shape)
+            if linear is None:
                 lower, proof = _stretch(layer, shape), "by construction"
+            else:
+                lower, _, proof = enclose(linear, weight, shape, method)
+                lower = lower or matrix_norm(linear, weight, shape, "power")  # of "fast"
+                lower = max(0.0, round_down(lower - error)) if error else lower
             rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
     return pd.DataFrame(rows, columns=["layer", "lower", "upper", "proof"])
 

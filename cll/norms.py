@@ -1,9 +1,11 @@
 """The L2 operator norm of a matrix, given as the weight of a Linear or Conv2d layer.
 
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use.
-                 The smallest of the proofs below, at most TOLERANCE above the norm where the map is
-                 not too large for the last of them
-    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm
+    guaranteed   an upper bound by construction, rounding included: what a certificate may use. The
+                 smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
+                 where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
+    tight        the same with a gap of TOLERANCE
+    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, some
+                 percent on images of few pixels
     power        what converged power iteration finds, never above the norm
     exact        dense singular value decomposition, for small layers: the judge in tests
 
@@ -25,8 +27,8 @@ products is needed.
 
 import contextlib
 import hashlib
-import itertools
 import math
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -39,10 +41,11 @@ U = 2.0**-53  # unit roundoff of float64
 SMALLEST = 5e-324  # added to what may underflow, it rounds up
 TINY = 1e-280  # after scaling to largest weight 1, more than all underflows of a norm together
 DENSE_ENTRIES = 60_000_000  # largest matrix that "exact" decomposes
-CHUNK = 4_000_000  # float64 numbers per temporary of the torus bound (32 MB)
+CHUNK = 4_000_000  # float64 numbers per temporary of the DFT proofs (32 MB)
 TOLERANCE = 1e-3  # a proven bound this close to the proven lower bound may stand
+LOOSE = 1e-2  # a gap that is closed even by a proof of LARGEST flops
 CHEAP = 1e12  # flops of a block Cholesky proof that is always worth it (half a minute on one core)
-LARGEST = 3e13  # flops above which the proofs before it must do
+LARGEST = 3e13  # flops above which no proof is tried but the first
 
 
 def gamma(n):
@@ -101,62 +104,68 @@ def full_precision(device, tf32=False):
             write(former)
 
 
-METHODS = ("guaranteed", "fast", "power", "exact")
+PROOFS = ("guaranteed", "tight", "fast")  # upper bounds by construction
+METHODS = (*PROOFS, "power", "exact")
 
 
 def matrix_norm(layer, weight, input_shape, method, start=None):
     """Norm of a layer like `layer` with the float64 weight given, without its bias. `start` is an
     optional start vector of "power". The weight is scaled by a power of two, exactly, to largest
     entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
-    if method == "guaranteed":
-        return enclose(layer, weight, input_shape)[1]
+    if method in PROOFS:
+        return enclose(layer, weight, input_shape, method)[1]
     weight, exponent = _scaled(weight)
     if weight is None:
         return 0.0
-    if method == "fast":
-        return _ldexp(_fast(layer, weight, input_shape), exponent, math.inf)
     if method == "power":
         return _ldexp(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
     return _ldexp(_exact(layer, weight, input_shape), exponent)
 
 
-def enclose(layer, weight, input_shape):
+def enclose(layer, weight, input_shape, method="guaranteed"):
     """(lower, upper, proof): a proven interval of the norm, and the name of the proof of `upper`.
-    Proofs cost seconds, so that those of a weight seen before are remembered."""
+    Of "fast" lower is 0. Where the norm is no float64, lower is the largest one or 0 and upper
+    infinite or above 0. Proofs cost seconds: those of a weight seen before are remembered."""
     weight, exponent = _scaled(weight)
     if weight is None:
         return 0.0, 0.0, "zero"
-    key = _key(layer, weight, input_shape)
+    key = method, *_key(layer, weight, input_shape)
     if key not in _PROVEN:
-        _PROVEN[key] = _prove(layer, weight, input_shape)
+        if method == "fast":
+            _PROVEN[key] = 0.0, _fast(layer, weight, input_shape), _first(layer)
+        else:
+            _PROVEN[key] = _prove(layer, weight, input_shape, method == "tight")
     lower, upper, proof = _PROVEN[key]
     return _ldexp(lower, exponent, 0.0), _ldexp(upper, exponent, math.inf), proof
 
 
 def confirm(layer, weight, input_shape, bound, proof):
     """Whether the proof of that name holds at this bound, which is a little above what it proved
-    when `enclose` found it: one factorisation, no search. `enclose` then knows the bound."""
+    when `enclose` found it: one factorisation, no search, and none that `enclose` would not try.
+    `enclose` then knows the bound."""
     weight, exponent = _scaled(weight)
     if weight is None:
         return bound >= 0
-    bound = _ldexp(bound, -exponent)
+    bound = _ldexp(bound, -exponent, 0.0)
     guess, holds = bound * (1 - 1e-7), False
     # the others are about the banded matrix of a zero-padded convolution, and no other map
     banded = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
-    if proof == ("Cholesky" if isinstance(layer, nn.Linear) else "DFT"):
+    if proof == _first(layer):
         holds = _fast(layer, weight, input_shape) <= bound
     elif not banded:
         return False
     elif proof == "block Cholesky":
-        plan = _cheapest(layer, weight, input_shape)[1:]
-        proven = rows_proof(layer, weight, input_shape, *plan)(guess)
+        cost, *plan = _cheapest(layer, weight, input_shape)
+        proven = rows_proof(layer, weight, input_shape, *plan)(guess) if cost <= LARGEST else None
         holds = proven is not None and proven <= bound
     elif proof == "DFT in one direction":
-        for flip, half in itertools.product((False, True), repeat=2):
-            proven = strip_proof(layer, weight, input_shape, flip, half)(guess)
-            holds = holds or proven is not None and proven <= bound
+        for plan in _strip_plans(layer, weight, input_shape):
+            proven = strip_proof(layer, weight, input_shape, *plan)[0](guess)
+            if holds := proven is not None and proven <= bound:
+                break
     if holds:
-        _PROVEN.setdefault(_key(layer, weight, input_shape), (0.0, bound, proof))
+        key = "guaranteed", *_key(layer, weight, input_shape)
+        _PROVEN.setdefault(key, (0.0, bound, proof))
     return holds
 
 
@@ -193,30 +202,35 @@ def _scaled(weight):
     return shift(weight, -exponent), exponent
 
 
-def _prove(layer, weight, input_shape):
+def _prove(layer, weight, input_shape, tight):
     """`enclose` of a scaled weight: proofs from cheap to dear, until one is close enough."""
     output_shape(layer, input_shape)  # raises for a kernel larger than its input
     lower = lower_bound(layer, weight, input_shape)
-    upper, proof = _fast(layer, weight, input_shape), "DFT"
-    if isinstance(layer, nn.Linear):
-        return lower, upper, "Cholesky"
-    if layer.padding_mode != "zeros" or upper <= lower * (1 + 1e-6):
+    upper, proof = _fast(layer, weight, input_shape), _first(layer)
+    zeros = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+    if not zeros or upper <= lower * (1 + 1e-6):
         return lower, upper, proof
     cost, *plan = _cheapest(layer, weight, input_shape)
     if cost > CHEAP:
-        for flip, half in itertools.product((False, True), repeat=2):
-            strip = strip_norm(layer, weight, input_shape, flip, half, lower, upper)
-            if strip < upper:
-                upper, proof = strip, "DFT in one direction"
+        for strip_plan in _strip_plans(layer, weight, input_shape):
             if upper <= lower * (1 + TOLERANCE / 3):
                 break
-        if upper <= lower * (1 + TOLERANCE):
+            strip = strip_norm(layer, weight, input_shape, *strip_plan, lower, upper)
+            if strip < upper:
+                upper, proof = strip, "DFT in one direction"
+        tolerance = TOLERANCE if tight else min(LOOSE, TOLERANCE * cost / CHEAP)
+        if upper <= lower * (1 + tolerance):
             return lower, upper, proof
     if cost <= LARGEST:
         exact = rows_norm(layer, weight, input_shape, *plan, lower, upper)
         if exact < upper:
             upper, proof = exact, "block Cholesky"
     return lower, upper, proof
+
+
+def _first(layer):
+    """The name of the proof of `_fast`."""
+    return "Cholesky" if isinstance(layer, nn.Linear) else "DFT"
 
 
 # -------------------------------------------------------- the linear map of a layer, its adjoint
@@ -554,6 +568,24 @@ def _cheapest(layer, weight, input_shape):
     return min(plans)
 
 
+def _strip_plans(layer, weight, input_shape):
+    """The (flip, half) of `strip_proof` that LARGEST allows: between the frequencies of the first
+    proof first, which has found too large a norm there."""
+    allowed = [f for f in (False, True) if _strip_cost(layer, weight, input_shape, f) <= LARGEST]
+    return [(flip, half) for half in (True, False) for flip in allowed]
+
+
+def _strip_cost(layer, weight, input_shape, flip):
+    """Flops of one `strip_proof`."""
+    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+    if not (across.reads() >= 0).any():  # all taps meet padding
+        return 0.0
+    _, _, r, M = _polyphase(across, circular=False)
+    inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
+    reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)
+    return layer.groups * (M // 2 + 1) * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+
+
 def _reach(reads):
     """How far apart two blocks may be that read a common one."""
     meet = (reads[:, None, :, None] == reads[None, :, None, :]) & (reads >= 0)[:, None, :, None]
@@ -564,7 +596,11 @@ def _reach(reads):
 def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
     """Upper bound of the norm of a zero-padded convolution by `rows_proof`; `lower` and `upper`
     enclose it."""
-    prove = rows_proof(layer, weight, input_shape, flip, adjoint)
+    return _search(rows_proof(layer, weight, input_shape, flip, adjoint), lower, upper)
+
+
+def _search(prove, lower, upper):
+    """The first bound that can be proven from `lower` on, or `upper`."""
     for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
         guess = lower * (1 + 1e-6 * 6**i)
         if guess >= upper:
@@ -593,20 +629,15 @@ def rows_proof(layer, weight, input_shape, flip, adjoint):
 def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
     """Upper bound of the norm of a zero-padded convolution by `strip_proof`; `lower` and `upper`
     enclose it."""
-    prove, best = strip_proof(layer, weight, input_shape, flip, half), upper
-    for share in (0.85, 0.7, 0.5, 0.35, 0.2):
-        bound = prove(lower + (upper - lower) * share)
-        if bound is None:
-            break
-        best = min(best, bound)
-    return best
+    prove, estimate = strip_proof(layer, weight, input_shape, flip, half)
+    return _search(prove, max(lower, estimate()), upper)
 
 
 def strip_proof(layer, weight, input_shape, flip, half):
     """As `_banded_proof`, of a zero-padded convolution, by the DFT along image rows alone (along
     columns if `flip`), where it is embedded as in `torus_norm`; the other direction keeps its
     border. For each frequency there remains a convolution of one dimension, a banded matrix whose
-    blocks are complex matrices of channels.
+    blocks are complex matrices of channels. Returns that function and one that estimates the norm.
 
     half: frequencies (f + 1/2) / M instead of f / M. Phases exp(i a j) on the positions j of inputs
     and outputs change no norm and turn w[b] into w[b] exp(i a q_b), up to a phase per component, so
@@ -633,13 +664,36 @@ def strip_proof(layer, weight, input_shape, flip, half):
     rounding = math.sqrt(2) * (32 * U + gamma(len(columns) + 1))  # of an entry, see torus_norm
     mass = torch.cat(mass, -1).square().sum((-2, -1)).sqrt()  # (k, G)
     error = 1.01 * rounding * mass.sum(0).max().item()
-    prove = _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
+    matrix = taps.mT if adjoint else taps, along.reads(adjoint)
+    prove = _banded_proof(*matrix)
 
     def prove_exact(s):
         bound = prove(s)
         return None if bound is None else round_up(bound + error)
 
-    return prove_exact
+    return prove_exact, lambda: _banded_estimate(*matrix)
+
+
+def _banded_estimate(taps, reads):
+    """Largest norm of the stack of matrices of `_banded_proof`, estimated by Lanczos in float32: a
+    proof at a number that is too small would fail, and take longer."""
+    taps, size = taps.float(), int(reads.max()) + 1
+    taken = [
+        (tap, (j >= 0).nonzero()[:, 0], j[j >= 0]) for tap, j in zip(taps, reads.T, strict=True)
+    ]
+
+    def gram(x):
+        x = x.view(taps.shape[1], size, -1)
+        y, z = x.new_zeros(len(x), len(reads), taps.shape[2]), torch.zeros_like(x)
+        for tap, i, j in taken:
+            y[:, i] += x[:, j] @ tap.mT
+        for tap, i, j in taken:
+            z[:, j] += y[:, i] @ tap
+        return z.flatten()
+
+    v = torch.randn(math.prod(taps.shape[1::2]) * size, generator=torch.Generator().manual_seed(0))
+    v = lanczos(gram, v, 1e-6)
+    return math.sqrt((gram(v).dot(v) / v.dot(v)).item())
 
 
 def _banded_proof(taps, reads):
@@ -666,24 +720,20 @@ def _banded_proof(taps, reads):
     factor = gamma(n + 2) / (1 - gamma(n + 2)) * 2 * n + 2 * U  # 2 U: the diagonal of t I - G
     sums = [taps.abs().sum(axis).amax(-1).sum(0).max().item() for axis in (-2, -1)]
     error = 1.01 * gamma(q + k + 1) * math.prod(sums) + TINY
-    products, blocks = {}, {}
 
-    def gram(u, v):
+    def gram(taps, u, v, blocks):
         meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
         pairs = tuple(map(tuple, meet.nonzero().tolist()))
         if pairs not in blocks:
-            for a, b in pairs:
-                if (a, b) not in products:
-                    products[a, b] = taps[a] @ taps[b].mT
             total = taps.new_zeros(taps.shape[1], p, p)
-            blocks[pairs] = sum((products[pair] for pair in pairs), total)
+            blocks[pairs] = sum((taps[a] @ taps[b].mT for a, b in pairs), total)
         return blocks[pairs]
 
-    def succeeds(t):
-        R = {}
+    def succeeds(taps, t):
+        R, blocks = {}, {}
         for u in range(len(reads)):
             above = range(max(0, u - reach), u)
-            S = -gram(u, u)
+            S = -gram(taps, u, u, blocks)
             S.diagonal(dim1=-2, dim2=-1).add_(t)
             for w in above:
                 S -= R[w, u].mT @ R[w, u]
@@ -691,7 +741,7 @@ def _banded_proof(taps, reads):
             if info.any() or not L.diagonal(dim1=-2, dim2=-1).isfinite().all():
                 return False
             for v in range(u + 1, min(u + reach + 1, len(reads))):
-                B = -gram(u, v)
+                B = -gram(taps, u, v, blocks)
                 for w in above:
                     if (w, v) in R:
                         B -= R[w, u].mT @ R[w, v]
@@ -700,7 +750,8 @@ def _banded_proof(taps, reads):
         return True
 
     def prove(s):
-        if not succeeds(s * s):
+        some = taps.split(max(1, CHUNK // p**2), 1)  # what fits into memory
+        if not all(succeeds(taps, s * s) for taps in some):
             return None
         return round_up(math.sqrt((s * s * (1 + factor) + error) * (1 + 8 * U)))
 
@@ -744,17 +795,19 @@ def proven_square(real, imag=None, t=0.0):
     factor = gamma(n + 2) / (1 - gamma(n + 2)) * n + 2 * U  # 2 U: the diagonal of t I - G
     error = gamma(2 * p + 2) * frobenius * (1 if imag is None else 2) + TINY
 
-    identity = torch.eye(n, dtype=torch.float64)
+    identity, known = torch.eye(n, dtype=torch.float64), t > TINY
     pending = torch.linalg.matrix_norm(gram).argsort(descending=True)
     margin = 4 * (n + 8) * U  # what Cholesky in floating point needs above the largest eigenvalue
     t = max(t, TINY)
     for _ in range(60):
-        top = _largest_eigenvalue(gram[pending[:4]])
-        raised = max(t, top * (1 + margin))
-        if raised == t:
-            margin *= 2
-            raised = t * (1 + margin)
-        t = raised
+        if not known:
+            top = _largest_eigenvalue(gram[pending[:4]])
+            raised = max(t, top * (1 + margin))
+            if raised == t:
+                margin *= 2
+                raised = t * (1 + margin)
+            t = raised
+        known = False
         factors, info = torch.linalg.cholesky_ex(t * identity - gram[pending])
         failed = (info != 0) | ~factors.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         pending = pending[failed]
@@ -825,9 +878,9 @@ def power_of_two(x, *axis):
 
 
 def _ldexp(x, exponent, towards=None):
-    """x * 2^exponent; infinite when it overflows; where it underflows, rounded in the direction."""
+    """x * 2^exponent; where it over- or underflows, rounded in the direction."""
     try:
         scaled = math.ldexp(x, exponent)
     except OverflowError:
-        return math.inf
+        return sys.float_info.max if towards == 0 else math.inf
     return math.nextafter(scaled, towards) if towards is not None and scaled < 1e-300 else scaled

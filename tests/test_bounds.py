@@ -5,6 +5,7 @@ import itertools
 import math
 import types
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+import cll
 from cll import bounds, build, norms
 from cll.bounds import (
     estimate,
@@ -25,7 +27,7 @@ from cll.bounds import (
     operator_norm,
     pairwise_distances,
 )
-from cll.layers import MaxMin
+from cll.layers import BatchNormalized, MaxMin, Residual
 
 WEIGHTS = [
     "normal",
@@ -137,6 +139,189 @@ def test_block_proof_refuses_a_hair_less_than_the_norm(adjoint):
     found = norms.rows_norm(layer, weight, shape, False, adjoint, low, high)
     assert exact <= found <= exact * (1 + 1e-6) * (1 + 1e-9)
     assert norms.rows_norm(layer, weight, shape, False, adjoint, exact * 0.5, high) == high
+
+
+LARGE = [  # 3x3 kernels on images so small, or so many channels, that the border matters
+    (dict(kernel_size=3, padding=1), (10, 7, 7)),
+    (dict(kernel_size=3, padding=1, stride=2), (10, 14, 14)),
+    (dict(kernel_size=3, padding=1), (6, 12, 8)),
+]
+
+
+@pytest.mark.parametrize("spectrum", ["random", "smooth", "low rank"])
+@pytest.mark.parametrize("arguments, shape", LARGE, ids=str)
+def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments, shape, spectrum):
+    """With limits of work far below the real ones: the norms of these layers are known."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(norms, "CHUNK", 100_000)
+    layer = nn.Conv2d(shape[0], 8, **arguments)
+    weight = layer.weight.data
+    if spectrum == "smooth":  # the norm peaks at frequency 0
+        weight += 0.1 * torch.randn(8, shape[0], 1, 1) * torch.tensor([[1.0, 2, 1]]).T
+    if spectrum == "low rank":
+        weight += 0.1 * (torch.randn(8, 2) @ torch.randn(2, weight[0].numel())).view_as(weight)
+    exact, fast = (operator_norm(layer, shape, method) for method in ("exact", "fast"))
+    monkeypatch.setattr(norms, "CHEAP", 1e6)
+    monkeypatch.setattr(norms, "_PROVEN", {})
+    guaranteed, tight = (operator_norm(layer, shape, method) for method in ("guaranteed", "tight"))
+    assert exact <= guaranteed <= min(fast, exact * 1.01)
+    assert exact <= tight <= min(fast, exact * 1.001)
+    monkeypatch.setattr(norms, "LARGEST", 1e5)
+    monkeypatch.setattr(norms, "_PROVEN", {})
+    assert operator_norm(layer, shape) == fast
+    for proof in ("block Cholesky", "DFT in one direction"):  # too much work, as for `enclose`
+        assert not norms.confirm(layer, layer.weight.detach().double(), shape, 2 * fast, proof)
+
+
+def test_a_proof_by_parts_of_the_frequencies_holds_where_that_of_all_does(monkeypatch):
+    layer, shape = convolution("3x3")
+    weight, _ = norms._scaled(layer.weight.detach().double())
+    exact = norms._exact(layer, weight, shape)
+    whole = norms.strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
+    monkeypatch.setattr(norms, "CHUNK", 1)
+    parts = norms.strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
+    assert exact <= parts == pytest.approx(whole, rel=1e-12) and whole < 1.2 * exact
+
+
+def test_norms_are_proven_once(monkeypatch):
+    torch.manual_seed(0)
+    counted = []
+    first = norms._fast
+    monkeypatch.setattr(norms, "_fast", lambda *a: counted.append(a) or first(*a))
+    monkeypatch.setattr(norms, "_PROVEN", {})
+    block = Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()))
+    net = nn.Sequential(block, nn.Flatten(), nn.Linear(48, 2)).eval()
+    images = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    for method in norms.PROOFS:
+        counted.clear()
+        cll.certify(net, images, method=method, progress=False)
+        assert len(counted) == 1
+        cll.certify(net, images, method=method, progress=False)
+        assert len(counted) == 1
+
+
+def test_layer_bounds_show_the_layers_inside_a_residual():
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    body = nn.Sequential(Residual(Residual(branch), nn.Conv2d(2, 2, 1)), nn.Flatten())
+    network = model(body, nn.Linear(32, 2), (2, 4, 4))
+    for method in norms.PROOFS:
+        table = layer_bounds(network, False, method)
+        assert list(table["layer"]) == [
+            "body.0.branch.branch.0 Conv2d",
+            "body.0.branch.branch.2 Conv2d",
+            "body.0.branch Residual",
+            "body.0.shortcut Conv2d",
+            "body.0 Residual",
+            "head Linear",
+        ]
+        first, second, inner, shortcut, outer, _ = table["upper"]
+        assert inner == pytest.approx(1 + first * second, rel=1e-12)
+        assert outer == pytest.approx(inner + shortcut, rel=1e-12)
+        assert (0 < table["lower"]).all() and (table["lower"] <= table["upper"]).all()
+    with pytest.raises(ValueError, match="'power' proves no bound"):
+        layer_bounds(network, False, "power")
+
+
+def test_the_bar_names_the_layer_at_work(monkeypatch, capsys):
+    monkeypatch.setenv("CLL_HEADLESS", "1")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(bounds, "operator_norm", lambda *_: 1.0)  # no work, only its announcement
+    branch = nn.Conv2d(512, 512, 3, padding=1)
+    body = nn.Sequential(Residual(nn.Sequential(branch)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    lipschitz_matrix(model(body, nn.Linear(512, 2), (512, 7, 7)), progress=True)
+    assert "body.0.branch.0, about 44 s" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ edges of float64
+
+FLOATS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.builds(math.ldexp, st.floats(1, 2), st.integers(-1074, 1020)),
+    st.sampled_from([0.0, 5e-324, 1e-300, 1e-170, 1.0, 1e170, 1e300, 1.7e308]),
+)
+
+
+def fraction(x):
+    """Exact; more than any product here for infinity."""
+    return Fraction(x) if math.isfinite(x) else Fraction(2) ** 100_000
+
+
+def scalar(value):
+    layer = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(FLOATS, min_size=1, max_size=7), st.lists(FLOATS, max_size=4))
+def test_products_and_sums_of_bounds_at_the_edges_of_float64(branch, shortcut):
+    """Scalars, in exact arithmetic: nothing that over- or underflows turns a bound around."""
+    product, beside = (
+        math.prod((abs(Fraction(w)) for w in ws), start=1) for ws in (branch, shortcut)
+    )
+    parts = [nn.Sequential(*map(scalar, ws)) for ws in (branch, shortcut)]
+    network = model(parts[0], nn.Linear(1, 2, bias=False, dtype=torch.float64), (1,))
+    nn.init.constant_(network.head.weight, 0.5)
+    network.head.weight.data[1] = -0.5
+    for method in norms.PROOFS:
+        assert fraction(bounds.chain_norm(parts[0], (1,), method)) >= product
+        assert fraction(operator_norm(Residual(*parts), (1,), method)) >= product + beside
+        K = lipschitz_matrix(network, method)[0, 1].item()
+        assert math.isnan(K) or fraction(K) >= product
+    power = bounds.chain_norm(parts[0], (1,), "power")
+    assert power < math.inf and fraction(power) <= product
+    if product == 0:
+        assert bounds.chain_norm(parts[0], (1,), "guaranteed") == 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(FLOATS, min_size=1, max_size=5), st.booleans())
+def test_norms_of_diagonal_layers_are_enclosed_at_the_edges_of_float64(diagonal, convolutional):
+    n = len(diagonal)
+    if convolutional:
+        layer, shape = nn.Conv2d(n, n, 1, groups=n, bias=False, dtype=torch.float64), (n, 2, 3)
+        layer.weight.data = torch.tensor(diagonal, dtype=torch.float64).view(n, 1, 1, 1)
+    else:
+        layer, shape = nn.Linear(n, n, bias=False, dtype=torch.float64), (n,)
+        layer.weight.data = torch.tensor(diagonal, dtype=torch.float64).diag()
+    exact = max(abs(Fraction(w)) for w in diagonal)
+    for method in norms.PROOFS:
+        lower, upper, _ = norms.enclose(layer, layer.weight.detach(), shape, method)
+        assert 0 <= lower < math.inf and fraction(lower) <= exact <= fraction(upper)
+    power = operator_norm(layer, shape, "power")
+    assert power < math.inf and fraction(power) <= exact
+    if exact:
+        assert fraction(power) >= exact * Fraction(1 - 1e-6) - Fraction(5e-324)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1, 1), (2, 4, 3, 3)])
+def test_a_norm_beyond_float64_has_a_finite_lower_bound(shape):
+    linear = len(shape) == 2
+    layer = nn.Linear(4, 4) if linear else nn.Conv2d(4, shape[0], shape[2], padding=shape[2] // 2)
+    layer.double().weight.data = torch.full(shape, 1e308, dtype=torch.float64)  # norm 4e308 or more
+    shape = (4,) if linear else (4, 5, 5)
+    lower, upper, _ = norms.enclose(layer, layer.weight.detach(), shape)
+    power = operator_norm(layer, shape, "power")
+    assert lower == power == np.finfo(float).max and upper == math.inf
+
+
+def test_a_joined_batch_norm_at_the_edges_of_float64():
+    """Scale times weight: 1e-360 is no float64, nor is 1e360."""
+
+    def joined(scale, weight):
+        norm = nn.BatchNorm1d(1, eps=0.0, dtype=torch.float64).eval()
+        nn.init.constant_(norm.weight, scale)
+        return BatchNormalized(scalar(weight), norm)
+
+    for method in norms.PROOFS:
+        assert operator_norm(joined(1e-180, 1e-180), (1,), method) > 0
+        chained = nn.Sequential(joined(1e-180, 1e-180), scalar(1e300), scalar(1e60))
+        assert bounds.chain_norm(chained, (1,), method) >= 1
+        with pytest.raises(ValueError, match="Linear.* overflows"):
+            operator_norm(joined(1e180, 1e180), (1,), method)
+    with pytest.raises(ValueError, match="BatchNorm1d.* no float64"):
+        operator_norm(joined(1e-320, 1e300), (1,))
 
 
 def test_layer_bounds_of_the_networks_of_the_paper_are_tight():

@@ -883,6 +883,19 @@ def test_what_rounding_turned_around_has_radius_0(method, exponent):
     assert table["prediction"].item() == 0 and table["radius"].item() == 0
 
 
+@pytest.mark.parametrize("method", ["guaranteed", "tight", "fast"])
+def test_the_error_of_a_residual_takes_the_norms_of_the_method(method, monkeypatch):
+    """The branch is 3 x: both parts and their sum round, and the sum is 4 ||z|| at most."""
+    asked = []
+    norm = rounding.operator_norm
+    monkeypatch.setattr(rounding, "operator_norm", lambda *a: asked.append(a[2:]) or norm(*a))
+    branch = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    branch.weight.data = 3 * torch.eye(2, dtype=torch.float64)
+    a, b = rounding.rounding(Residual(branch), (2,), method)
+    assert set(asked) == {(method,)}
+    assert (4 * U) <= a <= 100 * U and b < 1e-250
+
+
 def test_a_constant_that_underflows_on_the_way_certifies_no_distance():
     net = scaled_identities(*[(1e-170, [0, 0])] * 2, *[(1e85, [0, 0])] * 4, (1, [0, 0]))
     x = torch.tensor([[2e70, 1e70]], dtype=torch.float64)  # the network is the identity
