@@ -27,9 +27,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import torch
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -40,7 +38,7 @@ from pydantic import (
 )
 from safetensors.torch import load_file, save_file
 
-from . import ROOT, ranks
+from . import ROOT, parameter_file, ranks
 from .attack import attack_name, autoattack_curve
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
@@ -53,12 +51,13 @@ from .training import build_network, device_name, load_checkpoints, load_snapsho
 
 __all__ = [
     "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "finished",
-    "results", "load_model", "load_dataset", "run_dir", "outputs_dir",
+    "load_model", "load_dataset", "run_dir", "outputs_dir",
 ]  # fmt: skip
 
 PROFILES = ("smoke", "quick", "paper")
 # Raised when certificates change: finished runs are then certified anew, from their weights.
 CERTIFIER = 2
+SEEDS = 2**32  # seeds are below it: NumPy draws two_moons with them
 PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
 
@@ -67,6 +66,27 @@ PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activat
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values):
+        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            value = values.get(field.alias or name, values.get(name))
+            numbers = value
+            if field.annotation is Augmentation and isinstance(value, dict):
+                jitter = value.get("jitter")
+                numbers = list(jitter.values()) if isinstance(jitter, dict) else [jitter]
+                numbers += [value.get("crop"), value.get("rotation")]
+            if field.annotation is not bool and _has_truth(numbers):
+                raise ValueError(f"{field.alias or name} = {value!r}: true or false is no number")
+        return values
+
+
+def _has_truth(value):
+    """Whether true or false, which Python counts as 1 or 0, stands in a value or a list."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_truth, value))
+    return isinstance(value, bool)
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -234,8 +254,18 @@ class Attack(_Record):
 
 
 def _radius_name(value):
-    Fraction(str(value))  # a number or k/n, exactly
-    return str(value)
+    """A number or k/n, exactly, as text."""
+    name, largest = str(value), float("inf")
+    numerator, _, denominator = name.partition("/")
+    try:
+        # floats first: the fraction of 1e-999999999 takes for ever
+        finite = 0 < float(numerator) < largest and 0 < float(denominator or 1) < largest
+        distance = float(Fraction(name)) if finite else 0
+    except (ValueError, ArithmeticError):
+        distance = 0
+    if distance == 0 or "_" in name:
+        raise ValueError("give a finite distance > 0, such as 36/255 or 0.15")
+    return name
 
 
 Radius = Annotated[str, BeforeValidator(_radius_name)]
@@ -270,7 +300,9 @@ class Params(_Record):
     train_size: Annotated[int, Field(gt=0)] | None = None
     test_size: Annotated[int, Field(gt=0)] | None = None
     model: str
-    input_shape: tuple[int, ...] = Field((3, 32, 32), description="the network's input")
+    input_shape: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (3, 32, 32), min_length=1, description="the network's input"
+    )
     input_mean: Mean = 0.0
     input_std: Std = Field(1.0, description="K carries 1 / min(input_std)")
     head: Literal["linear", "normalized", "truncated"] = "linear"
@@ -304,7 +336,7 @@ class Params(_Record):
     attack: Attack | None = Field(
         None, description="cross-check; no part of the identity: finished runs gain it when read"
     )
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 1
     profile: Literal["smoke", "quick", "paper"] = "paper"
     published_epochs: int | None = Field(None, description="epochs of the published schedule")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -370,19 +402,18 @@ def _explain(error, values, where):
     """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
     loss = values.get("loss")
     loss = LOSSES.get(str(loss.get("name")) if isinstance(loss, dict) else "", CLL)
-    nested = {"loss": loss, "optimizer": Optimizer}
-    nested |= {"tightness": Tightness, "size": Size, "augmentation": Augmentation}
-    nested["attack"] = Attack
+    nested = {"loss": loss, "optimizer": Optimizer, "tightness": Tightness, "size": Size}
+    nested |= {"augmentation": Augmentation, "attack": Attack}
     lines = []
-    for e in error.errors():
+    # a list is too short as well once its values are refused
+    errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+    for e in errors:
         location = [str(part) for part in e["loc"] if part not in LOSSES]
         key = ".".join(location)
         if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             schema = nested[location[0]] if len(location) > 1 else Params
-            if schema is Augmentation:
-                known = list(schema.__dataclass_fields__)
-            else:
-                known = [f.alias or n for n, f in schema.model_fields.items()]
+            keys = getattr(schema, "model_fields", None) or Augmentation.__dataclass_fields__
+            known = [getattr(field, "alias", None) or key for key, field in keys.items()]
             nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
             lines.append(f"unknown key {key!r}; nearest: {nearest!r}")
         elif e["type"] == "value_error" and isinstance(e["input"], dict):  # about several keys
@@ -408,14 +439,7 @@ def _read(source):
     path = Path(source)
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         path = ROOT / path
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no parameter file {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a parameter file is a mapping of keys to values")
+    values = parameter_file.read(path)
     return values["params"] if path.name == "result.json" else values, str(source)
 
 
@@ -439,6 +463,13 @@ def load_params(source, profile=None, **overrides):
 def _resolve(values, where, profile, overrides):
     values = dict(values)
     blocks = values.pop("profiles", {})
+    if not isinstance(blocks, dict) or not all(isinstance(b, dict) for b in blocks.values()):
+        raise ValueError(
+            f"{where}: profiles = {blocks!r}: write keys to change below the name of each profile, "
+            "or leave profiles out"
+        )
+    for block in (values, *blocks.values()):
+        _seeds(block, where)
     values.pop("seeds", None)
     profile = profile or values.get("profile") or (default_profile() if blocks else "paper")
     if profile not in PROFILES:
@@ -447,7 +478,7 @@ def _resolve(values, where, profile, overrides):
     for name in blocks:
         if name not in PROFILES:
             raise ValueError(f"{where}: unknown profile {name!r} under profiles:")
-    block = {k: v for k, v in (blocks.get(profile) or {}).items() if k != "seeds"}
+    block = {k: v for k, v in blocks.get(profile, {}).items() if k != "seeds"}
     values = _merge(_merge(values, block), {"profile": profile})
     if "label" in overrides and not overrides["label"] and overrides.get("data"):
         values.pop("label", None)  # the file's label names the file's data
@@ -456,6 +487,18 @@ def _resolve(values, where, profile, overrides):
         return Params.model_validate(values)
     except ValidationError as error:
         raise _explain(error, values, where) from None
+
+
+def _seeds(block, where):
+    """What stands under `seeds:` of a file or of one of its profiles; [] where nothing does."""
+    seeds = block.get("seeds", [])
+    known = isinstance(seeds, list) and all(type(s) is int and 0 <= s < SEEDS for s in seeds)
+    if not known or len(set(seeds)) < len(seeds) or ("seeds" in block and not seeds):
+        raise ValueError(
+            f"{where}: seeds = {seeds!r}: write a list of different numbers from 0 to {SEEDS - 1}, "
+            "such as [1, 2, 3]"
+        )
+    return seeds
 
 
 def experiment_params(name, profile=None, seeds=None, **overrides):
@@ -473,8 +516,8 @@ def experiment_params(name, profile=None, seeds=None, **overrides):
         values, _ = _read(path)
         where = str(path.relative_to(ROOT))
         first = _resolve(values, where, profile, overrides)
-        block = (values.get("profiles") or {}).get(first.profile) or {}
-        for seed in seeds or block.get("seeds") or values.get("seeds") or [first.seed]:
+        block = values.get("profiles", {}).get(first.profile, {})
+        for seed in seeds or _seeds(block, where) or _seeds(values, where) or [first.seed]:
             runs.append(_resolve(values, where, profile, {**overrides, "seed": seed}))
     return runs
 
@@ -611,14 +654,6 @@ def _write(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def results(root):
-    """All finished runs under <root>/runs, one row each (result.json, nested keys dotted)."""
-    records = [
-        json.loads(path.read_text()) for path in sorted(Path(root).glob("runs/*/result.json"))
-    ]
-    return pd.json_normalize(records)
 
 
 # --- running -----------------------------------------------------------------------------------

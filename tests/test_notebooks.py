@@ -71,7 +71,7 @@ def test_parameters_cell_declares_what_make_passes(path):
         assert passed <= set(declared)
     else:
         for profile in ("smoke", "quick", "paper"):
-            passed = parameters.read_yaml(ROOT / "params" / f"{profile}.yaml")
+            passed = parameters.parameter_file.read(ROOT / "params" / f"{profile}.yaml")
             assert passed.pop("profile") == profile
             assert set(passed) | {"profile"} <= set(declared)
             defaults = {key: declared[key] for key in passed}
@@ -179,7 +179,7 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     out = tmp_path / "params.yaml"
     for rows in ("", "T2-05,T2-07"):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
-        assert parameters.read_yaml(out).get("rows", "") == rows
+        assert parameters.parameter_file.read(out).get("rows", "") == rows
     subset = references.ROWS[name].split(",")
     table = cll.paper.published(name)
     assert set(subset) < set(table.index)

@@ -10,6 +10,7 @@ file means that a finished notebook is not run again.
 
 import argparse
 import ast
+import importlib.util
 import json
 import os
 import sys
@@ -18,6 +19,10 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+# without the rest of cll, which takes seconds to import
+spec = importlib.util.spec_from_file_location("parameter_file", ROOT / "cll/parameter_file.py")
+parameter_file = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parameter_file)
 
 
 def declared(notebook):
@@ -58,22 +63,10 @@ def parse_seeds(text):
     return list(dict.fromkeys(seeds)) or None
 
 
-def read_yaml(path):
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected 'key: value' lines")
-    return values
-
-
 def resolve(notebook, profile, given, seeds=""):
     """The parameters to pass to a notebook (a path): {name: value}, all of them declared there."""
     names = declared(notebook)
-    values = read_yaml(ROOT / "params" / f"{profile}.yaml")
+    values = parameter_file.read(ROOT / "params" / f"{profile}.yaml")
     values |= {"profile": profile} | {key: value for key, value in given.items() if value}
     listed = parse_seeds(seeds)
     if listed and "seeds" in names:
