@@ -219,10 +219,10 @@ class TestParameters:
     def test_only_declared_keys_are_passed(self, notebook):
         path = notebook('profile = "quick"\nseed = 1\ndata = "digits"')
         given = {"device": "cpu", "data": "npz:x.npz", "label": ""}
-        values = parameters.resolve(path, "smoke", given, seeds="5")
+        values = parameters.resolve(path, "smoke", given, seeds=[5])
         assert values == {"profile": "smoke", "data": "npz:x.npz", "seed": 5}
         with pytest.raises(ValueError, match="name one seed"):
-            parameters.resolve(path, "smoke", {}, seeds="1,2")
+            parameters.resolve(path, "smoke", {}, seeds=[1, 2])
 
     def test_data_paths_are_relative_to_the_user(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
