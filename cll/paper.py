@@ -21,41 +21,6 @@ import yaml
 
 from .losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
-__all__ = [
-    "TRUE_MARGIN",
-    "ablation_table",
-    "attack_check",
-    "attack_table",
-    "caption",
-    "checklist",
-    "claims",
-    "comparison_table",
-    "data_source",
-    "display_ablation",
-    "display_attacks",
-    "display_gains",
-    "display_shapes",
-    "display_sweep",
-    "display_table",
-    "display_temperature",
-    "gain_table",
-    "lambda_slope",
-    "moons_table",
-    "published",
-    "reached",
-    "read_claims",
-    "save_table",
-    "seed_table",
-    "shape_table",
-    "shortened",
-    "snapshot_table",
-    "sweep_table",
-    "table_runs",
-    "temperature_table",
-    "tightness_note",
-    "uncertain",
-]
-
 TRUE_MARGIN = 0.15  # two moons: arcs 0.5 apart, noise discs of radius 0.1: half of the 0.3 between
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny-ImageNet": 200}  # of the tables' data sets
 RADII = {"cra_36": "36/255", "cra_72": "72/255", "cra_108": "108/255"}

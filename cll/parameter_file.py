@@ -1,7 +1,5 @@
-"""Parameter files, read as they look: YAML without what YAML 1.1 reads otherwise than a person.
-
-010 would be 8, 1:30 would be 90, yes would be 1, and of a key that stands twice the second would
-win: all in silence. Such a file is refused. This module imports no PyTorch: tools/ load it alone.
+"""Parameter files, read as they look. YAML 1.1 takes 010 for 8, 1:30 for 90, yes for 1, and of two
+equal keys the second, all in silence: such a file is refused. Imports no PyTorch: tools/ load it.
 """
 
 import re
@@ -28,8 +26,7 @@ def read(path):
     is no such mapping or would be misread; FileNotFoundError without a file.
     """
     try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError
         loader = yaml.SafeLoader(text)
@@ -53,9 +50,8 @@ def _check(node, path, key, seen):
         return
     seen.add(id(node))
     where = f"{path}, line {node.start_mark.line + 1}: {key}"
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    kind, names = node.tag.removeprefix("tag:yaml.org,2002:"), set()
     if kind == "map" and isinstance(node, yaml.MappingNode):
-        names = set()
         for name, value in node.value:
             text = name.value if isinstance(name, yaml.ScalarNode) else f"({name.id})"
             below, line = f"{key}.{text}".lstrip("."), f"line {name.start_mark.line + 1}"
