@@ -19,19 +19,75 @@ PYTHON ?=
 VENV ?=
 WORKERS ?= 2
 RUNS ?=
+COLAB ?= .colab
 NOTEBOOKS ?= notebooks
 REFERENCES := tests/nb_refs
 
+# a value as one word of the shell, whatever it holds
+sh = '$(subst ','\'',$(1))'
+
+# ---- paths and values that make cannot pass on are refused before anything is done ---------------
+PATHS := OUT PARAMS VENV NOTEBOOKS COLAB
+RUN := PROFILE SEEDS DEVICE DATA LABEL ROWS JOBS OUT FRESH PARAMS
+VARIABLES := $(sort $(RUN) $(PATHS) PYTHON WORKERS RUNS ITEMS)
+# "command" line, "environment" or "file"
+set_in = $(firstword $(origin $(1)))
+DOLLAR := $$
+$(foreach v,$(VARIABLES),$(if $(filter command environment,$(call set_in,$(v))),$(if $(findstring $(DOLLAR),$(value $(v))),\
+  $(error $(v)=$(value $(v)) cannot be used: make reads a variable where a $(DOLLAR) stands; use a path or text without))))
+# Targets are named after these paths, and make has no quotes for them.
+UNFIT := ' " ` % : ; = \# * ? ! ~ & | < > ( ) [ ] { } \ #
+unfit = $(strip $(if $(filter-out $(words _$(1)_),1),a blank) $(foreach c,$(UNFIT),$(findstring $(c),$(1))))
+$(foreach v,$(PATHS),$(if $(call unfit,$($(v))),\
+  $(error $(v)=$($(v)) cannot be used: make takes no path with $(call unfit,$($(v))) in it; link it by a plain name (ln -s) and give that)))
+ifneq ($(findstring :,$(CURDIR)),)
+$(error $(CURDIR) cannot be used: Python takes no folder with : in its path; rename it)
+endif
+
 PROFILES := smoke quick paper
-ifneq ($(words $(filter auto $(PROFILES),$(PROFILE))),1)
+ifneq ($(words $(PROFILE)) $(filter auto $(PROFILES),$(PROFILE)),1 $(strip $(PROFILE)))
 $(error PROFILE=$(PROFILE) is not a profile: choose smoke, quick or paper)
 endif
-ifeq ($(filter auto cpu cuda,$(DEVICE)),)
+ifneq ($(words $(DEVICE)) $(filter auto cpu cuda,$(DEVICE)),1 $(strip $(DEVICE)))
 $(error DEVICE=$(DEVICE) is not a device: choose auto, cpu or cuda)
 endif
 
 ITEMS := $(sort $(basename $(notdir $(wildcard $(NOTEBOOKS)/*.ipynb))))
+ifneq ($(strip $(foreach item,$(ITEMS),$(call unfit,$(item)))),)
+$(error ITEMS=$(ITEMS) are no names of notebooks: write names with blanks between, such as figure1 figure4)
+endif
 GOALS := $(or $(MAKECMDGOALS),help)
+
+# ---- what each target reads; tools/parameters.py knows what a notebook does ---------------------
+READS_help := $(VARIABLES)
+READS_install :=
+READS_all := $(RUN) ITEMS
+READS_report := PROFILE OUT
+READS_smoke-systems := SEEDS DEVICE DATA LABEL JOBS OUT FRESH
+READS_test := WORKERS
+READS_test-notebooks := WORKERS
+READS_refs :=
+READS_badges :=
+READS_colab := ITEMS JOBS COLAB
+READS_lint :=
+READS_lab :=
+READS_bench := OUT
+READS_times := ITEMS PROFILE DEVICE DATA LABEL PARAMS JOBS
+READS_collect := PROFILE OUT RUNS
+READS_reference :=
+READS_clean := PROFILE
+$(foreach item,$(ITEMS),$(eval READS_$(item) := $(RUN)))
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(call set_in,$(v))),$(v)))
+COMMON := PYTHON VENV NOTEBOOKS SHARED
+unread = $(if $(filter file,$(origin READS_$(1))),$(filter-out $(READS_$(1)) $(COMMON),$(filter $(VARIABLES),$(GIVEN))))
+# What stands on the command line is meant for the targets there. What stands in the environment, and
+# what `all` hands on (SHARED), is for many.
+ifeq ($(SHARED),)
+$(foreach goal,$(GOALS),$(foreach v,$(call unread,$(goal)),\
+  $(error $(goal) does not read $(v): leave it out ($(goal) reads $(strip $(READS_$(goal)) PYTHON VENV)))))
+$(foreach v,$(filter-out $(VARIABLES) $(COMMON) SHELL MAKE%,$(GIVEN)),\
+  $(warning $(v) is none of the variables of `make help`: it reaches the environment alone))
+endif
 # what a goal needs from pyproject.toml, beyond the base dependencies: an optional group
 NEED := $(if $(filter test test-notebooks lint refs,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
 
@@ -54,6 +110,14 @@ ifeq ($(PYTHON),$(VENV_FOLDER)/bin/python)
   ENVIRONMENT := $(VENV_FOLDER)/.installed
 else ifeq ($(ACTIVE),)
   ENVIRONMENT := has-packages
+endif
+# a path may hold blanks; what is no file may be a command with arguments
+ifneq ($(call unfit,$(PYTHON)),)
+  ifneq ($(shell test -f $(call sh,$(PYTHON)) && echo file),)
+    override PYTHON := $(call sh,$(PYTHON))
+  else ifeq ($(shell sh -n -c $(call sh,$(PYTHON)) 2>/dev/null && echo command),)
+    $(error PYTHON=$(PYTHON) is neither a file nor a command)
+  endif
 endif
 
 # ---- profile: with a CUDA device the published schedule, without one a short one ----------------
@@ -90,19 +154,21 @@ help:
 	@echo 'Variables'
 	@printf '  %-44s %s\n' \
 	  'PROFILE=$(PROFILE)$(if $(AUTO), (automatic))' 'smoke: seconds; quick: minutes; paper: as published' \
-	  'SEEDS=$(SEEDS)' '1,2,3 or 1-9; empty: those of the profile' \
-	  'DEVICE=$(DEVICE)' 'auto, cpu or cuda' \
-	  'DATA=$(DATA)' 'npz:FILE or folder:FOLDER instead of the data of the experiment' \
-	  'LABEL=$(LABEL)' 'name of that data in tables and captions' \
-	  'ROWS=$(ROWS)' 'for table1, table2: row ids such as T2-05,T2-07; empty: all' \
-	  'JOBS=$(JOBS)' 'CPU threads; empty: as many as PyTorch chooses' \
-	  'OUT=$(OUT)' 'folder for results' \
-	  'FRESH=$(FRESH)' '1: run again what is already finished' \
-	  'PARAMS=$(PARAMS)' 'for train: the parameters of the run' \
-	  'PYTHON=$(PYTHON)' 'the Python in use; if the active one lacks a package, .venv is made' \
-	  'VENV=$(VENV)' 'FOLDER: use and make this environment, whatever is active' \
-	  'WORKERS=$(WORKERS)' 'processes that run the tests'
+	  $(call sh,SEEDS=$(SEEDS)) '1,2,3 or 1-9; empty: those of the profile' \
+	  $(call sh,DEVICE=$(DEVICE)) 'auto, cpu or cuda' \
+	  $(call sh,DATA=$(DATA)) 'npz:FILE or folder:FOLDER instead of the data of the experiment' \
+	  $(call sh,LABEL=$(LABEL)) 'name of that data in tables and captions' \
+	  $(call sh,ROWS=$(ROWS)) 'for table1, table2: row ids such as T2-05,T2-07; empty: all' \
+	  $(call sh,JOBS=$(JOBS)) 'CPU threads; empty: as many as PyTorch chooses' \
+	  $(call sh,OUT=$(OUT)) 'folder for results' \
+	  $(call sh,FRESH=$(FRESH)) '1: run again what is already finished' \
+	  $(call sh,PARAMS=$(PARAMS)) 'for train: the parameters of the run' \
+	  $(call sh,PYTHON=$(PYTHON)) 'the Python in use; if the active one lacks a package, .venv is made' \
+	  $(call sh,VENV=$(VENV)) 'FOLDER: use and make this environment, whatever is active' \
+	  $(call sh,WORKERS=$(WORKERS)) 'processes that run the tests'
 	@echo
+	@echo 'On the command line they are for the targets there, which refuse what they do not read; in the'
+	@echo 'environment they are for those that read them.'
 	@echo 'A finished target is not run again unless its notebook or a variable changed; an interrupted'
 	@echo 'one resumes when the command is repeated. -j runs targets side by side (PROFILE=smoke only:'
 	@echo 'they would share the cores or the GPU), -k goes on after a failure.'
@@ -112,10 +178,10 @@ help:
 FORCE:
 
 install: | $(ENVIRONMENT)  ## create .venv, unless the active Python has everything
-	@echo 'install: $(PYTHON) has everything'
+	@echo $(call sh,install: $(PYTHON) has everything)
 
 has-packages:
-	@lacking=$$($(PYTHON) $(CHECK) 2>&1) || { echo "FAILED: $(PYTHON) lacks $$(echo $$lacking | tail -c 300); install them there, or leave PYTHON= out to get .venv" >&2; exit 1; }
+	@lacking=$$($(PYTHON) $(CHECK) 2>&1) || { echo $(call sh,FAILED: $(PYTHON) lacks) "$$(echo $$lacking | tail -c 300); install them there, or leave PYTHON= out to get .venv" >&2; exit 1; }
 
 # The stamp is written last: an interrupted installation is repaired by the next make.
 $(VENV_FOLDER)/.installed: pyproject.toml
@@ -134,11 +200,13 @@ $(VENV_FOLDER)/.installed: pyproject.toml
 	@touch $@
 
 # ---- experiments --------------------------------------------------------------------------------
+ASKED := $(if $(SHARED),,$(filter $(RUN),$(GIVEN)))
 # Rewritten only when a value changed, so that SEEDS=1-3 runs again and a repeat does not.
 $(RESULTS)/%/params.yaml: FORCE | $(ENVIRONMENT)
-	@$(PYTHON) tools/parameters.py $(NOTEBOOKS)/$*.ipynb $@ --profile $(PROFILE) --device '$(DEVICE)' \
-	  --seeds '$(SEEDS)' --data '$(DATA)' --label '$(LABEL)' --rows '$(ROWS)' --params-file '$(if $(filter train,$*),$(PARAMS))' \
-	  --outputs '$(if $(filter-out outputs,$(OUT)),$(abspath $(OUT)))'
+	@$(PYTHON) tools/parameters.py $(NOTEBOOKS)/$*.ipynb $@ --profile $(PROFILE) --device $(DEVICE) \
+	  --seeds $(call sh,$(SEEDS)) --data $(call sh,$(DATA)) --label $(call sh,$(LABEL)) --rows $(call sh,$(ROWS)) \
+	  --params-file '$(if $(filter train,$*)$(filter PARAMS,$(ASKED)),$(PARAMS))' --asked '$(ASKED)' \
+	  --outputs $(call sh,$(if $(filter-out outputs,$(OUT)),$(abspath $(OUT))))
 
 # Results depend on the notebook and its parameters, not on cll/*.py: an edited comment must not
 # cost days on a GPU. cll itself skips runs that are finished and resumes those that are not, so
@@ -149,7 +217,7 @@ define NOTEBOOK
 $(1): $$(RESULTS)/$(1)/$(1).html
 	$$(if $$(RAN_$(1)),@:,@echo '$(1): up to date: $$< (FRESH=1 runs it again)')
 $$(RESULTS)/$(1)/$(1).ipynb: $$(NOTEBOOKS)/$(1).ipynb $$(RESULTS)/$(1)/params.yaml $$(PARAMETER_FILES) $$(if $$(FRESH),FORCE)
-	$$(eval RAN_$(1) := yes)@$$(PYTHON) tools/execute.py $$< $$(@D) --params $$(@D)/params.yaml --jobs '$$(JOBS)' $$(AUTO)
+	$$(eval RAN_$(1) := yes)@$$(PYTHON) tools/execute.py $$< $$(@D) --params $$(@D)/params.yaml --jobs $$(call sh,$$(JOBS)) $$(AUTO)
 $$(RESULTS)/$(1)/$(1).html: $$(RESULTS)/$(1)/$(1).ipynb
 	@test $$@ -nt $$< || { rm -f $$< && echo 'FAILED $(1): the report was removed; repeat the command' >&2 && exit 1; }
 endef
@@ -161,10 +229,10 @@ CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 SIDE_BY_SIDE = $(if $(filter smoke,$(PROFILE)),-j $(CORES) JOBS=$(or $(JOBS),1))
 # claims.ipynb reads what the others judged, so it comes last
 all: | $(ENVIRONMENT)
-	@$(MAKE) --no-print-directory $(if $(findstring j,$(filter-out --%,$(MAKEFLAGS))),,$(SIDE_BY_SIDE)) \
+	@$(MAKE) --no-print-directory SHARED=1 $(if $(findstring j,$(filter-out --%,$(MAKEFLAGS))),,$(SIDE_BY_SIDE)) \
 	  $(filter-out claims,$(ITEMS))
-	@$(MAKE) --no-print-directory claims
-	@$(MAKE) --no-print-directory report
+	@$(MAKE) --no-print-directory SHARED=1 claims
+	@$(MAKE) --no-print-directory SHARED=1 report
 
 $(RESULTS)/claims/claims.ipynb: $(filter-out $(RESULTS)/claims/%,$(wildcard $(RESULTS)/*/claims*.csv))
 
@@ -182,7 +250,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
-PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600
+PYTEST := -m pytest -q -n $(call sh,$(WORKERS)) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600
 
 test: lint  ## all tests: style, units, properties, and every notebook
 	@$(PYTHON) $(PYTEST) tests
@@ -197,7 +265,6 @@ badges: | $(ENVIRONMENT)  ## write the Colab badge and the set-up cell of every 
 	@$(PYTHON) tools/badges.py $(NOTEBOOKS)/*.ipynb $(REFERENCES)/*.ipynb
 
 # an environment with what Colab has; nothing of the kit is installed there
-COLAB ?= .colab
 $(COLAB)/.installed: tests/colab.txt
 	@python3.13 -c '' 2>/dev/null || { echo 'FAILED colab: no python3.13, which Colab runs; install it (or: uv python install 3.13) and put it on PATH' >&2; exit 1; }
 	@echo 'installing into $(@D) what Colab has, once (progress: $(@D)/install.log)'
@@ -207,7 +274,7 @@ $(COLAB)/.installed: tests/colab.txt
 	@touch $@
 
 colab: $(COLAB)/.installed  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
-	@$(if $(JOBS),OMP_NUM_THREADS='$(JOBS)') $(COLAB)/bin/python tools/colab.py $(ITEMS)
+	@$(if $(JOBS),OMP_NUM_THREADS=$(call sh,$(JOBS))) $(COLAB)/bin/python tools/colab.py $(ITEMS)
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .
@@ -221,11 +288,11 @@ bench: | $(ENVIRONMENT)  ## how fast: against a plain baseline, then the step of
 	@$(PYTHON) benchmarks/systems.py
 
 times: | $(ENVIRONMENT)  ## time notebooks, each alone, for the table in README; ITEMS="figure1 figure4": these
-	@$(PYTHON) tools/times.py $(ITEMS) --profile $(PROFILE) --device '$(DEVICE)' --data '$(DATA)' \
-	  --label '$(LABEL)' --params-file '$(PARAMS)' --jobs '$(JOBS)'
+	@$(PYTHON) tools/times.py $(ITEMS) --profile $(PROFILE) --device $(DEVICE) --data $(call sh,$(DATA)) \
+	  --label $(call sh,$(LABEL)) --params-file '$(PARAMS)' --jobs $(call sh,$(JOBS))
 
 collect: | $(ENVIRONMENT)  ## check finished runs of a profile and copy them to outputs/reference; RUNS="*4C3F*": these
-	@$(PYTHON) tools/collect.py $(RESULTS) $(foreach run,$(RUNS),'$(run)')
+	@$(PYTHON) tools/collect.py $(RESULTS) $(foreach run,$(RUNS),$(call sh,$(run)))
 
 reference: | $(ENVIRONMENT)  ## redraw tables and figures from the committed runs, without training
 	@$(PYTHON) tools/redraw.py

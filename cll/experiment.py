@@ -27,9 +27,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import torch
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -40,7 +38,7 @@ from pydantic import (
 )
 from safetensors.torch import load_file, save_file
 
-from . import ROOT, ranks
+from . import ROOT, parameter_file, ranks
 from .attack import attack_name, autoattack_curve
 from .bounds import lipschitz_matrix
 from .certify import certified_radius, cra_curve, lipschitz_lower_bound, predict_logits
@@ -51,14 +49,10 @@ from .progress import progress_bar
 from .rounding import margin_error
 from .training import build_network, device_name, load_checkpoints, load_snapshots, train
 
-__all__ = [
-    "Params", "load_params", "experiment_params", "sized_as", "run", "run_all", "finished",
-    "results", "load_model", "load_dataset", "run_dir", "outputs_dir",
-]  # fmt: skip
-
 PROFILES = ("smoke", "quick", "paper")
 # Raised when certificates change: finished runs are then certified anew, from their weights.
 CERTIFIER = 2
+SEEDS = 2**32  # seeds are below it: NumPy draws two_moons with them
 PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
 
@@ -69,12 +63,26 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Slack = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]  # of training, or of a size
-Start = Annotated[float, Field(ge=0, lt=1)]  # a moment of training
+def _numbers(value, name=""):
+    """The value; ValueError where it holds true or false, which Python counts as 1 or 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"{name}true or false is no number")
+    held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    for key, number in held.items() if isinstance(held, dict) else ():
+        if isinstance(key, int) or key in IN_AUGMENTATION:
+            _numbers(number, f"{key}: " * isinstance(key, str))
+    return value
+
+
+IN_AUGMENTATION = ("crop", "rotation", "jitter", "brightness", "contrast", "saturation", "hue")
+Number = BeforeValidator(_numbers)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+Finite = Annotated[float, Field(allow_inf_nan=False), Number]
+Slack = Annotated[float, Field(gt=0, lt=1), Number]
+Share = Annotated[float, Field(gt=0, le=1), Number]  # of training, or of a size
+Start = Annotated[float, Field(ge=0, lt=1), Number]  # a moment of training
+Count = Annotated[int, Field(gt=0), Number]
 
 
 class CLL(_Record):
@@ -160,7 +168,7 @@ class LocalLipB(_Record):
     epsilon: Positive
     warmup: Start = 0.0
     rampup: Share = 0.5
-    iterations: Annotated[int, Field(gt=0)] = Field(2, description="of power, per sample and layer")
+    iterations: Count = Field(2, description="of power, per sample and layer")
 
     @model_validator(mode="after")
     def _check(self):
@@ -186,10 +194,8 @@ class Optimizer(_Record):
         description="triangular: 0, lr at 2/5 of training, lr/20 at 4/5, 0; exponential: lr until "
         "decay_from, then exponentially to final_lr",
     )
-    milestones: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="iterations at which the learning rate is multiplied by gamma"
-    )
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    milestones: tuple[Count, ...] = Field((), description="iterations at which gamma multiplies lr")
+    gamma: Share = 0.1
     decay_from: Start = Field(0.5, description="fraction of training")
     final_lr: Positive | None = None
 
@@ -221,21 +227,31 @@ class Tightness(_Record):
     """Empirical lower bound of K (certify.lipschitz_lower_bound)."""
 
     method: Literal["optimized", "pairs"] = "optimized"
-    pairs: Annotated[int, Field(gt=1)] = 4000
-    steps: Annotated[int, Field(ge=0)] = 1000
+    pairs: Annotated[int, Field(gt=1), Number] = 4000
+    steps: Annotated[int, Field(ge=0), Number] = 1000
 
 
 class Attack(_Record):
     """Attack the first test images at each of the radii (attack.autoattack): accuracy from above,
     where the certificate is accuracy from below."""
 
-    images: Annotated[int, Field(gt=0)] = 1000
+    images: Count = 1000
     version: Literal["standard", "apgd", "apgd-ce"] = "standard"
 
 
 def _radius_name(value):
-    Fraction(str(value))  # a number or k/n, exactly
-    return str(value)
+    """A number or k/n, exactly, as text."""
+    name, largest = str(value), float("inf")
+    numerator, _, denominator = name.partition("/")
+    try:
+        # floats first: the fraction of 1e-999999999 takes for ever
+        finite = 0 < float(numerator) < largest and 0 < float(denominator or 1) < largest
+        distance = float(Fraction(name)) if finite else 0
+    except (ValueError, ArithmeticError):
+        distance = 0
+    if distance == 0 or "_" in name:
+        raise ValueError("give a finite distance > 0, such as 36/255 or 0.15")
+    return name
 
 
 Radius = Annotated[str, BeforeValidator(_radius_name)]
@@ -256,8 +272,8 @@ def _per_channel(least):
     return BeforeValidator(check)
 
 
-Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf"))]
-Std = Annotated[float | tuple[float, ...], _per_channel(0)]
+Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf")), Number]
+Std = Annotated[float | tuple[float, ...], _per_channel(0), Number]
 
 
 class Params(_Record):
@@ -267,10 +283,10 @@ class Params(_Record):
     row: str | None = Field(None, description="row of the paper's table that this run reproduces")
     data: str = "cifar10"
     label: str = Field("", description="how results name the data; default: the source")
-    train_size: Annotated[int, Field(gt=0)] | None = None
-    test_size: Annotated[int, Field(gt=0)] | None = None
+    train_size: Count | None = None
+    test_size: Count | None = None
     model: str
-    input_shape: tuple[int, ...] = Field((3, 32, 32), description="the network's input")
+    input_shape: tuple[Count, ...] = Field((3, 32, 32), min_length=1, description="of the network")
     input_mean: Mean = 0.0
     input_std: Std = Field(1.0, description="K carries 1 / min(input_std)")
     head: Literal["linear", "normalized", "truncated"] = "linear"
@@ -279,10 +295,10 @@ class Params(_Record):
     size: Size = Size()
     loss: Annotated[CLL | GloRo | CE | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
     optimizer: Optimizer = Optimizer()
-    epochs: Annotated[int, Field(gt=0)]
-    batch_size: Annotated[int, Field(gt=0)] = Field(128, description="over all ranks")
-    augmentation: Augmentation = Augmentation()
-    power_iterations: Annotated[int, Field(gt=0)] = 5
+    epochs: Count
+    batch_size: Count = Field(128, description="over all ranks")
+    augmentation: Annotated[Augmentation, Number] = Augmentation()
+    power_iterations: Count = 5
     power_gradient: Literal["envelope", "through"] = Field(
         "envelope", description="gradient of the norm estimate, see bounds.estimate"
     )
@@ -297,30 +313,26 @@ class Params(_Record):
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
-    snapshots: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="epochs whose weights are certified as well, after training"
+    snapshots: tuple[Count, ...] = Field(
+        (), description="epochs to certify as well, after training"
     )
     local: bool = Field(False, description="certify with local bounds as well (cra_local)")
     attack: Attack | None = Field(
         None, description="cross-check; no part of the identity: finished runs gain it when read"
     )
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0, lt=SEEDS), Number] = 1
     profile: Literal["smoke", "quick", "paper"] = "paper"
-    published_epochs: int | None = Field(None, description="epochs of the published schedule")
+    published_epochs: Count | None = Field(None, description="epochs of the published schedule")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
     def _check(self):
-        plain = self.model in PLAIN
-        if self.loss.name == "Local-Lip-B" and not plain:
-            raise ValueError(
-                f"loss Local-Lip-B needs a model of plain layers ({', '.join(PLAIN)}), not "
-                f"{self.model}"
-            )
-        if self.local and not plain:
-            raise ValueError(
-                f"local: true needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
-            )
+        plain = {"loss Local-Lip-B": self.loss.name == "Local-Lip-B", "local: true": self.local}
+        for key, asked in plain.items():
+            if asked and self.model not in PLAIN:
+                raise ValueError(
+                    f"{key} needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
+                )
         if self.snapshots and max(self.snapshots) > self.epochs:
             raise ValueError(
                 f"snapshots: there is no epoch {max(self.snapshots)}, epochs = {self.epochs}"
@@ -370,19 +382,18 @@ def _explain(error, values, where):
     """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
     loss = values.get("loss")
     loss = LOSSES.get(str(loss.get("name")) if isinstance(loss, dict) else "", CLL)
-    nested = {"loss": loss, "optimizer": Optimizer}
-    nested |= {"tightness": Tightness, "size": Size, "augmentation": Augmentation}
-    nested["attack"] = Attack
+    nested = {"loss": loss, "optimizer": Optimizer, "tightness": Tightness, "size": Size}
+    nested |= {"augmentation": Augmentation, "attack": Attack}
     lines = []
-    for e in error.errors():
+    # a list is too short as well once its values are refused
+    errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+    for e in errors:
         location = [str(part) for part in e["loc"] if part not in LOSSES]
         key = ".".join(location)
         if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             schema = nested[location[0]] if len(location) > 1 else Params
-            if schema is Augmentation:
-                known = list(schema.__dataclass_fields__)
-            else:
-                known = [f.alias or n for n, f in schema.model_fields.items()]
+            keys = getattr(schema, "model_fields", None) or Augmentation.__dataclass_fields__
+            known = [getattr(field, "alias", None) or key for key, field in keys.items()]
             nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
             lines.append(f"unknown key {key!r}; nearest: {nearest!r}")
         elif e["type"] == "value_error" and isinstance(e["input"], dict):  # about several keys
@@ -408,14 +419,7 @@ def _read(source):
     path = Path(source)
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         path = ROOT / path
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no parameter file {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a parameter file is a mapping of keys to values")
+    values = parameter_file.read(path)
     return values["params"] if path.name == "result.json" else values, str(source)
 
 
@@ -439,6 +443,11 @@ def load_params(source, profile=None, **overrides):
 def _resolve(values, where, profile, overrides):
     values = dict(values)
     blocks = values.pop("profiles", {})
+    if not isinstance(blocks, dict) or not all(isinstance(b, dict) for b in blocks.values()):
+        wanted = "write keys to change below the name of each profile, or leave profiles out"
+        raise ValueError(f"{where}: profiles = {blocks!r}: {wanted}")
+    for block in (values, *blocks.values()):
+        _seeds(block, where)
     values.pop("seeds", None)
     profile = profile or values.get("profile") or (default_profile() if blocks else "paper")
     if profile not in PROFILES:
@@ -447,7 +456,7 @@ def _resolve(values, where, profile, overrides):
     for name in blocks:
         if name not in PROFILES:
             raise ValueError(f"{where}: unknown profile {name!r} under profiles:")
-    block = {k: v for k, v in (blocks.get(profile) or {}).items() if k != "seeds"}
+    block = {k: v for k, v in blocks.get(profile, {}).items() if k != "seeds"}
     values = _merge(_merge(values, block), {"profile": profile})
     if "label" in overrides and not overrides["label"] and overrides.get("data"):
         values.pop("label", None)  # the file's label names the file's data
@@ -456,6 +465,16 @@ def _resolve(values, where, profile, overrides):
         return Params.model_validate(values)
     except ValidationError as error:
         raise _explain(error, values, where) from None
+
+
+def _seeds(block, where):
+    """What stands under `seeds:` of a file or of one of its profiles; [] where nothing does."""
+    seeds = block.get("seeds", [])
+    known = isinstance(seeds, list) and all(type(s) is int and 0 <= s < SEEDS for s in seeds)
+    if not known or len(set(seeds)) < len(seeds) or ("seeds" in block and not seeds):
+        wanted = f"write a list of different numbers from 0 to {SEEDS - 1}, such as [1, 2, 3]"
+        raise ValueError(f"{where}: seeds = {seeds!r}: {wanted}")
+    return seeds
 
 
 def experiment_params(name, profile=None, seeds=None, **overrides):
@@ -473,8 +492,8 @@ def experiment_params(name, profile=None, seeds=None, **overrides):
         values, _ = _read(path)
         where = str(path.relative_to(ROOT))
         first = _resolve(values, where, profile, overrides)
-        block = (values.get("profiles") or {}).get(first.profile) or {}
-        for seed in seeds or block.get("seeds") or values.get("seeds") or [first.seed]:
+        block = values.get("profiles", {}).get(first.profile, {})
+        for seed in seeds or _seeds(block, where) or _seeds(values, where) or [first.seed]:
             runs.append(_resolve(values, where, profile, {**overrides, "seed": seed}))
     return runs
 
@@ -537,24 +556,14 @@ def run_dir(run, root):
     return Path(root) / "runs" / f"{name}-seed{seed}-{identity[:6]}"
 
 
+_load_once = functools.lru_cache(maxsize=32)(load)
+
+
 def load_dataset(params):
     """The data.Dataset of a run (read once per process)."""
+    sizes = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
     seed = params.seed if params.data == "two_moons" else 0
-    return _dataset(
-        params.data, params.input_shape, params.train_size, params.test_size, seed, params.label
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def _dataset(source, input_shape, train_size, test_size, seed, label):
-    return load(
-        source,
-        input_shape=input_shape,
-        train_size=train_size,
-        test_size=test_size,
-        seed=seed,
-        label=label or None,
-    )
+    return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
 
 
 def load_model(out_dir):
@@ -595,14 +604,9 @@ def _finished(params, out_dir, ever=False):
 
 def _is_incomplete(params, record):
     """Whether a finished run misses what needs no training: a certificate of this version, or the
-    attack."""
-    return record.get("certifier") != CERTIFIER or _lacks_attack(params, record)
-
-
-def _lacks_attack(params, record):
-    """Whether a finished run was not attacked as the parameters ask."""
-    if params.attack is None:
-        return False
+    attack that the parameters ask for."""
+    if record.get("certifier") != CERTIFIER or params.attack is None:
+        return record.get("certifier") != CERTIFIER
     done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
     return (done.get("images"), done.get("version")) != (images, params.attack.version)
 
@@ -611,14 +615,6 @@ def _write(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def results(root):
-    """All finished runs under <root>/runs, one row each (result.json, nested keys dotted)."""
-    records = [
-        json.loads(path.read_text()) for path in sorted(Path(root).glob("runs/*/result.json"))
-    ]
-    return pd.json_normalize(records)
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -756,11 +752,9 @@ def _run_together(runs, out_dirs, progress):
         records = ranks.on_main(claim, engine)
         todo = [i for i, r in enumerate(records) if r is None]
         if todo:
-            if engine is None:
+            # one process first, which may download them
+            with engine.main_process_first() if engine else contextlib.nullcontext():
                 datasets = [load_dataset(runs[i]) for i in todo]
-            else:
-                with engine.main_process_first():  # which may download them
-                    datasets = [load_dataset(runs[i]) for i in todo]
             nets, seconds = train(
                 [runs[i] for i in todo],
                 datasets,

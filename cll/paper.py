@@ -487,20 +487,21 @@ def shape_table(results):
 
 def display_shapes(table):
     """The frame of `shape_table` for reading."""
-    shown = pd.DataFrame(
+    lines = [
         {
-            "method": table["method"],
-            "p": [_or_dash("g", p) for p in table["p"]],
-            "CRA(0.15) % (train)": table["cra"].map("{:.2f}".format),
-            "K(f)": table["K_f"].map("{:.1f}".format),
-            "K(h∘f)": table["K_hf"].map("{:.1f}".format),
-            "median output |f₁ − f₀|": table["output"].map("{:.3g}".format),
-            "in the tails %": (100 * table["tails"]).map("{:.1f}".format),
-            "right, not robust": table["inside"].map(str),
-            "turns of the boundary": table["turns"].map("{:.2f}".format),
+            "method": row["method"],
+            "p": _or_dash("g", row["p"]),
+            "CRA(0.15) % (train)": f"{row['cra']:.2f}",
+            "K(f)": f"{row['K_f']:.1f}",
+            "K(h∘f)": f"{row['K_hf']:.1f}",
+            "median output |f₁ − f₀|": f"{row['output']:.3g}",
+            "in the tails %": f"{100 * row['tails']:.1f}",
+            "right, not robust": str(row["inside"]),
+            "turns of the boundary": f"{row['turns']:.2f}",
         }
-    )
-    return shown.set_index(["method", "p"])
+        for row in table.to_dict("records")
+    ]
+    return _shown(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
 
 
 def display_moons(table):

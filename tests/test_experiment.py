@@ -14,7 +14,7 @@ from test_training import DIGITS, MOONS
 
 import cll
 from cll import ROOT, experiment
-from cll.experiment import experiment_params, load_model, results, run_dir
+from cll.experiment import experiment_params, load_model, run_dir
 
 SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pairs", "pairs": 50}}
 
@@ -83,6 +83,28 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"attack": {}}, "attack needs images (C, H, W), not input_shape = [2]: leave it out"),
         ({"loss": {"name": ["CLL"]}}, "loss"),
         ({"loss": 3}, "loss = 3"),
+        ({"epochs": True}, "epochs = True: Value error, true or false is no number"),
+        ({"loss": SHORT["loss"] | {"epsilon": True}}, "loss.epsilon = True: Value error, true or"),
+        ({"loss": SHORT["loss"] | {"lambda": False}}, "loss.lambda = False: Value error, true or"),
+        ({"optimizer": {"betas": [False, 0.9]}}, "optimizer.betas.0 = False: Value error, true"),
+        ({"augmentation": {"crop": True}}, "augmentation: crop: true or false is no"),
+        ({"augmentation": {"jitter": {"hue": True}}}, "augmentation: hue: true or false is no"),
+        (
+            {"input_std": [True, 0.5]},
+            "input_std = [True, 0.5]: Value error, true or false is no number",
+        ),
+        ({"input_shape": [0]}, "input_shape.0 = 0"),
+        ({"epochs": [3]}, "epochs = [3]"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**32}, "seed = 4294967296"),
+        ({"seed": True}, "seed = True: Value error, true or false is no number"),
+        ({"seeds": "1-9"}, "seeds = '1-9': write a list of different numbers"),
+        ({"seeds": [1, 1]}, "seeds = [1, 1]: write a list of different numbers"),
+        ({"seeds": []}, "seeds = []: write a list of different numbers"),
+        ({"profiles": {"smoke": {"seeds": [2**32]}}}, "seeds = [4294967296]: write a list"),
+        ({"profiles": {"quick": {"seeds": 3}}}, "seeds = 3: write a list"),
+        ({"profiles": None}, "profiles = None: write keys to change below the name of each"),
+        ({"profiles": {"smoke": 3}}, "profiles = {'smoke': 3}: write keys to change below"),
     ],
 )
 def test_bad_parameters_are_named_in_one_line(change, message):
@@ -99,6 +121,120 @@ def test_missing_and_broken_files_are_named(tmp_path):
         cll.load_params(tmp_path / "broken.yaml")
     with pytest.raises(FileNotFoundError, match="known: .*table2"):
         experiment_params("table7")
+
+
+@pytest.mark.parametrize(
+    "radius",
+    ["36/0", "0/255", "-1/255", "1/-255", -0.1, 0, float("inf"), float("nan"), "1e400", "1e-400"]
+    + ["1e-999999999", "9" * 400 + "/1", "1/" + "9" * 400, "1_0/255", "36/255/2", True, [1], None],
+    ids=lambda radius: str(radius)[:12],
+)
+def test_a_radius_is_a_finite_distance_above_0(radius):
+    with pytest.raises(ValueError, match="(?s)^parameters: radii[^;]*$"):
+        cll.load_params(SHORT | {"radii": ["36/255", radius]})
+
+
+def test_seeds_reach_as_far_as_the_generators_that_take_them():
+    """Two moons are drawn by NumPy, whose seeds end at 2^32 - 1; PyTorch's go further."""
+    largest = cll.load_params(SHORT, seed=2**32 - 1).seed
+    assert np.random.RandomState(largest) and torch.Generator().manual_seed(largest)
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        np.random.RandomState(largest + 1)
+
+
+FILE = """\
+name: x
+data: digits
+model: 4C3F
+input_shape: [1, 8, 8]
+loss: {name: CLL, epsilon: 0.3, p: 0.3}
+epochs: EPOCHS
+profile: smoke
+"""
+
+
+class TestFilesAreReadAsTheyLook:
+    """YAML 1.1 gives some texts another value than a person does: such files are refused."""
+
+    @pytest.fixture
+    def load(self, tmp_path):
+        def read(text, encoding="utf-8"):
+            path = tmp_path / "run.yaml"
+            path.write_bytes(text.encode(encoding))
+            return cll.load_params(path)
+
+        return read
+
+    @pytest.mark.parametrize(
+        ("text", "otherwise"),
+        [("010", 8), ("-010", -8), ("0x10", 16), ("0b11", 3), ("1:30", 90), ("1:30:00", 5400)]
+        + [("1_000", 1000), ("yes", True), ("on", True), ("off", False), ("No", False)]
+        + [("!!int '010'", 8), ("!!bool yes", True), ("0o10", "0o10"), ("08", "08")]
+        + [("!!float 1:30", 90.0), ("1:30.5", 90.5), ("2_0.5", 20.5), ("", None)],
+    )
+    def test_a_value_that_yaml_takes_for_another_is_refused(self, load, text, otherwise):
+        assert yaml.safe_load(f"epochs: {text}")["epochs"] == otherwise
+        for file in (FILE.replace("EPOCHS", text), FILE.replace("EPOCHS", f"1\nlabel: {text}")):
+            key = "label" if "label" in file else "epochs"
+            message = rf"run.yaml, line [67]: {key} .*write (numbers as 10|a value)[^\n]*$"
+            with pytest.raises(ValueError, match=message):
+                load(file)
+        if text and text[0] not in "!0":
+            nested = FILE.replace("EPOCHS", f"1\nprofiles: {{quick: {{seeds: [1, {text}]}}}}")
+            with pytest.raises(ValueError, match="line 7: profiles.quick.seeds.1 = "):
+                load(nested)
+
+    @pytest.mark.parametrize("text", ["2020-01-01", "!!set {a}", "!mine 3", "[1]", "true", ".inf"])
+    def test_what_is_no_number_is_refused(self, load, text):
+        with pytest.raises(ValueError, match="run.yaml.*: epochs = "):
+            load(FILE.replace("EPOCHS", text))
+
+    @pytest.mark.parametrize(
+        ("lines", "key"),
+        [
+            ("epochs: 7", "epochs"),
+            ('"epochs": 7', "epochs"),
+            ("optimizer: {lr: 1e-3, lr: 1e-2}", "optimizer.lr"),
+            ("profiles:\n  quick: {epochs: 2, epochs: 3}", "profiles.quick.epochs"),
+            ("optimizer: &o {lr: 1, lr: 2}\nprofiles: {quick: {optimizer: *o}}", "optimizer.lr"),
+            ("profiles:\n  quick: &q {}\n  smoke: {<<: *q, <<: *q}", "profiles.smoke.<<"),
+        ],
+    )
+    def test_a_key_stands_once(self, load, lines, key):
+        with pytest.raises(ValueError, match=rf"run.yaml, line \d+: the key {key} stands twice"):
+            load(FILE.replace("EPOCHS", "1") + lines)
+
+    def test_a_loss_weight_has_one_name(self, load):
+        with pytest.raises(ValueError, match="unknown key 'loss.lam'; nearest: 'lambda'"):
+            load(FILE.replace("EPOCHS", "1").replace("p: 0.3", "p: 0.3, lambda: 1, lam: 2"))
+
+    @pytest.mark.parametrize("key", ["profiles", "seeds", "tightness", "attack", "optimizer"])
+    def test_a_key_with_nothing_after_it_is_refused(self, load, key):
+        with pytest.raises(ValueError, match=f"run.yaml, line 8: {key} has nothing after it: wri"):
+            load(FILE.replace("EPOCHS", "1") + f"{key}:\n")
+
+    @pytest.mark.parametrize("lines", ["1: 2", "on: 2", "? [a, b]\n: 3", "~: 1"])
+    def test_keys_are_text(self, load, lines):
+        with pytest.raises(ValueError, match="run.yaml, line 8: the key .* is not text: put it in"):
+            load(FILE.replace("EPOCHS", "1") + lines)
+
+    @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32"])
+    def test_another_encoding_is_named(self, load, encoding):
+        with pytest.raises(ValueError, match="run.yaml: not UTF-8 text: save it in that encoding"):
+            load(FILE.replace("EPOCHS", "1") + "label: Universität\n", encoding)
+
+    def test_what_looks_like_its_value_is_read(self, load):
+        """Merge keys, quotes, exponents without a point, a byte order mark, lines of Windows."""
+        text = "\ufeff" + FILE.replace("EPOCHS", "3") + "label: 'Universität 010: yes'\n"
+        text += "optimizer: &o {lr: 1e-3, betas: [.5, 0.9]}\naugmentation: {flip: true}\n"
+        text += "tightness: ~\nradii: [36/255, 0.5, 1e-3]\nrow: '010'\n"
+        text += "profiles:\n  smoke: {optimizer: {<<: *o, lr: 2e-3}, seeds: [4294967295]}\n"
+        for encoding, end in (("utf-8", "\n"), ("utf-8", "\r\n")):
+            params = load(text.replace("\n", end), encoding)
+            assert (params.epochs, params.row, params.tightness) == (3, "010", None)
+            assert params.optimizer.lr == 2e-3 and params.optimizer.betas == (0.5, 0.9)
+            assert params.augmentation.flip and params.radii == ("36/255", "0.5", "1e-3")
+            assert params.label == "Universität 010: yes"
 
 
 ALL_FILES = sorted((ROOT / "params").glob("*/*.yaml"))
@@ -299,7 +435,7 @@ def test_run_all_puts_each_parameter_set_in_its_own_folder(tmp_path):
     records = cll.experiment.run_all([*runs, runs[0]], tmp_path, progress=False)
     assert [r["seed"] for r in records] == [1, 2, 1]  # one asked for twice is run once
     assert "seed1" in run_dir(runs[0], tmp_path).name
-    assert len(results(tmp_path)) == 2
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
     relabelled = cll.experiment.run_all(
         [cll.load_params(SHORT, seed=1, label="my moons")], tmp_path, progress=False
     )[0]

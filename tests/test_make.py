@@ -10,6 +10,7 @@ import time
 
 import nbformat
 import pytest
+import yaml
 from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
@@ -41,12 +42,13 @@ def make(tmp_path):
     (decoy / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "decoy"}')
     env["JUPYTER_PATH"] = str(tmp_path / "jupyter")
     command = ["make", "--no-print-directory", "-C", str(ROOT), f"PYTHON={sys.executable}"]
-    command += [f"NOTEBOOKS={notebooks}", f"OUT={tmp_path}"]
+    command += [f"NOTEBOOKS={notebooks}"]
 
-    def run(*arguments, start=subprocess.run, **options):
+    def run(*arguments, start=subprocess.run, out=True, env=(), **options):
         if start is subprocess.run:
             options.setdefault("capture_output", True)
-        return start([*command, *arguments], env=env, text=True, **options)
+        line = [*command, *[f"OUT={tmp_path}"] * out, *arguments]
+        return start(line, env=run.env | dict(env), text=True, **options)
 
     def add(name, *sources):
         cells = [nbformat.v4.new_markdown_cell(f"# Heading of {name}\n\nText.")]
@@ -57,7 +59,7 @@ def make(tmp_path):
         nbformat.write(nb, notebooks / f"{name}.ipynb")
         return tmp_path / "smoke" / name
 
-    run.add = add
+    run.add, run.env = add, env
     return run
 
 
@@ -103,6 +105,133 @@ def test_wrong_choice_is_one_line(make, variable, message):
 def test_wrong_value_names_the_notebook(make, variable, message):
     make.add("toy")
     assert one_failure(make("toy", "PROFILE=smoke", variable)).startswith(f"FAILED toy: {message}")
+
+
+AWKWARD = 'it\'s; ( a `b` "c" # d \\ % & *'
+
+
+@pytest.mark.parametrize("variable", ["OUT", "VENV", "PARAMS", "NOTEBOOKS"])
+@pytest.mark.parametrize("path", ["My Drive", "it's", "a:b", "50%", "a#b", "~/out", "out ", "a$b"])
+def test_a_path_that_make_cannot_use_is_one_line(make, variable, path):
+    for target in ("help", "toy"):
+        result = make(target, "PROFILE=smoke", f"{variable}={path}")
+        assert result.returncode != 0 and not result.stdout
+        (line,) = result.stderr.splitlines()
+        assert f"{variable}={path} cannot be used: make " in line
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """stand_in(path) makes a Python that writes what it should execute to tmp_path/log, and leaves
+    the files of a notebook that ran; all else goes to this Python."""
+
+    def write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f'#!/bin/sh\ncase "$1" in tools/execute.py) echo "$0 $*" >> "{tmp_path}/log"; '
+            'name=$(basename "$2" .ipynb); touch "$3/$name.ipynb"; sleep 0.05; '
+            f'touch "$3/$name.html";; *) exec {sys.executable} "$@";; esac\n'
+        )
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def test_values_reach_the_notebook_whatever_they_hold(make, tmp_path, stand_in):
+    """Blanks, quotes and all else that a shell would act on; a dollar is make's own."""
+    out, python = make.add("toy", "print(data, label)"), stand_in(tmp_path / "python")
+    given = ["PROFILE=smoke", f"DATA=npz:/a/{AWKWARD}", f"LABEL={AWKWARD}", f"PYTHON={python}"]
+    result = make("toy", *given)
+    assert result.returncode == 0, result.stderr
+    values = yaml.safe_load((out / "params.yaml").read_text())
+    assert (values["data"], values["label"]) == (f"npz:/a/{AWKWARD}", AWKWARD)
+    assert f"LABEL={AWKWARD}" in make("help", *given).stdout
+    line = one_failure(make("toy", "PROFILE=smoke", "SEEDS=it's"))
+    assert line.startswith("FAILED toy: SEEDS=it's: write ")
+    for variable in ("PROFILE", "DEVICE"):
+        result = make("toy", f"{variable}=smoke it's")
+        assert f"{variable}=smoke it's is not a" in result.stderr and not result.stdout
+
+
+def test_a_python_and_a_checkout_may_lie_in_paths_with_blanks(make, tmp_path, stand_in):
+    """The active Python of an environment there, PYTHON=, and PYTHON in the environment."""
+    checkout = tmp_path / "it's my" / "kit"
+    python = stand_in(checkout / "bin" / "python")
+    for name in ("Makefile", "cll", "params", "pyproject.toml", "tools"):
+        (checkout / name).symlink_to(ROOT / name)
+    make.add("toy", "print(seeds)")
+    (tmp_path / "notebooks").rename(checkout / "notebooks")
+    ways = [
+        (["toy", "OUT=1"], {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}),
+        (["toy", "OUT=2", f"PYTHON={python}"], {}),
+        (["toy", "OUT=3", "SEEDS=1"], {"PYTHON": str(python)}),
+    ]
+    for i, (arguments, more) in enumerate(ways, 1):
+        env = {k: v for k, v in make.env.items() if k != "PYTHON"} | more
+        command = ["make", "--no-print-directory", "PROFILE=smoke", *arguments]
+        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        line = (tmp_path / "log").read_text().splitlines()[-1]
+        assert line.startswith(f"{python} tools/execute.py notebooks/toy.ipynb {i}/smoke/toy --pa")
+        values = yaml.safe_load((checkout / f"{i}/smoke/toy/params.yaml").read_text())
+        assert values["outputs"] == f"{checkout}/{i}"
+
+
+@pytest.mark.parametrize("python", ["/no it's/python", "/nowhere/my python"])
+def test_a_python_that_is_none_is_named(make, python):
+    make.add("toy")
+    result = make("toy", "PROFILE=smoke", f"PYTHON={python}")
+    assert result.returncode != 0 and python in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "goals",
+    ["toy ROWS=T2-05", "toy DATA=npz:x", "toy PARAMS=a.yaml", "toy SEEDS=1", "toy RUNS=x"]
+    + ["test PROFILE=smoke", "reference SEEDS=1", "report ROWS=T2-05", "lint JOBS=2", "all RUNS=x"]
+    + ["smoke-systems PROFILE=paper", "collect DATA=npz:x", "clean OUT=x", "toy report SEEDS=1"]
+    + ["refs ROWS=T1-01", "bench DEVICE=cpu", "colab SEEDS=1", "badges FRESH=1"],
+)
+def test_a_variable_that_a_target_does_not_read_is_an_error(make, goals):
+    make.add("toy", "print(profile)")
+    *names, variable = goals.split()
+    only = [] if "PROFILE" in variable or names[0] != "toy" else ["PROFILE=smoke"]
+    result = make(*names, *only, variable, out=names[0] in ("toy", "report", "all", "collect"))
+    name = variable.partition("=")[0]
+    line = [line for line in result.stderr.splitlines() if name in line][0]
+    assert result.returncode != 0 and "leave it out" in line
+    assert f"{names[-1]} does not read {name}" in line or f"{variable} is not read" in line
+
+
+def test_the_environment_is_for_many_targets_and_all_hands_on(make, tmp_path, stand_in):
+    out, python = make.add("toy", "print(seeds)"), stand_in(tmp_path / "python")
+    make.add("other", "print(profile)")
+    few = {"ROWS": "T2-05", "DATA": "npz:x", "RUNS": "x", "WORKERS": "3", "SEEDS": "1-2"}
+    result = make("toy", "other", "PROFILE=smoke", f"PYTHON={python}", env=few)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load((out / "params.yaml").read_text())["seeds"] == [1, 2]
+    result = make("all", "PROFILE=smoke", f"PYTHON={python}", "SEEDS=1-3", "ITEMS=toy other")
+    assert "leave it out" not in result.stderr
+    assert yaml.safe_load((out / "params.yaml").read_text())["seeds"] == [1, 2, 3]
+
+
+def test_a_name_that_is_no_variable_is_said(make, tmp_path, stand_in):
+    make.add("toy")
+    result = make("toy", "PROFILE=smoke", "SEED=3", f"PYTHON={stand_in(tmp_path / 'python')}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 0
+    assert "SEED is none of the variables of `make help`: it reaches the environment alone" in line
+
+
+def test_every_target_of_the_makefile_says_what_it_reads():
+    text = (ROOT / "Makefile").read_text()
+    targets = {name for line in re.findall(r"^\.PHONY: (.*)", text, re.M) for name in line.split()}
+    targets -= {"has-packages", "FORCE", "$(1)"}
+    assert targets == set(re.findall(r"^READS_([a-z-]+) :=", text, re.M))
+    known = set(re.findall(r"^([A-Z]+) \?=", text, re.M)) - {"SHARED"}
+    reads = set(" ".join(re.findall(r"^(?:READS_\S+|RUN|PATHS|VARIABLES) := (.*)", text, re.M))
+                .replace("(", " ").replace(")", " ").split())  # fmt: skip
+    assert known <= reads
 
 
 def test_finished_target_is_run_again_only_for_new_values(make):

@@ -4,6 +4,9 @@ nbval executes the references and compares the tagged cells; it cannot see what 
 stripped reference passes it unread, and papermill sets parameters that no cell declares.
 """
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import re
@@ -13,10 +16,14 @@ import types
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import cll
+import cll.explore
+from cll import experiment
 
 sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
@@ -71,7 +78,7 @@ def test_parameters_cell_declares_what_make_passes(path):
         assert passed <= set(declared)
     else:
         for profile in ("smoke", "quick", "paper"):
-            passed = parameters.read_yaml(ROOT / "params" / f"{profile}.yaml")
+            passed = parameters.parameter_file.read(ROOT / "params" / f"{profile}.yaml")
             assert passed.pop("profile") == profile
             assert set(passed) | {"profile"} <= set(declared)
             defaults = {key: declared[key] for key in passed}
@@ -179,7 +186,7 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     out = tmp_path / "params.yaml"
     for rows in ("", "T2-05,T2-07"):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
-        assert parameters.read_yaml(out).get("rows", "") == rows
+        assert parameters.parameter_file.read(out).get("rows", "") == rows
     subset = references.ROWS[name].split(",")
     table = cll.paper.published(name)
     assert set(subset) < set(table.index)
@@ -190,6 +197,133 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
 def test_no_reference_without_a_source():
     names = {path.name for path in NOTEBOOKS}
     assert {path.name for path in REFERENCES.glob("*.ipynb")} <= names
+
+
+# notebooks that are about a run of their own: without it there is nothing to say
+RUN_FIRST = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
+
+
+def finish(params, folder):
+    """Leave in a run's folder what training leaves there, with numbers from nowhere: K = 10, right
+    and certified as the seed has it, an untrained network. Returns the record."""
+    dataset = experiment.load_dataset(params)
+    random = np.random.default_rng(params.seed)
+    n, loss = len(dataset.test_targets), params.loss
+    epsilon, correct = getattr(loss, "epsilon", None), random.random(n) < 0.8
+    names = dict.fromkeys([*params.radii, *([] if epsilon is None else [f"{epsilon:g}"])])
+    cra = {name: round(0.8 - 0.1 * i, 2) for i, name in enumerate(names)}
+    same = ("name", "row", "seed", "profile", "model", "head", "epochs", "published_epochs")
+    record = {key: getattr(params, key) for key in same} | {
+        "method": loss.name, "data": dataset.name, "epsilon": epsilon, "size": {"width": 0.5},
+        "p": getattr(loss, "p", None), "train_size": len(dataset.train_targets), "test_size": n,
+        "num_classes": dataset.num_classes, "input_shape": list(dataset.input_shape),
+        "parameters": 1000, "clean": 0.8, "cra": cra, "cra_paper_style": cra, "train_clean": 0.9,
+        "train_cra": cra, "train_cra_paper_style": cra, "mean_certified_radius": 0.2, "K_f": 10.0,
+        "K_f_paper_style": 9.0, "K_hf": 12.0, "K_lower": 8.0, "tightness": 0.8,
+        "tightness_paper_style": 0.9, "tightness_method": "optimized", "trained_together": 1,
+        "certifier": experiment.CERTIFIER, "seconds": 1.0, "ranks": 1, **experiment.provenance(),
+        "params": params.model_dump(mode="json", by_alias=True), "params_hash": params.hash(),
+        "snapshots": [{"epoch": epoch, "clean": 0.8, "cra": cra, "K_f": 10.0, "K_lower": 8.0,
+                       "tightness": 0.8} for epoch in params.snapshots],
+    }  # fmt: skip
+    if params.local:
+        record["cra_local"] = cra
+    if params.attack is not None:
+        images = min(params.attack.images, n)
+        attack = {"images": images, "version": params.attack.version, "method": "AutoAttack"}
+        attack |= {"clean": 0.8, "cra": cra, "accuracy": cra, "broken": 0, "seconds": 1.0}
+        record["attack"] = attack
+    folder.mkdir(parents=True, exist_ok=True)
+    radius = random.random(n)
+    np.savez(folder / "radii.npz", radius=radius, radius_paper_style=1.1 * radius, correct=correct,
+             prediction=np.zeros(n, int), target=dataset.test_targets.numpy())  # fmt: skip
+    (folder / "curve.csv").write_text("epoch,loss\n1,1.0\n")
+    if params.model in ("MLP", "4C3F"):
+        net = cll.training.build_network(params, dataset.num_classes, dataset.input_shape)
+        save_file(net.state_dict(), folder / "checkpoint.safetensors")
+    (folder / "result.json").write_text(json.dumps(record))
+    return record
+
+
+class Pictures:
+    """In the place of cll.plots: draws nothing."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """printed(name, complete): what a notebook prints, a list of lines, where all runs of all
+    notebooks have finished, or in an empty folder where none may start. Nothing is trained."""
+    shared, done = tmp_path_factory.mktemp("outputs"), {}
+    before = {path.stem for path in NOTEBOOKS} - RUN_FIRST - {"claims", "seeds"}
+    before = {"claims": before, "seeds": ("table1", "table2")}
+    real, now = experiment.load_dataset, experiment.provenance()
+
+    def few(params):
+        """The first 24 test images, images of 8 x 8 pixels."""
+        data = real(params)
+        pixels = (..., *[slice(None, None, max(1, side // 8)) for side in data.input_shape[1:]])
+        test = data.test_images[:24][pixels]
+        return dataclasses.replace(
+            data, train_images=data.train_images[pixels], test_images=test,
+            test_targets=data.test_targets[:24], input_shape=tuple(test.shape[1:]),
+        )  # fmt: skip
+
+    def run(name, complete):
+        if (name, complete) in done:
+            return done[name, complete]
+        for other in sorted(before.get(name, ())) if complete else ():
+            run(other, complete)
+        space, out = {"display": lambda shown: None}, io.StringIO()
+        own = name in RUN_FIRST or not complete
+        root = tmp_path_factory.mktemp("outputs") if own else shared
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.setenv("CLL_OUTPUTS", str(root))
+            patch.setattr(experiment, "provenance", lambda device="cpu": now)
+            patch.setenv("CLL_ONLY_FINISHED", "" if complete else "1")
+            patch.setattr(experiment, "train", lambda *a, **k: pytest.fail("trains"))
+            patch.setattr(experiment, "load_dataset", few)
+            patch.setattr(
+                experiment, "_run_together",
+                lambda runs, folders, progress: list(map(finish, runs, folders)),
+            )  # fmt: skip
+            patch.setattr(cll, "plots", Pictures())
+            patch.setattr(cll.explore, "Explorer", lambda: None)
+            for cell in code_cells(read(ROOT / "notebooks" / f"{name}.ipynb")):
+                exec(cell.source, space)
+                if "train" in space:  # of a network of the notebook's own
+                    space["train"] = lambda model, **options: model.eval()
+        done[name, complete] = out.getvalue().splitlines()
+        return done[name, complete]
+
+    return run
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "empty"])
+@every_notebook
+def test_summary_lines_say_what_has_finished(path, complete, printed):
+    if path.stem in RUN_FIRST and not complete:
+        with pytest.raises(FileNotFoundError, match="seed 1, has not run$"):
+            printed(path.stem, complete)
+        return
+    lines = printed(path.stem, complete)
+    text = "\n".join(lines)
+    assert not re.search(r"(^|\s)[a-z](\s+[a-z]){3}(\s|$)", text), "a word, letter by letter"
+    assert not re.search(r"\b(None|not run)\b", text)
+    # an untrained network may have no answer right, and then no median radius of these
+    assert path.stem == "certify_your_model" or not re.search(r"\bnan\b", text)
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        assert line.strip() or path.stem == "train"  # which prints a parameter file
+        assert not line.endswith(":") or following.startswith("  "), f"{line!r} announces nothing"
+    assert all(0 <= float(share) <= 100 for share in re.findall(r"(\d+(?:\.\d+)?) %", text))
+    if path.stem == "claims":
+        missing = sorted({name for *_, tests in cll.paper.CHECKLIST for name, _ in tests})
+        missing = ["nothing"] if complete else [f"make {name}" for name in missing]
+        assert lines[-1] == "  ".join(["to run:", *missing])
+    elif path.stem not in ("aol_mapping", "figure3"):  # which draw formulas
+        assert ("no finished run" in text) == (not complete)
 
 
 class TestParameters:
@@ -219,10 +353,10 @@ class TestParameters:
     def test_only_declared_keys_are_passed(self, notebook):
         path = notebook('profile = "quick"\nseed = 1\ndata = "digits"')
         given = {"device": "cpu", "data": "npz:x.npz", "label": ""}
-        values = parameters.resolve(path, "smoke", given, seeds="5")
+        values = parameters.resolve(path, "smoke", given, seeds=[5])
         assert values == {"profile": "smoke", "data": "npz:x.npz", "seed": 5}
         with pytest.raises(ValueError, match="name one seed"):
-            parameters.resolve(path, "smoke", {}, seeds="1,2")
+            parameters.resolve(path, "smoke", {}, seeds=[1, 2])
 
     def test_data_paths_are_relative_to_the_user(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -117,6 +117,7 @@ def test_tables_without_runs_say_so():
     for shown in (
         paper.display_sweep(paper.sweep_table([])),
         paper.display_moons(paper.moons_table([])),
+        paper.display_shapes(paper.shape_table([])),
         paper.display_attacks(paper.attack_table([])),
     ):
         assert (shown == "not run").all(axis=None) and len(shown) == 1

@@ -104,6 +104,7 @@ def test_several_gpus_mean_torchrun(files, capsys):
         ("tabel2", "no experiment 'tabel2'"),
         ("table2 --rows T2-99", "no row 'T2-99' in table2"),
         ("figure4 --rows T2-05", "--rows is for table1 and table2, not for figure4"),
+        ("params/a.yaml --rows T2-05", "--rows is for table1 and table2, not for params/a.yaml"),
         ("table2 --seeds 1-", "write 1,2,3 or 1-9"),
         ("table2 --time 12h", "--time 12h: write HH:MM:SS"),
         ("table2 --parallel 0", "--parallel must be 1 or more"),

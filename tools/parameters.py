@@ -10,6 +10,7 @@ file means that a finished notebook is not run again.
 
 import argparse
 import ast
+import importlib.util
 import json
 import os
 import sys
@@ -18,6 +19,11 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+VARIABLES = {"params_file": "PARAMS"}  # of make; others are in capitals there
+# without the rest of cll, which takes seconds to import
+spec = importlib.util.spec_from_file_location("parameter_file", ROOT / "cll/parameter_file.py")
+parameter_file = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parameter_file)
 
 
 def declared(notebook):
@@ -44,44 +50,61 @@ def declared(notebook):
     return defaults
 
 
+def read_names(notebook):
+    """The names that a notebook's code reads: it may declare more than it uses.
+
+    Code that asks for globals(), or that holds more than Python, reads all that is declared.
+    """
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    try:
+        nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    except SyntaxError:
+        return set(declared(notebook))
+    names = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
+    return set(declared(notebook)) if "globals" in names else names
+
+
+def unread(notebook, given):
+    """The values given for a notebook, {name: value}, that it does not read, as make has them:
+    "SEEDS=1-3, ROWS=T2-05". A device is read wherever something is computed."""
+    names = read_names(notebook) | {"device", "outputs"}
+    names |= {"seeds"} if "seed" in names else set()
+    lost = {key: value for key, value in given.items() if value and key not in names}
+    return ", ".join(f"{VARIABLES.get(key, key.upper())}={value}" for key, value in lost.items())
+
+
 def parse_seeds(text):
     """[1, 2, 3, 7] of "1-3,7"; None of "" (the seeds of the profile)."""
     seeds = []
     try:
         for part in filter(None, text.replace(" ", ",").split(",")):
             first, dash, last = part.partition("-")
-            seeds += range(int(first), int(last if dash else first) + 1)
-    except ValueError:
-        raise ValueError(f"SEEDS={text}: write 1,2,3 or 1-9") from None
+            several = range(int(first), int(last if dash else first) + 1)
+            if len(several) > 1000 or several.stop > 2**32:
+                raise ValueError
+            seeds += several
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"SEEDS={text}: write 1,2,3 or 1-9, at most 1000 of them, below {2**32}"
+        ) from None
     if text.strip() and not seeds:
         raise ValueError(f"SEEDS={text}: names no seed; write 1,2,3 or 1-9")
     return list(dict.fromkeys(seeds)) or None
 
 
-def read_yaml(path):
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected 'key: value' lines")
-    return values
-
-
-def resolve(notebook, profile, given, seeds=""):
-    """The parameters to pass to a notebook (a path): {name: value}, all of them declared there."""
+def resolve(notebook, profile, given, seeds=None):
+    """The parameters to pass to a notebook (a path): {name: value}, all of them declared there.
+    seeds: a list of them, or None."""
     names = declared(notebook)
-    values = read_yaml(ROOT / "params" / f"{profile}.yaml")
+    values = parameter_file.read(ROOT / "params" / f"{profile}.yaml")
     values |= {"profile": profile} | {key: value for key, value in given.items() if value}
-    listed = parse_seeds(seeds)
-    if listed and "seeds" in names:
-        values["seeds"] = listed
-    elif listed and "seed" in names:
-        if len(listed) > 1:
+    if seeds and "seeds" in names:
+        values["seeds"] = seeds
+    elif seeds and "seed" in names:
+        if len(seeds) > 1:
             raise ValueError(f"SEEDS={seeds}: {Path(notebook).stem} makes one run; name one seed")
-        values["seed"] = listed[0]
+        values["seed"] = seeds[0]
     return {key: value for key, value in values.items() if key in names}
 
 
@@ -118,14 +141,24 @@ def main(arguments=None):
     for name in ("device", "data", "label", "outputs"):
         parser.add_argument(f"--{name}", default="", help="empty: as in params/<profile>.yaml")
     parser.add_argument("--params-file", default="", help="a run's YAML file, for train.ipynb")
+    parser.add_argument(
+        "--asked", help="variables of make that are meant for this notebook alone; default: all"
+    )
     options = parser.parse_args(arguments)
     names = ("device", "data", "label", "outputs", "rows", "params_file")
     given = {name: getattr(options, name) for name in names}
+    asked = given | {"seeds": options.seeds}
+    if options.asked is not None:
+        known = options.asked.lower().replace("params", "params_file").split()
+        asked = {name: value for name, value in asked.items() if name in known}
     given["data"] = absolute_source(given["data"])
     try:
+        seeds = parse_seeds(options.seeds)
+        if lost := unread(options.notebook, asked):
+            raise ValueError(f"{lost} is not read by this notebook: leave it out")
         if options.params_file and not Path(options.params_file).is_file():
             raise ValueError(f"PARAMS={options.params_file}: no such file")
-        values = resolve(options.notebook, options.profile, given, seeds=options.seeds)
+        values = resolve(options.notebook, options.profile, given, seeds)
         write_if_changed(options.out, yaml.safe_dump(values, sort_keys=False))
     except (OSError, ValueError) as error:
         print(f"FAILED {Path(options.notebook).stem}: {error}", file=sys.stderr)

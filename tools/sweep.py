@@ -77,6 +77,8 @@ def planned(what, options):
 
     seeds = parameters.parse_seeds(options.seeds)
     own = {"device": options.device, "data": options.data, "label": options.label}
+    if options.rows and what not in ("table1", "table2"):
+        raise ValueError(f"--rows is for table1 and table2, not for {what}")
     if what.endswith((".yaml", ".yml")):
         for seed in seeds or [None]:
             yield what, experiment.load_params(what, options.profile, seed=seed, **own)
@@ -84,8 +86,6 @@ def planned(what, options):
     if what in ("table1", "table2"):
         runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
         runs = paper.table_runs(what, runs, options.rows, options.data, options.label)
-    elif options.rows:
-        raise ValueError(f"--rows is for table1 and table2, not for {what}")
     else:
         runs = experiment.experiment_params(what, options.profile, seeds, **own)
     for run in runs:

@@ -86,6 +86,7 @@ def measure(name, options):
         given = ["--profile", options.profile, "--device", options.device, "--data", options.data]
         given += ["--label", options.label, "--outputs", outputs]
         given += ["--params-file", options.params_file if name == "train" else ""]
+        given += ["--asked", ""]  # not every notebook reads all of these
         parameters = [tools / "parameters.py", notebook, out / "params.yaml", *given]
         if subprocess.run(python + parameters).returncode:
             return None

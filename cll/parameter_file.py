@@ -1,0 +1,76 @@
+"""Parameter files, read as they look. YAML 1.1 takes 010 for 8, 1:30 for 90, yes for 1, and of two
+equal keys the second, all in silence: such a file is refused. Imports no PyTorch: tools/ load it.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+# What may stand there unquoted, by YAML's own name of its kind; any other text is a string.
+NUMBER = r"[-+]?((0|[1-9]\d{0,99})(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
+OTHERWISE = r"[-+]?(0[xX][\da-fA-F_]+|0[oObB]?[\d_]+|\d[\d._]*_[\d._]*)([eE][-+]?[\d_]+)?"
+WRITTEN = {
+    "int": r"[-+]?(0|[1-9]\d{0,99})",
+    "float": rf"{NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "null": "null|Null|NULL|~",
+    "str": rf"(?s)(?!{OTHERWISE}$).*",
+}
+
+
+def read(path):
+    """The mapping of keys to values in a file of UTF-8 text.
+
+    Raises ValueError, in one line that names the file, the key and what to write instead, for what
+    is no such mapping or would be misread; FileNotFoundError without a file.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _check(node, str(path), "", set())
+        values = loader.construct_document(node) if node else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no parameter file {path}") from None
+    except UnicodeError:
+        raise ValueError(f"{path}: not UTF-8 text: save it in that encoding") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a parameter file is a mapping: write `key: value` lines")
+    return values
+
+
+def _check(node, path, key, seen):
+    """Refuse what stands below a node of the file, at the dotted `key`, and would be misread."""
+    if node is None or id(node) in seen:  # an alias, of what was checked where its anchor stands
+        return
+    seen.add(id(node))
+    where = f"{path}, line {node.start_mark.line + 1}: {key}"
+    kind, names = node.tag.removeprefix("tag:yaml.org,2002:"), set()
+    if kind == "map" and isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            text = name.value if isinstance(name, yaml.ScalarNode) else f"({name.id})"
+            below, line = f"{key}.{text}".lstrip("."), f"line {name.start_mark.line + 1}"
+            if name.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise ValueError(f"{path}, {line}: the key {below} is not text: put it in quotes")
+            if text in names:
+                raise ValueError(f"{path}, {line}: the key {below} stands twice: leave one of them")
+            names.add(text)
+            _check(value, path, below, seen)
+    elif kind == "seq" and isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _check(value, path, f"{key}.{i}", seen)
+    elif kind == "null" and node.value == "":
+        raise ValueError(f"{where} has nothing after it: write a value, or leave the key out")
+    else:
+        text = node.value if isinstance(node, yaml.ScalarNode) else node.tag
+        quoted = kind == "str" and node.style
+        if not quoted and not re.fullmatch(WRITTEN.get(kind, "(?!)"), text):
+            raise ValueError(
+                f"{where} = {text} would be misread: write numbers as 10, 0.5 or 1e-3, truth as "
+                "true or false, and text in quotes"
+            )
