@@ -61,6 +61,7 @@ def main(arguments=None):
         f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
         f"{100 * checked['clean']:.2f} %, certified at {cra}"
     )
+    print(f"read: weights {checked['weights']}; images {checked['data']}")
     return 0
 
 
