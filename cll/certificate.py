@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -103,12 +104,13 @@ class _Record(BaseModel):
 
 Size = Annotated[int, Field(ge=1, le=10**7)]
 NotNegative = Annotated[float, Field(ge=0)]
+_Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,4000}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 # what Fraction reads, in no more digits than a distance needs
 _RadiusName = Annotated[
-    str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,30})?(e[-+]?[0-9]{1,2})?(/[0-9]{1,9})?$")
+    str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,30})?(e[-+]?[0-9]{1,2})?(/[1-9][0-9]{0,8})?$")
 ]
 
 
@@ -131,7 +133,7 @@ class _Tensor(_Record):
 
 
 class _Weights(_Record):
-    file: str
+    file: _Name
     tensors: dict[str, _Tensor]
 
 
@@ -143,7 +145,7 @@ class _Bound(_Record):
 class _Data(_Record):
     """Arguments of data.load that say which images, and none that say where to write."""
 
-    source: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,4000}$")]
+    source: _Name
     input_shape: Annotated[list[Size], Field(max_length=3)] | None = None
     train_size: Size | None = None
     test_size: Size | None = None
@@ -223,14 +225,15 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
     images = check_images(images, given).cpu()
     targets = check_targets(targets, len(images), given.head.out_features).cpu()
     architecture = describe(given)
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors_of(given).items()}
     if weights is None:
         weights = path.with_suffix(".safetensors")
-        state = {k: v.detach().cpu().clone().contiguous() for k, v in tensors_of(given).items()}
-        save_file(state, weights)
-    tensors = {k: v for k, v in load_file(weights).items() if k in tensors_of(given)}
+        save_file(tensors, weights)
+    tensors = {k: v for k, v in load_file(weights).items() if k in tensors}
     net = rebuild(architecture, tensors)
     with norms.forgetting():
-        claims, K = _claims(net, progress)
+        claims = _check_bounds(net, None, progress)
+        K = _written_K(net, claims)
         logits = predict_logits(net, images, progress=progress)
         predicted = logits.argmax(1)
         error = margin_error(net, images, predicted)
@@ -282,7 +285,7 @@ def verify(path, *, weights=None, data=None, images=None, progress=False):
 
 
 def _verify(path, weights, data, count, progress):
-    text = _regular(path, "the certificate").read_bytes()
+    text = _regular(path, "the certificate", LONGEST).read_bytes()
     c = _read(_Certificate, text, path.name)
     content = json.loads(text, object_pairs_hook=_unique)
     file = _regular(Path(weights or path.parent / c.weights.file), "weights")
@@ -296,7 +299,9 @@ def _verify(path, weights, data, count, progress):
         predicted = torch.tensor(c.images.prediction[: len(x)])
         error = margin_error(net, x, predicted)
         _check_images(c, x, logits, error, predicted, K)
-    _check_summary(c)
+    for key, value in _summary(c.images, c.summary.cra).items():
+        if value != (claimed := getattr(c.summary, key)):
+            raise Invalid(f"summary: {key} is {claimed}, its own images give {value}")
     if _sign(content) != c.digest:
         raise Invalid(f"{path.name} was edited after it was written: its digest differs")
     part = {key: values[: len(x)] for key, values in c.images.model_dump().items()}
@@ -305,14 +310,11 @@ def _verify(path, weights, data, count, progress):
     return content | {"checked": where | {"of": len(c.images.sha256)} | checked}
 
 
-def _regular(file, what):
+def _regular(file, what, longest=math.inf):
     """The path of a file of bytes: reading a pipe or a device might never end."""
-    if not file.is_file():
-        if file.exists():
-            raise Invalid(f"{what}: {file} is no regular file")
-        raise FileNotFoundError(f"{what}: there is no file {file}")
-    if file.suffix != ".safetensors" and file.stat().st_size > LONGEST:
-        raise Invalid(f"{what}: {file} is longer than {LONGEST} bytes")
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > longest:
+        raise Invalid(f"{what}: {file} is no regular file, or too long to be read")
     return file
 
 
@@ -394,39 +396,27 @@ def _spared(bound):
     return math.nextafter(bound * (1 + SPARE), math.inf) if bound else 0.0
 
 
-def _claims(net, progress):
-    """(bounds, K) as they are written; confirmed as `verify` will confirm them."""
-    claims, leaves = {}, list(_layers(net.body, net.input_shape, "body"))
-    with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
-        for name, layer, shape in leaves:
-            matrix = _matrix(layer, shape)
-            if matrix is None:
-                bound, proof = _by_construction(name, layer, shape, claims), "by construction"
-                if next(layer.parameters(), None) is not None:
-                    bound = _spared(bound)
-            else:
-                linear, weight, extra = matrix
-                _, bound, proof = enclose(linear, weight, shape)
-                bound = _spared(bound) + extra
-            if not math.isfinite(bound):
-                raise ValueError(f"{name} ({norms.describe(layer)}) has no finite bound")
-            claims[name] = {"bound": bound, "proof": proof}
-            bar.update()
-    _check_bounds(net, claims, progress)
-    K = _class_bounds(net, claims) * (1 + K_SPARE)
-    for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
-        raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
-    return claims, K
+def _claim(name, layer, shape, claims):
+    """The bound of a layer as it is written."""
+    matrix = _matrix(layer, shape)
+    if matrix is None:
+        bound, proof = _by_construction(name, layer, shape, claims), "by construction"
+        bound = bound if bound == 1 else _spared(bound)
+    else:
+        linear, weight, extra = matrix
+        _, bound, proof = enclose(linear, weight, shape)
+        bound = _spared(bound) + extra
+    if not math.isfinite(bound):
+        raise ValueError(f"{norms.describe(layer)} has no finite bound")
+    return {"bound": bound, "proof": proof}
 
 
 def _by_construction(name, layer, shape, claims):
     """The bound of a layer that is no matrix; of a Residual, from what is claimed of its layers."""
     if not isinstance(layer, Residual):
         return operator_norm(layer, shape)
-    paths = ("branch", "shortcut")
-    return sum(_product(getattr(layer, k), shape, f"{name}.{k}", claims) for k in paths) * (
-        1 + 4 * U
-    )
+    parts = ((layer.branch, f"{name}.branch"), (layer.shortcut, f"{name}.shortcut"))
+    return (1 + 4 * U) * sum(_product(part, shape, path, claims) for part, path in parts)
 
 
 def _product(module, shape, prefix, claims):
@@ -439,18 +429,23 @@ def _product(module, shape, prefix, claims):
 
 
 def _check_bounds(net, claims, progress):
-    """Every bound of a certificate, at the number that it claims."""
-    leaves = list(_layers(net.body, net.input_shape, "body"))
-    for name in sorted({name for name, _, _ in leaves} ^ claims.keys()):
+    """Every bound of a certificate, at the number that it claims; claims None: of one to be
+    written, which is confirmed like any other. Returns the claims."""
+    leaves, written = list(_layers(net.body, net.input_shape, "body")), claims is None
+    claims = {} if written else claims
+    for name in sorted({name for name, _, _ in leaves} ^ claims.keys()) if not written else ():
         there = "names no layer of the network" if name in claims else "is missing"
         raise Invalid(f"bounds: the bound of {name} {there}")
     with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
         for name, layer, shape in leaves:
             try:
+                if written:
+                    claims[name] = _claim(name, layer, shape, claims)
                 _check_bound(name, layer, shape, claims)
             except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
                 raise _refusal(f"bounds: {name}", error) from None
             bar.update()
+    return claims
 
 
 def _check_bound(name, layer, shape, claims):
@@ -522,6 +517,13 @@ def _class_bounds(net, claims):
     K = total * distances * (1 + 2 * gamma(W.shape[1] + 12))
     K = torch.where((distances > 0) & (K < TINY) & (total > 0), TINY, K).fill_diagonal_(0)
     return torch.maximum(K, lipschitz_matrix(net) / (1 + K_SPARE / 2))
+
+
+def _written_K(net, claims):
+    K = _class_bounds(net, claims) * (1 + K_SPARE)
+    for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
+        raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
+    return K
 
 
 def _checked_K(c, net, claims):
@@ -625,17 +627,6 @@ def _check_images(c, images, logits, error, predicted, K):
         refuted = (moved > K * distance[i]) & moved.isfinite()
         for a, b in refuted.nonzero().tolist()[:1]:
             raise Invalid(f"K: images {i} and {i + 1} refute the entry of classes {a} and {b}")
-
-
-def _check_summary(c):
-    try:
-        expected = _summary(c.images, c.summary.cra)
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise Invalid(f"summary: {_line(error)}") from None
-    for key, value in expected.items():
-        claimed = getattr(c.summary, key)
-        if value != claimed:
-            raise Invalid(f"summary: {key} is {claimed}, its own images give {value}")
 
 
 def _summary(images, radii):

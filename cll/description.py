@@ -28,8 +28,8 @@ __all__ = ["check_fit", "describe", "rebuild", "tensors_of"]
 LAYERS = 5000
 SIDE = 4096  # pixels along a side of an image or of what layers make of it
 WEIGHTS = 2**32  # numbers in all tensors
-NUMBERS = 2**28, 100  # written on the way from one image to its logits; more of them per weight
-FLOPS = 2e11, 1e4  # the same in floating-point operations
+NUMBERS = 2**26, 100  # written on the way from one image to its logits; more of them per weight
+FLOPS = 5e10, 1e4  # the same in floating-point operations
 
 
 def describe(net):
