@@ -313,8 +313,8 @@ def _verify(path, weights, data, count, progress):
 def _regular(file, what, longest=math.inf):
     """The path of a file of bytes: reading a pipe or a device might never end."""
     found = file.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > longest:
-        raise Invalid(f"{what}: {file} is no regular file, or too long to be read")
+    if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= longest:
+        raise Invalid(f"{what}: {file} is no regular file, empty, or too long to be read")
     return file
 
 
@@ -342,8 +342,9 @@ def _checked_network(c, file):
         raise Invalid(f"K is not a matrix of {classes} x {classes} classes")
     try:
         with safe_open(file, "pt") as found:
+            names = set(found.keys())
             for name, record in c.weights.tensors.items():
-                if name not in found.keys():
+                if name not in names:
                     raise Invalid(f"weights: tensor {name} is missing in {file.name}")
                 if found.get_slice(name).get_shape() == record.shape:
                     tensors[name] = found.get_tensor(name)
@@ -474,7 +475,7 @@ def _work(layer, shape):
     if isinstance(layer, Residual):  # its layers count one by one
         return work
     for weight in layer.parameters():
-        if weight.ndim > 1:
+        if weight.ndim in (2, 4):
             low, high = sorted(weight.shape[:2])
             work += 8.0 * positions * low * low * high
     return work
@@ -590,10 +591,10 @@ def _loaded(c, source, n):
         )
     arguments |= {"input_shape": shape} | ({"source": source} if source else {})
     kind, _, place = arguments["source"].partition(":")
-    for split in ("train", "test", "val") if kind == "folder" else ():
-        for file in (Path(place).expanduser() / split).rglob("*"):
-            if file.exists() and not file.is_dir():
-                _regular(file, "data")
+    for split in ("train", "test", "val") if kind == "folder" and source is None else ():
+        for file in (Path(place).expanduser() / split).rglob("*"):  # pipes, links in a circle
+            if not file.is_file() and (file.is_symlink() or not file.is_dir()):
+                raise Invalid(f"data: {file} is neither a file nor a folder")
     read = ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "source")
     return load(**arguments, download=False), f"{arguments['source']} ({read})"
 

@@ -662,7 +662,11 @@ def test_only_regular_files_are_read(digits):
         with pytest.raises(Invalid, match="no regular file"):
             verify(path)
     path = forged(digits, lambda c: c["data"].update(source=f"folder:{folder / 'images'}"))
-    with pytest.raises(Invalid, match=r"1\.png is no regular file"):
+    with pytest.raises(Invalid, match=r"1\.png is neither a file nor a folder"):
+        verify(path)
+    (folder / "images/train/a/1.png").unlink()
+    (folder / "images/train/a/b").symlink_to(folder / "images")
+    with pytest.raises(Invalid, match=r"a/b is neither a file nor a folder"):
         verify(path)
     path = forged(digits, lambda c: c["weights"].update(file="a\0b"))
     with pytest.raises(Invalid, match=r"weights\.file"):
