@@ -26,7 +26,7 @@ __all__ = ["check_fit", "describe", "rebuild", "tensors_of"]
 
 # What a network may ask of a reader's machine; several times what the networks of the paper do.
 LAYERS = 5000
-SIDE = 4096  # pixels along a side of an image or of what layers make of it
+SIDE = 2048  # pixels along a side of an image or of what layers make of it
 WEIGHTS = 2**32  # numbers in all tensors
 NUMBERS = 2**26, 100  # written on the way from one image to its logits; more of them per weight
 FLOPS = 5e10, 1e4  # the same in floating-point operations
@@ -54,11 +54,15 @@ def rebuild(description, tensors):
         parts = _module(a["body"]), _module(a["head"])
         net = LipschitzNet(*parts, a["input_shape"], a["input_std"], a["input_mean"])
     net.load_state_dict(tensors, strict=False, assign=True)
-    said, built = (json.dumps(d, indent=1).splitlines() for d in (description, describe(net)))
+    _compare(description, describe(net))
+    return net.eval().requires_grad_(False)
+
+
+def _compare(*descriptions):
+    said, built = (json.dumps(d, indent=1).splitlines() for d in descriptions)
     for line, other in zip(said, built, strict=False):
         if line != other:
             raise ValueError(f"{line.strip()} is not what the network then has, {other.strip()}")
-    return net.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -82,6 +86,8 @@ def check_fit(description, tensors):
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {like.dtype} "
                 f"{tuple(like.shape)}"
             )
+    for name, module in net.items():
+        _compare(description[name], _description(module, name))
     weights = sum(tensor.numel() for tensor in tensors.values())
     if weights > WEIGHTS:
         raise ValueError(f"the network has {weights} weights: too many to be checked")
@@ -104,9 +110,9 @@ class _Budget(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         for tensor in results if isinstance(results, tuple | list) else (results,):
             if isinstance(tensor, torch.Tensor):
-                self.left -= tensor.numel()
-                image = tensor.ndim == 4 and len(tensor) == 1
-                if self.left < 0 or image and max(tensor.shape[2:]) > SIDE:
+                sides = tensor.shape[2:] if tensor.ndim == 4 and len(tensor) == 1 else ()
+                self.left -= tensor.numel() + sum(n * n for n in sides)  # a pool is two matrices
+                if self.left < 0 or max(sides, default=0) > SIDE:
                     raise ValueError("the network makes too much of one image to be checked")
         return results
 

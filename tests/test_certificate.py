@@ -695,6 +695,8 @@ TOO_MUCH = {
                          kernel_size=3, stride=1),
     "on another device": layer("1", type="Linear", in_features=10**5, out_features=10**5,
                                bias=False, device="cpu"),
+    "layer in a layer": lambda c: c["architecture"]["head"].update(
+        bias={"type": "Linear", "in_features": 10**6, "out_features": 10**6, "bias": True}),
     "layers": lambda c: c["architecture"]["body"]["layers"].update(
         {f"x{i}": {"type": "ReLU"} for i in range(6000)}),
     "depth": lambda c: c["architecture"]["body"]["layers"].update({"1": nested(300)}),

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from cll import certificate
-from cll.data import DataNotFound
 from cll.experiment import Params, load_dataset, load_model
 
 EPILOG = """examples:
@@ -48,9 +47,9 @@ def main(arguments=None):
             progress=True,
         )
     except certificate.Invalid as error:
-        print(f"certificate fails: {error}")
+        print(f"certificate {'fails' if args.command == 'verify' else 'not written'}: {error}")
         return 1
-    except (OSError, ValueError, TypeError, DataNotFound) as error:
+    except (OSError, ValueError, TypeError) as error:
         print(f"cannot {args.command}: {error}", file=sys.stderr)
         return 2
     checked = content["checked"]
