@@ -519,7 +519,7 @@ EXTREME = {
     "logits that overflow": lambda: scaled(1e300, 1e5, 1),
     "K that underflows": lambda: scaled(1e-200, 1e-100, 1e-100),
     "bias": lambda: scaled(1, 1e-8, 1, bias=1e8),
-    "batch norm": lambda: shrunk_batch_norm(1e-300),
+    "batch norm": lambda: shrunk_batch_norm(1e-200),
     "flat batch norm": lambda: shrunk_batch_norm(0.0),
     "tiny block": lambda: nn.Sequential(Residual(scaled(1e-300, 1, 1), linear(torch.eye(4))),
                                         linear(torch.eye(4))),
