@@ -9,16 +9,27 @@ in code that a reader of the description does not have.
 
 import inspect
 import json
+import math
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import bounds, layers, norms
 from .architectures import LipschitzNet
 from .layers import BatchNormalized, Residual
 
-__all__ = ["describe", "rebuild", "tensors_of"]
+__all__ = ["check_fit", "describe", "rebuild", "tensors_of"]
+
+# What a network may ask of a reader's machine; several times what the networks of the paper do.
+LAYERS = 5000
+SIDE = 2048  # pixels along a side of an image or of what layers make of it
+WEIGHTS = 2**32  # numbers in all tensors
+NUMBERS = 2**26, 100  # written on the way from one image to its logits; more of them per weight
+FLOPS = 5e10, 1e4  # the same in floating-point operations
 
 
 def describe(net):
@@ -37,12 +48,33 @@ def rebuild(description, tensors):
     """The network of a description with these tensors, of whatever type, in evaluation mode.
 
     Raises ValueError where the two do not fit together or the description says what is not so."""
+    check_fit(description, tensors)
     a = description
     with torch.random.fork_rng(devices=[]):
         parts = _module(a["body"]), _module(a["head"])
         net = LipschitzNet(*parts, a["input_shape"], a["input_std"], a["input_mean"])
-    if type(net.head) not in (nn.Linear, *bounds.HEADS):
-        raise TypeError(f"{type(net.head).__name__} is no head: use nn.Linear")
+    net.load_state_dict(tensors, strict=False, assign=True)
+    _compare(description, describe(net))
+    return net.eval().requires_grad_(False)
+
+
+def _compare(*descriptions):
+    said, built = (json.dumps(d, indent=1).splitlines() for d in descriptions)
+    for line, other in zip(said, built, strict=False):
+        if line != other:
+            raise ValueError(f"{line.strip()} is not what the network then has, {other.strip()}")
+
+
+@torch.no_grad()
+def check_fit(description, tensors):
+    """ValueError where tensors do not fit a description, by their types and shapes, or where its
+    network is too large to be checked. On the meta device: this takes no memory."""
+    if json.dumps(description).count('"type"') > LAYERS:
+        raise ValueError(f"the network has more than {LAYERS} layers: too many to be checked")
+    with torch.device("meta"):
+        net = nn.ModuleDict({k: _module(description[k]) for k in ("body", "head")})
+    if type(net["head"]) not in (nn.Linear, *bounds.HEADS):
+        raise TypeError(f"{type(net['head']).__name__} is no head: use nn.Linear")
     expected = tensors_of(net)
     for name in sorted(expected.keys() ^ tensors.keys()):
         there = "has no place for" if name in tensors else "needs"
@@ -54,12 +86,35 @@ def rebuild(description, tensors):
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {like.dtype} "
                 f"{tuple(like.shape)}"
             )
-    net.load_state_dict(tensors, strict=False, assign=True)
-    said, built = (json.dumps(d, indent=1).splitlines() for d in (description, describe(net)))
-    for line, other in zip(said, built, strict=False):
-        if line != other:
-            raise ValueError(f"{line.strip()} is not what the network then has, {other.strip()}")
-    return net.eval().requires_grad_(False)
+    for name, module in net.items():
+        _compare(description[name], _description(module, name))
+    weights = sum(tensor.numel() for tensor in tensors.values())
+    if weights > WEIGHTS:
+        raise ValueError(f"the network has {weights} weights: too many to be checked")
+    net = net.to("meta").eval()
+    numbers, flops = (most + more * weights for most, more in (NUMBERS, FLOPS))
+    with _Budget(numbers), FlopCounterMode(display=False) as counter:
+        net["head"](net["body"](torch.empty(1, *description["input_shape"], device="meta")))
+    if counter.get_total_flops() > flops:
+        raise ValueError("the network takes too many operations for one image to be checked")
+
+
+class _Budget(TorchDispatchMode):
+    """ValueError once the operations inside have written more numbers than these."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.left = numbers
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(tensor, torch.Tensor):
+                sides = tensor.shape[2:] if tensor.ndim == 4 and len(tensor) == 1 else ()
+                self.left -= tensor.numel() + sum(n * n for n in sides)  # a pool is two matrices
+                if self.left < 0 or max(sides, default=0) > SIDE:
+                    raise ValueError("the network makes too much of one image to be checked")
+        return results
 
 
 def tensors_of(net):
@@ -112,6 +167,10 @@ def _description(module, name):
             "layers of torch.nn and cll with a bound proven by cll: write it with these, and undo "
             "spectral_norm or weight_norm with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if kind not in bounds.HEADS:
+        bounds.refuse_overridden(module)
+    elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(f"{name} ({norms.describe(module)}) has a forward or hooks of its own")
     if kind is nn.Sequential:
         inside = {k: _description(child, f"{name}.{k}") for k, child in module._modules.items()}
         return {"type": "Sequential", "layers": inside}
@@ -129,6 +188,8 @@ def _description(module, name):
             described[key] = _description(value, f"{name}.{key}")
         elif key == "bias":
             described[key] = value is not None
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} ({norms.describe(module)}): JSON knows no {key} = {value}")
         else:
             described[key] = _plain(value)
     return described
@@ -136,6 +197,8 @@ def _description(module, name):
 
 def _module(description):
     """The module of a description, with random weights."""
+    if not description.keys().isdisjoint(_HIDDEN):  # a device would escape the meta device
+        raise TypeError(f"a layer is described by {', '.join(description)}")
     arguments = {
         key: _module(value)
         if isinstance(value, dict) and "type" in value
@@ -148,7 +211,9 @@ def _module(description):
     if kind is nn.Sequential:
         inside = arguments.pop("layers")
         return nn.Sequential(OrderedDict((name, _module(d)) for name, d in inside.items()))
-    return kind(**arguments)
+    # looks at its numbers when it is built, which the meta device does not have
+    with torch.device("cpu") if kind is layers.Normalize else nullcontext():
+        return kind(**arguments)
 
 
 def _plain(value):

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cll
-from cll import norms
-from cll.certificate import Invalid, _sign, _tensor_record, verify, write
+from cll import certificate, description, norms
+from cll.certificate import Invalid, _Images, _sign, _summary, _tensor_record, verify, write
+from cll.certify import predict_logits
 from cll.certify.__main__ import main
 from cll.layers import ClampedMaxMin, GroupSort, Normalize, Residual
+from cll.rounding import margin_error
 
 RADII = ("36/255", 0.5)
 
@@ -411,6 +413,345 @@ def test_clamped_thresholds_and_types_of_weights_survive(tmp_path):
         assert load_file(tmp_path / "c.safetensors")["body.0.weight"].dtype is dtype
 
 
+# ------------------------------------------------------------------ predictions within the errors
+
+
+def linear(weight, bias=None):
+    weight = torch.as_tensor(weight, dtype=torch.float64)
+    layer = nn.Linear(*weight.shape[::-1]).double()
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(torch.zeros(len(weight)) if bias is None else torch.as_tensor(bias))
+    return layer
+
+
+def tied():
+    return nn.Sequential(linear(torch.eye(4)), linear(torch.zeros(3, 4)))
+
+
+def dead():
+    """A feature that is never active passes through a huge weight: no logit changes, all errors
+    do."""
+    first = torch.cat([torch.randn(4, 4), torch.zeros(1, 4)])
+    last = torch.cat([torch.randn(3, 4), torch.zeros(3, 1)], 1)
+    large = torch.diag(torch.tensor([1.0, 1, 1, 1, 1e20]))
+    return nn.Sequential(linear(first, [0, 0, 0, 0, -1]), nn.ReLU(), linear(large), linear(last))
+
+
+def signed(path, c):
+    c["summary"] = _summary(_Images(**c["images"]), list(c["summary"]["cra"]))
+    c["digest"] = _sign(c)
+    path.write_text(json.dumps(c))
+    return path
+
+
+@pytest.mark.parametrize("network", [tied, dead])
+def test_an_undecided_prediction_counts_as_wrong_whatever_is_claimed(network, tmp_path):
+    torch.manual_seed(0)
+    net, data = network().eval(), (torch.rand(30, 4).double(), torch.arange(30) % 3)
+    path = write(net, data, tmp_path / "c.json")
+    c = json.loads(path.read_text())
+    assert c["images"]["prediction"] == net(data[0]).argmax(1).tolist()
+    assert verify(path, data=data)["checked"]["clean"] == c["summary"]["clean"] == 0
+    c["images"]["prediction"] = data[1].tolist()
+    checked = verify(signed(path, c), data=data)["checked"]
+    assert checked["clean"] == 0 and set(checked["cra"].values()) == {0}
+    c["images"]["radius"][0] = 1e-9
+    with pytest.raises(Invalid, match="radius of image 0"):
+        verify(signed(path, c), data=data)
+
+
+@pytest.mark.parametrize("behind", [0.9, 1.9, 2.1])
+def test_the_class_of_another_machine_may_be_behind_by_both_errors(behind, tmp_path, monkeypatch):
+    """Two logits are equal. One machine sees the second ahead, the other sees it behind."""
+    torch.manual_seed(0)
+    rows = torch.randn(1, 4).double().repeat(3, 1)
+    net, x = nn.Sequential(linear(torch.eye(4)), linear(rows, [0, 0, -1])), torch.rand(8, 4)
+    data = x, torch.ones(8, dtype=torch.int64)
+    error = margin_error(cll.as_lipschitz_net(net, (4,)), x, torch.zeros_like(data[1]))[:, 1]
+
+    def machine(errors):
+        def logits(*arguments, **options):
+            shift = errors * error[:, None] * torch.tensor([0, 1, 0])
+            return predict_logits(*arguments, **options) + shift
+
+        monkeypatch.setattr(certificate, "predict_logits", logits)
+
+    machine(0.5)
+    path = write(net, data, tmp_path / "c.json")
+    c = json.loads(path.read_text())
+    assert c["images"]["prediction"] == [1] * 8 and c["summary"]["clean"] == 0
+    machine(-behind)
+    if behind < 2:
+        assert verify(path, data=data)["checked"]["clean"] == 0
+    else:
+        with pytest.raises(Invalid, match="prediction of image 0 is 0, not 1"):
+            verify(path, data=data)
+
+
+# ----------------------------------------------------------------------- numbers at float64's edge
+
+
+def scaled(*factors, bias=1.0):
+    """ReLU network of dense layers multiplied by these factors."""
+    torch.manual_seed(0)
+    layers = []
+    for factor in factors:
+        layers += [linear(factor * torch.randn(4, 4).double(), bias * torch.randn(4)), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def shrunk_batch_norm(factor):
+    norm = nn.BatchNorm1d(4).double()
+    nn.init.constant_(norm.weight, factor)
+    return nn.Sequential(norm, *scaled(1, 1), nn.BatchNorm1d(4).double()).eval()
+
+
+EXTREME = {
+    "tiny": lambda: scaled(1e-300, 1),
+    "subnormal": lambda: scaled(2e-315, 1),
+    "smallest": lambda: scaled(5e-324, 1, 1),
+    "tiny head": lambda: scaled(1, 1e-300),
+    "zero": lambda: scaled(1, 0, 1),
+    "zero head": lambda: scaled(1, 0, bias=0),
+    "huge": lambda: scaled(1e300, 1),
+    "there and back": lambda: scaled(1e-300, 1e300, 1),
+    "logits that overflow": lambda: scaled(1e300, 1e5, 1),
+    "K that underflows": lambda: scaled(1e-200, 1e-100, 1e-100),
+    "bias": lambda: scaled(1, 1e-8, 1, bias=1e8),
+    "batch norm": lambda: shrunk_batch_norm(1e-200),
+    "flat batch norm": lambda: shrunk_batch_norm(0.0),
+    "tiny block": lambda: nn.Sequential(Residual(scaled(1e-300, 1, 1), linear(torch.eye(4))),
+                                        linear(torch.eye(4))),
+    "blocks in a block": lambda: nn.Sequential(
+        Residual(nn.Sequential(Residual(scaled(1, 1, 1, 1, 1)), Residual(scaled(1, 1)))),
+        linear(torch.eye(4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_honest_certificates_hold_at_the_edges_of_float64(name, tmp_path, monkeypatch):
+    net = EXTREME[name]()
+    data = torch.randn(9, 4).double(), torch.arange(9) % 4
+    path = write(net, data, tmp_path / "c.json")
+    monkeypatch.setattr(norms, "_PROVEN", {})  # as in another process
+    radius = verify(path, data=data)["images"]["radius"]
+    assert all(0 <= r <= sys.float_info.max for r in radius)
+
+
+def test_radii_without_end_are_written_as_the_largest_number(tmp_path):
+    net = nn.Sequential(linear(torch.eye(4)), linear(torch.zeros(3, 4), [1, 2, 3]))
+    data = torch.rand(5, 4), torch.full((5,), 2)
+    checked = verify(write(net, data, tmp_path / "c.json", ["1e99"]), data=data)["checked"]
+    assert checked["mean_certified_radius"] == pytest.approx(sys.float_info.max, rel=1e-15)
+    assert checked["clean"] == checked["cra"]["1e99"] == 1
+
+
+def test_what_a_certificate_cannot_hold_is_refused_by_name(tmp_path):
+    data, path = (torch.rand(4, 4).double(), torch.arange(4)), tmp_path / "c.json"
+    with pytest.raises(ValueError, match="K of classes 0 and 1 is beyond float64"):
+        write(scaled(1e200, 1e200), data, path)
+    net = nn.Sequential(linear(torch.eye(4)), nn.Hardtanh(-math.inf, 1), linear(torch.eye(4)))
+    with pytest.raises(ValueError, match=r"body\.1 .* min_val = -inf"):
+        write(net, data, path)
+    for radii in ([math.inf], [-1], ["a lot"], [1e200]):
+        with pytest.raises(ValueError, match="radii: ") as caught:
+            write(tied(), data, path, radii)
+        assert "\n" not in str(caught.value)
+    assert not path.exists()
+
+
+def test_a_network_with_a_forward_of_its_own_is_refused(tmp_path):
+    class Rounds(cll.LipschitzNet):
+        def forward(self, x):
+            return super().forward((255 * x).round() / 255)
+
+    net = Rounds(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 3), (4,))
+    with pytest.raises(TypeError):
+        write(net, (torch.rand(4, 4), torch.arange(4) % 3), tmp_path / "c.json")
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path):
+    data = torch.rand(4, 4), torch.arange(4) % 3
+    net = cll.LipschitzNet(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 3), (4,))
+    for layer in net.body[0], net.head:
+        layer.forward = lambda x: x[:, :3]
+        with pytest.raises(TypeError):
+            write(net, data, tmp_path / "c.json")
+        del layer.forward
+    write(net, data, tmp_path / "c.json")
+
+
+# ---------------------------------------------------------------- what a stranger's file may ask of
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A certificate that says where its images are, and the folder with its weights."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)
+    )
+    source = {"source": "digits", "test_size": 20}
+    data = cll.data.load(**source, input_shape=(1, 8, 8))
+    path = write(net, data, folder / "certificate.json", source=source)
+    verify(path)
+    return json.loads(path.read_text()), folder
+
+
+def forged(digits, change, name="forged.json"):
+    c, folder = copy.deepcopy(digits[0]), digits[1]
+    change(c)
+    c["digest"] = _sign(c)
+    (folder / name).write_text(json.dumps(c))
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"root": "elsewhere"},
+        {"download": True},
+        {"label": "cifar10"},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"train_size": 10**11},
+        {"test_size": "20"},
+        {"test_size": True},
+        {"test_size": 21},
+        {"input_shape": [1, 60000, 60000]},
+        {"input_shape": [1, 8.0, 8]},
+        {"source": "digits\ncertificate holds: 1"},
+        {"source": None},
+    ],
+)
+def test_images_are_named_by_source_sizes_and_seed(more, digits, monkeypatch):
+    """And by nothing else; refused before anything is loaded."""
+    monkeypatch.setattr(certificate, "load", None)
+    with pytest.raises(Invalid, match="data"):
+        verify(forged(digits, lambda c: c["data"].update(more)))
+    if "test_size" not in more and "input_shape" not in more:
+        with pytest.raises(ValueError, match="source: "):
+            write(tied(), images((4,), 3), digits[1] / "c.json", source={"source": "x"} | more)
+
+
+def test_a_check_neither_downloads_nor_writes(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLL_DATA", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("a download"))
+    for name in ("cifar10", "cifar100"):
+        path = forged(digits, lambda c, name=name: c["data"].update(source=name))
+        for arguments in ({}, {"data": name}):
+            with pytest.raises(FileNotFoundError, match=f"no usable {name}"):
+                verify(path, **arguments)
+    path = forged(digits, lambda c: c["data"].update(source="tiny-imagenet"))
+    with pytest.raises(ValueError, match="writes decoded.npz"):
+        verify(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_regular_files_are_read(digits):
+    certificate, folder = digits
+    os.mkfifo(folder / "pipe")
+    (folder / "images/train/a").mkdir(parents=True)
+    os.mkfifo(folder / "images/train/a/1.png")
+    for file in ("pipe", "/dev/zero", "."):
+        with pytest.raises(Invalid, match="no regular file"):
+            verify(folder / file)
+        path = forged(digits, lambda c, file=file: c["weights"].update(file=file))
+        with pytest.raises(Invalid, match="no regular file"):
+            verify(path)
+    path = forged(digits, lambda c: c["data"].update(source=f"folder:{folder / 'images'}"))
+    with pytest.raises(Invalid, match=r"1\.png is neither a file nor a folder"):
+        verify(path)
+    (folder / "images/train/a/1.png").unlink()
+    (folder / "images/train/a/b").symlink_to(folder / "images")
+    with pytest.raises(Invalid, match=r"a/b is neither a file nor a folder"):
+        verify(path)
+    path = forged(digits, lambda c: c["weights"].update(file="a\0b"))
+    with pytest.raises(Invalid, match=r"weights\.file"):
+        verify(path)
+
+
+def layer(key, **arguments):
+    return lambda c: c["architecture"]["body"]["layers"].update({key: arguments})
+
+
+def nested(depth):
+    inside = {"type": "Identity"}
+    for _ in range(depth):
+        inside = {"type": "Residual", "branch": inside, "shortcut": {"type": "Identity"}}
+    return inside
+
+
+TOO_MUCH = {
+    "head": lambda c: c["architecture"]["head"].update(in_features=10**5, out_features=10**5),
+    "image": lambda c: c["architecture"].update(input_shape=[1, 60000, 60000]),
+    "long image": lambda c: c["architecture"].update(input_shape=[1, 4, 10**6]),
+    "border": layer("1", type="ZeroPad2d", padding=[10**5] * 4),
+    "channels": layer("1", type="PadChannels", channels=10**10),
+    "thresholds": layer("1", type="ClampedMaxMin", shape=[2, 10**6, 10**6]),
+    "frequencies": layer("1", type="SandwichConv2d", input_shape=[2, 50000, 50000], out_channels=2,
+                         kernel_size=3, stride=1),
+    "on another device": layer("1", type="Linear", in_features=10**5, out_features=10**5,
+                               bias=False, device="cpu"),
+    "layer in a layer": lambda c: c["architecture"]["head"].update(
+        bias={"type": "Linear", "in_features": 10**6, "out_features": 10**6, "bias": True}),
+    "layers": lambda c: c["architecture"]["body"]["layers"].update(
+        {f"x{i}": {"type": "ReLU"} for i in range(6000)}),
+    "depth": lambda c: c["architecture"]["body"]["layers"].update({"1": nested(300)}),
+    "huge number": lambda c: c["architecture"]["body"]["layers"]["0"].update(padding=[10**30] * 2),
+    "classes": lambda c: c["K"].append([0.0] * 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_no_machine_can_hold_is_refused_before_it_is_built(name, digits, monkeypatch):
+    monkeypatch.setattr(description, "LipschitzNet", None)
+    monkeypatch.setattr(certificate, "safe_open", None)
+    with pytest.raises(Invalid, match=r"^(architecture|K|forged\.json)"):
+        verify(forged(digits, TOO_MUCH[name]))
+
+
+def test_files_that_are_no_certificate_are_named_in_one_line(tmp_path):
+    texts = (b"", b"[" * 10**5, b'{"format": ' + b"9" * 10**5 + b"}", b'{"a\xff": 1}', b"\xff\xfe{")
+    for text in (*texts, b'{"format": "\\ud800"}', b" " * (2**27 + 1)):
+        (tmp_path / "c.json").write_bytes(text)
+        with pytest.raises(Invalid, match=r"c\.json") as caught:
+            verify(tmp_path / "c.json")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_names_of_a_stranger_do_not_write_lines_of_their_own(digits, capsys):
+    claim = {"bound": 1.0, "proof": "zero"}
+    path = forged(digits, lambda c: c["bounds"].update({"a\n\x1b[2Kcertificate holds: ": claim}))
+    assert main(["verify", str(path)]) == 1
+    answer = capsys.readouterr().out
+    assert answer.count("\n") == 1 and answer.startswith("certificate fails: ")
+    assert "\x1b" not in answer
+
+
+def test_memory_that_runs_out_does_not_speak_against_a_certificate(digits, monkeypatch, capsys):
+    def full(*_, **__):
+        raise MemoryError
+
+    path = forged(digits, lambda c: None)
+    for place in ("predict_logits", "rebuild", "_check_bound", "load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(certificate, place, full)
+            assert main(["verify", str(path)]) == 2
+            assert "no check on this machine: MemoryError" in capsys.readouterr().err
+
+
+def test_a_proof_that_takes_too_long_is_refused(tmp_path):
+    """A 1x1 convolution of 1,000 channels on 300 x 300 pixels: 1e13 operations per image and
+    frequency."""
+    conv = nn.Conv2d(1000, 1000, 1, bias=False)
+    claims = {"body.0": {"bound": 100.0, "proof": "DFT"}}
+    with pytest.raises(Invalid, match=r"body\.0 .* operations to prove"):
+        certificate._check_bound("body.0", conv, (1000, 300, 300), claims)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -434,7 +775,10 @@ def test_command_line(run_folder, capsys):
     assert main(["verify", str(path)]) == 0
     assert capsys.readouterr().out.startswith("certificate holds: ")
     assert main(["verify", str(path), "--images", "7"]) == 0
-    assert "the first 7 of 40 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the first 7 of 40 images" in out
+    assert f"weights {run_folder / 'checkpoint.safetensors'}; images digits (" in out
+    assert "train_size=64, test_size=40" in out
     summary = json.loads((run_folder / "result.json").read_text())
     certificate = json.loads(path.read_text())
     assert certificate["summary"]["clean"] == summary["clean"]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from cll import certificate
-from cll.data import DataNotFound
 from cll.experiment import Params, load_dataset, load_model
 
 EPILOG = """examples:
@@ -48,9 +47,9 @@ def main(arguments=None):
             progress=True,
         )
     except certificate.Invalid as error:
-        print(f"certificate fails: {error}")
+        print(f"certificate {'fails' if args.command == 'verify' else 'not written'}: {error}")
         return 1
-    except (OSError, ValueError, TypeError, DataNotFound) as error:
+    except (OSError, ValueError, TypeError) as error:
         print(f"cannot {args.command}: {error}", file=sys.stderr)
         return 2
     checked = content["checked"]
@@ -61,6 +60,7 @@ def main(arguments=None):
         f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
         f"{100 * checked['clean']:.2f} %, certified at {cra}"
     )
+    print(f"read: weights {checked['weights']}; images {checked['data']}")
     return 0
 
 
