@@ -584,11 +584,6 @@ def _loaded(c, source, n):
         raise Invalid(f"data: {arguments} are not {n} images of shape {shape}")
     if source is None and not arguments:
         raise ValueError("the certificate names no source of its images: give data (--data)")
-    if source is None and arguments["source"] == "tiny-imagenet":
-        raise ValueError(
-            "tiny-imagenet: loading it writes decoded.npz beside it, which a certificate may not "
-            'ask for: do so yourself with data="tiny-imagenet" (--data tiny-imagenet)'
-        )
     arguments |= {"input_shape": shape} | ({"source": source} if source else {})
     kind, _, place = arguments["source"].partition(":")
     for split in ("train", "test", "val") if kind == "folder" and source is None else ():
