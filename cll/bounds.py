@@ -873,6 +873,9 @@ def _trace(body, shape):
         for name, layer in leaves(body):
             layers.append((name, layer, shape))
             refuse_overridden(layer)  # before it runs, which may change it
+            if vars(layer).get("frozen", layer) is None:  # derive its weights once for all passes
+                layer = copy.copy(layer)
+                layer.frozen = layer.effective()
             if parametrize.is_parametrized(layer):
                 _parametrised(layer)
             images = torch.arange(2 * math.prod(shape), device=weight.device).view(2, *shape)
