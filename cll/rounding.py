@@ -87,7 +87,8 @@ def chain(module, input_shape, method="guaranteed"):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
-        a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
+        slope += SMALLEST  # and TINY: for underflow
+        a = norm * a + slope * (gain + a) + TINY
         b = norm * b + slope * (shift + b) + constant + TINY
         gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
@@ -111,8 +112,7 @@ def rounding(layer, input_shape):
     for method in ("forward", "_conv_forward"):  # a subclass that does other work
         if getattr(kind, method, None) is not getattr(known, method, None):
             known = object
-    a, b = _table.registry[known](layer, input_shape)
-    return a + SMALLEST, b + SMALLEST
+    return _table.registry[known](layer, input_shape)
 
 
 @functools.singledispatch
