@@ -770,18 +770,21 @@ def refuse_foreign(model):
     """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
     may compute anything else: no number of points shows what a network does between them."""
     if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
-        raise TypeError(
-            f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
+        mend = (
             "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
             "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
             "and register the bounds of your own layers with cll.bounds.register"
+        )
+        raise TypeError(
+            f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
+            f"{_mend(type(model), mend)}"
         )
     if isinstance(model, nn.Module):
         refuse_overridden(model)
 
 
-def _mend(kind):
-    """What to do about a type of layer that has no bound."""
+def _mend(kind, otherwise=None):
+    """What to do about a type of layer or model that has no bound."""
     home, name = kind.__module__, kind.__name__
     if "quantized" in home:
         return "pass the network as it was before it was quantised"
@@ -792,7 +795,7 @@ def _mend(kind):
             "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
             f"in its place, or register its bound with @cll.bounds.register({name})"
         )
-    return f"register one with @cll.bounds.register({name})"
+    return otherwise or f"register one with @cll.bounds.register({name})"
 
 
 def _is_torchs_own(name, method):

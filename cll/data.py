@@ -165,7 +165,8 @@ def load(
     seed: draws two_moons; no other source depends on it.
     label: name of the data in all results; default: the source, for npz with the file's stem and
         for folder with the folder's name in place of the path.
-    download: False never touches the network and writes nothing, neither unpacked files nor a cache.
+    download: False never touches the network and writes nothing, neither an archive's files nor a
+        cache.
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
     ValueError where they are unusable; both say in one line what, where and what to do. Warns of

@@ -32,7 +32,7 @@ from .bounds import (
 from .layers import ClampedMaxMin, MaxMin, freeze
 from .norms import TINY, U, apply_adjoint, apply_linear, gamma, lengths, matrix_norm, power, shift
 from .progress import progress_bar
-from .rounding import absolute_norm, rounding
+from .rounding import SMALLEST, absolute_norm, rounding
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
 KNOWN = (*ACTIVATIONS, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # and linear ones
@@ -390,7 +390,8 @@ def _layer(layer, shape, unit):
     largest = max(norm, layer.weight.abs().max().item()) if known else norm
     exponent = math.frexp(largest)[1] - 1  # 0 for activations: folds mix inputs and outputs
     norm, unit = shift(norm, -exponent), unit + exponent
-    error = shift(a, -exponent), shift(b + TINY, -unit)  # TINY: underflow, also of the logits
+    # for underflow, also of the logits, which were computed in other units
+    error = shift(a + SMALLEST, -exponent), shift(b + TINY, -unit)
     if not known:
         return _Layer(layer, shape, norm, error), unit
     W = shift(layer.weight, -exponent)

@@ -100,7 +100,8 @@ def chain(module, input_shape, method="guaranteed"):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape, method)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
-        a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
+        slope += SMALLEST  # and TINY: for underflow
+        a = norm * a + slope * (gain + a) + TINY
         b = norm * b + slope * (shift + b) + constant + TINY
         gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
@@ -122,8 +123,7 @@ def rounding(layer, input_shape, method="guaranteed"):
     """
     if is_bounded_as(layer, Residual):
         return _residual(layer, input_shape, method)
-    a, b = _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
-    return a + SMALLEST, b + SMALLEST
+    return _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
 
 
 @functools.singledispatch
