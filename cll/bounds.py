@@ -795,6 +795,8 @@ def lipschitz_matrix(model, method="guaranteed", progress=False):
         # roundings: product of the layers, distances (D + 3), last product
         matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
         matrix = torch.where((distances > 0) & (matrix < TINY) & (K > 0), TINY, matrix)
+    elif method == "power":
+        matrix = matrix.clamp(max=sys.float_info.max)
     return matrix.fill_diagonal_(0)
 
 
