@@ -1001,6 +1001,8 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
         matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
     else:
         matrix = shift(matrix, exponent)
+    if method == "power":
+        matrix = matrix.clamp(max=sys.float_info.max)  # a lower bound
     return matrix.fill_diagonal_(0)
 
 
