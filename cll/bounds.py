@@ -303,6 +303,16 @@ def _scaled_weight(layer, input_shape):
     return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
 
 
+def as_matrix(layer, input_shape):
+    """(layer, weight, error) of a layer that is one matrix up to biases: its norm is within `error`
+    of that of a layer like this with this float64 weight; else None."""
+    if is_linear(layer):
+        return layer, _weight(layer, input_shape), 0.0
+    if is_bounded_as(layer, BatchNormalized) and _is_one_map(layer, input_shape):
+        return layer[0], *_scaled_weight(layer, input_shape)
+    return None
+
+
 def absolute_norm(layer, weight, input_shape):
     """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
     of the largest row sum and the largest column sum of |A|."""
@@ -978,7 +988,7 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     with _evaluation(model.body), _evaluation(model.head):  # what computes a weight may ask for it
         factors = {f"body.{name}".rstrip(".") for name, _, _ in layers}
         inside = list(opened(model.body, model.input_shape, "body"))
-        for name, layer, shape in _announced(inside, progress):
+        for name, layer, shape in announced(inside, progress):
             norm, e = math.frexp(operator_norm(layer, shape, method))
             if name in factors:
                 K, f = math.frexp(K * norm)
@@ -1026,7 +1036,7 @@ def opened(module, input_shape, prefix):
         yield name, layer, shape
 
 
-def _announced(layers, progress):
+def announced(layers, progress):
     """The layers (name, layer, input shape), one by one, under a bar that names the one at work; a
     large one at once, and about how long its proof takes on one core."""
     with progress_bar(len(layers), "bounds", "layer", progress) as bar:
@@ -1063,18 +1073,14 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
         layers = list(opened(model.body, model.input_shape, "body"))
         if type(head) is nn.Linear:
             layers.append(("head", head, (head.in_features,)))
-        for name, layer, shape in _announced(layers, progress):
+        for name, layer, shape in announced(layers, progress):
             upper = operator_norm(layer, shape, method)
             if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
                 continue
-            linear = None
-            if is_linear(layer):
-                linear, weight, error = layer, _weight(layer, shape), 0.0
-            elif is_bounded_as(layer, BatchNormalized) and _is_one_map(layer, shape):
-                linear, (weight, error) = layer[0], _scaled_weight(layer, shape)
-            if linear is None:
+            if (matrix := as_matrix(layer, shape)) is None:
                 lower, proof = _stretch(layer, shape), "by construction"
             else:
+                linear, weight, error = matrix
                 lower, _, proof = enclose(linear, weight, shape, method)
                 lower = lower or matrix_norm(linear, weight, shape, "power")  # of "fast"
                 lower = max(0.0, round_down(lower - error)) if error else lower

@@ -47,14 +47,13 @@ from safetensors.torch import load_file, save_file
 from . import norms
 from .architectures import as_lipschitz_net
 from .bounds import (
-    _is_one_map,
-    _scaled_weight,
-    _weight,
+    announced,
+    as_matrix,
     head_rows,
-    is_linear,
     layer_inputs,
     lipschitz_matrix,
     normalisation,
+    opened,
     operator_norm,
     row_distances,
 )
@@ -69,12 +68,9 @@ from .certify import (
 )
 from .data import load
 from .description import check_fit, describe, rebuild, tensors_of
-from .layers import BatchNormalized, Residual, freeze
+from .layers import Residual, freeze
 from .norms import LARGEST, TINY, U, confirm, enclose, gamma
-from .progress import progress_bar
 from .rounding import lengths, margin_error
-
-__all__ = ["Invalid", "write", "verify"]
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
@@ -371,27 +367,6 @@ def _refusal(where, error):
 # -------------------------------------------------------------------------------------- bounds
 
 
-def _layers(module, shape, prefix):
-    """(name, layer, input shape) of the leaves of a module in order; those inside a Residual come
-    before it."""
-    for name, layer, reaching in layer_inputs(module, shape):
-        name = f"{prefix}.{name}" if name else prefix
-        if isinstance(layer, Residual):
-            for part in ("branch", "shortcut"):
-                yield from _layers(getattr(layer, part), reaching, f"{name}.{part}")
-        yield name, layer, reaching
-
-
-def _matrix(layer, shape):
-    """(layer, weight, extra) of a layer that is one matrix up to biases: its norm is at most
-    `extra` above that of a layer like this with this float64 weight; else None."""
-    if is_linear(layer):
-        return layer, _weight(layer, shape), 0.0
-    if isinstance(layer, BatchNormalized) and _is_one_map(layer, shape):
-        return layer[0], *_scaled_weight(layer, shape)
-    return None
-
-
 def _spared(bound):
     """A bound with a little to spare, also where float64 has no digits for that."""
     return math.nextafter(bound * (1 + SPARE), math.inf) if bound else 0.0
@@ -399,7 +374,7 @@ def _spared(bound):
 
 def _claim(name, layer, shape, claims):
     """The bound of a layer as it is written."""
-    matrix = _matrix(layer, shape)
+    matrix = as_matrix(layer, shape)
     if matrix is None:
         bound, proof = _by_construction(name, layer, shape, claims), "by construction"
         bound = bound if bound == 1 else _spared(bound)
@@ -432,20 +407,18 @@ def _product(module, shape, prefix, claims):
 def _check_bounds(net, claims, progress):
     """Every bound of a certificate, at the number that it claims; claims None: of one to be
     written, which is confirmed like any other. Returns the claims."""
-    leaves, written = list(_layers(net.body, net.input_shape, "body")), claims is None
+    leaves, written = list(opened(net.body, net.input_shape, "body")), claims is None
     claims = {} if written else claims
     for name in sorted({name for name, _, _ in leaves} ^ claims.keys()) if not written else ():
         there = "names no layer of the network" if name in claims else "is missing"
         raise Invalid(f"bounds: the bound of {name} {there}")
-    with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
-        for name, layer, shape in leaves:
-            try:
-                if written:
-                    claims[name] = _claim(name, layer, shape, claims)
-                _check_bound(name, layer, shape, claims)
-            except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-                raise _refusal(f"bounds: {name}", error) from None
-            bar.update()
+    for name, layer, shape in announced(leaves, progress):
+        try:
+            if written:
+                claims[name] = _claim(name, layer, shape, claims)
+            _check_bound(name, layer, shape, claims)
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise _refusal(f"bounds: {name}", error) from None
     return claims
 
 
@@ -457,7 +430,7 @@ def _check_bound(name, layer, shape, claims):
     seen = _stretch(layer, shape, claimed)
     if seen is not None:
         raise Invalid(f"{text} is false, two inputs are moved apart {seen!r} times")
-    matrix = _matrix(layer, shape)
+    matrix = as_matrix(layer, shape)
     if matrix is None:
         needed = _by_construction(name, layer, shape, claims)
         if proof != "by construction":
