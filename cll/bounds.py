@@ -20,6 +20,7 @@ import math
 import sys
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import Union, get_args
 
 import numpy as np
 import pandas as pd
@@ -145,11 +146,13 @@ BOUNDS = {}  # type -> its handler
 
 
 def register(kind, bound=None):
-    """Register the bound of a type of layer, see `layer_lipschitz`; alone, as a decorator."""
+    """Register the bound of a type of layer or of a union of types, see `layer_lipschitz`; alone,
+    as a decorator."""
     if bound is None:
         return functools.partial(register, kind)
-    BOUNDS[kind] = bound
-    know(kind)
+    for one in get_args(kind) or (kind,):
+        BOUNDS[one] = bound
+        know(one)
     return bound
 
 
@@ -184,12 +187,6 @@ for _kind in (nn.Sequential, *HEADS):
     know(_kind)
 
 
-def _one(layer, input_shape, method):
-    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
-    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
-    return 1.0
-
-
 def in_dimensions(*names):
     """The layers of torch.nn with these names, in one, two and three dimensions."""
     return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
@@ -201,8 +198,13 @@ RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is 
 RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus)
 _ONE += (nn.Softshrink, nn.Tanhshrink, MaxMin, ClampedMaxMin, GroupSort, Householder)
-for _kind in (*_ONE, *RESHAPES):
-    register(_kind, _one)
+
+
+@register(Union[*_ONE, *RESHAPES])
+def _one(layer, input_shape, method):
+    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
+    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
+    return 1.0
 
 
 # Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
@@ -231,12 +233,9 @@ def _at_least_one(slope):
     return slope if not slope <= 1 else 1.0
 
 
+@register(Union[*SLOPES])
 def _slope(layer, input_shape, method):
     return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
-
-
-for _kind in SLOPES:
-    register(_kind, _slope)
 
 
 @register(Normalize)
@@ -244,14 +243,11 @@ def _normalize(layer, input_shape, method):
     return round_up(1 / layer.std.min().item())
 
 
+@register(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
     scale = batch_norm_scale(layer).abs().max().item()
     return {"guaranteed": round_up(scale), "power": round_down(scale)}.get(method, scale)
-
-
-for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
-    register(_kind, _batch_norm)
 
 
 def batch_norm_scale(layer):
@@ -358,6 +354,7 @@ MAXIMA = in_dimensions("MaxPool", "AdaptiveMaxPool")
 NORMS = in_dimensions("LPPool")
 
 
+@register(Union[*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS])
 def _separable(layer, input_shape, method):
     """Product over the dimensions of the image of what the layer does in each.
 
@@ -408,20 +405,13 @@ def _separable(layer, input_shape, method):
     return {"guaranteed": upper, "exact": norm, "power": lower}[method]
 
 
-for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS):
-    register(_kind, _separable)
-
-
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
+@register(Union[nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED])
 def _matrix_norm(layer, input_shape, method):
     """Largest singular value of a linear layer."""
     return matrix_norm(*as_conv2d(layer, input_shape), method)
-
-
-for _kind in (nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED):
-    register(_kind, _matrix_norm)
 
 
 @register(NormalizedLinear)
@@ -581,10 +571,7 @@ def taylor_gain(terms, norm):
     return 1.0 if proven == 1 else round_up(math.sqrt(proven))
 
 
-@register(CPLLinear)
-@register(CPLConv2d)
-@register(SLLLinear)
-@register(SLLConv2d)
+@register(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
 def _potential_step(layer, input_shape, method):
     """max(1, 2 ||D^(1/2) W||^2 - 1), see layers._PotentialStep, for the D that the layer applies in
     evaluation mode: whatever norm or q it was made from, the bound holds."""
@@ -613,8 +600,7 @@ def _potential_step(layer, input_shape, method):
     return round_up(max(1.0, round_up(2 * norm * norm) - 1))
 
 
-@register(SandwichLinear)
-@register(SandwichConv2d)
+@register(SandwichLinear | SandwichConv2d)
 def _sandwich(layer, input_shape, method):
     """sqrt(1 + 4 e (1 + e)) with e = ||[A B]||^2 - 1, see layers._Sandwich: for the convolution the
     largest norm over the frequencies. irfft2 drops what breaks the symmetry of a real image's
@@ -918,17 +904,12 @@ def _differ(y, z):
 
 def leaves(module, name=""):
     """(name, layer) in forward order; nn.Sequential is opened, also when nested."""
-    if not is_open(module):
-        yield name, module
+    if not (isinstance(module, nn.Sequential) and is_bounded_as(module, object)):
+        yield name, module  # no container, or one with a bound
         return
     refuse_overridden(module)
     for key, child in module._modules.items():  # named_children() skips a layer used twice
         yield from leaves(child, f"{name}.{key}" if name else key)
-
-
-def is_open(module):
-    """True for an nn.Sequential without a bound of its own: its layers count one by one."""
-    return isinstance(module, nn.Sequential) and is_bounded_as(module, object)
 
 
 def _refuse_hooks(module):

@@ -14,6 +14,7 @@ cuDNN off); exp, log, erf, tanh, sin, cos within 8 ulp; FFTs with an error of at
 
 import functools
 import math
+from typing import Union
 
 import torch
 from torch import nn
@@ -140,25 +141,20 @@ ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU
 ELEMENTWISE += (nn.RReLU,)
 
 
+@register(Union[*EXACT])
 def _exact(layer, input_shape):
     """Comparisons, copies and zeros round nothing."""
     return 0.0, 0.0
 
 
+@register(Union[*ELEMENTWISE])
 def _elementwise(layer, input_shape):
     """A few operations and functions of |z| and of constants of size 1 or of the layer."""
     largest = max(1.0, operator_norm(layer, input_shape), abs(getattr(layer, "alpha", 1.0)))
     return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
 
 
-for _kind in EXACT:
-    register(_kind, _exact)
-for _kind in ELEMENTWISE:
-    register(_kind, _elementwise)
-
-
-@register(nn.Hardsigmoid)
-@register(nn.Hardswish)
+@register(nn.Hardsigmoid | nn.Hardswish)
 def _sixth(layer, input_shape):
     """On GPUs torch multiplies by 1 / 6 rounded to float32, whatever the type of the input."""
     return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
@@ -173,6 +169,7 @@ def _softplus(layer, input_shape):
     return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
 
 
+@register(Union[nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
 def _linear(layer, input_shape):
     """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included; rows that are
     divided by their length are off by gamma(n + 8) themselves."""
@@ -193,12 +190,14 @@ def _linear(layer, input_shape):
     return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
 
+@register(Union[*AVERAGES])
 def _average(layer, input_shape):
     """Positive weights: sums of at most all positions, relative to the exact average."""
     terms = math.prod(input_shape[1:]) + 4
     return gamma(terms) * operator_norm(layer, input_shape), 0.0
 
 
+@register(Union[*RESIZES])
 def _resize(layer, input_shape):
     """Weights off by 40 n u, as in `bounds`; an output reads at most 4 pixels per dimension, and a
     pixel is read by no more outputs than there are."""
@@ -206,6 +205,7 @@ def _resize(layer, input_shape):
     return gamma(256 * max(input_shape)) * math.sqrt(math.prod(4 * m for m in outputs)), 0.0
 
 
+@register(Union[*NORMS])
 def _norm_pool(layer, input_shape):
     """Sums of positive powers (of norm_type 1: of numbers), relative to the exact norm; 1 / p as a
     number is off by u / p, which a power of up to 2^1024 sees 710 times. Powers that underflow are
@@ -217,13 +217,6 @@ def _norm_pool(layer, input_shape):
     return gamma(terms + 1024) * norm, lost
 
 
-_LINEAR = (nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
-_HANDLERS = {_linear: _LINEAR, _average: AVERAGES, _resize: RESIZES, _norm_pool: NORMS}
-for _handler, _kinds in _HANDLERS.items():
-    for _kind in _kinds:
-        register(_kind, _handler)
-
-
 @register(Normalize)
 def _normalize(layer, input_shape):
     smallest = layer.std.min().item()
@@ -231,6 +224,7 @@ def _normalize(layer, input_shape):
     return 4 * U / smallest, 4 * U / smallest * offset
 
 
+@register(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape):
     """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
     scale = batch_norm_scale(layer).abs()
@@ -239,10 +233,6 @@ def _batch_norm(layer, input_shape):
         offset = offset + layer.bias.detach().cpu().double().abs()
     positions = math.sqrt(math.prod(input_shape[1:]))
     return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
-
-
-for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
-    register(_kind, _batch_norm)
 
 
 @register(BatchNormalized)
@@ -289,10 +279,7 @@ def _soc(layer, input_shape):
     return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
 
 
-@register(CPLLinear)
-@register(CPLConv2d)
-@register(SLLLinear)
-@register(SLLConv2d)
+@register(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
 def _potential_step(layer, input_shape):
     """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
     W, D = layer.weight.detach(), layer.effective().detach()
@@ -304,8 +291,7 @@ def _potential_step(layer, input_shape):
     return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY
 
 
-@register(SandwichLinear)
-@register(SandwichConv2d)
+@register(SandwichLinear | SandwichConv2d)
 def _sandwich(layer, input_shape):
     """sqrt(2) A^T P relu(sqrt(2) / P B z + b), as products with m >= || |A| ||, || |B| ||; of the
     convolution as products per frequency between two FFTs each."""
