@@ -1,16 +1,7 @@
 """Lipschitz bounds: the constant of every layer, and K, the bound of every logit difference.
 
-Five answers to "what is the constant of this layer?", all in float64 on the CPU:
-
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use.
-                 Of Conv2d proven as tightly as its size allows, see `norms`
-    tight        an upper bound too, also of large Conv2d within a permille, for more time
-    fast         an upper bound too, by the cheapest proof, some permille larger
-    power        what converged power iteration finds, as the paper reports: never above the norm;
-                 1 for layers that are 1-Lipschitz by design, as their papers count them
-    exact        dense singular value decomposition, for small layers: the judge in tests
-
-and a sixth, `estimate`, for training: a few warm-started power iterations, differentiable.
+`operator_norm` gives five answers to "what is the constant of this layer?", all in float64 on the
+CPU; `estimate` gives a sixth, for training.
 """
 
 import copy
@@ -28,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import cll  # as_lipschitz_net, of a module that imports this one
 from cll.layers import (
     BatchNormalized,
     ClampedMaxMin,
@@ -959,9 +951,7 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     with input_shape, the shape of one sample. With the methods "guaranteed", "tight" and
     "fast" every factor and every product is rounded up. The bar names the layer at work.
     """
-    from .architectures import as_lipschitz_net  # which imports this module
-
-    model = as_lipschitz_net(model, input_shape)
+    model = cll.as_lipschitz_net(model, input_shape)
     layers, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
@@ -1045,9 +1035,7 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
     """
     if method not in PROOFS:
         raise ValueError(f"method {method!r} proves no bound: use one of {', '.join(PROOFS)}")
-    from .architectures import as_lipschitz_net  # which imports this module
-
-    model = as_lipschitz_net(model, input_shape)
+    model = cll.as_lipschitz_net(model, input_shape)
     head = _head(model, output_shape(model.body, model.input_shape))
     rows = []
     with _evaluation(model.body), _evaluation(model.head):
