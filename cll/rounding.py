@@ -19,6 +19,7 @@ from typing import Union
 import torch
 from torch import nn
 
+from . import layers
 from .bounds import (
     AVERAGES,
     COPIES,
@@ -41,23 +42,6 @@ from .bounds import (
     output_shape,
     row_distances,
     unfolded_norm,
-)
-from .layers import (
-    BatchNormalized,
-    ClampedMaxMin,
-    CPLConv2d,
-    CPLLinear,
-    GroupSort,
-    Householder,
-    MaxMin,
-    Normalize,
-    NormalizedLinear,
-    Residual,
-    SandwichConv2d,
-    SandwichLinear,
-    SLLConv2d,
-    SLLLinear,
-    SOCConv2d,
 )
 from .norms import SMALLEST, TINY, U, exact_arithmetic, gamma, lengths
 
@@ -121,7 +105,7 @@ def rounding(layer, input_shape, method="guaranteed"):
     Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
     of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
     """
-    if is_bounded_as(layer, Residual):
+    if is_bounded_as(layer, layers.Residual):
         return _residual(layer, input_shape, method)
     a, b = _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
     return a + SMALLEST, b + SMALLEST
@@ -134,7 +118,7 @@ def _table(layer, input_shape):
 
 register = _table.register
 
-EXACT = (MaxMin, ClampedMaxMin, GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
+EXACT = (layers.MaxMin, layers.ClampedMaxMin, layers.GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
 EXACT += (*RESHAPES, *COPIES, *MAXIMA)
 ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
 ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
@@ -169,7 +153,7 @@ def _softplus(layer, input_shape):
     return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
 
 
-@register(Union[nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
+@register(Union[nn.Linear, layers.NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
 def _linear(layer, input_shape):
     """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included; rows that are
     divided by their length are off by gamma(n + 8) themselves."""
@@ -177,7 +161,7 @@ def _linear(layer, input_shape):
     terms = weight[0].numel() + 2
     if isinstance(layer, TRANSPOSED):
         terms = weight[:, 0].numel() // layer.groups + 2
-    if isinstance(layer, NormalizedLinear):
+    if isinstance(layer, layers.NormalizedLinear):
         terms = 2 * terms + 16
     constant = 0.0
     if layer.bias is not None:
@@ -185,7 +169,7 @@ def _linear(layer, input_shape):
         if not isinstance(layer, nn.Linear):
             outputs = math.prod(output_shape(layer, input_shape)[1:])
         constant = lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(outputs)
-    if not isinstance(layer, NormalizedLinear):
+    if not isinstance(layer, layers.NormalizedLinear):
         layer, weight, input_shape = as_conv2d(layer, input_shape)
     return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
@@ -217,7 +201,7 @@ def _norm_pool(layer, input_shape):
     return gamma(terms + 1024) * norm, lost
 
 
-@register(Normalize)
+@register(layers.Normalize)
 def _normalize(layer, input_shape):
     smallest = layer.std.min().item()
     offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
@@ -235,7 +219,7 @@ def _batch_norm(layer, input_shape):
     return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
 
 
-@register(BatchNormalized)
+@register(layers.BatchNormalized)
 def _batch_normalized(layer, input_shape):
     """The two one after the other. The norm of the first alone is known to nobody: || |A| ||."""
     linear, norm = layer
@@ -247,7 +231,7 @@ def _batch_normalized(layer, input_shape):
     return a * SAFE + TINY, b * SAFE + TINY
 
 
-@register(Residual)
+@register(layers.Residual)
 def _residual(layer, input_shape, method="guaranteed"):
     """Both parts, and the sum of the two."""
     parts = [chain(part, input_shape, method) for part in (layer.branch, layer.shortcut)]
@@ -255,14 +239,14 @@ def _residual(layer, input_shape, method="guaranteed"):
     return a + U * (gain + a), b + U * (shift + b)
 
 
-@register(Householder)
+@register(layers.Householder)
 def _householder(layer, input_shape):
     """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
     the two sides agree up to rounding, costs no more."""
     return 64 * U, 0.0
 
 
-@register(SOCConv2d)
+@register(layers.SOCConv2d)
 def _soc(layer, input_shape):
     """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
     off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
@@ -279,7 +263,7 @@ def _soc(layer, input_shape):
     return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
 
 
-@register(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
+@register(layers.CPLLinear | layers.CPLConv2d | layers.SLLLinear | layers.SLLConv2d)
 def _potential_step(layer, input_shape):
     """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
     W, D = layer.weight.detach(), layer.effective().detach()
@@ -291,7 +275,7 @@ def _potential_step(layer, input_shape):
     return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY
 
 
-@register(SandwichLinear | SandwichConv2d)
+@register(layers.SandwichLinear | layers.SandwichConv2d)
 def _sandwich(layer, input_shape):
     """sqrt(2) A^T P relu(sqrt(2) / P B z + b), as products with m >= || |A| ||, || |B| ||; of the
     convolution as products per frequency between two FFTs each."""
@@ -304,7 +288,7 @@ def _sandwich(layer, input_shape):
     high, low = P.max().item() * 1.001, P.min().item() / 1.001
     g = gamma(2 * sum(both.shape[-2:]) + 32)
     positions = 1
-    if isinstance(layer, SandwichConv2d):
+    if isinstance(layer, layers.SandwichConv2d):
         positions = math.prod(layer.size)
         g = g + 64 * U * math.log2(positions + 1)
     bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(positions) + TINY
