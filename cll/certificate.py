@@ -44,19 +44,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from . import norms
+from . import bounds, norms
 from .architectures import as_lipschitz_net
-from .bounds import (
-    announced,
-    as_matrix,
-    head_rows,
-    layer_inputs,
-    lipschitz_matrix,
-    normalisation,
-    opened,
-    operator_norm,
-    row_distances,
-)
 from .certify import (
     RADII,
     _test_split,
@@ -350,7 +339,7 @@ def _checked_network(c, file):
         raise Invalid(f"weights: {file.name} is damaged: {_line(error)}") from None
     try:
         net = rebuild(architecture, tensors)
-        layer_inputs(net.body, net.input_shape)
+        bounds.layer_inputs(net.body, net.input_shape)
     except Exception as error:
         raise _refusal("architecture", error) from None
     return net
@@ -374,7 +363,7 @@ def _spared(bound):
 
 def _claim(name, layer, shape, claims):
     """The bound of a layer as it is written."""
-    matrix = as_matrix(layer, shape)
+    matrix = bounds.as_matrix(layer, shape)
     if matrix is None:
         bound, proof = _by_construction(name, layer, shape, claims), "by construction"
         bound = bound if bound == 1 else _spared(bound)
@@ -390,14 +379,14 @@ def _claim(name, layer, shape, claims):
 def _by_construction(name, layer, shape, claims):
     """The bound of a layer that is no matrix; of a Residual, from what is claimed of its layers."""
     if not isinstance(layer, Residual):
-        return operator_norm(layer, shape)
+        return bounds.operator_norm(layer, shape)
     parts = ((layer.branch, f"{name}.branch"), (layer.shortcut, f"{name}.shortcut"))
     return (1 + 4 * U) * sum(_product(part, shape, path, claims) for part, path in parts)
 
 
 def _product(module, shape, prefix, claims):
     """The claimed bounds of a chain of layers, multiplied and rounded up; never 0 by underflow."""
-    total, layers = 1.0, layer_inputs(module, shape)
+    total, layers = 1.0, bounds.layer_inputs(module, shape)
     for name, _, _ in layers:
         bound = claims[f"{prefix}.{name}" if name else prefix]["bound"]
         total = max(total * bound, TINY) if bound else 0.0
@@ -407,12 +396,12 @@ def _product(module, shape, prefix, claims):
 def _check_bounds(net, claims, progress):
     """Every bound of a certificate, at the number that it claims; claims None: of one to be
     written, which is confirmed like any other. Returns the claims."""
-    leaves, written = list(opened(net.body, net.input_shape, "body")), claims is None
+    leaves, written = list(bounds.opened(net.body, net.input_shape, "body")), claims is None
     claims = {} if written else claims
     for name in sorted({name for name, _, _ in leaves} ^ claims.keys()) if not written else ():
         there = "names no layer of the network" if name in claims else "is missing"
         raise Invalid(f"bounds: the bound of {name} {there}")
-    for name, layer, shape in announced(leaves, progress):
+    for name, layer, shape in bounds.announced(leaves, progress):
         try:
             if written:
                 claims[name] = _claim(name, layer, shape, claims)
@@ -430,7 +419,7 @@ def _check_bound(name, layer, shape, claims):
     seen = _stretch(layer, shape, claimed)
     if seen is not None:
         raise Invalid(f"{text} is false, two inputs are moved apart {seen!r} times")
-    matrix = as_matrix(layer, shape)
+    matrix = bounds.as_matrix(layer, shape)
     if matrix is None:
         needed = _by_construction(name, layer, shape, claims)
         if proof != "by construction":
@@ -485,12 +474,13 @@ def _class_bounds(net, claims):
     """K (C, C) from the claimed bounds of the layers: their product times ||w_i - w_j|| /
     min(input_std), rounded up. Not below what the library makes of the bounds just proven, which is
     an independent computation."""
-    W = head_rows(copy.deepcopy(net.head).double()).detach()
-    distances = row_distances(net.head, W)
-    total = _product(net.body, net.input_shape, "body", claims) / normalisation(net)[0].min().item()
+    W = bounds.head_rows(copy.deepcopy(net.head).double()).detach()
+    distances = bounds.row_distances(net.head, W)
+    std, _ = bounds.normalisation(net)
+    total = _product(net.body, net.input_shape, "body", claims) / std.min().item()
     K = total * distances * (1 + 2 * gamma(W.shape[1] + 12))
     K = torch.where((distances > 0) & (K < TINY) & (total > 0), TINY, K).fill_diagonal_(0)
-    return torch.maximum(K, lipschitz_matrix(net) / (1 + K_SPARE / 2))
+    return torch.maximum(K, bounds.lipschitz_matrix(net) / (1 + K_SPARE / 2))
 
 
 def _written_K(net, claims):

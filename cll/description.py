@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import bounds, layers, norms
 from .architectures import LipschitzNet
-from .layers import BatchNormalized, Residual
 
 # What a network may ask of a reader's machine; several times what the networks of the paper do.
 LAYERS = 5000
@@ -151,8 +150,8 @@ _ARGUMENTS = {  # where a layer has no attribute of the name of a constructor ar
         "out_channels": len(m.weight),
         "kernel_size": m.weight.shape[-1] * m.stride, "stride": m.stride,
     },
-    Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
-    BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
+    layers.Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
+    layers.BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
 }  # fmt: skip
 
 
