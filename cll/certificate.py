@@ -58,8 +58,8 @@ from .certify import (
 from .data import load
 from .description import check_fit, describe, rebuild, tensors_of
 from .layers import Residual, freeze
-from .norms import LARGEST, TINY, U, confirm, enclose, gamma
-from .rounding import lengths, margin_error
+from .norms import LARGEST, TINY, U, confirm, enclose, gamma, lengths
+from .rounding import margin_error
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
