@@ -276,6 +276,10 @@ Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf")), Number]
 Std = Annotated[float | tuple[float, ...], _per_channel(0), Number]
 
 
+# Keys of earlier versions with the only value that is left: records of runs hold them.
+RETIRED = {"compile": False, "checkpointing": False}
+
+
 class Params(_Record):
     """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
 
@@ -306,10 +310,6 @@ class Params(_Record):
         "float32",
         description="of the network in training (tf32 on CUDA); K and the certificate never change",
     )
-    compile: bool = Field(False, description="torch.compile the network for training")
-    checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
-    )
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
     tightness: Tightness | None = Tightness()
@@ -324,6 +324,18 @@ class Params(_Record):
     profile: Literal["smoke", "quick", "paper"] = "paper"
     published_epochs: Count | None = Field(None, description="epochs of the published schedule")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values):
+        if not isinstance(values, dict):
+            return values
+        for key, only in RETIRED.items():
+            if values.get(key, only) != only:
+                raise ValueError(
+                    f"{key} = {values[key]!r}: this version knows {only!r} alone, leave the key out"
+                )
+        return {key: value for key, value in values.items() if key not in RETIRED}
 
     @model_validator(mode="after")
     def _check(self):
@@ -711,9 +723,8 @@ def _batches(runs, root, stack):
     own = {"name", "row", "seed", "loss", "radii", "label"}
     own |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
-        alone = params.compile or params.checkpointing or params.loss.name == "Local-Lip-B"
-        common = params.model_dump_json(exclude=own)
-        groups.setdefault((common, alone or ranks.count() > 1), []).append(params)
+        alone = params.loss.name == "Local-Lip-B" or ranks.count() > 1
+        groups.setdefault((params.model_dump_json(exclude=own), alone), []).append(params)
     for (_, alone), group in groups.items():
         model, device = group[0].model, group[0].torch_device
         small = model == "MLP" or (device == "cuda" and model in PLAIN)

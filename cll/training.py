@@ -6,8 +6,8 @@ weights are stacked along a new first axis and the single network's code is mapp
 keeps its own generator for order and augmentation and its own initialisation; its result does
 not depend on its companions beyond rounding.
 
-A run alone trains its network itself, whose weights exist once: activation checkpointing,
-torch.compile and several ranks (see ranks) work there.
+A run alone trains its network itself, whose weights exist once: several ranks (see ranks) work
+there.
 
 Everything a step needs is on the device before the epoch starts, and the host waits for the
 device once per epoch. On CUDA a step of a plain network is captured as one graph and replayed.
@@ -15,13 +15,11 @@ device once per epoch. On CUDA a step of a plain network is captured as one grap
 
 import contextlib
 import csv
-import functools
 import itertools
 import os
 import platform
 import time
 import warnings
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.optim.adamw import adamw
-from torch.utils.checkpoint import checkpoint
 
 from . import ranks
 from .architectures import build
@@ -107,15 +104,6 @@ def _kind(config):
     return tuple(fixed.items()), getattr(config, "trades", None) is None
 
 
-class _Checkpointed(nn.Sequential):
-    """A body that keeps the inputs of its layers and recomputes the rest when going backward."""
-
-    def forward(self, x):
-        for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-        return x
-
-
 class _Program(nn.Module):
     """What a network does in a step, as one module: functional_call can map it over a stack, and
     all weights are used inside its forward, as averaging gradients over ranks asks."""
@@ -129,9 +117,8 @@ class _Program(nn.Module):
         self.local_iterations = getattr(first.loss, "iterations", None)  # of Local-Lip-B alone
         self.bfloat16, self.tf32 = (first.precision == p for p in ("bfloat16", "tf32"))
         # no more than the network and K, so that another way to compute both may take over
-        self.plain = not (self.through or self.bfloat16 or first.compile or first.checkpointing)
-        self.plain &= self.local_iterations is None and not self.tf32
-        self.logits = _compiled(self._logits, first.model) if first.compile else self._logits
+        self.plain = not (self.through or self.bfloat16 or self.tf32)
+        self.plain &= self.local_iterations is None
 
     def forward(self, images, iterations, epsilon=None):
         """Logits (N, C), K (C, C) or for local bounds (N, C, C), and the other forms of K, in the
@@ -160,36 +147,11 @@ class _Program(nn.Module):
             forms.append(K * (largest / largest.detach()))
         return forms
 
-    def _logits(self, images):
+    def logits(self, images):
         """Autocast reaches the network only: K and the losses stay in float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits = self.net(images)
         return logits.float() if self.bfloat16 else logits
-
-
-def _compiled(function, model):
-    """torch.compile of a function of one tensor; where that fails, the function itself, with a
-    warning that says why: the result is the same up to rounding."""
-    torch.compiler.reset()  # else programs of earlier runs count against the limit of recompiling
-    compiled = torch.compile(function)
-
-    def call(images):
-        nonlocal compiled
-        try:
-            return compiled(images)
-        except torch._dynamo.exc.TorchDynamoException as error:  # imported by torch.compile
-            if compiled is function:
-                raise
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(
-                f"compile = true, but torch.compile failed for {model} ({reason}): training goes "
-                "on without it; set compile: false to avoid this warning",
-                stacklevel=2,
-            )
-            compiled = function
-            return function(images)
-
-    return call
 
 
 class Stack:
@@ -203,9 +165,7 @@ class Stack:
 
     def __init__(self, runs, nets, device, engine=None):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.body, self.engine = nets[0].body, engine
-        if runs[0].checkpointing:
-            nets[0].body = _Checkpointed(OrderedDict(self.body.named_children()))
+        self.engine = engine
         self.program = _Program(nets[0], runs).to(self.device).train()
         self.module = self.program
         if engine is not None:
@@ -228,9 +188,8 @@ class Stack:
         self.capturable = (
             self.device.type in GRAPH_DEVICES
             and engine is None
-            and not (runs[0].compile or runs[0].checkpointing)
             and self.program.local_iterations is None
-            and all(type(layer) in CAPTURED_LAYERS for layer in [*self.body, nets[0].head])
+            and all(type(layer) in CAPTURED_LAYERS for layer in [*nets[0].body, nets[0].head])
         )
         self.rate = None  # as a tensor, what a captured step reads
         if self.capturable:
@@ -468,7 +427,6 @@ class Stack:
         """The runs' networks with their trained weights, settled, in eval mode on the host."""
         self.replay, self.capturable = None, False  # frees the graph's memory
         self.optimizer.zero_grad(set_to_none=True)
-        self.nets[0].body = self.body
         for s, net in enumerate(self.nets):
             net.cpu().eval()
             if len(self.runs) > 1:
@@ -586,21 +544,17 @@ def _learning_rate(config, iteration, total):
     return config.lr * config.gamma ** sum(iteration >= m for m in config.milestones)
 
 
-def _leaves_threads(function):
-    """Whatever number of threads the function sets, the former one holds after it."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        threads = torch.get_num_threads()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
-
-    return call
+@contextlib.contextmanager
+def _leaves_threads():
+    """Whatever number of threads is set inside, the former one holds after it."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-@_leaves_threads
+@_leaves_threads()
 def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 

@@ -105,6 +105,8 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"profiles": {"quick": {"seeds": 3}}}, "seeds = 3: write a list"),
         ({"profiles": None}, "profiles = None: write keys to change below the name of each"),
         ({"profiles": {"smoke": 3}}, "profiles = {'smoke': 3}: write keys to change below"),
+        ({"compile": True}, "compile = True: this version knows False alone, leave the key out"),
+        ({"checkpointing": "yes"}, "checkpointing = 'yes': this version knows False alone"),
     ],
 )
 def test_bad_parameters_are_named_in_one_line(change, message):
@@ -295,6 +297,14 @@ def test_identities_outlive_new_keys():
         source = MOONS if name == "MOONS" else f"params/{name}.yaml"
         params = cll.load_params(source, None if name == "MOONS" else "paper", local=False)
         assert params.hash().startswith(expected), name
+
+
+def test_records_of_earlier_versions_are_read():
+    """They hold all keys of their time, also those that are gone."""
+    params = cll.load_params(SHORT)
+    values = params.model_dump(mode="json", by_alias=True)
+    assert not experiment.RETIRED.keys() & values.keys()
+    assert cll.load_params(values | experiment.RETIRED) == params
 
 
 ATTACKED = DIGITS | {
