@@ -79,7 +79,6 @@ def build_network(params, num_classes, input_shape):
         width=params.size.width,
         depth=params.size.depth,
         activation=params.activation,
-        variant=params.variant,
     )
 
 
