@@ -53,8 +53,6 @@ from .layers import (
     Truncation,
 )
 
-__all__ = ["LipschitzNet", "as_lipschitz_net", "build"]
-
 
 class LipschitzNet(Normalising):
     """A classifier that can say how fast its margins change.

@@ -74,8 +74,6 @@ from .norms import LARGEST, TINY, U, confirm, enclose, gamma
 from .progress import progress_bar
 from .rounding import lengths, margin_error
 
-__all__ = ["Invalid", "write", "verify"]
-
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
 # Multiples of the bound e of a margin's rounding error; the last digits are for the roundings of e.

@@ -22,8 +22,6 @@ from . import bounds, layers, norms
 from .architectures import LipschitzNet
 from .layers import BatchNormalized, Residual
 
-__all__ = ["check_fit", "describe", "rebuild", "tensors_of"]
-
 # What a network may ask of a reader's machine; several times what the networks of the paper do.
 LAYERS = 5000
 SIDE = 2048  # pixels along a side of an image or of what layers make of it

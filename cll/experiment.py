@@ -28,14 +28,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file, save_file
 
 from . import ROOT, parameter_file, ranks
@@ -372,10 +365,7 @@ class Params(_Record):
         Values equal to their default are left out, so that a new key does not disown old results.
         """
         values = self.model_dump(
-            mode="json",
-            by_alias=True,
-            exclude={"label", "device", "attack"},
-            exclude_defaults=True,
+            mode="json", by_alias=True, exclude={"label", "device", "attack"}, exclude_defaults=True
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -710,8 +700,8 @@ def run_all(runs, root, progress=True, stack=None):
     several = progress and len(batches) > 1 and ranks.is_main()
     with progress_bar(len(pending), "runs", "run", several) as bar:
         for batch in batches:
-            own = [run_dir(params, root) for params in batch]
-            records |= zip(own, _run_together(batch, own, progress), strict=True)
+            places = [run_dir(params, root) for params in batch]
+            records |= zip(places, _run_together(batch, places, progress), strict=True)
             bar.update(len(batch))
     return [records[folder] for folder in folders]
 
@@ -765,27 +755,16 @@ def _run_together(runs, out_dirs, progress):
             # one process first, which may download them
             with engine.main_process_first() if engine else contextlib.nullcontext():
                 datasets = [load_dataset(runs[i]) for i in todo]
-            nets, seconds = train(
-                [runs[i] for i in todo],
-                datasets,
-                [out_dirs[i] for i in todo],
-                device=runs[0].torch_device,
-                progress=progress,
-            )
-
-            def evaluate():
-                found = []
-                with progress_bar(len(todo), "certify", "run", progress and len(todo) > 1) as bar:
-                    for i, net, dataset in zip(todo, nets, datasets, strict=True):
-                        more = (runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress)
-                        found.append(_evaluate(*more))
-                        bar.update()
-                return found
-
-            for i, record in zip(todo, ranks.on_main(evaluate, engine), strict=True):
-                records[i] = record
+            given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
+            nets, seconds = train(*given, device=runs[0].torch_device, progress=progress)
 
         def complete():
+            several = progress and len(todo) > 1
+            with progress_bar(len(todo), "certify", "run", several) as bar:
+                for k, i in enumerate(todo):
+                    more = (out_dirs[i], seconds, len(todo), progress)
+                    records[i] = _evaluate(runs[i], nets[k], datasets[k], *more)
+                    bar.update()
             return [
                 record if i in todo else _completed(runs[i], record, out_dirs[i], progress)
                 for i, record in enumerate(records)
@@ -839,16 +818,15 @@ def _completed(params, record, out_dir, progress):
     weights = Path(out_dir) / "checkpoint.safetensors"
     if not _is_incomplete(params, record) or not weights.exists():
         return record
-    net = load_model(out_dir).to(params.torch_device)
+    net, dataset = load_model(out_dir).to(params.torch_device), load_dataset(params)
     if record.get("certifier") != CERTIFIER:
         seconds, together = record["seconds"], record["trained_together"]
-        dataset = load_dataset(params)
         return _evaluate(params, net, dataset, out_dir, seconds, together, progress, record)
     saved = np.load(out_dir / "radii.npz")
     radii = {"guaranteed": saved["radius"]}
     if "radius_local" in saved:
         radii["local"] = saved["radius_local"]
-    attack = _attacked(params, net, load_dataset(params), radii, saved["correct"], progress)
+    attack = _attacked(params, net, dataset, radii, saved["correct"], progress)
     if attack is not None:
         record["attack"] = attack
         record["params"]["attack"] = params.attack.model_dump()
@@ -895,11 +873,8 @@ def _attacked(params, net, dataset, radii, correct, progress):
     if "local" in radii:
         record["cra_local"] = _cra(params.radii, radii["local"], correct)
     accuracy = dict(zip(params.radii, robust.mean(axis=1).tolist(), strict=True))
-    return record | {
-        "accuracy": accuracy,
-        "broken": 0,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    return record | {"accuracy": accuracy, "broken": 0, "seconds": seconds}
 
 
 def _composed_constant(loss, K_f):
@@ -923,12 +898,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     )
     K_f, K_f_paper = (matrices[m].max().item() for m in ("guaranteed", "power"))
     record = {
-        "name": params.name,
-        "row": params.row,
-        "seed": params.seed,
-        "profile": params.profile,
-        "model": params.model,
-        "head": params.head,
+        **params.model_dump(include={"name", "row", "seed", "profile", "model", "head"}),
         "method": params.loss.name,
         "data": dataset.name,
         "epsilon": epsilon,
@@ -951,15 +921,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     if params.size != Size():
         record["size"] = params.size.model_dump()
     if params.local:
-        radii["local"] = radii["guaranteed"].clone()
+        radii["local"], kept = radii["guaranteed"].clone(), dataset.test_images.cpu()[correct]
+        known = logits[correct], radii["guaranteed"][correct]
+        distances = [float(Fraction(name)) for name in names]
         radii["local"][correct] = local_radius(
-            net,
-            dataset.test_images.cpu()[correct],
-            logits[correct],
-            radii["guaranteed"][correct],
-            [float(Fraction(name)) for name in names],
-            matrices["guaranteed"],
-            progress,
+            net, kept, *known, distances, matrices["guaranteed"], progress
         )
         record["cra_local"] = _cra(names, radii["local"], correct)
     if params.certify_train:
@@ -971,11 +937,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record["train_cra_paper_style"] = train_cra["power"]
     if params.tightness is not None:
         lower = (finished or {}).get("K_lower")
-        if lower is None:
-            lower = lipschitz_lower_bound(
-                net, dataset.train_images, seed=params.seed, progress=progress,
-                **params.tightness.model_dump(),
-            )  # fmt: skip
+        lower = _lower_bound(params, net, dataset, progress) if lower is None else lower
         if lower > K_f * (1 + 1e-6):
             raise RuntimeError(
                 f"{params.name}, seed {params.seed}: two inputs are moved apart {lower:.6g} times, "
@@ -1028,6 +990,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     return record
 
 
+def _lower_bound(params, net, dataset, progress=False):
+    options = params.tightness.model_dump() | {"seed": params.seed, "progress": progress}
+    return lipschitz_lower_bound(net, dataset.train_images, **options)
+
+
 def _snapshots(params, dataset, out_dir, names, progress):
     """Clean accuracy, CRA, K and tightness of the weights after some epochs: a list of dicts."""
     lines, bar = [], progress_bar(len(params.snapshots), "snapshots", "epoch", progress)
@@ -1041,9 +1008,7 @@ def _snapshots(params, dataset, out_dir, names, progress):
         line = {"epoch": epoch, "clean": correct.double().mean().item()}
         line |= {"cra": cra["guaranteed"], "K_f": K_f}
         if params.tightness is not None:
-            lower = lipschitz_lower_bound(
-                net, dataset.train_images, seed=params.seed, **params.tightness.model_dump()
-            )
+            lower = _lower_bound(params, net, dataset)
             line |= {"K_lower": lower, "tightness": lower / K_f}
         lines.append(line)
         bar.update()

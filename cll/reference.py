@@ -14,8 +14,6 @@ import json
 from . import ROOT
 from .experiment import PROFILES, load_model
 
-__all__ = ["REFERENCE", "command", "load_reference", "names", "records"]
-
 REFERENCE = ROOT / "outputs" / "reference"
 WEIGHTS = "checkpoint.safetensors"
 
