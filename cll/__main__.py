@@ -1,7 +1,7 @@
 """Train and certify from the command line: python -m cll params/table2/*.yaml --profile smoke.
 
 On several GPUs: torchrun --nproc-per-node 4 -m cll FILE; batch_size stays that of one step over
-all of them, and so does the run's identity. --max-restarts 3 resumes after a lost rank.
+all of them, and so does the run's identity. After a lost rank the same command resumes.
 """
 
 import argparse

@@ -53,8 +53,6 @@ from .layers import (
     Truncation,
 )
 
-__all__ = ["LipschitzNet", "as_lipschitz_net", "build"]
-
 
 class LipschitzNet(Normalising):
     """A classifier that can say how fast its margins change.
@@ -336,7 +334,6 @@ def build(
     width=1.0,
     depth=1.0,
     activation="MaxMin",
-    variant="sound",
 ):
     """A network of the paper with random weights.
 
@@ -348,7 +345,6 @@ def build(
     width, depth: factors in (0, 1] on the hidden widths and on the number of repeated layers (of
         LipConvNet, CPL, SLL): the same architecture at a size for a CPU.
     activation: of 4C3F, 6C2F, 8C2F and MLP: "MaxMin", "ClampedMaxMin" or "ReLU".
-    variant: of SLL, see layers._SLL.
     Raises ValueError for an unknown name or option and an input too small for the network.
     Draws from torch's global generator: seed with torch.manual_seed.
     """
@@ -368,7 +364,6 @@ def build(
     plain = name in _CONVOLUTIONS
     unused = [("depth", depth != 1 and name not in (*_LIPCONV, *_RESIDUAL))]
     unused += [("activation", activation != "MaxMin" and not plain)]
-    unused += [("variant", variant != "sound" and not name.startswith("SLL"))]
     for option, given in unused:
         if given:
             raise ValueError(f"{name} takes no {option}: leave it out")
@@ -383,7 +378,7 @@ def build(
         blocks = max(1, round(depth * _LIPCONV[name]))
         layers, features = _lipconv_body(name, blocks, input_shape, width, head)
     elif name in _RESIDUAL:
-        layers, features = _residual_body(name, input_shape, width, depth, variant)
+        layers, features = _residual_body(name, input_shape, width, depth)
     else:
         layers, features = _sandwich_body(input_shape, width)
     last = _HEADS[head](features, num_classes)
@@ -450,7 +445,7 @@ def _lipconv_body(name, blocks, input_shape, width, head):
     return layers, features
 
 
-def _residual_body(name, input_shape, width, depth, variant):
+def _residual_body(name, input_shape, width, depth):
     """The residual network of CPL and SLL: zero channels, convolutional layers at full resolution,
     sums over 4x4 windows (norm 1 with divisor 4), dense layers."""
     convolutions, channels, dense, inner = _RESIDUAL[name]
@@ -465,8 +460,8 @@ def _residual_body(name, input_shape, width, depth, variant):
         layers += [CPLConv2d(shape, _INNER) for _ in range(convolutions)]
         last = [CPLLinear(features, inner) for _ in range(dense)]
     else:
-        layers += [SLLConv2d(channels, _INNER, variant=variant) for _ in range(convolutions)]
-        last = [SLLLinear(features, inner, variant) for _ in range(dense)]
+        layers += [SLLConv2d(channels, _INNER) for _ in range(convolutions)]
+        last = [SLLLinear(features, inner) for _ in range(dense)]
     return [*layers, nn.AvgPool2d(4, divisor_override=4), nn.Flatten(), *last], features
 
 

@@ -56,7 +56,7 @@ from .certify import (
     predict_logits,
 )
 from .data import load
-from .description import check_fit, describe, rebuild, tensors_of
+from .description import check_fit, current, describe, rebuild, tensors_of
 from .layers import Residual, freeze
 from .norms import LARGEST, TINY, U, confirm, enclose, gamma, lengths
 from .rounding import margin_error
@@ -317,8 +317,9 @@ def _unique(pairs):
 def _checked_network(c, file):
     """The network of a certificate with the tensors in a file, each of them checked. The claims
     are compared with each other first, before they cost memory."""
-    architecture, tensors = c.architecture.model_dump(), {}
+    tensors = {}
     try:
+        architecture = current(c.architecture.model_dump())
         check_fit(architecture, {k: record.blank() for k, record in c.weights.tensors.items()})
         classes = architecture["head"]["out_features"]
     except Exception as error:  # a constructor given wrong arguments may raise anything

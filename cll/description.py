@@ -55,6 +55,15 @@ def rebuild(description, tensors):
     return net.eval().requires_grad_(False)
 
 
+def current(description):
+    """A description without the form of SLL layers, which earlier versions name: one is left."""
+
+    def without(said):
+        return {k: v for k, v in said.items() if (k, v) != ("variant", "sound")}
+
+    return json.loads(json.dumps(description), object_hook=without)
+
+
 def _compare(*descriptions):
     said, built = (json.dumps(d, indent=1).splitlines() for d in descriptions)
     for line, other in zip(said, built, strict=False):
@@ -130,15 +139,12 @@ _ARGUMENTS = {  # where a layer has no attribute of the name of a constructor ar
     layers.Householder: lambda m: {"channels": 2 * len(m.angle)},
     layers.ClampedMaxMin: lambda m: {"shape": [2 * len(m.high), *m.high.shape[1:]]},
     layers.CPLLinear: lambda m: {"features": m.weight.shape[1], "inner": len(m.weight)},
-    layers.SLLLinear: lambda m: {
-        "features": m.weight.shape[1], "inner": len(m.weight), "variant": m.variant
-    },
+    layers.SLLLinear: lambda m: {"features": m.weight.shape[1], "inner": len(m.weight)},
     layers.CPLConv2d: lambda m: {
         "input_shape": list(m.v.shape), "inner": len(m.weight), "kernel_size": m.weight.shape[-1]
     },
     layers.SLLConv2d: lambda m: {
-        "channels": m.weight.shape[1], "inner": len(m.weight),
-        "kernel_size": m.weight.shape[-1], "variant": m.variant,
+        "channels": m.weight.shape[1], "inner": len(m.weight), "kernel_size": m.weight.shape[-1]
     },
     layers.SandwichLinear: lambda m: {
         "in_features": m.weight.shape[1] - len(m.weight), "out_features": len(m.weight)

@@ -28,14 +28,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file, save_file
 
 from . import ROOT, parameter_file, ranks
@@ -276,6 +269,10 @@ Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf")), Number]
 Std = Annotated[float | tuple[float, ...], _per_channel(0), Number]
 
 
+# Keys of earlier versions with the only value that is left: records of runs hold them.
+RETIRED = {"compile": False, "checkpointing": False, "variant": "sound"}
+
+
 class Params(_Record):
     """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
 
@@ -291,7 +288,6 @@ class Params(_Record):
     input_std: Std = Field(1.0, description="K carries 1 / min(input_std)")
     head: Literal["linear", "normalized", "truncated"] = "linear"
     activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
-    variant: str = Field("sound", description="form of SLL layers; others cannot be certified")
     size: Size = Size()
     loss: Annotated[CLL | GloRo | CE | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
     optimizer: Optimizer = Optimizer()
@@ -305,10 +301,6 @@ class Params(_Record):
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
         description="of the network in training (tf32 on CUDA); K and the certificate never change",
-    )
-    compile: bool = Field(False, description="torch.compile the network for training")
-    checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
     )
     radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
     certify_train: bool = Field(False, description="certify the training points as well")
@@ -324,6 +316,18 @@ class Params(_Record):
     profile: Literal["smoke", "quick", "paper"] = "paper"
     published_epochs: Count | None = Field(None, description="epochs of the published schedule")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values):
+        if not isinstance(values, dict):
+            return values
+        for key, only in RETIRED.items():
+            if values.get(key, only) != only:
+                raise ValueError(
+                    f"{key} = {values[key]!r}: this version knows {only!r} alone, leave the key out"
+                )
+        return {key: value for key, value in values.items() if key not in RETIRED}
 
     @model_validator(mode="after")
     def _check(self):
@@ -361,10 +365,7 @@ class Params(_Record):
         Values equal to their default are left out, so that a new key does not disown old results.
         """
         values = self.model_dump(
-            mode="json",
-            by_alias=True,
-            exclude={"label", "device", "attack"},
-            exclude_defaults=True,
+            mode="json", by_alias=True, exclude={"label", "device", "attack"}, exclude_defaults=True
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -699,8 +700,8 @@ def run_all(runs, root, progress=True, stack=None):
     several = progress and len(batches) > 1 and ranks.is_main()
     with progress_bar(len(pending), "runs", "run", several) as bar:
         for batch in batches:
-            own = [run_dir(params, root) for params in batch]
-            records |= zip(own, _run_together(batch, own, progress), strict=True)
+            places = [run_dir(params, root) for params in batch]
+            records |= zip(places, _run_together(batch, places, progress), strict=True)
             bar.update(len(batch))
     return [records[folder] for folder in folders]
 
@@ -711,9 +712,8 @@ def _batches(runs, root, stack):
     own = {"name", "row", "seed", "loss", "radii", "label"}
     own |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
-        alone = params.compile or params.checkpointing or params.loss.name == "Local-Lip-B"
-        common = params.model_dump_json(exclude=own)
-        groups.setdefault((common, alone or ranks.count() > 1), []).append(params)
+        alone = params.loss.name == "Local-Lip-B" or ranks.count() > 1
+        groups.setdefault((params.model_dump_json(exclude=own), alone), []).append(params)
     for (_, alone), group in groups.items():
         model, device = group[0].model, group[0].torch_device
         small = model == "MLP" or (device == "cuda" and model in PLAIN)
@@ -755,27 +755,16 @@ def _run_together(runs, out_dirs, progress):
             # one process first, which may download them
             with engine.main_process_first() if engine else contextlib.nullcontext():
                 datasets = [load_dataset(runs[i]) for i in todo]
-            nets, seconds = train(
-                [runs[i] for i in todo],
-                datasets,
-                [out_dirs[i] for i in todo],
-                device=runs[0].torch_device,
-                progress=progress,
-            )
-
-            def evaluate():
-                found = []
-                with progress_bar(len(todo), "certify", "run", progress and len(todo) > 1) as bar:
-                    for i, net, dataset in zip(todo, nets, datasets, strict=True):
-                        more = (runs[i], net, dataset, out_dirs[i], seconds, len(todo), progress)
-                        found.append(_evaluate(*more))
-                        bar.update()
-                return found
-
-            for i, record in zip(todo, ranks.on_main(evaluate, engine), strict=True):
-                records[i] = record
+            given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
+            nets, seconds = train(*given, device=runs[0].torch_device, progress=progress)
 
         def complete():
+            several = progress and len(todo) > 1
+            with progress_bar(len(todo), "certify", "run", several) as bar:
+                for k, i in enumerate(todo):
+                    more = (out_dirs[i], seconds, len(todo), progress)
+                    records[i] = _evaluate(runs[i], nets[k], datasets[k], *more)
+                    bar.update()
             return [
                 record if i in todo else _completed(runs[i], record, out_dirs[i], progress)
                 for i, record in enumerate(records)
@@ -829,16 +818,15 @@ def _completed(params, record, out_dir, progress):
     weights = Path(out_dir) / "checkpoint.safetensors"
     if not _is_incomplete(params, record) or not weights.exists():
         return record
-    net = load_model(out_dir).to(params.torch_device)
+    net, dataset = load_model(out_dir).to(params.torch_device), load_dataset(params)
     if record.get("certifier") != CERTIFIER:
         seconds, together = record["seconds"], record["trained_together"]
-        dataset = load_dataset(params)
         return _evaluate(params, net, dataset, out_dir, seconds, together, progress, record)
     saved = np.load(out_dir / "radii.npz")
     radii = {"guaranteed": saved["radius"]}
     if "radius_local" in saved:
         radii["local"] = saved["radius_local"]
-    attack = _attacked(params, net, load_dataset(params), radii, saved["correct"], progress)
+    attack = _attacked(params, net, dataset, radii, saved["correct"], progress)
     if attack is not None:
         record["attack"] = attack
         record["params"]["attack"] = params.attack.model_dump()
@@ -885,11 +873,8 @@ def _attacked(params, net, dataset, radii, correct, progress):
     if "local" in radii:
         record["cra_local"] = _cra(params.radii, radii["local"], correct)
     accuracy = dict(zip(params.radii, robust.mean(axis=1).tolist(), strict=True))
-    return record | {
-        "accuracy": accuracy,
-        "broken": 0,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    return record | {"accuracy": accuracy, "broken": 0, "seconds": seconds}
 
 
 def _composed_constant(loss, K_f):
@@ -904,11 +889,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     record of an earlier certificate of the same weights, of which the lower bound of K is kept."""
     device = params.torch_device
     net = net.to(device)
-    matrices = {"power": lipschitz_matrix(net, "power", progress).cpu()}
-    if params.variant == "sound":
-        matrices["guaranteed"] = lipschitz_matrix(net, "guaranteed", progress).cpu()
-    else:  # a published form that no proof covers, for ablation: nothing is certified
-        matrices["guaranteed"] = torch.full_like(matrices["power"], float("inf"))
+    matrices = {m: lipschitz_matrix(net, m, progress).cpu() for m in ("power", "guaranteed")}
     epsilon = getattr(params.loss, "epsilon", None)
     trained_for = [] if epsilon is None else [f"{epsilon:g}"]
     names = list(dict.fromkeys([*params.radii, *trained_for]))
@@ -917,12 +898,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     )
     K_f, K_f_paper = (matrices[m].max().item() for m in ("guaranteed", "power"))
     record = {
-        "name": params.name,
-        "row": params.row,
-        "seed": params.seed,
-        "profile": params.profile,
-        "model": params.model,
-        "head": params.head,
+        **params.model_dump(include={"name", "row", "seed", "profile", "model", "head"}),
         "method": params.loss.name,
         "data": dataset.name,
         "epsilon": epsilon,
@@ -945,15 +921,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     if params.size != Size():
         record["size"] = params.size.model_dump()
     if params.local:
-        radii["local"] = radii["guaranteed"].clone()
+        radii["local"], kept = radii["guaranteed"].clone(), dataset.test_images.cpu()[correct]
+        known = logits[correct], radii["guaranteed"][correct]
+        distances = [float(Fraction(name)) for name in names]
         radii["local"][correct] = local_radius(
-            net,
-            dataset.test_images.cpu()[correct],
-            logits[correct],
-            radii["guaranteed"][correct],
-            [float(Fraction(name)) for name in names],
-            matrices["guaranteed"],
-            progress,
+            net, kept, *known, distances, matrices["guaranteed"], progress
         )
         record["cra_local"] = _cra(names, radii["local"], correct)
     if params.certify_train:
@@ -965,11 +937,7 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
         record["train_cra_paper_style"] = train_cra["power"]
     if params.tightness is not None:
         lower = (finished or {}).get("K_lower")
-        if lower is None:
-            lower = lipschitz_lower_bound(
-                net, dataset.train_images, seed=params.seed, progress=progress,
-                **params.tightness.model_dump(),
-            )  # fmt: skip
+        lower = _lower_bound(params, net, dataset, progress) if lower is None else lower
         if lower > K_f * (1 + 1e-6):
             raise RuntimeError(
                 f"{params.name}, seed {params.seed}: two inputs are moved apart {lower:.6g} times, "
@@ -1022,6 +990,11 @@ def _evaluate(params, net, dataset, out_dir, seconds, companions, progress, fini
     return record
 
 
+def _lower_bound(params, net, dataset, progress=False):
+    options = params.tightness.model_dump() | {"seed": params.seed, "progress": progress}
+    return lipschitz_lower_bound(net, dataset.train_images, **options)
+
+
 def _snapshots(params, dataset, out_dir, names, progress):
     """Clean accuracy, CRA, K and tightness of the weights after some epochs: a list of dicts."""
     lines, bar = [], progress_bar(len(params.snapshots), "snapshots", "epoch", progress)
@@ -1035,9 +1008,7 @@ def _snapshots(params, dataset, out_dir, names, progress):
         line = {"epoch": epoch, "clean": correct.double().mean().item()}
         line |= {"cra": cra["guaranteed"], "K_f": K_f}
         if params.tightness is not None:
-            lower = lipschitz_lower_bound(
-                net, dataset.train_images, seed=params.seed, **params.tightness.model_dump()
-            )
+            lower = _lower_bound(params, net, dataset)
             line |= {"K_lower": lower, "tightness": lower / K_f}
         lines.append(line)
         bar.update()

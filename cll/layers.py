@@ -475,27 +475,16 @@ class CPLConv2d(_CPL):
         super().__init__((inner, input_shape[0], kernel_size, kernel_size), input_shape)
 
 
-SLL_VARIANTS = ("sound", "abs-q", "cancelled-q")
-
-
 class _SLL(_PotentialStep):
     """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q > 0.
 
     T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. q = exp(.q) is positive
     by construction, and the sum runs over the same axis as q_j.
-
-    variant: "sound", or a published form for ablation, which `bounds` refuses to certify:
-        "abs-q"        T_i = sum_j |G_ij| |q_j| / (|q_i| + 1e-6); for q near 0 the layer expands
-                       (3-Lipschitz at q = 1e-6)
-        "cancelled-q"  q_i in the place of q_j: q cancels and does nothing
     """
 
-    def __init__(self, shape, variant="sound"):
+    def __init__(self, shape):
         super().__init__(shape, nn.init.xavier_normal_)
-        if variant not in SLL_VARIANTS:
-            raise ValueError(f"unknown SLL variant {variant!r}: use one of {SLL_VARIANTS}")
         self.q = nn.Parameter(torch.randn(shape[0]))
-        self.variant = variant
 
     def effective(self):
         """D, (inner,), 0 for rows of zeros. In full precision also under autocast."""
@@ -506,18 +495,9 @@ class _SLL(_PotentialStep):
             else:  # correlations of the kernels at all offsets: the rows of G on an endless image
                 pad = self.weight.shape[-1] - 1
                 G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
-            if self.variant == "sound":
-                q = inverse = torch.exp(self.q - self.q.max()).clamp_min(small)
-            elif self.variant == "abs-q":
-                q, inverse = self.q.abs(), self.q.abs() + 1e-6
-            else:
-                q = inverse = torch.ones_like(self.q)
+            q = torch.exp(self.q - self.q.max()).clamp_min(small)
             total = G @ q
-            return inverse / torch.where(total > small, total, math.inf)
-
-    def extra_repr(self):
-        kind = "" if self.variant == "sound" else f", variant={self.variant!r}"
-        return super().extra_repr() + kind
+            return q / torch.where(total > small, total, math.inf)
 
 
 class SLLLinear(_SLL):
@@ -527,8 +507,8 @@ class SLLLinear(_SLL):
     networks", ICLR 2023, theorem 1.
     """
 
-    def __init__(self, features, inner, variant="sound"):
-        super().__init__((inner, features), variant)
+    def __init__(self, features, inner):
+        super().__init__((inner, features))
 
 
 class SLLConv2d(_SLL):
@@ -538,9 +518,9 @@ class SLLConv2d(_SLL):
     operator has no larger norm. Odd kernels only.
     """
 
-    def __init__(self, channels, inner=5, kernel_size=3, variant="sound"):
+    def __init__(self, channels, inner=5, kernel_size=3):
         _odd(kernel_size, "SLLConv2d")
-        super().__init__((inner, channels, kernel_size, kernel_size), variant)
+        super().__init__((inner, channels, kernel_size, kernel_size))
 
 
 class _Sandwich(nn.Module):

@@ -14,8 +14,6 @@ a file system that all ranks see.
 import functools
 import os
 import sys
-import time
-import uuid
 from datetime import timedelta
 
 import torch
@@ -55,37 +53,9 @@ def connect(device):
             f"{local} processes on this machine but {torch.cuda.device_count()} CUDA devices: "
             "lower torchrun's --nproc-per-node or use device = 'cpu'"
         )
-    store, rank, size = next(torch.distributed.rendezvous("env://"))
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=torch.distributed.PrefixStore(_attempt(store, rank, size), store),
-        rank=rank,
-        world_size=size,
-        timeout=WAIT,
-    )
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=WAIT)
     # mixed_precision: the program's own autocast spares K and the losses
     return Accelerator(cpu=device == "cpu", mixed_precision="no")
-
-
-def _attempt(store, rank, size):
-    """A name that the ranks of this start have in common and no earlier start had.
-
-    torchrun's store outlives a restart (github.com/pytorch/pytorch/issues/135712), and whoever
-    reads an address there that a killed rank has left connects to nobody. An answer to a question
-    that nobody asked before is not left over.
-    """
-    own = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"question/{rank}", own)
-        attempt = store.get(f"answer/{own}").decode()  # waits
-        store.set(f"heard/{attempt}/{rank}", "")
-        return attempt
-    for other in range(1, size):
-        while not store.check([f"heard/{own}/{other}"]):  # the question may be an old one
-            question = store.get(f"question/{other}").decode()
-            store.set(f"answer/{question}", own)
-            time.sleep(0.02)
-    return own
 
 
 def on_main(function, engine):

@@ -10,16 +10,9 @@ they would be large. `make collect` copies runs here, after checking them by `ch
 
 import difflib
 import json
-from fractions import Fraction
-
-import numpy as np
 
 from . import ROOT
-from .bounds import lipschitz_matrix
-from .certify import cra_curve
-from .experiment import PROFILES, Params, load_model, load_params, run_dir
-
-__all__ = ["REFERENCE", "check", "command", "compact", "load_reference", "names", "records"]
+from .experiment import PROFILES, load_model
 
 REFERENCE = ROOT / "outputs" / "reference"
 WEIGHTS = "checkpoint.safetensors"
@@ -70,70 +63,8 @@ def load_reference(name, root=REFERENCE):
     return load_model(folder)
 
 
-def compact(radii, distances):
-    """The arrays of a run's radii.npz as they are committed: guaranteed radii rounded down to
-    float32, classes in the smallest integer type.
-
-    A sample whose radius is above one of `distances` by less than float32 resolves would drop out
-    of that CRA: then the array stays float64.
-    """
-    small = {key: radii[key] for key in ("radius", "radius_local", "correct") if key in radii}
-    for key in small.keys() - {"correct"}:
-        exact = radii[key]
-        near = exact.astype(np.float32)
-        above = near > exact  # compared in float64
-        near[above] = np.nextafter(near[above], np.float32(-np.inf))
-        if all(((near > d) == (exact > d)).all() for d in distances):
-            small[key] = near
-    for key in ("prediction", "target"):
-        small[key] = radii[key].astype(np.min_scalar_type(int(radii[key].max())))
-    return small
-
-
-def check(folder):
-    """Raise ValueError unless a run's files agree with each other: identity with parameters and
-    folder, accuracies with the radii, weights with K."""
-
-    def insist(holds, what):
-        if not holds:
-            raise ValueError(f"{folder}: {what}")
-
-    record = json.loads((folder / "result.json").read_text())
-    params = Params.model_validate(record["params"])
-    insist(params.hash() == record["params_hash"], "its parameters are not those of its hash")
-    insist(folder.name == run_dir(record, "").name, "the folder has not the name of its run")
-    with np.load(folder / "radii.npz") as arrays:
-        radii = dict(arrays)
-    correct = radii["correct"]
-    insist(len(correct) == record["test_size"], "radii.npz has another number of samples")
-    insist(correct.mean() == record["clean"], "radii.npz has another clean accuracy")
-    right = radii["prediction"] == radii["target"]
-    insist((right == correct).all(), "radii.npz contradicts itself on what is right")
-    known = {"cra": "radius", "cra_local": "radius_local", "cra_paper_style": "radius_paper_style"}
-    for key, array in known.items():
-        if array in radii and key in record:
-            distances = [float(Fraction(name)) for name in record[key]]
-            cra = cra_curve(radii[array].astype(float), correct, distances).tolist()
-            insist(cra == list(record[key].values()), f"{key} is not that of radii.npz")
-    if (folder / WEIGHTS).exists() and np.isfinite(record["K_f"]):
-        K = lipschitz_matrix(load_model(folder), "guaranteed").max().item()
-        insist(
-            np.isclose(K, record["K_f"], rtol=1e-6, atol=0),
-            "K of the weights is not that of the run",
-        )
-
-
 def command(folder, record):
-    """The shell command that makes the run: that of a parameter file if one has exactly its
-    parameters today, else of its own record."""
+    """The shell command that makes the run from its own record."""
     options = f" --data {record['source']} --label '{record['data']}'" if "source" in record else ""
-    for path in sorted((ROOT / "params").glob(f"*/{record['name']}.yaml")):
-        given = {"seed": record["seed"], "data": record["params"]["data"]}
-        if load_params(path, record["profile"], **given).hash() == record["params_hash"]:
-            file = path.relative_to(ROOT)
-            return (
-                f"python -m cll {file} --profile {record['profile']} --seeds {record['seed']}"
-                f"{options}"
-            )
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     return f"python -m cll {place}/result.json{options}"

@@ -6,8 +6,7 @@ weights are stacked along a new first axis and the single network's code is mapp
 keeps its own generator for order and augmentation and its own initialisation; its result does
 not depend on its companions beyond rounding.
 
-A run alone trains its network itself, whose weights exist once: activation checkpointing,
-torch.compile and several ranks (see ranks) work there.
+A run alone trains its network itself, whose weights exist once; several ranks may share its steps.
 
 Everything a step needs is on the device before the epoch starts, and the host waits for the
 device once per epoch. On CUDA a step of a plain network is captured as one graph and replayed.
@@ -15,13 +14,11 @@ device once per epoch. On CUDA a step of a plain network is captured as one grap
 
 import contextlib
 import csv
-import functools
 import itertools
 import os
 import platform
 import time
 import warnings
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,25 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.optim.adamw import adamw
-from torch.utils.checkpoint import checkpoint
 
-from . import ranks
+from . import losses, ranks
 from .architectures import build
 from .bounds import head_rows, pairwise_distances
 from .data import augment, draw, to_float
 from .dense import DenseStack
 from .layers import ClampedMaxMin, MaxMin
 from .local import local_estimate
-from .losses import (
-    aol_loss,
-    certificate_regularized_loss,
-    cll_loss,
-    gloro_loss,
-    hinge_loss,
-    lipschitz_penalty,
-    local_bcp_loss,
-    polynomial_schedule,
-)
 from .norms import full_precision
 from .progress import progress_bar
 
@@ -82,7 +68,6 @@ def build_network(params, num_classes, input_shape):
         width=params.size.width,
         depth=params.size.depth,
         activation=params.activation,
-        variant=params.variant,
     )
 
 
@@ -107,15 +92,6 @@ def _kind(config):
     return tuple(fixed.items()), getattr(config, "trades", None) is None
 
 
-class _Checkpointed(nn.Sequential):
-    """A body that keeps the inputs of its layers and recomputes the rest when going backward."""
-
-    def forward(self, x):
-        for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-        return x
-
-
 class _Program(nn.Module):
     """What a network does in a step, as one module: functional_call can map it over a stack, and
     all weights are used inside its forward, as averaging gradients over ranks asks."""
@@ -129,9 +105,7 @@ class _Program(nn.Module):
         self.local_iterations = getattr(first.loss, "iterations", None)  # of Local-Lip-B alone
         self.bfloat16, self.tf32 = (first.precision == p for p in ("bfloat16", "tf32"))
         # no more than the network and K, so that another way to compute both may take over
-        self.plain = not (self.through or self.bfloat16 or first.compile or first.checkpointing)
-        self.plain &= self.local_iterations is None and not self.tf32
-        self.logits = _compiled(self._logits, first.model) if first.compile else self._logits
+        self.plain = not (self.through or self.bfloat16 or self.tf32 or self.local_iterations)
 
     def forward(self, images, iterations, epsilon=None):
         """Logits (N, C), K (C, C) or for local bounds (N, C, C), and the other forms of K, in the
@@ -160,36 +134,11 @@ class _Program(nn.Module):
             forms.append(K * (largest / largest.detach()))
         return forms
 
-    def _logits(self, images):
+    def logits(self, images):
         """Autocast reaches the network only: K and the losses stay in float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits = self.net(images)
         return logits.float() if self.bfloat16 else logits
-
-
-def _compiled(function, model):
-    """torch.compile of a function of one tensor; where that fails, the function itself, with a
-    warning that says why: the result is the same up to rounding."""
-    torch.compiler.reset()  # else programs of earlier runs count against the limit of recompiling
-    compiled = torch.compile(function)
-
-    def call(images):
-        nonlocal compiled
-        try:
-            return compiled(images)
-        except torch._dynamo.exc.TorchDynamoException as error:  # imported by torch.compile
-            if compiled is function:
-                raise
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(
-                f"compile = true, but torch.compile failed for {model} ({reason}): training goes "
-                "on without it; set compile: false to avoid this warning",
-                stacklevel=2,
-            )
-            compiled = function
-            return function(images)
-
-    return call
 
 
 class Stack:
@@ -203,9 +152,7 @@ class Stack:
 
     def __init__(self, runs, nets, device, engine=None):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.body, self.engine = nets[0].body, engine
-        if runs[0].checkpointing:
-            nets[0].body = _Checkpointed(OrderedDict(self.body.named_children()))
+        self.engine = engine
         self.program = _Program(nets[0], runs).to(self.device).train()
         self.module = self.program
         if engine is not None:
@@ -228,9 +175,8 @@ class Stack:
         self.capturable = (
             self.device.type in GRAPH_DEVICES
             and engine is None
-            and not (runs[0].compile or runs[0].checkpointing)
             and self.program.local_iterations is None
-            and all(type(layer) in CAPTURED_LAYERS for layer in [*self.body, nets[0].head])
+            and all(type(layer) in CAPTURED_LAYERS for layer in [*nets[0].body, nets[0].head])
         )
         self.rate = None  # as a tensor, what a captured step reads
         if self.capturable:
@@ -266,9 +212,12 @@ class Stack:
         return vmap(one)(self.parameters, self.buffers, images)
 
     def schedule(self, progress):
-        """The arguments of `step` after images and targets, at `progress` in [0, 1]."""
-        rows = [_schedules(run.loss, progress) for run in self.runs]
-        return torch.tensor(rows, dtype=torch.float32, device=self.device).unbind(1)
+        """The arguments of `step` after images and targets, at `progress` in [0, 1]: a number, or
+        a list for as many steps, then each with a first axis for them."""
+        moments = np.ravel(progress).tolist()
+        rows = [[_schedules(run.loss, t) for run in self.runs] for t in moments]
+        rows = torch.tensor(rows, dtype=torch.float32).to(self.device)
+        return rows.view(*np.shape(progress), len(self.runs), -1).unbind(-1)
 
     def set_rate(self, rate):
         """The learning rate of the next steps: a float or, where `rate` is one, a tensor on the
@@ -386,12 +335,12 @@ class Stack:
         """(loss, correct, K) of `step`, loss and K with their gradients."""
         logits, K, *others = self.forward(images, self.iterations, epsilon, tensors)
         forms = {"pairwise": K, **dict(zip(self.program.forms, others, strict=True))}
-        losses = []
+        values = []
         for config, rows in self.groups:
             own = (logits, targets, K, forms[_form(config)], epsilon, p, K_warmup, weight)
-            losses.append(_loss(config, *(a[rows] for a in own)))
+            values.append(_loss(config, *(a[rows] for a in own)))
         correct = (logits.detach().argmax(2) == targets).sum(1)
-        return torch.cat(losses), correct, K
+        return torch.cat(values), correct, K
 
     def record(self, batch):
         """Let `step` replay what it computes for batches of this many samples, as recorded once:
@@ -455,8 +404,7 @@ class Stack:
             return torch.stack(values).to(self.device)
 
         for k, t in {**self.parameters, **self.buffers}.items():
-            own = [state["tensors"][k] for state in states]
-            t.copy_(own[0] if single else torch.stack(own))
+            t.copy_(joined(k, [state["tensors"][k] for state in states]))
         for i, t in enumerate(self.parameters.values()):
             moments = [state["moments"][i] for state in states]
             own = self.optimizer.state[t]
@@ -468,7 +416,6 @@ class Stack:
         """The runs' networks with their trained weights, settled, in eval mode on the host."""
         self.replay, self.capturable = None, False  # frees the graph's memory
         self.optimizer.zero_grad(set_to_none=True)
-        self.nets[0].body = self.body
         for s, net in enumerate(self.nets):
             net.cpu().eval()
             if len(self.runs) > 1:
@@ -513,22 +460,23 @@ def _loss(config, logits, targets, K, K_form, epsilon, p, K_warmup, weight):
     and weight are (S,)."""
     if config.name == "GloRo":
         trades, t = None if config.trades is None else weight, config.temperature
-        return gloro_loss(logits / t, targets, K_form / t, epsilon=epsilon, trades=trades)
+        return losses.gloro_loss(logits / t, targets, K_form / t, epsilon=epsilon, trades=trades)
     if config.name == "CE":
         return F.cross_entropy(logits.mT, targets, reduction="none").mean(1)
     if config.name == "Hinge":
-        return hinge_loss(logits, targets, margin=config.margin)
+        return losses.hinge_loss(logits, targets, margin=config.margin)
     if config.name == "AOL":
-        return aol_loss(logits, targets, offset=config.offset, temperature=config.temperature)
+        offset, t = config.offset, config.temperature
+        return losses.aol_loss(logits, targets, offset=offset, temperature=t)
     if config.name == "SOC":
-        return certificate_regularized_loss(logits, targets, K, gamma=weight)
+        return losses.certificate_regularized_loss(logits, targets, K, gamma=weight)
     if config.name == "Local-Lip-B":
-        return local_bcp_loss(logits, targets, K, epsilon=epsilon, kappa=weight)
+        return losses.local_bcp_loss(logits, targets, K, epsilon=epsilon, kappa=weight)
     # K is detached in the cross-entropy: only the penalty moves K itself (published code).
     K_form = K_form.detach() if config.detach else K_form
     K_form = K_form * K_warmup.view(-1, *[1] * (K_form.ndim - 1))
-    loss = cll_loss(logits, targets, K_form, epsilon=epsilon, p=p, offset=config.offset)
-    return loss + lipschitz_penalty(K, weight)
+    loss = losses.cll_loss(logits, targets, K_form, epsilon=epsilon, p=p, offset=config.offset)
+    return loss + losses.lipschitz_penalty(K, weight)
 
 
 def _schedules(config, progress):
@@ -540,7 +488,7 @@ def _schedules(config, progress):
     epsilon, p, K_warmup, weight = getattr(config, "epsilon", 0.0), 0.5, 1.0, 0.0
     if config.name == "GloRo":
         if config.epsilon_power is not None:
-            epsilon = polynomial_schedule(0.0, epsilon, config.epsilon_power, progress)
+            epsilon = losses.polynomial_schedule(0.0, epsilon, config.epsilon_power, progress)
         weight = config.trades or 0.0
         if config.trades_start is not None:
             risen = min(progress / config.trades_until, 1.0)
@@ -548,9 +496,10 @@ def _schedules(config, progress):
     if config.name == "CLL":
         p, weight = config.p, config.lam
         if config.p_start is not None:
-            p = polynomial_schedule(config.p_start, p, config.p_power, progress)
+            p = losses.polynomial_schedule(config.p_start, p, config.p_power, progress)
         if config.K_warmup is not None:
-            K_warmup = polynomial_schedule(config.K_warmup, 1.0, config.K_warmup_power, progress)
+            low, power = config.K_warmup, config.K_warmup_power
+            K_warmup = losses.polynomial_schedule(low, 1.0, power, progress)
     if config.name == "SOC":
         weight = config.gamma
     if config.name == "Local-Lip-B":
@@ -566,10 +515,8 @@ def _optimizer(config, parameters):
     others = [t for name, t in parameters.items() if not name.endswith(NOT_DECAYED)]
     groups = [{"params": others}, {"params": spared, "weight_decay": 0.0}]
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.name == "SGD":
-        options["momentum"] = config.momentum
-    else:
-        options["betas"] = config.betas
+    key = "momentum" if config.name == "SGD" else "betas"
+    options[key] = getattr(config, key)
     kind = getattr(torch.optim, config.name)
     return kind([group for group in groups if group["params"]], **options)
 
@@ -586,21 +533,17 @@ def _learning_rate(config, iteration, total):
     return config.lr * config.gamma ** sum(iteration >= m for m in config.milestones)
 
 
-def _leaves_threads(function):
-    """Whatever number of threads the function sets, the former one holds after it."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        threads = torch.get_num_threads()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
-
-    return call
+@contextlib.contextmanager
+def _leaves_threads():
+    """Whatever number of threads is set inside, the former one holds after it."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-@_leaves_threads
+@_leaves_threads()
 def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 
@@ -644,27 +587,18 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         saver.save([g.get_state() for g in generators], 0, diverged, 0.0)
         saver.wait()
-    curves = [_Curve(d / "curve.csv", start) for d in out_dirs] if main else []
+    curves = [_curve(d / "curve.csv", start) for d in out_dirs] if main else []
     bar = progress_bar(total, _describe(runs), "step", progress and main)
     bar.update(start * steps)
     last_checkpoint = began = time.monotonic()
     pause = CHECKPOINT_SECONDS
-    upcoming = None
+    upcoming = _epoch(n, steps * batch, first, generators, images, augments)
     for epoch in range(start, first.epochs):
-        if upcoming is None:
-            upcoming = _epoch(n, steps * batch, first, generators, images, augments)
         order, drawn = upcoming
         rows = _own(order + first_row, steps, share).to(stack.device)  # (S, steps, own)
         if augments:
             drawn = {k: _own(v, steps, share).to(stack.device) for k, v in drawn.items()}
-        schedule = torch.tensor(
-            [
-                [_schedules(run.loss, (epoch * steps + i) / total) for run in runs]
-                for i in range(steps)
-            ],
-            dtype=torch.float32,
-        )
-        schedule = schedule.to(stack.device).unbind(2)  # as in _schedules: each (steps, S)
+        schedule = stack.schedule([(epoch * steps + i) / total for i in range(steps)])
         rates = [_learning_rate(first.optimizer, epoch * steps + i, total) for i in range(steps)]
         lr = rates[-1]
         if stack.rate is not None:
@@ -686,7 +620,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                 correct += right
             bar.update(ids.shape[1])
         # drawn while the device is still at work; a checkpoint holds the state before
-        states, upcoming = [g.get_state() for g in generators], None
+        states = [g.get_state() for g in generators]
         if epoch + 1 < first.epochs:
             upcoming = _epoch(n, steps * batch, first, generators, images, augments)
         K_max = K.flatten(1).amax(1)
@@ -698,7 +632,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         accuracy = (correct / (steps * batch)).tolist()
         elapsed = seconds + time.monotonic() - began
         for s, run in enumerate(runs):
-            if diverged[s] is None and not _finite(mean_loss[s], K_max[s]):
+            finite = abs(mean_loss[s]) + abs(K_max[s]) < float("inf")  # False with NaN as well
+            if diverged[s] is None and not finite:
                 remedy = " or raise loss.lambda" if run.loss.name == "CLL" else ""
                 diverged[s] = (
                     f"training of {run.name} seed {run.seed} diverged in epoch {epoch + 1}: loss "
@@ -708,11 +643,9 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             epsilon, p, *_ = _schedules(run.loss, ((epoch + 1) * steps - 1) / total)
             epsilon = epsilon if hasattr(run.loss, "epsilon") else ""
             p = p if run.loss.name == "CLL" else ""
-            share_of_time = round(elapsed / S, 3)
+            row = epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p
             if main:
-                curves[s].write(
-                    epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p, share_of_time
-                )
+                csv.writer(curves[s]).writerow((*row, round(elapsed / S, 3)))
         bar.set_postfix_str(
             f"epoch {epoch + 1}/{first.epochs}, loss {sum(mean_loss) / S:.3g}, "
             f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
@@ -770,10 +703,6 @@ def device_name(device):
     return f"cpu ({platform.machine()})"
 
 
-def _finite(*values):
-    return all(abs(v) < float("inf") for v in values)  # a comparison with NaN is False
-
-
 def _initialise(run, dataset):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -789,25 +718,15 @@ def _epoch(n, used, run, generators, images, augments):
     return order, {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
 
 
-class _Curve:
-    """curve.csv of one run: a row per epoch, cut back to the checkpoint when a run resumes."""
-
-    def __init__(self, path, epochs_done):
-        rows = []
-        if epochs_done and path.exists():
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))[1 : epochs_done + 1]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([CURVE, *rows])
-        self.file.flush()
-
-    def write(self, *row):
-        self.writer.writerow(row)
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
+def _curve(path, epochs_done):
+    """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
+    rows = []
+    if epochs_done and path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.reader(file))[1 : epochs_done + 1]
+    curve = open(path, "w", newline="", buffering=1)  # hands each line on once it is written
+    csv.writer(curve).writerows([CURVE, *rows])
+    return curve
 
 
 # --- checkpoints -------------------------------------------------------------------------------

@@ -201,7 +201,6 @@ def test_input_std_multiplies_K_by_its_smallest_value():
         (lambda: cll.build("4C3F", activation="relu"), "MaxMin, ClampedMaxMin, ReLU"),
         (lambda: cll.build("CPL-S", activation="ReLU"), "takes no activation"),
         (lambda: cll.build("4C3F", depth=0.5), "takes no depth"),
-        (lambda: cll.build("CPL-S", variant="abs-q"), "takes no variant"),
         (lambda: cll.build("4C3F", width=0.0), r"factors in \(0, 1\]"),
         (lambda: cll.build("LipConvNet-5", 10, (3, 28, 28)), "five times"),
         (lambda: cll.build("Sandwich", 10, (3, 12, 12)), "sides that do not fit"),

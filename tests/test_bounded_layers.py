@@ -347,33 +347,6 @@ def test_sll_diagonal_dominates_with_q_on_the_summed_axis():
     assert torch.linalg.eigvalsh(torch.diag(T) - W @ W.T).min() > -1e-12
 
 
-def test_published_sll_variants_expand_and_are_refused():
-    """|q| with 1e-6 added to its inverse only: 3-Lipschitz at q = 1e-6 (FACTS 3.A row 6)."""
-    layer = SLLLinear(1, 1, "abs-q").double()
-    with torch.no_grad():
-        layer.weight.fill_(1.0)
-        layer.bias.fill_(10.0)
-        layer.q.fill_(1e-6)
-    J = dense(layer.eval(), torch.zeros(1, 1, dtype=torch.float64))
-    assert J.abs().max().item() == pytest.approx(3.0, rel=1e-6)
-    for variant in ("abs-q", "cancelled-q"):
-        with pytest.raises(TypeError, match="no Lipschitz bound known .*variant"):
-            operator_norm(SLLLinear(3, 3, variant), (3,), "guaranteed")
-        net = cll.build("SLL-S", 3, (3, 8, 8), width=0.1, depth=0.1, variant=variant)
-        with pytest.raises(TypeError, match='variant="sound"'):
-            cll.lipschitz_matrix(net)
-    with pytest.raises(ValueError, match="unknown SLL variant"):
-        SLLLinear(3, 3, "abs")
-    x, weights = torch.randn(4, 3, 5, 5), []
-    for seed in (0, 1):  # q is dead in the other variant
-        layer = SLLConv2d(3, variant="cancelled-q")
-        torch.manual_seed(seed)
-        nn.init.normal_(layer.q)
-        weights.append(layer)
-    weights[1].load_state_dict(weights[0].state_dict() | {"q": weights[1].q.detach()})
-    assert torch.equal(weights[0](x), weights[1](x))
-
-
 # ----------------------------------------------------------------------------------------- Sandwich
 
 

@@ -111,6 +111,19 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
     assert content["summary"]["n"] == content["checked"]["images"] == len(radius)
 
 
+def test_certificates_of_earlier_versions_hold(tmp_path):
+    """They name the form of an SLL layer, which has one that can be certified."""
+    _, data, path = certified("SLL", tmp_path)
+    content = json.loads(path.read_text())
+    text = json.dumps(content["architecture"])
+    text = text.replace('"type": "SLL', '"variant": "sound", "type": "SLL')
+    assert "sound" in text
+    verify(signed(path, content | {"architecture": json.loads(text)}), data=data)
+    other = json.loads(text.replace('"sound"', '"abs-q"'))
+    with pytest.raises(Invalid, match="variant"):
+        verify(signed(path, content | {"architecture": other}), data=data)
+
+
 @pytest.mark.parametrize(
     "proof, layer, shape",
     [

@@ -105,6 +105,9 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"profiles": {"quick": {"seeds": 3}}}, "seeds = 3: write a list"),
         ({"profiles": None}, "profiles = None: write keys to change below the name of each"),
         ({"profiles": {"smoke": 3}}, "profiles = {'smoke': 3}: write keys to change below"),
+        ({"compile": True}, "compile = True: this version knows False alone, leave the key out"),
+        ({"checkpointing": "yes"}, "checkpointing = 'yes': this version knows False alone"),
+        ({"variant": "abs-q"}, "variant = 'abs-q': this version knows 'sound' alone"),
     ],
 )
 def test_bad_parameters_are_named_in_one_line(change, message):
@@ -295,6 +298,14 @@ def test_identities_outlive_new_keys():
         source = MOONS if name == "MOONS" else f"params/{name}.yaml"
         params = cll.load_params(source, None if name == "MOONS" else "paper", local=False)
         assert params.hash().startswith(expected), name
+
+
+def test_records_of_earlier_versions_are_read():
+    """They hold all keys of their time, also those that are gone."""
+    params = cll.load_params(SHORT)
+    values = params.model_dump(mode="json", by_alias=True)
+    assert not experiment.RETIRED.keys() & values.keys()
+    assert cll.load_params(values | experiment.RETIRED) == params
 
 
 ATTACKED = DIGITS | {
@@ -495,15 +506,6 @@ def test_threads_do_not_change_a_certificate(tmp_path):
     two = cll.certify(net, dataset)["radius"]
     torch.set_num_threads(threads)
     assert np.allclose(one, two, rtol=1e-10)
-
-
-def test_an_sll_variant_without_proof_trains_and_certifies_nothing(tmp_path):
-    """The published forms are there for ablation: accuracy and the paper's columns, no proof."""
-    base = DIGITS | {"model": "SLL-S", "head": "normalized", "loss": {"name": "AOL"}}
-    base |= {"size": {"width": 0.1, "depth": 0.1}, "variant": "abs-q", "radii": ["36/255"]}
-    record = cll.run(cll.load_params(base), tmp_path, progress=False)
-    assert not any(record["cra"].values()) and record["K_f"] == float("inf")
-    assert record["cra_paper_style"]["36/255"] > 0
 
 
 def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypatch):

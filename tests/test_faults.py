@@ -115,27 +115,34 @@ def test_05_settled_layers_do_not_expand():
 
 @pytest.mark.parametrize("q", [1e-4, 1e-5, 1e-6])
 def test_06_small_q_expands_the_published_form_only(q):
-    def pair(variant, value):
-        layer = faults._set(SLLLinear(1, 1, variant), weight=1.0, bias=1.0, q=value)
+    def pair(kind, value):
+        layer = faults._set(kind(1, 1), weight=1.0, bias=1.0, q=value)
         return layer, faults.stretch(layer, torch.tensor([0.1]), torch.tensor([0.0]))
 
-    published, stretch = pair("abs-q", q)
+    published, stretch = pair(faults.AbsoluteQ, q)
     assert stretch == pytest.approx(1 + 2e-6 / q, rel=1e-5)
-    with pytest.raises(TypeError, match='variant="sound"'):
+    with pytest.raises(TypeError, match="no Lipschitz bound known for AbsoluteQ"):
         operator_norm(published, (1,))
-    sound, stretch = pair("sound", math.log(q))
+    sound, stretch = pair(SLLLinear, math.log(q))
     assert stretch <= operator_norm(sound, (1,)) <= 1 + 1e-6
 
 
 def test_07_q_is_alive():
-    for variant, alive in [("cancelled-q", False), ("sound", True)]:
+    for layer, shape, alive in [
+        (faults.CancelledQ(6, 9), (6,), False),
+        (SLLLinear(6, 9), (6,), True),
+        (SLLConv2d(3, 4, 3), (3, 6, 6), True),
+    ]:
         torch.manual_seed(0)
-        layer = SLLConv2d(3, 4, 3, variant)
-        layer(torch.rand(1, 3, 6, 6)).square().sum().backward()
+        nn.init.normal_(layer.weight)
+        layer(torch.rand(1, *shape)).square().sum().backward()
         gradient = layer.q.grad
         assert (gradient is not None and gradient.abs().min() > 0) == alive
         if alive:
-            assert operator_norm(layer, (3, 6, 6)) <= 1 + 1e-6
+            assert operator_norm(layer, shape) <= 1 + 1e-6
+        else:
+            with pytest.raises(TypeError, match="no Lipschitz bound known for CancelledQ"):
+                operator_norm(layer, shape)
 
 
 def test_08_terms_that_expand_and_terms_that_do_not():

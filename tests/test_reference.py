@@ -28,7 +28,7 @@ REFRESH = "run `make collect` and review its diff"
 def test_every_committed_run_is_intact():
     assert COMMITTED
     for folder in COMMITTED:
-        reference.check(folder)
+        collect.check(folder)
 
 
 def test_only_results_that_say_what_they_are():
@@ -267,7 +267,7 @@ def test_a_copy_of_a_data_set_goes_by_its_name(source, tmp_path):
     assert "/home" not in (folder / "result.json").read_text()
     params = experiment.Params.model_validate(record["params"] | {"label": ""})
     assert [r["data"] for r in experiment.finished([params], root / "quick")] == [label]
-    assert f"--data npz:c10.npz --label '{label}'" in reference.command(folder, record)
+    assert f"--data npz:c10.npz --label '{label}'" in collect.command(folder, record)
 
 
 def test_radii_in_float32_are_certificates_and_keep_every_count():
@@ -275,12 +275,12 @@ def test_radii_in_float32_are_certificates_and_keep_every_count():
     exact = np.concatenate([generator.random(1000), [0.15 * (1 + 1e-12), 0.15, np.inf, 0.0]])
     arrays = {"radius": exact, "correct": exact > 0, "radius_paper_style": exact}
     arrays |= {"prediction": np.full(1004, 9), "target": np.full(1004, 199)}
-    small = reference.compact(arrays, [0.3])
+    small = collect.compact(arrays, [0.3])
     assert small["radius"].dtype == np.float32 and (small["radius"] <= exact).all()
     np.testing.assert_allclose(small["radius"], exact, rtol=2e-7)
     assert small["prediction"].dtype == small["target"].dtype == np.uint8
     assert "radius_paper_style" not in small
-    kept = reference.compact(arrays, [0.15])["radius"]  # one radius just above it
+    kept = collect.compact(arrays, [0.15])["radius"]  # one radius just above it
     assert kept.dtype == np.float64 and (kept == exact).all()
 
 
@@ -288,12 +288,12 @@ def test_commands_are_those_of_parameter_files():
     """python -m cll with that file gives that run's hash; a run of other parameters has its own."""
     folder = reference.names()["moons-CLL-p0.01-seed1"]
     record = COMMITTED[folder]
-    command = reference.command(folder, record)
+    command = collect.command(folder, record)
     file = command.split()[3]
     assert (ROOT / file).exists() and command.startswith("python -m cll params/")
     assert file.endswith(f"{record['name']}.yaml")
     other = record | {"params_hash": "0" * 64}
-    assert f"{folder.name}/result.json" in reference.command(folder, other)
+    assert f"{folder.name}/result.json" in collect.command(folder, other)
     params = experiment.load_params(folder / "result.json")
     assert params.hash() == record["params_hash"]
 

@@ -378,40 +378,6 @@ def test_a_run_alone_interrupted_ends_in_the_same_bits(base, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_checkpointing_changes_no_gradient(kind):
-    grads = []
-    for checkpointing in (False, True):
-        p, net, x, y = image_run(kind, "GloRo", checkpointing=checkpointing)
-        stack = Stack([p], [net], "cpu")
-        stack.step(x, y, *stack.schedule(0.5))
-        grads.append({k: t.grad for k, t in stack.parameters.items()})
-        assert type(stack.networks()[0].body) is torch.nn.Sequential
-    assert grads[0].keys() == grads[1].keys()
-    assert all(torch.equal(grads[0][k], grads[1][k]) for k in grads[0])
-
-
-def test_checkpointing_saves_memory():
-    """Bytes that the forward pass keeps for the backward pass of a stack of CPL layers."""
-    kept = []
-    for checkpointing in (False, True):
-        p, net, x, _ = image_run("CPL", "Hinge", checkpointing=checkpointing)
-        stack = Stack([p], [net], "cpu")
-        weights = {t.untyped_storage().data_ptr() for t in stack.parameters.values()}
-        bytes_kept = 0
-
-        def keep(t, weights=weights):
-            nonlocal bytes_kept
-            if t.untyped_storage().data_ptr() not in weights:
-                bytes_kept += t.numel() * t.element_size()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            stack.program.logits(x[0])
-        kept.append(bytes_kept)
-    assert kept[1] < 0.6 * kept[0]
-
-
-@pytest.mark.parametrize("kind", IMAGES)
 def test_bfloat16_reaches_the_network_and_spares_K_and_the_loss(kind):
     outputs = []
     for precision in ("float32", "bfloat16"):
@@ -427,29 +393,6 @@ def test_bfloat16_reaches_the_network_and_spares_K_and_the_loss(kind):
     assert torch.equal(K, K16)
     assert not torch.equal(f, f16)
     assert torch.allclose(f, f16, rtol=0.1, atol=0.05 * f.abs().max().item())
-
-
-def test_compile_falls_back_with_a_reason(monkeypatch):
-    """Where torch.compile does not work the run goes on, to the result that it has without."""
-
-    def broken(function):
-        def call(images):
-            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    values = []
-    for compiled in (False, True):
-        p, net, x, y = image_run("4C3F", compile=compiled)
-        stack = Stack([p], [net], "cpu")
-        if compiled:
-            with pytest.warns(
-                UserWarning, match="failed for 4C3F .no C.. compiler.*compile: false"
-            ):
-                stack.step(x, y, *stack.schedule(0.5))
-        values += [stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(2)]
-    assert values[0] == values[2] or values[1] == values[2]
 
 
 def rehearsed(work):
@@ -539,7 +482,6 @@ def test_only_steps_that_a_graph_can_hold_are_captured(monkeypatch):
     assert capturable("4C3F") and capturable("clamped") and capturable("4C3F", "SOC")
     assert capturable("4C3F", precision="bfloat16") and capturable("4C3F", precision="tf32")
     assert not capturable("4C3F", "Local-Lip-B")
-    assert not capturable("4C3F", checkpointing=True) and not capturable("4C3F", compile=True)
     assert not any(capturable(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
 
 
@@ -630,19 +572,6 @@ def test_tf32_is_on_where_asked_and_for_the_network_alone(precision, monkeypatch
     stack.step(x, y, *stack.schedule(0.5))
     assert seen == {"K": False, "backward": precision == "tf32"}
     assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == former
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["4C3F", "CPL"])
-def test_compiled_training_equals_plain_training(kind):
-    curves = []
-    for compiled in (False, True):
-        p, net, x, y = image_run(kind, compile=compiled, optimizer={"lr": 1e-4})
-        stack = Stack([p], [net], "cpu")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="compile = true")
-            curves.append([stack.step(x, y, *stack.schedule(0.5))[0].item() for _ in range(3)])
-    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
 
 def test_weight_decay_spares_angles_and_thresholds():

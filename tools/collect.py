@@ -4,10 +4,10 @@
     python tools/collect.py outputs/paper '*4C3F*'     # those whose names match
     python tools/collect.py                            # nothing new: check, and write the tables
 
-A run is taken if its files agree with each other (cll.reference.check) before and after they are
-made small, and refused if it is a smoke run, if it was certified by an older version, or if its
-data are the user's own and not named as a data set of the paper (LABEL). Runs on such a named copy
-are committed as runs on that data set, under that label, so that the notebooks find them.
+A run is taken if its files agree with each other (`check`) before and after they are made small,
+and refused if it is a smoke run, if it was certified by an older version, or if its data are the
+user's own and not named as a data set of the paper (LABEL). Runs on such a named copy are committed
+as runs on that data set, under that label, so that the notebooks find them.
 Weights above a megabyte are kept of rows of the tables alone, one seed each.
 """
 
@@ -28,6 +28,7 @@ import times
 ROOT = Path(environment.ROOT)
 sys.path.insert(0, str(ROOT))
 
+import cll  # noqa: E402
 from cll import experiment, paper, reference  # noqa: E402
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
@@ -49,7 +50,7 @@ def collect(source, root=reference.REFERENCE, seeds=1):
         raise ValueError(f"{source.name}: a smoke run is no reference")
     if record.get("certifier") != experiment.CERTIFIER:
         raise ValueError(f"{source.name}: certified by an older version; repeat its command")
-    reference.check(source)
+    check(source)
     if record["published_epochs"] is None:
         raise ValueError(f"{source.name}: without published_epochs nobody sees a short schedule")
     record = named(record, source)
@@ -61,14 +62,14 @@ def collect(source, root=reference.REFERENCE, seeds=1):
         new = Path(new) / runs.name
         new.mkdir()
         with np.load(source / "radii.npz") as arrays:
-            small = reference.compact(arrays, [float(Fraction(name)) for name in record["cra"]])
+            small = compact(arrays, [float(Fraction(name)) for name in record["cra"]])
         np.savez_compressed(new / "radii.npz", **small)
         (new / "result.json").write_text(json.dumps(record, indent=1))
         curve = pd.read_csv(source / "curve.csv")
         curve.to_csv(new / "curve.csv", index=False, float_format="%.6g")
         if keep:
             shutil.copyfile(weights, new / reference.WEIGHTS)
-        reference.check(new)
+        check(new)
         total = size(root) - (size(runs) if runs.exists() else 0)
         if total > LIMIT:
             raise ValueError(f"{root} would have {total / 1e6:.0f} MB, limit {LIMIT / 1e6:.0f}")
@@ -76,6 +77,75 @@ def collect(source, root=reference.REFERENCE, seeds=1):
         runs.parent.mkdir(parents=True, exist_ok=True)
         new.rename(runs)
     return runs
+
+
+def compact(radii, distances):
+    """The arrays of a run's radii.npz as they are committed: guaranteed radii rounded down to
+    float32, classes in the smallest integer type.
+
+    A sample whose radius is above one of `distances` by less than float32 resolves would drop out
+    of that CRA: then the array stays float64.
+    """
+    small = {key: radii[key] for key in ("radius", "radius_local", "correct") if key in radii}
+    for key in small.keys() - {"correct"}:
+        exact = radii[key]
+        near = exact.astype(np.float32)
+        above = near > exact  # compared in float64
+        near[above] = np.nextafter(near[above], np.float32(-np.inf))
+        if all(((near > d) == (exact > d)).all() for d in distances):
+            small[key] = near
+    for key in ("prediction", "target"):
+        small[key] = radii[key].astype(np.min_scalar_type(int(radii[key].max())))
+    return small
+
+
+def check(folder):
+    """Raise ValueError unless a run's files agree with each other: identity with parameters and
+    folder, accuracies with the radii, weights with K."""
+
+    def insist(holds, what):
+        if not holds:
+            raise ValueError(f"{folder}: {what}")
+
+    record = json.loads((folder / "result.json").read_text())
+    params = experiment.Params.model_validate(record["params"])
+    insist(params.hash() == record["params_hash"], "its parameters are not those of its hash")
+    insist(
+        folder.name == experiment.run_dir(record, "").name, "the folder has not the name of its run"
+    )
+    with np.load(folder / "radii.npz") as arrays:
+        radii = dict(arrays)
+    correct = radii["correct"]
+    insist(len(correct) == record["test_size"], "radii.npz has another number of samples")
+    insist(correct.mean() == record["clean"], "radii.npz has another clean accuracy")
+    right = radii["prediction"] == radii["target"]
+    insist((right == correct).all(), "radii.npz contradicts itself on what is right")
+    known = {"cra": "radius", "cra_local": "radius_local", "cra_paper_style": "radius_paper_style"}
+    for key, array in known.items():
+        if array in radii and key in record:
+            distances = [float(Fraction(name)) for name in record[key]]
+            cra = cll.cra_curve(radii[array].astype(float), correct, distances).tolist()
+            insist(cra == list(record[key].values()), f"{key} is not that of radii.npz")
+    if (folder / reference.WEIGHTS).exists() and np.isfinite(record["K_f"]):
+        K = cll.lipschitz_matrix(experiment.load_model(folder), "guaranteed").max().item()
+        insist(
+            np.isclose(K, record["K_f"], rtol=1e-6, atol=0),
+            "K of the weights is not that of the run",
+        )
+
+
+def command(folder, record):
+    """The shell command that makes the run: that of a parameter file if one has exactly its
+    parameters today, else of its own record."""
+    plain = reference.command(folder, record)
+    for path in sorted((ROOT / "params").glob(f"*/{record['name']}.yaml")):
+        given = {"seed": record["seed"], "data": record["params"]["data"]}
+        params = experiment.load_params(path, record["profile"], **given)
+        if params.hash() == record["params_hash"]:
+            file, options = path.relative_to(ROOT), plain.partition("/result.json")[2]
+            choice = f"--profile {record['profile']} --seeds {record['seed']}"
+            return f"python -m cll {file} {choice}{options}"
+    return plain
 
 
 def named(record, source):
@@ -112,7 +182,7 @@ def listing(root=reference.REFERENCE):
                 paper.data_source(record),
                 epochs(record),
                 "yes" if (folder / reference.WEIGHTS).exists() else "–",
-                f"`{reference.command(folder, record)}`",
+                f"`{command(folder, record)}`",
                 f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1),
                 trained["device"] + threads * trained["device"].startswith("cpu"),
                 record["versions"]["torch"],
@@ -191,7 +261,7 @@ def main():
                 refused += 1
                 print(f"FAILED collect: {error}", file=sys.stderr)
     for folder in reference.records():
-        reference.check(folder)
+        check(folder)
     environment.write_between(LISTING, BEGIN, END, listing())
     environment.write_between(README, BEGIN, END, rows())
     print(f"collect: {len(reference.records())} runs checked; wrote the tables of README.md and "

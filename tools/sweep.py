@@ -99,7 +99,7 @@ def command(file, runs, options):
     first, path = runs[0], Path(file)
     line = ["-m", "cll"]
     if options.gpus_per_node > 1:
-        count = ["--standalone", "--nproc-per-node", options.gpus_per_node, "--max-restarts", 3]
+        count = ["--standalone", "--nproc-per-node", options.gpus_per_node]
         line = ["-m", "torch.distributed.run", *count, *line]
     # jobs start in the checkout
     line += [file if (ROOT / path).exists() else path.resolve(), "--profile", options.profile]
