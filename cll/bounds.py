@@ -384,6 +384,11 @@ def _separable(layer, input_shape, method):
     point = np.unravel_index(white.abs().argmax().item(), white.shape)
     norm = abs(white[point].item())
     for k, n in enumerate(sides):
+        if n * white.shape[k] > DENSE_ENTRIES or n * (black.numel() + white.numel()) > 2**34:
+            raise ValueError(
+                f"no bound of {describe(layer)} on {input_shape}: its matrix along a side of {n} "
+                "is too large to be proven; give it shorter inputs"
+            )
         line = (0, 0, *point[:k], slice(None), *point[k + 1 :])
         slices = (black.index_fill(2 + k, torch.tensor(i), 1) for i in range(n))
         matrix = torch.stack([layer(x)[line] for x in slices], 1) / white[point]
