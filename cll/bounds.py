@@ -887,7 +887,7 @@ def _trace(body, shape):
             try:
                 y = layer(x)
                 alone = torch.cat([layer(image.clone()) for image in images.split(1)])
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, TypeError) as error:  # a tuple of outputs as well
                 raise ValueError(
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
                     f"{shape}: {str(error).splitlines()[0]}"

@@ -232,7 +232,7 @@ def _parse(source):
     if kind in ("npz", "folder") and colon:
         if not path.strip():
             raise ValueError(f'data source "{text}" lacks a path: write {kind}:PATH')
-        return kind, Path(path).expanduser().absolute()
+        return kind, Path(os.path.expanduser(path)).absolute()  # also of no user
     if text in BY_NAME:
         return text, None
     if text.endswith(".npz"):

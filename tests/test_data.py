@@ -105,6 +105,11 @@ def test_digits_fill_any_input(shape):
     assert torch.equal(digits.train_images, again.train_images)
 
 
+def test_digits_that_no_machine_holds_are_refused():
+    with pytest.raises(ValueError, match="digits: digits of 3x2048x2048 are too large"):
+        load("digits", input_shape=(3, 2048, 2048))
+
+
 def test_digits_of_one_size_are_scikit_learns():
     from sklearn.datasets import load_digits
 

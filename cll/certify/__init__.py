@@ -290,7 +290,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
     exact, device = _float64_copy(model)
     net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
-    weight = next(net.parameters())
+    weight = next(net.parameters(), torch.empty(0))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
     best = torch.zeros(len(a), dtype=weight.dtype, device=weight.device)
@@ -370,7 +370,7 @@ def _float64(x):
 
 def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
-    device = next(model.parameters()).device
+    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "mps" else device
     exact = freeze(float64_copy(model))
     for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
