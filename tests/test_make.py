@@ -120,9 +120,8 @@ def test_a_folder_has_a_name(make, variable, path):
     assert f"{variable}={path.strip()} names no folder" in line
 
 
-def test_a_dollar_in_the_folder_of_the_environment_is_one_line(make, monkeypatch):
-    monkeypatch.setenv("CLL_OUTPUTS", "/tmp/a$b")
-    result = make("toy", "PROFILE=smoke")
+def test_a_dollar_in_the_folder_of_the_environment_is_one_line(make):
+    result = make("toy", "PROFILE=smoke", out=False, env={"CLL_OUTPUTS": "/tmp/a$b"})
     (line,) = result.stderr.splitlines()
     assert result.returncode != 0 and "CLL_OUTPUTS=/tmp/a$b cannot be used: make " in line
 
