@@ -12,7 +12,7 @@ DATA ?=
 LABEL ?=
 ROWS ?=
 JOBS ?=
-OUT ?= $(or $(CLL_OUTPUTS),outputs)
+OUT ?= $(or $(value CLL_OUTPUTS),outputs)
 FRESH ?=
 PARAMS ?= params/table2/cifar10-4C3F-CLL.yaml
 PYTHON ?=
@@ -33,13 +33,16 @@ VARIABLES := $(sort $(RUN) $(PATHS) PYTHON WORKERS RUNS ITEMS)
 # "command" line, "environment" or "file"
 set_in = $(firstword $(origin $(1)))
 DOLLAR := $$
-$(foreach v,$(VARIABLES),$(if $(filter command environment,$(call set_in,$(v))),$(if $(findstring $(DOLLAR),$(value $(v))),\
+$(foreach v,$(VARIABLES) CLL_OUTPUTS,$(if $(filter command environment,$(call set_in,$(v))),$(if $(findstring $(DOLLAR),$(value $(v))),\
   $(error $(v)=$(value $(v)) cannot be used: make reads a variable where a $(DOLLAR) stands; use a path or text without))))
 # Targets are named after these paths, and make has no quotes for them.
 UNFIT := ' " ` % : ; = \# * ? ! ~ & | < > ( ) [ ] { } \ #
 unfit = $(strip $(if $(filter-out $(words _$(1)_),1),a blank) $(foreach c,$(UNFIT),$(findstring $(c),$(1))))
 $(foreach v,$(PATHS),$(if $(call unfit,$($(v))),\
   $(error $(v)=$($(v)) cannot be used: make takes no path with $(call unfit,$($(v))) in it; link it by a plain name (ln -s) and give that)))
+# without a folder, results would lie in /; a dash starts an option
+$(foreach v,OUT NOTEBOOKS COLAB,$(if $(filter-out -%,$($(v))),,\
+  $(error $(v)=$($(v)) names no folder: leave it out, or write one)))
 ifneq ($(findstring :,$(CURDIR)),)
 $(error $(CURDIR) cannot be used: Python takes no folder with : in its path; rename it)
 endif

@@ -81,7 +81,7 @@ class LipschitzNet(Normalising):
                 f"input_std = {input_std} and input_mean = {input_mean} do not fit inputs of shape "
                 f"{self.input_shape}: give one value, or one per channel"
             )
-        device = next(self.parameters()).device
+        device = next((p.device for p in self.parameters()), None)  # Truncation has none
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         # (name, input shape, constant): the constant of layers without weights never changes
         self._layers = []

@@ -366,6 +366,11 @@ def _separable(layer, input_shape, method):
     point = np.unravel_index(white.abs().argmax().item(), white.shape)
     norm = abs(white[point].item())
     for k, n in enumerate(sides):
+        if n * white.shape[k] > DENSE_ENTRIES or n * (black.numel() + white.numel()) > 2**34:
+            raise ValueError(
+                f"no bound of {describe(layer)} on {input_shape}: its matrix along a side of {n} "
+                "is too large to be proven; give it shorter inputs"
+            )
         line = (0, 0, *point[:k], slice(None), *point[k + 1 :])
         slices = (black.index_fill(2 + k, torch.tensor(i), 1) for i in range(n))
         matrix = torch.stack([layer(x)[line] for x in slices], 1) / white[point]
@@ -854,7 +859,7 @@ def _trace(body, shape):
             try:
                 y = layer(x)
                 alone = torch.cat([layer(image.clone()) for image in images.split(1)])
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, TypeError) as error:  # a tuple of outputs as well
                 raise ValueError(
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
                     f"{shape}: {str(error).splitlines()[0]}"

@@ -55,7 +55,7 @@ from .certify import (
     check_targets,
     predict_logits,
 )
-from .data import load
+from .data import TESTS, load
 from .description import check_fit, current, describe, rebuild, tensors_of
 from .layers import Residual, freeze
 from .norms import LARGEST, TINY, U, confirm, enclose, gamma, lengths
@@ -550,7 +550,7 @@ def _loaded(c, source, n):
         raise ValueError("the certificate names no source of its images: give data (--data)")
     arguments |= {"input_shape": shape} | ({"source": source} if source else {})
     kind, _, place = arguments["source"].partition(":")
-    for split in ("train", "test", "val") if kind == "folder" and source is None else ():
+    for split in ("train", *TESTS) if kind == "folder" and source is None else ():
         for file in (Path(place).expanduser() / split).rglob("*"):  # pipes, links in a circle
             if not file.is_file() and (file.is_symlink() or not file.is_dir()):
                 raise Invalid(f"data: {file} is neither a file nor a folder")

@@ -170,7 +170,7 @@ def load(
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
     ValueError where they are unusable; both say in one line what, where and what to do. Warns of
-    files left out, classes without training images, one class alone and nearly black images.
+    files left out, classes without images, one class alone and nearly black images.
     """
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)
@@ -221,8 +221,8 @@ def load(
             )
     except DataNotFound:
         raise
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except ValueError as error:  # names of files may hold line breaks
+        raise ValueError(f"{where}: {_one_line(error)}") from None
     return dataset
 
 
@@ -233,7 +233,7 @@ def _parse(source):
     if kind in ("npz", "folder") and colon:
         if not path.strip():
             raise ValueError(f'data source "{text}" lacks a path: write {kind}:PATH')
-        return kind, Path(path).expanduser().absolute()
+        return kind, Path(os.path.expanduser(path)).absolute()  # also of no user
     if text in BY_NAME:
         return text, None
     if text.endswith(".npz"):
@@ -375,6 +375,8 @@ def _digits(input_shape):
     if len(input_shape) != 3:
         raise ValueError(f"digits are images: input_shape {input_shape} is not (C, H, W)")
     channels, height, width = input_shape
+    if channels * height * width > 2**20:  # of 1,797 images, 2 GB
+        raise ValueError(f"digits of {_size(input_shape)} are too large: take fewer pixels")
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     size, bicubic = (width, height), Image.Resampling.BICUBIC
@@ -398,13 +400,15 @@ def _npz(path):
             keys = MEDMNIST if MEDMNIST[0] in present and ARRAYS[0] not in present else ARRAYS
             missing = [key for key in keys if key not in present]
             arrays = [] if missing else [file[key] for key in keys]
-            names = file["class_names"].tolist() if "class_names" in present else None
+            names = file["class_names"].astype(str) if "class_names" in present else None
     except Exception as error:  # numpy's and zipfile's are of many kinds
         raise ValueError(f"no readable .npz, truncated or damaged? ({_one_line(error)})") from None
     if missing:
         raise ValueError(f"array {missing[0]} is missing, only {', '.join(present)} there: {save}")
+    if names is not None and names.ndim != 1:
+        raise ValueError(f"class_names has shape {names.shape}: give a list of one name per class")
     arrays = [_array(*item) for item in zip(keys, arrays, strict=True)]
-    return tuple(arrays), names
+    return tuple(arrays), None if names is None else names.tolist()
 
 
 def _array(key, values):
@@ -453,10 +457,11 @@ def _count_classes(y_train, y_test):
 def _doubts(dataset):
     """What a data set may well not be meant to be, one line each."""
     C, names = dataset.num_classes, dataset.class_names
-    empty = (dataset.train_targets.bincount(minlength=C) == 0).nonzero().flatten().tolist()
-    if empty:
-        first = (names or range(C))[empty[0]]
-        yield f"{len(empty)} of {C} classes have no training images, the first is {first}"
+    for kind, targets in (("training", dataset.train_targets), ("test", dataset.test_targets)):
+        empty = (targets.bincount(minlength=C) == 0).nonzero().flatten().tolist()
+        if empty:
+            first = (names or range(C))[empty[0]]
+            yield f"{len(empty)} of {C} classes have no {kind} images, the first is {first}"
     if C == 1:
         yield "there is one class only, nothing to tell apart"
     for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
@@ -498,22 +503,16 @@ def _hidden(name):
 
 def _image_files(split, where, names):
     """[(file, class number)] of where/CLASS/** in ImageFolder's order; a warning counts others."""
-    from torchvision.datasets.folder import make_dataset
-
-    folders = _folders(where)
+    folders, files = _folders(where), []
     for name in sorted(set(folders) - set(names)):
         raise ValueError(f"class {name} of {where} is not among the training classes")
     left = [str(p) for p in where.iterdir() if p.is_file() and not _hidden(p.name)]
-
-    def is_image(file):
-        if any(map(_hidden, Path(file).relative_to(where).parts)):
-            return False
-        known = file.lower().endswith(SUFFIXES)
-        left.extend([] if known else [file])
-        return known
-
     number = {name: i for i, name in enumerate(names)}
-    files = make_dataset(str(where), number, is_valid_file=is_image, allow_empty=True)
+    for name in folders:
+        for file in sorted(_below(str(where / name)), key=os.path.split):
+            known = file.lower().endswith(SUFFIXES)
+            files += [(file, number[name])] if known else []
+            left += [] if known else [file]
     kinds = Counter(Path(file).suffix.lower() or "without suffix" for file in left)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
     said = f"left out: {counts or 'nothing'}{', such as ' + min(left) if left else ''}"
@@ -524,6 +523,15 @@ def _image_files(split, where, names):
     if left:
         warnings.warn(f"{where}: {said}: no images, or in no class folder", stacklevel=4)
     return files
+
+
+def _below(folder, above=()):
+    """Paths of what is in and below a folder and not hidden, links followed."""
+    above = (*above, os.path.realpath(folder))
+    if above[-1] in above[:-1]:
+        raise ValueError(f"{folder} is a link to a folder above it: remove it")
+    for path in (os.path.join(folder, n) for n in os.listdir(folder) if not _hidden(n)):
+        yield from _below(path, above) if os.path.isdir(path) else (path,)
 
 
 def _decode(files, shape):
@@ -559,6 +567,8 @@ def _read(file, shape, laid):
 
     mode = "L" if shape and shape[0] == 1 else "RGB"
     try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise OSError("a pipe or device, whose reading may never end")
         # by its path, Pillow 13 maps a turned TIFF file into memory with the wrong width
         with open(file, "rb") as stream, Image.open(stream) as image:
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a preview

@@ -27,7 +27,7 @@ def read(path):
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        if "\0" in text:
+        if re.search("[\0\x85\u2028\u2029]", text):  # the last three break lines unseen
             raise UnicodeError
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -36,7 +36,7 @@ def read(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"no parameter file {path}") from None
     except UnicodeError:
-        raise ValueError(f"{path}: not UTF-8 text: save it in that encoding") from None
+        raise ValueError(f"{path}: not plain UTF-8 text: save it in that encoding") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -57,6 +57,8 @@ def _check(node, path, key, seen):
             below, line = f"{key}.{text}".lstrip("."), f"line {name.start_mark.line + 1}"
             if name.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 raise ValueError(f"{path}, {line}: the key {below} is not text: put it in quotes")
+            if text == "<<" and isinstance(value, yaml.SequenceNode):  # PyYAMLs disagree on order
+                raise ValueError(f"{path}, {line}: {below} merges a list: merge one mapping alone")
             if text in names:
                 raise ValueError(f"{path}, {line}: the key {below} stands twice: leave one of them")
             names.add(text)

@@ -696,6 +696,19 @@ def separable(draw):
     return kind(what)(kernel, stride, pads, ceil, draw(st.booleans()), **options), shape
 
 
+@pytest.mark.parametrize(
+    ("layer", "length"),
+    [
+        (nn.AvgPool1d(2), 20_000),
+        (nn.AdaptiveAvgPool1d(1), 10**6),
+        (nn.Upsample(scale_factor=9), 9000),
+    ],
+)
+def test_matrices_that_no_machine_holds_are_named(layer, length):
+    with pytest.raises(ValueError, match=f"side of {length} is too large to be proven"):
+        operator_norm(layer, (1, length))
+
+
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(separable())
 def test_pads_pools_and_interpolations_are_exact(case):

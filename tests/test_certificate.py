@@ -675,6 +675,12 @@ def test_only_regular_files_are_read(digits):
     with pytest.raises(Invalid, match=r"1\.png is neither a file nor a folder"):
         verify(path)
     (folder / "images/train/a/1.png").unlink()
+    for split in cll.data.TESTS:
+        (folder / "images" / split).mkdir(exist_ok=True)
+        os.mkfifo(folder / "images" / split / "2.png")
+        with pytest.raises(Invalid, match=r"2\.png is neither a file nor a folder"):
+            verify(path)
+        (folder / "images" / split / "2.png").unlink()
     (folder / "images/train/a/b").symlink_to(folder / "images")
     with pytest.raises(Invalid, match=r"a/b is neither a file nor a folder"):
         verify(path)
@@ -812,3 +818,10 @@ def test_exit_codes_of_the_module(run_folder):
         command = [sys.executable, "-m", "cll.certify", "verify", str(run_folder / name)]
         done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
+
+
+def test_a_network_without_weights_is_certified(tmp_path):
+    net = nn.Sequential(nn.Flatten(), cll.layers.Truncation(12, 3)).eval()
+    x = torch.rand(6, 3, 2, 2)
+    path = write(net, (x, x.flatten(1)[:, :3].argmax(1)), tmp_path / "c.json")
+    assert verify(path, data=(x, x.flatten(1)[:, :3].argmax(1)))["checked"]["clean"] == 1

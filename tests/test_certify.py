@@ -21,7 +21,7 @@ from cll.certify import (
     lipschitz_lower_bound,
     predict_logits,
 )
-from cll.layers import MaxMin
+from cll.layers import MaxMin, Residual
 
 
 def pairwise(W):
@@ -650,3 +650,33 @@ def test_bad_arguments_of_the_lower_bound():
         x = torch.randn(4, 4)
         x[2, 0] = math.nan
         lipschitz_lower_bound(net, x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("pool", "side", "large"),
+    [
+        (nn.LPPool2d(2, 1), 1, 1e160),
+        (nn.LPPool2d(1e6, 1), 1, 2.0),
+        (nn.AvgPool2d(100), 100, 1e305),
+        (nn.AdaptiveAvgPool2d(1), 100, 1e305),
+    ],
+)
+def test_powers_and_sums_beyond_float64_certify_nothing(pool, side, large, inside):
+    """The average of 10,000 times 1e305 is 1e305, their sum no float64. A clamp behind makes a
+    number of it, and the wrong class: the exact logits are 1 and 3, those computed 10 and 3."""
+    scale = nn.Conv2d(1, 1, 1, bias=False).double()
+    head = nn.Linear(1, 2).double()
+    with torch.no_grad():
+        scale.weight.fill_(large)
+        head.weight.copy_(torch.tensor([[1 / large], [0.0]]))
+        head.bias.copy_(torch.tensor([0.0, 3.0]))
+    body = [scale, pool, nn.Hardtanh(-10 * large, 10 * large)]
+    if inside:
+        body = [Residual(nn.Sequential(*body), nn.AdaptiveAvgPool2d(1))]
+    model = nn.Sequential(*body, nn.Flatten(), head).eval()
+    images = torch.ones(3, 1, side, side, dtype=torch.float64)
+    images[1] = 0  # unharmed by its neighbours
+    table = certify(model, (images, torch.zeros(3, dtype=int)), (0.1,), progress=False)
+    assert table.radius[[0, 2]].tolist() == [0, 0]
+    assert table.prediction[1] == 1 and table.radius[1] > 0

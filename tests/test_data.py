@@ -105,6 +105,11 @@ def test_digits_fill_any_input(shape):
     assert torch.equal(digits.train_images, again.train_images)
 
 
+def test_digits_that_no_machine_holds_are_refused():
+    with pytest.raises(ValueError, match="digits: digits of 3x2048x2048 are too large"):
+        load("digits", input_shape=(3, 2048, 2048))
+
+
 def test_digits_of_one_size_are_scikit_learns():
     from sklearn.datasets import load_digits
 
@@ -268,6 +273,8 @@ FROM_ONE = {"y_train": np.arange(24) % 4 + 1, "y_test": np.arange(8) % 4 + 1}
         ({"x_train": pictures(24, 6, 5, 3) * np.uint16(257)}, ["x_train", "uint16", "uint8"]),
         ({"x_train": pictures(24, 6, 5, 3) // 128}, ["train", "0 and 1", "multiply", "255"]),
         ({"x_test": pictures(8, 6, 5, 3) // 128}, ["test", "0 and 1"]),
+        ({"class_names": "a, b, c, d"}, ["class_names", "shape ()", "one name per class"]),
+        ({"class_names": np.array([list("abcd")])}, ["class_names", "(1, 4)"]),
     ],
 )
 def test_npz_that_would_be_misread(npz, changes, words):
@@ -283,6 +290,7 @@ def test_npz_that_would_be_misread(npz, changes, words):
         ({"y_train": np.arange(24) % 3 + 1}, 4, "1 of 4 classes .* 0$"),  # the test split has a 0
         ({"y_train": np.arange(24) % 3 * 5, "y_test": np.zeros(8, int)}, 11, "8 of 11 .* 1$"),
         ({**FROM_ONE, "class_names": list("abcde")}, 5, "1 of 5 classes .* a$"),
+        ({"y_test": np.arange(8) % 2}, 4, "2 of 4 classes have no test images, the first is 2$"),
         ({"y_train": np.zeros(24, int), "y_test": np.zeros(8, int)}, 1, "one class only"),
         ({"x_train": pictures(24, 6, 5, 3) // 15}, 4, "train images .* 17 of 255"),
         ({"x_test": pictures(8, 6, 5, 3) // 255}, 4, "test images .* 0 of 255"),
@@ -443,6 +451,41 @@ def test_files_left_out_are_counted_and_named(classes):
     with pytest.raises(ValueError) as error:
         load(f"folder:{classes}")
     one_line(error, "class bee is empty", classes / "train", "2 .heic")
+
+
+def test_links_in_a_circle_are_named(classes):
+    """Followed to their end, each image would be read forty times, and two links never end."""
+    (classes / "elsewhere").mkdir()
+    shutil.copy(classes / "train" / "ant" / "0.png", classes / "elsewhere")
+    (classes / "train" / "ant" / "more").symlink_to(classes / "elsewhere")
+    assert len(load(f"folder:{classes}").train_images) == 7
+    for name in ("x", "y"):
+        (classes / "train" / "bee" / name).symlink_to(classes / "train" / "bee")
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, classes / "train" / "bee", "is a link to a folder above it: remove it")
+
+
+@pytest.mark.parametrize("device", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_are_not_read(classes, device):
+    os.mkfifo(classes / "pipe")
+    (classes / "test" / "bee" / "7.png").symlink_to(classes / device)
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, classes / "test" / "bee" / "7.png", "a pipe or device")
+
+
+def test_names_with_line_breaks_stay_in_one_line(classes):
+    (classes / "train" / "bee" / "a\nb.png").write_bytes(b"")
+    with pytest.raises(ValueError) as error:
+        load(f"folder:{classes}")
+    one_line(error, "a b.png", "truncated?")
+
+
+def test_a_class_without_test_images_is_said(classes):
+    shutil.rmtree(classes / "test" / "bee")
+    with pytest.warns(UserWarning, match="1 of 2 classes have no test images, the first is bee"):
+        load(f"folder:{classes}")
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".jfif", ".JPG", ".webp", ".tiff", ".ppm", ".jp2"])

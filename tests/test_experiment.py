@@ -223,8 +223,19 @@ class TestFilesAreReadAsTheyLook:
 
     @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32"])
     def test_another_encoding_is_named(self, load, encoding):
-        with pytest.raises(ValueError, match="run.yaml: not UTF-8 text: save it in that encoding"):
+        with pytest.raises(ValueError, match="run.yaml: not plain UTF-8 text: save it"):
             load(FILE.replace("EPOCHS", "1") + "label: Universität\n", encoding)
+
+    @pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\0"])
+    def test_lines_that_no_editor_shows_are_refused(self, load, end):
+        """YAML 1.1 ends a line there, so that a comment or a text becomes a key."""
+        with pytest.raises(ValueError, match="run.yaml: not plain UTF-8 text"):
+            load(FILE.replace("EPOCHS", "1") + f"label: a{end}seed: 5\n")
+
+    def test_a_merged_list_is_refused(self, load):
+        """Versions of PyYAML differ in which of its mappings wins."""
+        with pytest.raises(ValueError, match="line 8: optimizer.<< merges a list: merge one"):
+            load(FILE.replace("EPOCHS", "1") + "optimizer: {<<: [{lr: 1}, {lr: 2}]}\n")
 
     def test_what_looks_like_its_value_is_read(self, load):
         """Merge keys, quotes, exponents without a point, a byte order mark, lines of Windows."""

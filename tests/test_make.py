@@ -110,6 +110,22 @@ def test_wrong_value_names_the_notebook(make, variable, message):
 AWKWARD = 'it\'s; ( a `b` "c" # d \\ % & *'
 
 
+@pytest.mark.parametrize("variable", ["OUT", "NOTEBOOKS", "COLAB"])
+@pytest.mark.parametrize("path", ["", " ", "-x"])
+def test_a_folder_has_a_name(make, variable, path):
+    """Without one, results would lie in the root of all folders."""
+    result = make("toy", "PROFILE=smoke", f"{variable}={path}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode != 0 and not result.stdout
+    assert f"{variable}={path.strip()} names no folder" in line
+
+
+def test_a_dollar_in_the_folder_of_the_environment_is_one_line(make):
+    result = make("toy", "PROFILE=smoke", out=False, env={"CLL_OUTPUTS": "/tmp/a$b"})
+    (line,) = result.stderr.splitlines()
+    assert result.returncode != 0 and "CLL_OUTPUTS=/tmp/a$b cannot be used: make " in line
+
+
 @pytest.mark.parametrize("variable", ["OUT", "VENV", "PARAMS", "NOTEBOOKS"])
 @pytest.mark.parametrize("path", ["My Drive", "it's", "a:b", "50%", "a#b", "~/out", "out ", "a$b"])
 def test_a_path_that_make_cannot_use_is_one_line(make, variable, path):

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..architectures import LipschitzNet, as_lipschitz_net
-from ..bounds import float64_copy, lipschitz_matrix
+from ..bounds import float64_copy, leaves, lipschitz_matrix
 from ..data import check_values
-from ..layers import freeze
+from ..layers import Residual, freeze
 from ..local import local_radius
 from ..norms import PROOFS, U, exact_arithmetic, full_precision
 from ..progress import progress_bar
@@ -186,7 +186,8 @@ def certify(
 
 
 def predict_logits(model, images, batch_size=1000, *, progress=False):
-    """Logits (N, C) in float64 on the CPU, of a float64 copy of `model` in eval mode.
+    """Logits (N, C) in float64 on the CPU, of a float64 copy of `model` in eval mode; NaN where a
+    value on the way is beyond float64.
 
     images: uint8 (scaled by 1/255) or float, (N, *input_shape), tensor or array. `model` itself is
     not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
@@ -196,16 +197,29 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     model, device = _float64_copy(as_lipschitz_net(model, images.shape[1:]))
     if device.type == "cpu" and images.ndim == 4:
         batch_size = min(batch_size, CPU_BATCH)
-    batches = images.split(batch_size)
+    batches, lost = images.split(batch_size), []  # images with values beyond float64 on the way,
+    for layer in _leaves(model.body):  # which a bounded activation would hide
+        layer.register_forward_hook(lambda _, x, y: lost.append(~y.flatten(1).isfinite().all(1)))
     cudnn = torch.backends.cudnn.flags(enabled=False)
     with torch.inference_mode(), full_precision(device), cudnn:
         logits = []
         with progress_bar(len(batches), "logits", "batch", progress) as bar:
             for batch in batches:
                 x = as_pixels(batch.to(device), torch.float64)
-                logits.append(model(x).cpu())
+                lost.append(torch.zeros(len(x), dtype=torch.bool, device=device))
+                y = model(x)
+                logits.append(y.masked_fill(torch.stack(lost).any(0)[:, None], math.nan).cpu())
+                lost.clear()
                 bar.update()
         return torch.cat(logits)
+
+
+def _leaves(module):
+    """The layers of a body in order, after each Residual those inside it."""
+    for _, layer in leaves(module):
+        yield layer
+        for part in (layer.branch, layer.shortcut) if isinstance(layer, Residual) else ():
+            yield from _leaves(part)
 
 
 # ------------------------------------------------------------------------------------- tightness
@@ -268,7 +282,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
     exact, device = _float64_copy(model)
     net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
-    weight = next(net.parameters())
+    weight = next(net.parameters(), torch.empty(0))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
     best = torch.zeros(len(a), dtype=weight.dtype, device=weight.device)
@@ -348,7 +362,7 @@ def _float64(x):
 
 def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
-    device = next(model.parameters()).device
+    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "mps" else device
     exact = freeze(float64_copy(model))
     for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
