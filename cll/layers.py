@@ -244,10 +244,10 @@ class Normalize(Normalising):
             raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
 
     def forward(self, x):
-        if not {len(self.mean), len(self.std)} <= {1, x.shape[1]}:
+        if not {self.mean.numel(), self.std.numel()} <= {1, x.shape[1]}:
             raise ValueError(
-                f"Normalize has {len(self.mean)} means and {len(self.std)} stds for an input with "
-                f"{x.shape[1]} channels: give one value, or one per channel"
+                f"Normalize has {self.mean.numel()} means and {self.std.numel()} stds for an input "
+                f"with {x.shape[1]} channels: give one value, or one per channel"
             )
         return self.normalised(x)
 

@@ -30,7 +30,18 @@ from .bounds import (
     row_distances,
 )
 from .layers import ClampedMaxMin, MaxMin, freeze
-from .norms import TINY, U, apply_adjoint, apply_linear, gamma, lengths, matrix_norm, power, shift
+from .norms import (
+    TINY,
+    U,
+    apply_adjoint,
+    apply_linear,
+    exact_arithmetic,
+    gamma,
+    lengths,
+    matrix_norm,
+    power,
+    shift,
+)
 from .progress import progress_bar
 from .rounding import absolute_norm, rounding
 
@@ -192,6 +203,7 @@ def _unit(v):
 # --------------------------------------------------------------------------------- certification
 
 
+@exact_arithmetic()
 def local_lipschitz(model, images, epsilon):
     """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
     epsilon > 0 around an image, never above the global bound. float64, on the CPU.
@@ -245,6 +257,7 @@ def local_lipschitz(model, images, epsilon):
     return matrix + matrix.mT
 
 
+@exact_arithmetic()
 def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     """Certified radii (N,), float64: `radius`, raised where local bounds prove more.
 

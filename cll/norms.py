@@ -831,7 +831,7 @@ def _largest_eigenvalue(grams):
 def describe(layer):
     try:
         line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
-    except TypeError:  # torch cannot name a convolution of which padding was set to one number
+    except Exception:  # torch cannot name a convolution of which padding was set to one number
         return type(layer).__name__
     return line.removesuffix("(")  # of a container, the name
 

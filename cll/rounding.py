@@ -135,9 +135,9 @@ register = _table.register
 
 EXACT = (MaxMin, ClampedMaxMin, GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
 EXACT += (*RESHAPES, *COPIES, *MAXIMA)
-ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
-ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
-ELEMENTWISE += (nn.RReLU,)
+ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
+ELEMENTWISE += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
+PRODUCTS = (nn.LeakyReLU, nn.PReLU, nn.RReLU)
 
 
 def _exact(layer, input_shape):
@@ -151,6 +151,13 @@ def _elementwise(layer, input_shape):
     return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
 
 
+def _product(layer, input_shape):
+    """z or a multiple of z, the slope of RReLU off by 2 u itself: nothing is added at any scale."""
+    return 4 * U * operator_norm(layer, input_shape), 0.0
+
+
+for _kind in PRODUCTS:
+    register(_kind, _product)
 for _kind in EXACT:
     register(_kind, _exact)
 for _kind in ELEMENTWISE:

@@ -14,6 +14,7 @@ margin (``cll.rounding`` has the model of arithmetic), and rounds radii down.
 """
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -219,6 +220,8 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
 # ------------------------------------------------------------------------------------- tightness
 
 
+@torch.inference_mode(False)
+@exact_arithmetic()
 def lipschitz_lower_bound(
     model,
     images,
@@ -253,7 +256,7 @@ def lipschitz_lower_bound(
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
-    if isinstance(model, torch.nn.Sequential | LipschitzNet):  # it takes any function otherwise
+    if isinstance(model, LipschitzNet) or not hasattr(model, "input_shape"):  # else any module
         model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if pairs < 1 or len(images) < 2:
@@ -276,7 +279,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
     exact, device = _float64_copy(model)
     net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
-    weight = next(net.parameters())
+    weight = next(itertools.chain(net.parameters(), net.buffers()))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
     best = torch.zeros(len(a), dtype=weight.dtype, device=weight.device)
@@ -351,12 +354,12 @@ def _float64(x):
     """Numbers of a list as Python holds them. MPS has no float64."""
     if torch.is_tensor(x) and x.device.type == "mps":
         x = x.cpu()
-    return torch.as_tensor(x, dtype=torch.float64).detach()
+    return _tensor(x, "logits, bounds and errors").double().detach()
 
 
 def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     device = torch.device("cpu") if device.type == "mps" else device
     exact = freeze(float64_copy(model))
     for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
@@ -418,9 +421,15 @@ def _sample(sample, i):
 
 
 def _tensor(values, name):
-    """torch.as_tensor, or ValueError for strings, ragged lists and the like."""
+    """A tensor of the same numbers, of a list in float64 as Python holds them, or ValueError for
+    strings, ragged lists and the like."""
     try:
-        return torch.as_tensor(values)
+        if not torch.is_tensor(values):  # torch takes no reversed, foreign or long double arrays
+            array = np.asarray(values)
+            wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
+            kind = np.float64 if wide else array.dtype.newbyteorder("=")
+            values = torch.from_numpy(np.require(array, kind, "CW"))
+        return values
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} must be numbers ({' '.join(str(error).split())})") from None
 
