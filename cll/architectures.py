@@ -54,7 +54,7 @@ from .layers import (
     SOCConv2d,
     Truncation,
 )
-from .norms import exact_arithmetic
+from .norms import exact_arithmetic, tensor_of
 
 __all__ = ["LipschitzNet", "as_lipschitz_net", "build"]
 
@@ -277,7 +277,13 @@ def _normalize(layer):
             "no Lipschitz bound known for torchvision's Normalize(inplace=True), which changes its "
             "input before others have read it: build it with inplace=False"
         )
-    return Normalize(layer.mean, layer.std)
+    values = [tensor_of(getattr(layer, name), name) for name in ("mean", "std")]
+    if max(value.ndim for value in values) > 1:  # which it may lay along rows of the image
+        raise TypeError(
+            "no Lipschitz bound known for torchvision's Normalize with means or stds in more than "
+            "one dimension: give one number per channel"
+        )
+    return Normalize(*values)
 
 
 def _joined(module, device):

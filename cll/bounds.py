@@ -766,7 +766,8 @@ def refuse_overridden(layer):
     if replaced or kind is not known and known not in _EXTENSIBLE:
         what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
         raise TypeError(f"{unknown}, {what} {known.__name__}: {_mend(kind)}")
-    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k != "frozen"}
+    kept = "frozen", "mean", "std"  # the last two of torchvision's Normalize
+    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k not in kept}
     for name, tensor in (layer._parameters | layer._buffers | loose).items():
         if tensor is not None and (name in loose or not _is_plain(tensor)):
             raise TypeError(
@@ -1022,7 +1023,7 @@ def normalisation(model):
     given = getattr(model, "input_std", 1.0), getattr(model, "input_mean", 0.0)
     values = [torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in given]
     channels = tuple(model.input_shape)[0]
-    if max(map(len, values)) > max(1, channels):  # broadcasting would repeat the input
+    if not {*map(len, values)} <= {1, channels}:  # broadcasting would repeat the input
         raise ValueError(
             f"{len(values[0])} values of input_std and {len(values[1])} of input_mean for inputs "
             f"with {channels} channels: give one, or one per channel"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .norms import power_of_two
+from .norms import power_of_two, tensor_of
 
 
 class MaxMin(nn.Module):
@@ -211,7 +211,7 @@ class Normalising(nn.Module):
 
     def keep(self, mean, std, persistent=False):
         for name, values in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+            value = tensor_of(values, name).to("cpu", torch.float64)
             self.register_buffer(name, value.reshape(-1).clone(), persistent)
 
     def _apply(self, fn, recurse=True):

@@ -41,6 +41,7 @@ from .norms import (
     matrix_norm,
     power,
     shift,
+    tensor_of,
 )
 from .progress import progress_bar
 from .rounding import absolute_norm, rounding
@@ -240,7 +241,7 @@ def local_lipschitz(model, images, epsilon):
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
-    images = torch.as_tensor(images).cpu()
+    images = tensor_of(images, "images").cpu()
     model = as_lipschitz_net(model, images.shape[1:])
     net = _exact(model)
     K = lipschitz_matrix(model)
@@ -299,7 +300,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
     K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
     logits = shift(logits, -net.units[-1])
-    images = torch.as_tensor(images).cpu()
+    images = tensor_of(images, "images").cpu()
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
         for first in batches:

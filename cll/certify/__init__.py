@@ -27,7 +27,7 @@ from ..bounds import float64_copy, lipschitz_matrix
 from ..data import check_values
 from ..layers import freeze
 from ..local import local_radius
-from ..norms import PROOFS, U, exact_arithmetic, full_precision
+from ..norms import PROOFS, U, exact_arithmetic, full_precision, tensor_of
 from ..progress import progress_bar
 from ..rounding import margin_error
 
@@ -201,7 +201,7 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
     and cuDNN, which may choose algorithms that ``rounding`` does not cover.
     """
-    images = torch.as_tensor(images)
+    images = tensor_of(images, "images")
     model, device = _float64_copy(as_lipschitz_net(model, images.shape[1:]))
     if device.type == "cpu" and images.ndim == 4:
         batch_size = min(batch_size, CPU_BATCH)
@@ -354,7 +354,7 @@ def _float64(x):
     """Numbers of a list as Python holds them. MPS has no float64."""
     if torch.is_tensor(x) and x.device.type == "mps":
         x = x.cpu()
-    return _tensor(x, "logits, bounds and errors").double().detach()
+    return tensor_of(x, "logits, bounds and errors").double().detach()
 
 
 def _float64_copy(model):
@@ -396,7 +396,7 @@ def _test_split(dataset):
             f"cannot read samples from a {type(dataset).__name__}: give a cll Dataset, a pair "
             "(images, targets) or a torch Dataset"
         )
-    images = _tensor(images, "images")
+    images = tensor_of(images, "images")
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must have shape (N, ...) with N >= 1, got {tuple(images.shape)}")
     return images, _integers(targets, "targets")
@@ -417,26 +417,12 @@ def _sample(sample, i):
     name = f"target {i} of the dataset"
     if (target := _integers(target, name)).numel() != 1:
         raise ValueError(f"{name} has shape {tuple(target.shape)}: give the number of its class")
-    return _tensor(image, f"image {i} of the dataset"), target.item()
-
-
-def _tensor(values, name):
-    """A tensor of the same numbers, of a list in float64 as Python holds them, or ValueError for
-    strings, ragged lists and the like."""
-    try:
-        if not torch.is_tensor(values):  # torch takes no reversed, foreign or long double arrays
-            array = np.asarray(values)
-            wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
-            kind = np.float64 if wide else array.dtype.newbyteorder("=")
-            values = torch.from_numpy(np.require(array, kind, "CW"))
-        return values
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name} must be numbers ({' '.join(str(error).split())})") from None
+    return tensor_of(image, f"image {i} of the dataset"), target.item()
 
 
 def _integers(values, name):
     """Class numbers as int64; (N, 1), as MedMNIST and Keras have them, becomes (N,)."""
-    values = _tensor(values, name)
+    values = tensor_of(values, name)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers 0, 1, 2, ..., got {values.dtype}")
     return (values[:, 0] if values.shape[1:] == (1,) else values).to(torch.int64)
@@ -444,7 +430,7 @@ def _integers(values, name):
 
 def check_images(images, model):
     """Images as a CPU-or-device tensor, or ValueError naming the first image at fault."""
-    images = _tensor(images, "images")
+    images = tensor_of(images, "images")
     shape = tuple(model.input_shape)
     if tuple(images.shape[1:]) != shape or len(images) == 0:
         hint = ""
