@@ -781,11 +781,16 @@ def refuse_foreign(model):
     """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
     may compute anything else: no number of points shows what a network does between them."""
     if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
+        mend = _mend(type(model))
+        if mend.startswith("register"):
+            mend = (
+                "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
+                "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, "
+                "input_mean), and register the bounds of your own layers with cll.bounds.register"
+            )
         raise TypeError(
             f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
-            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
-            "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
-            "and register the bounds of your own layers with cll.bounds.register"
+            f"{mend}"
         )
     if isinstance(model, nn.Module):
         refuse_overridden(model)

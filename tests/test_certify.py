@@ -425,7 +425,7 @@ ONE = torch.eye(4)[1]
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (lambda i: (SIX[i], 0.9 if i == 2 else 0), "target 2 .* integers .*float32"),
+        (lambda i: (SIX[i], 0.9 if i == 2 else 0), "target 2 .* integers .*float64"),
         (lambda i: (SIX[i], np.float64(2)), "target 0 .* integers .*float64"),
         (lambda i: (SIX[i], math.nan), "target 0 .* integers"),
         (lambda i: (SIX[i], True), "target 0 .* integers .*bool"),
