@@ -1,16 +1,7 @@
 """Lipschitz bounds: the constant of every layer, and K, the bound of every logit difference.
 
-Five answers to "what is the constant of this layer?", all in float64 on the CPU:
-
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use.
-                 Of Conv2d proven as tightly as its size allows, see `norms`
-    tight        an upper bound too, also of large Conv2d within a permille, for more time
-    fast         an upper bound too, by the cheapest proof, some permille larger
-    power        what converged power iteration finds, as the paper reports: never above the norm;
-                 1 for layers that are 1-Lipschitz by design, as their papers count them
-    exact        dense singular value decomposition, for small layers: the judge in tests
-
-and a sixth, `estimate`, for training: a few warm-started power iterations, differentiable.
+`operator_norm` gives five answers to "what is the constant of this layer?", all in float64 on the
+CPU; `estimate` gives a sixth, for training.
 """
 
 import copy
@@ -20,6 +11,7 @@ import math
 import sys
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import Union, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,25 +19,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cll.layers import (
-    BatchNormalized,
-    ClampedMaxMin,
-    CPLConv2d,
-    CPLLinear,
-    GroupSort,
-    Householder,
-    MaxMin,
-    Normalize,
-    NormalizedLinear,
-    PadChannels,
-    Residual,
-    SandwichConv2d,
-    SandwichLinear,
-    SLLConv2d,
-    SLLLinear,
-    SOCConv2d,
-    Truncation,
-)
+import cll  # as_lipschitz_net, of a module that imports this one
+from cll import layers
 from cll.norms import (
     CHUNK,
     DENSE_ENTRIES,
@@ -73,7 +48,7 @@ from cll.norms import (
 )
 from cll.progress import progress_bar
 
-HEADS = (NormalizedLinear, Truncation)
+HEADS = (layers.NormalizedLinear, layers.Truncation)
 
 
 # ------------------------------------------------------------------------------ layers, one by one
@@ -111,7 +86,7 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
         return matrix_norm(layer, _weight(layer, shape), shape, method, start)
     several = is_linear(layer) or isinstance(
-        layer, (BatchNormalized, Residual, nn.Conv1d, *TRANSPOSED)
+        layer, (layers.BatchNormalized, layers.Residual, nn.Conv1d, *TRANSPOSED)
     )
     if method in PROOFS and not several:  # other layers know one proof only
         method = "guaranteed"
@@ -151,11 +126,13 @@ BOUNDS = {}  # type -> its handler
 
 
 def register(kind, bound=None):
-    """Register the bound of a type of layer, see `layer_lipschitz`; alone, as a decorator."""
+    """Register the bound of a type of layer or of a union of types, see `layer_lipschitz`; alone,
+    as a decorator."""
     if bound is None:
         return functools.partial(register, kind)
-    BOUNDS[kind] = bound
-    know(kind)
+    for one in get_args(kind) or (kind,):
+        BOUNDS[one] = bound
+        know(one)
     return bound
 
 
@@ -190,25 +167,25 @@ for _kind in (nn.Sequential, *HEADS):
     know(_kind)
 
 
-def _one(layer, input_shape, method):
-    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
-    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
-    return 1.0
-
-
 def in_dimensions(*names):
     """The layers of torch.nn with these names, in one, two and three dimensions."""
     return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
 
 
 RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
-RESHAPES += (nn.ChannelShuffle, PadChannels, Truncation)
+RESHAPES += (nn.ChannelShuffle, layers.PadChannels, layers.Truncation)
 RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
 RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus)
-_ONE += (nn.Softshrink, nn.Tanhshrink, MaxMin, ClampedMaxMin, GroupSort, Householder)
-for _kind in (*_ONE, *RESHAPES):
-    register(_kind, _one)
+_ONE += (nn.Softshrink, nn.Tanhshrink, layers.MaxMin, layers.ClampedMaxMin)
+_ONE += (layers.GroupSort, layers.Householder)
+
+
+@register(Union[*_ONE, *RESHAPES])
+def _one(layer, input_shape, method):
+    """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
+    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
+    return 1.0
 
 
 # Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
@@ -237,29 +214,23 @@ def _at_least_one(slope):
     return slope if not slope <= 1 else 1.0
 
 
+@register(Union[*SLOPES])
 def _slope(layer, input_shape, method):
     return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
 
 
-for _kind in SLOPES:
-    register(_kind, _slope)
-
-
-@register(Normalize)
+@register(layers.Normalize)
 def _normalize(layer, input_shape, method):
     if not (layer.std > 0).all():
         raise ValueError(f"std must be positive, got {layer.std.tolist()}")
     return round_up(1 / layer.std.min().item())
 
 
+@register(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
     scale = batch_norm_scale(layer).abs().max().item()
     return {"guaranteed": round_up(scale), "power": round_down(scale)}.get(method, scale)
-
-
-for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
-    register(_kind, _batch_norm)
 
 
 def batch_norm_scale(layer):
@@ -279,7 +250,7 @@ def batch_norm_scale(layer):
     return scale
 
 
-@register(BatchNormalized)
+@register(layers.BatchNormalized)
 def _batch_normalized(layer, input_shape, method):
     """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
     norm of the matrix of absolute values."""
@@ -311,6 +282,16 @@ def _scaled_weight(layer, input_shape):
     return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
 
 
+def as_matrix(layer, input_shape):
+    """(layer, weight, error) of a layer that is one matrix up to biases: its norm is within `error`
+    of that of a layer like this with this float64 weight; else None."""
+    if is_linear(layer):
+        return layer, _weight(layer, input_shape), 0.0
+    if is_bounded_as(layer, layers.BatchNormalized) and _is_one_map(layer, input_shape):
+        return layer[0], *_scaled_weight(layer, input_shape)
+    return None
+
+
 def absolute_norm(layer, weight, input_shape):
     """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
     of the largest row sum and the largest column sum of |A|."""
@@ -325,7 +306,7 @@ def absolute_norm(layer, weight, input_shape):
     return math.sqrt(rows * columns) * unit.item() * (1 + 1e-6)
 
 
-@register(Residual)
+@register(layers.Residual)
 def _residual(layer, input_shape, method):
     layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
     total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
@@ -356,6 +337,7 @@ MAXIMA = in_dimensions("MaxPool", "AdaptiveMaxPool")
 NORMS = in_dimensions("LPPool")
 
 
+@register(Union[*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS])
 def _separable(layer, input_shape, method):
     """Product over the dimensions of the image of what the layer does in each.
 
@@ -406,23 +388,16 @@ def _separable(layer, input_shape, method):
     return {"guaranteed": upper, "exact": norm, "power": lower}[method]
 
 
-for _kind in (*AVERAGES, *COPIES, *RESIZES, *MAXIMA, *NORMS):
-    register(_kind, _separable)
-
-
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
+@register(Union[nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED])
 def _matrix_norm(layer, input_shape, method):
     """Largest singular value of a linear layer."""
     return matrix_norm(*as_conv2d(layer, input_shape), method)
 
 
-for _kind in (nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED):
-    register(_kind, _matrix_norm)
-
-
-@register(NormalizedLinear)
+@register(layers.NormalizedLinear)
 def _normalized(layer, input_shape, method):
     """The rows that it computes, each off by gamma(D + 8) of its length 1."""
     _weight(layer, input_shape)  # checked
@@ -505,7 +480,7 @@ def _weight(layer, input_shape):
 # ------------------------------------------------------------ layers that bound themselves
 
 
-@register(SOCConv2d)
+@register(layers.SOCConv2d)
 def _soc(layer, input_shape, method):
     """The largest |p_T(i t)| for 0 <= t <= ||A||: A is skew, so A^T A = -A^2, its eigenvalues are
     i t, and y = p_T(A) x is normal with the eigenvalues p_T(i t). Space-to-depth, zero channels and
@@ -531,7 +506,7 @@ def _soc(layer, input_shape, method):
 
 def unfolded_norm(kernel):
     """The smaller proven norm of the unfoldings of a skew kernel, of any order of size."""
-    sides = SOCConv2d.unfoldings(kernel)
+    sides = layers.SOCConv2d.unfoldings(kernel)
     return min(matrix_norm(_plain(U), U, U.shape[1:], "fast") for U in sides)
 
 
@@ -579,10 +554,7 @@ def taylor_gain(terms, norm):
     return 1.0 if proven == 1 else round_up(math.sqrt(proven))
 
 
-@register(CPLLinear)
-@register(CPLConv2d)
-@register(SLLLinear)
-@register(SLLConv2d)
+@register(layers.CPLLinear | layers.CPLConv2d | layers.SLLLinear | layers.SLLConv2d)
 def _potential_step(layer, input_shape, method):
     """max(1, 2 ||D^(1/2) W||^2 - 1), see layers._PotentialStep, for the D that the layer applies in
     evaluation mode: whatever norm or q it was made from, the bound holds."""
@@ -611,8 +583,7 @@ def _potential_step(layer, input_shape, method):
     return round_up(max(1.0, round_up(2 * norm * norm) - 1))
 
 
-@register(SandwichLinear)
-@register(SandwichConv2d)
+@register(layers.SandwichLinear | layers.SandwichConv2d)
 def _sandwich(layer, input_shape, method):
     """sqrt(1 + 4 e (1 + e)) with e = ||[A B]||^2 - 1, see layers._Sandwich: for the convolution the
     largest norm over the frequencies. irfft2 drops what breaks the symmetry of a real image's
@@ -648,11 +619,11 @@ def settle(model):
     settled is certified all the same, with the constants that its present norms give.
     """
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        if isinstance(layer, SOCConv2d):
+        if isinstance(layer, layers.SOCConv2d):
             kernel = _evaluation_copy(layer).skew_kernel()
             norm, lowest = unfolded_norm(kernel), torch.finfo(layer.norm.dtype).tiny
             lowest = lowest if kernel.any() else 0.0
-        elif isinstance(layer, CPLLinear | CPLConv2d):
+        elif isinstance(layer, layers.CPLLinear | layers.CPLConv2d):
             W = _evaluation_copy(layer).weight
             norm, lowest = matrix_norm(_plain(W), W, shape, "fast"), 0.0
         else:
@@ -781,23 +752,21 @@ def refuse_foreign(model):
     """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
     may compute anything else: no number of points shows what a network does between them."""
     if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
-        mend = _mend(type(model))
-        if mend.startswith("register"):
-            mend = (
-                "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
-                "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, "
-                "input_mean), and register the bounds of your own layers with cll.bounds.register"
-            )
+        mend = (
+            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
+            "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
+            "and register the bounds of your own layers with cll.bounds.register"
+        )
         raise TypeError(
             f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
-            f"{mend}"
+            f"{_mend(type(model), mend)}"
         )
     if isinstance(model, nn.Module):
         refuse_overridden(model)
 
 
-def _mend(kind):
-    """What to do about a type of layer that has no bound."""
+def _mend(kind, otherwise=None):
+    """What to do about a type of layer or model that has no bound."""
     home, name = kind.__module__, kind.__name__
     if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         return "put what is inside it in its place, .module or ._orig_mod"
@@ -810,7 +779,7 @@ def _mend(kind):
             "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
             f"in its place, or register its bound with @cll.bounds.register({name})"
         )
-    return f"register one with @cll.bounds.register({name})"
+    return otherwise or f"register one with @cll.bounds.register({name})"
 
 
 def _is_torchs_own(name, method):
@@ -888,11 +857,14 @@ def _trace(body, shape):
     """(`layer_inputs`, output shape)"""
     tensors = itertools.chain(body.parameters(), body.buffers())
     weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    layers = []
+    reached = []
     with _evaluation(body), torch.inference_mode(False), torch.no_grad():
         for name, layer in leaves(body):
-            layers.append((name, layer, shape))
+            reached.append((name, layer, shape))
             refuse_overridden(layer)  # before it runs, which may change it
+            if vars(layer).get("frozen", layer) is None:  # derive its weights once for all passes
+                layer = copy.copy(layer)
+                layer.frozen = layer.effective()
             if parametrize.is_parametrized(layer):
                 _parametrised(layer)
             images = torch.arange(2 * math.prod(shape), device=weight.device).view(2, *shape)
@@ -909,7 +881,7 @@ def _trace(body, shape):
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
                     f"{shape}: {(str(error) or type(error).__name__).splitlines()[0]}"
                 ) from error
-            if isinstance(layer, Residual) and x._version != version:
+            if isinstance(layer, layers.Residual) and x._version != version:
                 raise ValueError(
                     f"layer {name} (Residual) changes its input before both of its parts have read "
                     "it: give the first activation of the branch inplace=False"
@@ -920,7 +892,7 @@ def _trace(body, shape):
                     "batch: no bound holds image by image; flatten and pad from dimension 1 on"
                 )
             shape = tuple(y.shape[1:])
-    return layers, shape
+    return reached, shape
 
 
 def _differ(y, z):
@@ -930,17 +902,12 @@ def _differ(y, z):
 
 def leaves(module, name=""):
     """(name, layer) in forward order; nn.Sequential is opened, also when nested."""
-    if not is_open(module):
-        yield name, module
+    if not (isinstance(module, nn.Sequential) and is_bounded_as(module, object)):
+        yield name, module  # no container, or one with a bound
         return
     refuse_overridden(module)
     for key, child in module._modules.items():  # named_children() skips a layer used twice
         yield from leaves(child, f"{name}.{key}" if name else key)
-
-
-def is_open(module):
-    """True for an nn.Sequential without a bound of its own: its layers count one by one."""
-    return isinstance(module, nn.Sequential) and is_bounded_as(module, object)
 
 
 def _refuse_hooks(module):
@@ -990,17 +957,15 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     with input_shape, the shape of one sample. With the methods "guaranteed", "tight" and
     "fast" every factor and every product is rounded up. The bar names the layer at work.
     """
-    from .architectures import as_lipschitz_net  # which imports this module
-
-    model = as_lipschitz_net(model, input_shape)
-    layers, features = _trace(model.body, tuple(model.input_shape))
+    model = cll.as_lipschitz_net(model, input_shape)
+    chained, features = _trace(model.body, tuple(model.input_shape))
     head = _head(model, features)
     std, _ = normalisation(model)
     K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
     with _evaluation(model.body), _evaluation(model.head):  # what computes a weight may ask for it
-        factors = {f"body.{name}".rstrip(".") for name, _, _ in layers}
+        factors = {f"body.{name}".rstrip(".") for name, _, _ in chained}
         inside = list(opened(model.body, model.input_shape, "body"))
-        for name, layer, shape in _announced(inside, progress):
+        for name, layer, shape in announced(inside, progress):
             norm, e = math.frexp(operator_norm(layer, shape, method))
             if name in factors:
                 K, f = math.frexp(K * norm)
@@ -1012,11 +977,13 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     matrix = K * distances
     if method in PROOFS:
         # roundings: product of the layers, distances (D + 3), last product
-        matrix = matrix * (1 + 2 * gamma(len(layers) + W.shape[1] + 8))
+        matrix = matrix * (1 + 2 * gamma(len(chained) + W.shape[1] + 8))
         # rounded up: a bound that underflows to 0 would certify every distance
         matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
     else:
         matrix = shift(matrix, exponent)
+    if method == "power":
+        matrix = matrix.clamp(max=sys.float_info.max)  # a lower bound
     return matrix.fill_diagonal_(0)
 
 
@@ -1042,18 +1009,18 @@ def opened(module, input_shape, prefix):
     """`layer_inputs` with names behind a prefix, and before each Residual the layers inside it."""
     for name, layer, shape in layer_inputs(module, input_shape):
         name = f"{prefix}.{name}" if name else prefix
-        if is_bounded_as(layer, Residual):
+        if is_bounded_as(layer, layers.Residual):
             for part in ("branch", "shortcut"):
                 yield from opened(getattr(layer, part), shape, f"{name}.{part}")
         yield name, layer, shape
 
 
-def _announced(layers, progress):
+def announced(named, progress):
     """The layers (name, layer, input shape), one by one, under a bar that names the one at work; a
     large one at once, and about how long its proof takes on one core."""
-    with progress_bar(len(layers), "bounds", "layer", progress) as bar:
-        for name, layer, shape in layers:
-            linear, seconds = layer[0] if isinstance(layer, BatchNormalized) else layer, 0
+    with progress_bar(len(named), "bounds", "layer", progress) as bar:
+        for name, layer, shape in named:
+            linear, seconds = layer[0] if isinstance(layer, layers.BatchNormalized) else layer, 0
             if isinstance(linear, nn.Conv2d):
                 channels = min(linear.in_channels, linear.out_channels) / linear.groups
                 seconds = channels**3 * math.prod(shape[1:]) / 1.5e8
@@ -1076,27 +1043,21 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
     """
     if method not in PROOFS:
         raise ValueError(f"method {method!r} proves no bound: use one of {', '.join(PROOFS)}")
-    from .architectures import as_lipschitz_net  # which imports this module
-
-    model = as_lipschitz_net(model, input_shape)
+    model = cll.as_lipschitz_net(model, input_shape)
     head = _head(model, output_shape(model.body, model.input_shape))
     rows = []
     with _evaluation(model.body), _evaluation(model.head):
-        layers = list(opened(model.body, model.input_shape, "body"))
+        inside = list(opened(model.body, model.input_shape, "body"))
         if type(head) is nn.Linear:
-            layers.append(("head", head, (head.in_features,)))
-        for name, layer, shape in _announced(layers, progress):
+            inside.append(("head", head, (head.in_features,)))
+        for name, layer, shape in announced(inside, progress):
             upper = operator_norm(layer, shape, method)
             if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
                 continue
-            linear = None
-            if is_linear(layer):
-                linear, weight, error = layer, _weight(layer, shape), 0.0
-            elif is_bounded_as(layer, BatchNormalized) and _is_one_map(layer, shape):
-                linear, (weight, error) = layer[0], _scaled_weight(layer, shape)
-            if linear is None:
+            if (matrix := as_matrix(layer, shape)) is None:
                 lower, proof = _stretch(layer, shape), "by construction"
             else:
+                linear, weight, error = matrix
                 lower, _, proof = enclose(linear, weight, shape, method)
                 lower = lower or matrix_norm(linear, weight, shape, "power")  # of "fast"
                 lower = max(0.0, round_down(lower - error)) if error else lower
@@ -1130,7 +1091,7 @@ def row_distances(head, W):
         others = j[i == row]
         distances[row, others] = lengths(W[row] - W[others])
     distances = torch.where(distances > 0, distances + SMALLEST, distances)
-    if isinstance(head, NormalizedLinear):
+    if isinstance(head, layers.NormalizedLinear):
         distances = distances + 2 * gamma(W.shape[1] + 8)
     return distances
 

@@ -44,20 +44,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from . import norms
+from . import bounds, norms
 from .architectures import as_lipschitz_net
-from .bounds import (
-    _is_one_map,
-    _scaled_weight,
-    _weight,
-    head_rows,
-    is_linear,
-    layer_inputs,
-    lipschitz_matrix,
-    normalisation,
-    operator_norm,
-    row_distances,
-)
 from .certify import (
     RADII,
     _test_split,
@@ -69,12 +57,9 @@ from .certify import (
 )
 from .data import load
 from .description import check_fit, describe, rebuild, tensors_of
-from .layers import BatchNormalized, Residual, freeze
-from .norms import LARGEST, TINY, U, confirm, enclose, gamma
-from .progress import progress_bar
-from .rounding import lengths, margin_error
-
-__all__ = ["Invalid", "write", "verify"]
+from .layers import Residual, freeze
+from .norms import LARGEST, TINY, U, confirm, enclose, gamma, lengths
+from .rounding import margin_error
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
@@ -354,7 +339,7 @@ def _checked_network(c, file):
         raise Invalid(f"weights: {file.name} is damaged: {_line(error)}") from None
     try:
         net = rebuild(architecture, tensors)
-        layer_inputs(net.body, net.input_shape)
+        bounds.layer_inputs(net.body, net.input_shape)
     except Exception as error:
         raise _refusal("architecture", error) from None
     return net
@@ -371,27 +356,6 @@ def _refusal(where, error):
 # -------------------------------------------------------------------------------------- bounds
 
 
-def _layers(module, shape, prefix):
-    """(name, layer, input shape) of the leaves of a module in order; those inside a Residual come
-    before it."""
-    for name, layer, reaching in layer_inputs(module, shape):
-        name = f"{prefix}.{name}" if name else prefix
-        if isinstance(layer, Residual):
-            for part in ("branch", "shortcut"):
-                yield from _layers(getattr(layer, part), reaching, f"{name}.{part}")
-        yield name, layer, reaching
-
-
-def _matrix(layer, shape):
-    """(layer, weight, extra) of a layer that is one matrix up to biases: its norm is at most
-    `extra` above that of a layer like this with this float64 weight; else None."""
-    if is_linear(layer):
-        return layer, _weight(layer, shape), 0.0
-    if isinstance(layer, BatchNormalized) and _is_one_map(layer, shape):
-        return layer[0], *_scaled_weight(layer, shape)
-    return None
-
-
 def _spared(bound):
     """A bound with a little to spare, also where float64 has no digits for that."""
     return math.nextafter(bound * (1 + SPARE), math.inf) if bound else 0.0
@@ -399,7 +363,7 @@ def _spared(bound):
 
 def _claim(name, layer, shape, claims):
     """The bound of a layer as it is written."""
-    matrix = _matrix(layer, shape)
+    matrix = bounds.as_matrix(layer, shape)
     if matrix is None:
         bound, proof = _by_construction(name, layer, shape, claims), "by construction"
         bound = bound if bound == 1 else _spared(bound)
@@ -415,14 +379,14 @@ def _claim(name, layer, shape, claims):
 def _by_construction(name, layer, shape, claims):
     """The bound of a layer that is no matrix; of a Residual, from what is claimed of its layers."""
     if not isinstance(layer, Residual):
-        return operator_norm(layer, shape)
+        return bounds.operator_norm(layer, shape)
     parts = ((layer.branch, f"{name}.branch"), (layer.shortcut, f"{name}.shortcut"))
     return (1 + 4 * U) * sum(_product(part, shape, path, claims) for part, path in parts)
 
 
 def _product(module, shape, prefix, claims):
     """The claimed bounds of a chain of layers, multiplied and rounded up; never 0 by underflow."""
-    total, layers = 1.0, layer_inputs(module, shape)
+    total, layers = 1.0, bounds.layer_inputs(module, shape)
     for name, _, _ in layers:
         bound = claims[f"{prefix}.{name}" if name else prefix]["bound"]
         total = max(total * bound, TINY) if bound else 0.0
@@ -432,20 +396,18 @@ def _product(module, shape, prefix, claims):
 def _check_bounds(net, claims, progress):
     """Every bound of a certificate, at the number that it claims; claims None: of one to be
     written, which is confirmed like any other. Returns the claims."""
-    leaves, written = list(_layers(net.body, net.input_shape, "body")), claims is None
+    leaves, written = list(bounds.opened(net.body, net.input_shape, "body")), claims is None
     claims = {} if written else claims
     for name in sorted({name for name, _, _ in leaves} ^ claims.keys()) if not written else ():
         there = "names no layer of the network" if name in claims else "is missing"
         raise Invalid(f"bounds: the bound of {name} {there}")
-    with progress_bar(len(leaves), "bounds", "layer", progress) as bar:
-        for name, layer, shape in leaves:
-            try:
-                if written:
-                    claims[name] = _claim(name, layer, shape, claims)
-                _check_bound(name, layer, shape, claims)
-            except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-                raise _refusal(f"bounds: {name}", error) from None
-            bar.update()
+    for name, layer, shape in bounds.announced(leaves, progress):
+        try:
+            if written:
+                claims[name] = _claim(name, layer, shape, claims)
+            _check_bound(name, layer, shape, claims)
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise _refusal(f"bounds: {name}", error) from None
     return claims
 
 
@@ -457,7 +419,7 @@ def _check_bound(name, layer, shape, claims):
     seen = _stretch(layer, shape, claimed)
     if seen is not None:
         raise Invalid(f"{text} is false, two inputs are moved apart {seen!r} times")
-    matrix = _matrix(layer, shape)
+    matrix = bounds.as_matrix(layer, shape)
     if matrix is None:
         needed = _by_construction(name, layer, shape, claims)
         if proof != "by construction":
@@ -512,12 +474,13 @@ def _class_bounds(net, claims):
     """K (C, C) from the claimed bounds of the layers: their product times ||w_i - w_j|| /
     min(input_std), rounded up. Not below what the library makes of the bounds just proven, which is
     an independent computation."""
-    W = head_rows(copy.deepcopy(net.head).double()).detach()
-    distances = row_distances(net.head, W)
-    total = _product(net.body, net.input_shape, "body", claims) / normalisation(net)[0].min().item()
+    W = bounds.head_rows(copy.deepcopy(net.head).double()).detach()
+    distances = bounds.row_distances(net.head, W)
+    std, _ = bounds.normalisation(net)
+    total = _product(net.body, net.input_shape, "body", claims) / std.min().item()
     K = total * distances * (1 + 2 * gamma(W.shape[1] + 12))
     K = torch.where((distances > 0) & (K < TINY) & (total > 0), TINY, K).fill_diagonal_(0)
-    return torch.maximum(K, lipschitz_matrix(net) / (1 + K_SPARE / 2))
+    return torch.maximum(K, bounds.lipschitz_matrix(net) / (1 + K_SPARE / 2))
 
 
 def _written_K(net, claims):
@@ -584,11 +547,6 @@ def _loaded(c, source, n):
         raise Invalid(f"data: {arguments} are not {n} images of shape {shape}")
     if source is None and not arguments:
         raise ValueError("the certificate names no source of its images: give data (--data)")
-    if source is None and arguments["source"] == "tiny-imagenet":
-        raise ValueError(
-            "tiny-imagenet: loading it writes decoded.npz beside it, which a certificate may not "
-            'ask for: do so yourself with data="tiny-imagenet" (--data tiny-imagenet)'
-        )
     arguments |= {"input_shape": shape} | ({"source": source} if source else {})
     kind, _, place = arguments["source"].partition(":")
     for split in ("train", "test", "val") if kind == "folder" and source is None else ():

@@ -165,7 +165,8 @@ def load(
     seed: draws two_moons; no other source depends on it.
     label: name of the data in all results; default: the source, for npz with the file's stem and
         for folder with the folder's name in place of the path.
-    download: False never touches the network.
+    download: False never touches the network and writes nothing, neither an archive's files nor a
+        cache.
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
     ValueError where they are unusable; both say in one line what, where and what to do. Warns of
@@ -188,7 +189,7 @@ def load(
         elif kind in ("cifar10", "cifar100"):
             arrays, names = _cifar(kind, root, download)
         elif kind == "tiny-imagenet":
-            arrays, names = _tiny_imagenet(root)
+            arrays, names = _tiny_imagenet(root, download)
         elif kind == "digits":
             arrays, names = _digits(input_shape or (3, 32, 32)), [str(i) for i in range(10)]
         else:
@@ -275,7 +276,7 @@ def _cifar(kind, root, download):
         try:
             train = cls(root, train=True)
         except Exception:  # a damaged file raises anything
-            if not (download or check_integrity(archive, cls.tgz_md5)):
+            if not download:
                 raise
             socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
             train = cls(root, train=True, download=True)  # or unpack, which needs no network
@@ -287,7 +288,7 @@ def _cifar(kind, root, download):
         raise DataNotFound(
             f"no usable {kind}: missing, truncated or damaged: "
             f"{', '.join(damaged) or f'{folder} and {archive}'} ({_one_line(error)}). Two ways "
-            f"out: download {cls.url} where there is a network and put it into {root} (or set "
+            f"out: download {cls.url} where there is a network and unpack it into {root} (or set "
             f"CLL_DATA to the folder that has it), or use {OWN_DATA}"
         ) from None
     finally:
@@ -297,7 +298,7 @@ def _cifar(kind, root, download):
     return sum(arrays, ()), list(train.classes)
 
 
-def _tiny_imagenet(root):
+def _tiny_imagenet(root, download):
     """Tiny-ImageNet: wnids.txt, train/WNID/images/*, val/images/*, val/val_annotations.txt.
 
     Any number of classes; they are numbered by their sorted WordNet ids, as ImageFolder does.
@@ -335,7 +336,7 @@ def _tiny_imagenet(root):
 
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
     digest = hashlib.sha256((listing + repr(targets)).encode()).hexdigest()
-    images = _decode_once(files, digest, folder / "decoded.npz")
+    images = _decode_once(files, digest, folder / "decoded.npz", keep=download)
     words = folder / "words.txt"
     lines = words.read_text().splitlines() if words.exists() else []
     rows = (line.partition("\t") for line in lines)
@@ -345,12 +346,14 @@ def _tiny_imagenet(root):
     return arrays, [names.get(wnid, wnid) for wnid in wnids]
 
 
-def _decode_once(files, digest, cache):
+def _decode_once(files, digest, cache, keep):
     """{split: images} of the files {split: [file]}, kept in the cache with their digest."""
     with suppress(Exception), np.load(cache) as stored:  # none, or damaged: decode
         if str(stored["digest"]) == digest:
             return {split: stored[split] for split in files}
     images = {split: _decode(files[split], None) for split in files}
+    if not keep:
+        return images
     whole = cache.with_name(f"decoded.{os.getpid()}.tmp.npz")
     try:
         with suppress(OSError):  # a read-only folder keeps no cache

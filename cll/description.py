@@ -20,9 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import bounds, layers, norms
 from .architectures import LipschitzNet
-from .layers import BatchNormalized, Residual
-
-__all__ = ["check_fit", "describe", "rebuild", "tensors_of"]
 
 # What a network may ask of a reader's machine; several times what the networks of the paper do.
 LAYERS = 5000
@@ -153,8 +150,8 @@ _ARGUMENTS = {  # where a layer has no attribute of the name of a constructor ar
         "out_channels": len(m.weight),
         "kernel_size": m.weight.shape[-1] * m.stride, "stride": m.stride,
     },
-    Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
-    BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
+    layers.Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
+    layers.BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
 }  # fmt: skip
 
 
@@ -167,10 +164,7 @@ def _description(module, name):
             "layers of torch.nn and cll with a bound proven by cll: write it with these, and undo "
             "spectral_norm or weight_norm with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if kind not in bounds.HEADS:
-        bounds.refuse_overridden(module)
-    elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        raise TypeError(f"{name} ({norms.describe(module)}) has a forward or hooks of its own")
+    bounds.refuse_overridden(module)
     if kind is nn.Sequential:
         inside = {k: _description(child, f"{name}.{k}") for k, child in module._modules.items()}
         return {"type": "Sequential", "layers": inside}
@@ -191,7 +185,7 @@ def _description(module, name):
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} ({norms.describe(module)}): JSON knows no {key} = {value}")
         else:
-            described[key] = _plain(value)
+            described[key] = value.tolist() if torch.is_tensor(value) else value
     return described
 
 
@@ -214,9 +208,3 @@ def _module(description):
     # looks at its numbers when it is built, which the meta device does not have
     with torch.device("cpu") if kind is layers.Normalize else nullcontext():
         return kind(**arguments)
-
-
-def _plain(value):
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value

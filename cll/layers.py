@@ -74,7 +74,7 @@ class _SortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x):
-        outputs = _SortPairs.apply(_one_batch(x, in_dims[0], info))
+        outputs = _SortPairs.apply(_in_front(x, in_dims[0], info).flatten(0, 1))
         return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0)
 
 
@@ -96,18 +96,14 @@ class _UnsortPairs(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, y, in_order):
         own = (y, in_dims[0]), (in_order, in_dims[1])
-        x = _UnsortPairs.apply(*(_one_batch(*t, info) for t in own))
+        x = _UnsortPairs.apply(*(_in_front(*t, info).flatten(0, 1) for t in own))
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _in_front(x, axis, info):
-    """Under vmap over `axis`, None for a tensor that all share: that axis before the others."""
+    """Under vmap over `axis`, None for a tensor that all share: that axis before the others. With
+    the next one it is one batch to a layer without weights."""
     return x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-
-
-def _one_batch(x, axis, info):
-    """Under vmap over `axis`: a layer without weights may see all samples as one batch."""
-    return _in_front(x, axis, info).flatten(0, 1)
 
 
 class ClampedMaxMin(nn.Module):

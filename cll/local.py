@@ -18,17 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import bounds
 from .architectures import as_lipschitz_net
-from .bounds import (
-    float64_copy,
-    head_rows,
-    is_linear,
-    layer_inputs,
-    lipschitz_matrix,
-    normalisation,
-    operator_norm,
-    row_distances,
-)
 from .layers import ClampedMaxMin, MaxMin, freeze
 from .norms import (
     TINY,
@@ -44,7 +35,7 @@ from .norms import (
     tensor_of,
 )
 from .progress import progress_bar
-from .rounding import absolute_norm, rounding
+from .rounding import SMALLEST, rounding
 
 ACTIVATIONS = (MaxMin, ClampedMaxMin, nn.ReLU)
 KNOWN = (*ACTIVATIONS, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # and linear ones
@@ -98,19 +89,19 @@ def local_estimate(net, images, epsilon, iterations=2):
             follower = layers[i + 1] if i + 1 < len(layers) else None
             if isinstance(layer, (nn.Flatten, nn.Identity)):
                 h, low, high, live = (layer(t) for t in (h, low, high, live))
-            elif is_linear(layer):
+            elif bounds.is_linear(layer):
                 with torch.no_grad():
                     state = _pre_activation(layer, h, low, high, epsilon * product)
                     inputs, (h, low, high, outputs) = live, _activate(follower, *state)
                     reached, live = outputs
                 v = getattr(net, f"v{i}")
                 product = product * _masked_norm(layer, v, inputs, reached, iterations)
-            elif not (isinstance(layer, ACTIVATIONS) and i and is_linear(layers[i - 1])):
+            elif not (isinstance(layer, ACTIVATIONS) and i and bounds.is_linear(layers[i - 1])):
                 raise TypeError(
                     f"no local estimate for {layer} here: it knows Conv2d, Linear, Flatten, and "
                     "MaxMin, ClampedMaxMin or ReLU right after Conv2d or Linear"
                 )
-        rows = head_rows(net.head)
+        rows = bounds.head_rows(net.head)
         square = (rows[:, None] - rows).square().flatten(0, 1)  # (C * C, features)
         square = live.square() @ square.mT
         distances = torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
@@ -244,7 +235,7 @@ def local_lipschitz(model, images, epsilon):
     images = tensor_of(images, "images").cpu()
     model = as_lipschitz_net(model, images.shape[1:])
     net = _exact(model)
-    K = lipschitz_matrix(model)
+    K = bounds.lipschitz_matrix(model)
     i, j = torch.triu_indices(*K.shape, 1)
     matrix = torch.zeros(len(images), *K.shape, dtype=torch.float64)
     with torch.inference_mode():
@@ -296,7 +287,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     net, radius = _exact(model), torch.as_tensor(radius).clone()
     if max(map(abs, net.units)) > RANGE:
         return radius
-    K = lipschitz_matrix(model) if K is None else K
+    K = bounds.lipschitz_matrix(model) if K is None else K
     K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
     K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
     logits = shift(logits, -net.units[-1])
@@ -380,31 +371,32 @@ class _Network(NamedTuple):
 
 def _exact(model):
     """The _Network of a model."""
-    model = freeze(float64_copy(model))
-    smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
+    model = freeze(bounds.float64_copy(model))
+    smallest, rows = bounds.normalisation(model)[0].min().item(), bounds.head_rows(model.head)
     layers, units = [], [1 - math.frexp(smallest)[1]]
     gains = [ROUNDED / shift(smallest, units[0])]
-    for _, layer, shape in layer_inputs(model.body, model.input_shape):
+    for _, layer, shape in bounds.layer_inputs(model.body, model.input_shape):
         step, unit = _layer(layer, shape, units[-1])
         layers.append(step)
         units.append(unit)
         gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
     exponent = math.frexp(rows.abs().max().item())[1] - 1
     units.append(units[-1] + exponent)
-    distances = row_distances(model.head, rows)
+    distances = bounds.row_distances(model.head, rows)
     return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
 
 
 def _layer(layer, shape, unit):
     """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
-    norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
+    norm, (a, b) = bounds.operator_norm(layer, shape), rounding(layer, shape)
     known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
     known = known and norm < math.inf
     # weights that meet only padding may be larger than the norm
     largest = max(norm, layer.weight.abs().max().item()) if known else norm
     exponent = math.frexp(largest)[1] - 1  # 0 for activations: folds mix inputs and outputs
     norm, unit = shift(norm, -exponent), unit + exponent
-    error = shift(a, -exponent), shift(b + TINY, -unit)  # TINY: underflow, also of the logits
+    # for underflow, also of the logits, which were computed in other units
+    error = shift(a + SMALLEST, -exponent), shift(b + TINY, -unit)
     if not known:
         return _Layer(layer, shape, norm, error), unit
     W = shift(layer.weight, -exponent)
@@ -413,7 +405,7 @@ def _layer(layer, shape, unit):
     row_shape = 1, -1, *[1] * (len(shape) - 1)
     rows = lengths(W.flatten(1)).view(row_shape) * ROUNDED
     facts = {"weight": W, "rows": torch.full_like(rows, norm) if wraps else rows}
-    facts["adjoint_error"] = gamma(terms) * absolute_norm(layer, W, shape)
+    facts["adjoint_error"] = gamma(terms) * bounds.absolute_norm(layer, W, shape)
     if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
         half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
         both = torch.stack([half, -half], 1).flatten(0, 1)
@@ -437,7 +429,7 @@ def _forward(net, images):
     """The _State of a batch. Errors add up from layer to layer."""
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     channels = (-1,) + (1,) * (x.ndim - 2)
-    std, mean = (value.reshape(channels) for value in normalisation(net.model))
+    std, mean = (value.reshape(channels) for value in bounds.normalisation(net.model))
     h = (x - mean) / std
     size = lengths(((x.abs() + mean.abs()) / std).flatten(1))
     error = shift(4 * U * size + TINY, -net.units[0])
@@ -449,7 +441,7 @@ def _forward(net, images):
         errors.append(error * ROUNDED)
         h = step.layer(h)  # last: an in-place activation overwrites its input
     bias = getattr(net.model.head, "bias", None)
-    size = lengths(head_rows(net.model.head)).max() * lengths(h)
+    size = lengths(bounds.head_rows(net.model.head)).max() * lengths(h)
     size = size if bias is None else size + bias.abs().max()
     head_error = shift(4 * gamma(net.rows.shape[1] + 8) * size + TINY, -net.units[-1])
     return _State(folds, errors, head_error)
@@ -534,7 +526,7 @@ def _follow(net, state, n, c, rho, rule):
         bound = torch.minimum(bound, total)
     E = E + size * errors[depth]
     if depth == 0:  # the gradient in the un-normalised input
-        std = shift(normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
+        std = shift(bounds.normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
         size = lengths((c / std).flatten(1))
         bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
     return bound * ROUNDED + LEAST, (E + state.head_error[n]) * ROUNDED

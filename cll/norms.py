@@ -4,8 +4,8 @@
                  smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
                  where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
     tight        the same with a gap of TOLERANCE
-    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, some
-                 percent on images of few pixels
+    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, far
+                 more on images of few pixels
     power        what converged power iteration finds, never above the norm
     exact        dense singular value decomposition, for small layers: the judge in tests
 
@@ -579,8 +579,8 @@ def _strip_plans(layer, weight, input_shape):
 def _strip_cost(layer, weight, input_shape, flip):
     """Flops of one `strip_proof`."""
     along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
-    if not (across.reads() >= 0).any():  # all taps meet padding
-        return 0.0
+    if not (across.reads() >= 0).any():  # all taps meet padding, which the first proof sees
+        return math.inf
     _, _, r, M = _polyphase(across, circular=False)
     inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
     reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)

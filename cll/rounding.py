@@ -14,50 +14,13 @@ cuDNN off); exp, log, erf, tanh, sin, cos within 8 ulp; FFTs with an error of at
 
 import functools
 import math
+from typing import Union
 
 import torch
 from torch import nn
 
-from .bounds import (
-    AVERAGES,
-    COPIES,
-    MAXIMA,
-    NORMS,
-    RESHAPES,
-    RESIZES,
-    TRANSPOSED,
-    absolute_norm,
-    as_conv2d,
-    batch_norm_scale,
-    float64_copy,
-    head_rows,
-    in_dimensions,
-    is_bounded_as,
-    kind_of,
-    layer_inputs,
-    normalisation,
-    operator_norm,
-    output_shape,
-    row_distances,
-    unfolded_norm,
-)
-from .layers import (
-    BatchNormalized,
-    ClampedMaxMin,
-    CPLConv2d,
-    CPLLinear,
-    GroupSort,
-    Householder,
-    MaxMin,
-    Normalize,
-    NormalizedLinear,
-    Residual,
-    SandwichConv2d,
-    SandwichLinear,
-    SLLConv2d,
-    SLLLinear,
-    SOCConv2d,
-)
+from . import bounds, layers
+from .bounds import operator_norm
 from .norms import SMALLEST, TINY, U, exact_arithmetic, gamma, lengths
 
 SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
@@ -73,15 +36,15 @@ def margin_error(model, images, predicted, method="guaranteed"):
     """
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     size = lengths(x.cpu().flatten(1)) * SAFE
-    std, mean = normalisation(model)
+    std, mean = bounds.normalisation(model)
     smallest, pixels = std.min().item(), math.prod(model.input_shape)
     offset = mean.abs().max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
-    body, head = float64_copy(model.body), float64_copy(model.head)
+    body, head = bounds.float64_copy(model.body), bounds.float64_copy(model.head)
     gain, shift, a, b = chain(body, model.input_shape, method)
     error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
     size = size / smallest + offset  # of what the body sees
     error = (error + a * size + b) * SAFE  # of the features
-    rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
+    rows, bias = bounds.head_rows(head).detach(), getattr(head, "bias", None)
     bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
     features = gain * size + shift + error
     length = lengths(rows)
@@ -89,18 +52,19 @@ def margin_error(model, images, predicted, method="guaranteed"):
     logit = gamma(2 * rows.shape[1] + 16) * (length * features[:, None] + bias) + TINY  # (N, C)
     predicted = predicted.cpu()
     both = logit + logit.gather(1, predicted[:, None])
-    return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
+    return (bounds.row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
 
 
 def chain(module, input_shape, method="guaranteed"):
     """(gain, shift, a, b) of the leaves of a module, one after the other: outputs have norms of at
     most gain ||z|| + shift, and as computed they are off by at most a ||z|| + b."""
     gain, shift, a, b = 1.0, 0.0, 0.0, 0.0
-    for _, layer, shape in layer_inputs(module, input_shape):
+    for _, layer, shape in bounds.layer_inputs(module, input_shape):
         norm = operator_norm(layer, shape, method)
         slope, constant = rounding(layer, shape, method)
         # an error of the input grows by norm; the layer itself sees gain ||z|| + shift + error
-        a = norm * a + slope * (gain + a) + TINY  # TINY: for underflow
+        slope += SMALLEST  # and TINY: for underflow
+        a = norm * a + slope * (gain + a) + TINY
         b = norm * b + slope * (shift + b) + constant + TINY
         gain, shift = norm * gain + TINY, norm * shift + at_zero(layer, shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
@@ -120,10 +84,9 @@ def rounding(layer, input_shape, method="guaranteed"):
     Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
     of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
     """
-    if is_bounded_as(layer, Residual):
+    if bounds.is_bounded_as(layer, layers.Residual):
         return _residual(layer, input_shape, method)
-    a, b = _table.registry.get(kind_of(layer), _table.registry[object])(layer, input_shape)
-    return a + SMALLEST, b + SMALLEST
+    return _table.registry.get(bounds.kind_of(layer), _table.registry[object])(layer, input_shape)
 
 
 @functools.singledispatch
@@ -133,39 +96,32 @@ def _table(layer, input_shape):
 
 register = _table.register
 
-EXACT = (MaxMin, ClampedMaxMin, GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
-EXACT += (*RESHAPES, *COPIES, *MAXIMA)
+EXACT = (layers.MaxMin, layers.ClampedMaxMin, layers.GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
+EXACT += (*bounds.RESHAPES, *bounds.COPIES, *bounds.MAXIMA)
 ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
 ELEMENTWISE += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
-PRODUCTS = (nn.LeakyReLU, nn.PReLU, nn.RReLU)
 
 
+@register(Union[*EXACT])
 def _exact(layer, input_shape):
     """Comparisons, copies and zeros round nothing."""
     return 0.0, 0.0
 
 
+@register(Union[*ELEMENTWISE])
 def _elementwise(layer, input_shape):
     """A few operations and functions of |z| and of constants of size 1 or of the layer."""
     largest = max(1.0, operator_norm(layer, input_shape), abs(getattr(layer, "alpha", 1.0)))
     return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
 
 
+@register(nn.LeakyReLU | nn.PReLU | nn.RReLU)
 def _product(layer, input_shape):
     """z or a multiple of z, the slope of RReLU off by 2 u itself: nothing is added at any scale."""
     return 4 * U * operator_norm(layer, input_shape), 0.0
 
 
-for _kind in PRODUCTS:
-    register(_kind, _product)
-for _kind in EXACT:
-    register(_kind, _exact)
-for _kind in ELEMENTWISE:
-    register(_kind, _elementwise)
-
-
-@register(nn.Hardsigmoid)
-@register(nn.Hardswish)
+@register(nn.Hardsigmoid | nn.Hardswish)
 def _sixth(layer, input_shape):
     """On GPUs torch multiplies by 1 / 6 rounded to float32, whatever the type of the input."""
     return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
@@ -180,67 +136,65 @@ def _softplus(layer, input_shape):
     return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
 
 
+@register(Union[nn.Linear, layers.NormalizedLinear, nn.Conv1d, nn.Conv2d, *bounds.TRANSPOSED])
 def _linear(layer, input_shape):
     """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included; rows that are
     divided by their length are off by gamma(n + 8) themselves."""
-    weight = head_rows(layer).detach().cpu().double()
+    weight = bounds.head_rows(layer).detach().cpu().double()
     terms = weight[0].numel() + 2
-    if isinstance(layer, TRANSPOSED):
+    if isinstance(layer, bounds.TRANSPOSED):
         terms = weight[:, 0].numel() // layer.groups + 2
-    if isinstance(layer, NormalizedLinear):
+    if isinstance(layer, layers.NormalizedLinear):
         terms = 2 * terms + 16
     constant = 0.0
     if layer.bias is not None:
         outputs = math.prod(input_shape[:-1])
         if not isinstance(layer, nn.Linear):
-            outputs = math.prod(output_shape(layer, input_shape)[1:])
+            outputs = math.prod(bounds.output_shape(layer, input_shape)[1:])
         constant = lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(outputs)
-    if not isinstance(layer, NormalizedLinear):
-        layer, weight, input_shape = as_conv2d(layer, input_shape)
-    return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
+    if not isinstance(layer, layers.NormalizedLinear):
+        layer, weight, input_shape = bounds.as_conv2d(layer, input_shape)
+    return gamma(terms) * bounds.absolute_norm(layer, weight, input_shape), gamma(terms) * constant
 
 
+@register(Union[*bounds.AVERAGES])
 def _average(layer, input_shape):
     """Positive weights: sums of at most all positions, relative to the exact average."""
     terms = math.prod(input_shape[1:]) + 4
     return gamma(terms) * operator_norm(layer, input_shape), 0.0
 
 
+@register(Union[*bounds.RESIZES])
 def _resize(layer, input_shape):
     """Weights off by 40 n u, as in `bounds`; an output reads at most 4 pixels per dimension, and a
     pixel is read by no more outputs than there are."""
-    outputs = output_shape(layer, input_shape)[1:]
+    outputs = bounds.output_shape(layer, input_shape)[1:]
     return gamma(256 * max(input_shape)) * math.sqrt(math.prod(4 * m for m in outputs)), 0.0
 
 
+@register(Union[*bounds.NORMS])
 def _norm_pool(layer, input_shape):
     """Sums of positive powers (of norm_type 1: of numbers), relative to the exact norm; 1 / p as a
     number is off by u / p, which a power of up to 2^1024 sees 710 times. Powers that underflow are
     off by 2^-1074 each, and (s + d)^(1/p) <= s^(1/p) + d^(1/p)."""
     norm, p = operator_norm(layer, input_shape), layer.norm_type
     terms = math.prod(input_shape[1:]) + 4
-    outputs = math.prod(output_shape(layer, input_shape))
+    outputs = math.prod(bounds.output_shape(layer, input_shape))
     lost = 2 * norm * (terms * 2.0**-1070) ** (1 / p) * math.sqrt(outputs)
     return gamma(terms + 1024) * norm, lost
 
 
-_LINEAR = (nn.Linear, NormalizedLinear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
-_HANDLERS = {_linear: _LINEAR, _average: AVERAGES, _resize: RESIZES, _norm_pool: NORMS}
-for _handler, _kinds in _HANDLERS.items():
-    for _kind in _kinds:
-        register(_kind, _handler)
-
-
-@register(Normalize)
+@register(layers.Normalize)
 def _normalize(layer, input_shape):
     smallest = layer.std.min().item()
     offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
     return 4 * U / smallest, 4 * U / smallest * offset
 
 
+@register(Union[*bounds.in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape):
     """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
-    scale = batch_norm_scale(layer).abs()
+    scale = bounds.batch_norm_scale(layer).abs()
     offset = scale * layer.running_mean.detach().cpu().double().abs()
     if layer.bias is not None:
         offset = offset + layer.bias.detach().cpu().double().abs()
@@ -248,23 +202,19 @@ def _batch_norm(layer, input_shape):
     return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
 
 
-for _kind in in_dimensions("BatchNorm", "InstanceNorm"):
-    register(_kind, _batch_norm)
-
-
-@register(BatchNormalized)
+@register(layers.BatchNormalized)
 def _batch_normalized(layer, input_shape):
     """The two one after the other. The norm of the first alone is known to nobody: || |A| ||."""
     linear, norm = layer
-    shape, shift = output_shape(linear, input_shape), at_zero(linear, input_shape)
-    gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
+    shape, shift = bounds.output_shape(linear, input_shape), at_zero(linear, input_shape)
+    gain = bounds.absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
     (a, b), (slope, constant) = rounding(linear, input_shape), rounding(norm, shape)
     scale = operator_norm(norm, shape)
     a, b = scale * a + slope * (gain + a), scale * b + slope * (shift + b) + constant
     return a * SAFE + TINY, b * SAFE + TINY
 
 
-@register(Residual)
+@register(layers.Residual)
 def _residual(layer, input_shape, method="guaranteed"):
     """Both parts, and the sum of the two."""
     parts = [chain(part, input_shape, method) for part in (layer.branch, layer.shortcut)]
@@ -272,20 +222,20 @@ def _residual(layer, input_shape, method="guaranteed"):
     return a + U * (gain + a), b + U * (shift + b)
 
 
-@register(Householder)
+@register(layers.Householder)
 def _householder(layer, input_shape):
     """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
     the two sides agree up to rounding, costs no more."""
     return 64 * U, 0.0
 
 
-@register(SOCConv2d)
+@register(layers.SOCConv2d)
 def _soc(layer, input_shape):
     """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
     off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
     kernel = layer.effective().detach()
-    n = layer.kernel_size * unfolded_norm(kernel)
-    m, g = absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
+    n = layer.kernel_size * bounds.unfolded_norm(kernel)
+    m, g = bounds.absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
     size, error = 1.0, 0.0
     total, sizes = 0.0, 1.0
     for k in range(1, layer.terms[1] + 1):
@@ -296,14 +246,11 @@ def _soc(layer, input_shape):
     return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
 
 
-@register(CPLLinear)
-@register(CPLConv2d)
-@register(SLLLinear)
-@register(SLLConv2d)
+@register(layers.CPLLinear | layers.CPLConv2d | layers.SLLLinear | layers.SLLConv2d)
 def _potential_step(layer, input_shape):
     """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
     W, D = layer.weight.detach(), layer.effective().detach()
-    m, d = absolute_norm(layer, W, input_shape), D.max().item()
+    m, d = bounds.absolute_norm(layer, W, input_shape), D.max().item()
     g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
     positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
     bias = lengths(layer.bias.detach()[None]).item() * positions + TINY
@@ -311,8 +258,7 @@ def _potential_step(layer, input_shape):
     return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY
 
 
-@register(SandwichLinear)
-@register(SandwichConv2d)
+@register(layers.SandwichLinear | layers.SandwichConv2d)
 def _sandwich(layer, input_shape):
     """sqrt(2) A^T P relu(sqrt(2) / P B z + b), as products with m >= || |A| ||, || |B| ||; of the
     convolution as products per frequency between two FFTs each."""
@@ -325,7 +271,7 @@ def _sandwich(layer, input_shape):
     high, low = P.max().item() * 1.001, P.min().item() / 1.001
     g = gamma(2 * sum(both.shape[-2:]) + 32)
     positions = 1
-    if isinstance(layer, SandwichConv2d):
+    if isinstance(layer, layers.SandwichConv2d):
         positions = math.prod(layer.size)
         g = g + 64 * U * math.log2(positions + 1)
     bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(positions) + TINY

@@ -304,6 +304,9 @@ def test_a_norm_beyond_float64_has_a_finite_lower_bound(shape):
     lower, upper, _ = norms.enclose(layer, layer.weight.detach(), shape)
     power = operator_norm(layer, shape, "power")
     assert lower == power == np.finfo(float).max and upper == math.inf
+    if linear:
+        K = lipschitz_matrix(model(nn.Sequential(layer, layer), nn.Linear(4, 2), shape), "power")
+        assert K.isfinite().all() and K[0, 1] > 1e300
 
 
 def test_a_joined_batch_norm_at_the_edges_of_float64():

@@ -638,6 +638,17 @@ def tiny(tmp_path):
     return folder
 
 
+def test_without_download_nothing_is_written(tiny, monkeypatch):
+    before = sorted(tiny.parent.rglob("*"))
+    assert len(load("tiny-imagenet", root=tiny.parent, download=False).train_images) == 12
+    archive = tiny.parent / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"whole")
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *_: True)
+    with pytest.raises(FileNotFoundError, match="unpack it into"):
+        load("cifar10", root=tiny.parent, download=False)
+    assert sorted(tiny.parent.rglob("*")) == sorted([*before, archive])
+
+
 def test_tiny_imagenet_official_layout(tiny, monkeypatch):
     ours = load("tiny-imagenet", root=tiny.parent, input_shape=(3, 64, 64))
     assert ours.name == "tiny-imagenet" and ours.class_names == ["goldfish", "n02", "n03"]

@@ -180,7 +180,6 @@ class LowRank(nn.Linear):
         nn.Sequential(nn.ReLU(), Renamed()),
         cll.Residual(Tenfold()),
         layers.BatchNormalized(nn.Linear(3, 3), nn.BatchNorm1d(3)).append(nn.Linear(3, 3)),
-        layers.NormalizedLinear(3, 3),
     ],
 )
 def test_a_layer_is_known_when_it_is_exactly_of_a_known_type(layer):

@@ -158,38 +158,30 @@ def certify(
     targets = check_targets(targets, len(images), model.head.out_features).cpu()
     K = lipschitz_matrix(model, method, progress).cpu()
     logits = predict_logits(model, images, batch_size, progress=progress)
-    error = None
-    if method in PROOFS:
-        error = margin_error(model, images, logits.argmax(dim=1), method)
-    radius = certified_radius(logits, K, error)
-    if local:
-        right = logits.argmax(dim=1) == targets
-        radius_local, kept = radius.clone(), images.cpu()[right]
-        radius_local[right] = local_radius(
-            model, kept, logits[right], radius[right], radii, K, progress
-        )
-    radius = radius.numpy()
-    prediction, targets = logits.argmax(dim=1).numpy(), targets.numpy()
-    correct = prediction == targets
+    prediction = logits.argmax(dim=1)
+    error = margin_error(model, images, prediction, method) if method in PROOFS else None
+    radius, correct = certified_radius(logits, K, error), prediction == targets
     table = pd.DataFrame(
         {
             "index": np.arange(len(targets)),
-            "target": targets,
-            "prediction": prediction,
-            "correct": correct,
-            "radius": radius,
+            "target": targets.numpy(),
+            "prediction": prediction.numpy(),
+            "correct": correct.numpy(),
+            "radius": radius.numpy(),
         }
     )
     table.attrs["summary"] = {
-        "clean": float(correct.mean()),
+        "clean": float(table["correct"].mean()),
         "cra": dict(zip(radii, cra_curve(radius, correct, radii).tolist(), strict=True)),
         "mean_certified_radius": float(np.where(correct, radius, 0).mean()),
         "K_f": float(K.max()),
         "n": len(targets),
     }
     if local:
-        table["radius_local"] = radius_local.numpy()
-        cra = cra_curve(table["radius_local"], correct, radii).tolist()
+        at, larger = (images.cpu()[correct], logits[correct], radius[correct]), radius.clone()
+        larger[correct] = local_radius(model, *at, radii, K, progress)
+        table["radius_local"] = larger.numpy()
+        cra = cra_curve(larger, correct, radii).tolist()
         table.attrs["summary"]["cra_local"] = dict(zip(radii, cra, strict=True))
     return table
 
