@@ -193,7 +193,7 @@ def as_lipschitz_net(model, input_shape):
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if model.head.out_features == 1 else model
+        return _two_logits(model) if _head(model).out_features == 1 else model
     input_shape = sample_shape(input_shape)
     weight = next(model.parameters(), torch.empty(0))
     layers = _joined(model, weight.device)

@@ -1103,7 +1103,8 @@ def head_rows(head):
     return head.weight
 
 
-def _head(model, features):
+def _head(model, features=None):
+    """The head of a model, checked, also against the shape that its body ends in."""
     refuse_foreign(model)
     head = model.head
     if not (type(head) in HEADS or isinstance(head, nn.Linear) and is_linear(head)):
@@ -1116,7 +1117,7 @@ def _head(model, features):
     if isinstance(head, nn.Linear):
         with _evaluation(head):  # to look at a weight that is computed may change it in training
             _check_attributes(head)
-    if features != (head.in_features,):
+    if features not in (None, (head.in_features,)):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
             "end the body with nn.Flatten() or change the head"
