@@ -792,7 +792,7 @@ def _is_torchs_own(name, method):
 
 def _is_plain(tensor):
     strided = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return strided and not tensor.is_quantized
+    return strided and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
 
 
 # -------------------------------------------------------------------------------------- training

@@ -1097,6 +1097,12 @@ def copied_as_another():
     return model
 
 
+def weight_copied_as_another():
+    model = rounding_network()
+    model[0].weight.__deepcopy__ = lambda memo: nn.Parameter(torch.zeros(6, 4))
+    return model
+
+
 def frozen_before_it_changed():
     model = nn.Sequential(layers.SandwichLinear(4, 4), nn.Linear(4, 3)).double()
     layers.freeze(model)
@@ -1117,6 +1123,7 @@ def frozen_before_it_changed():
         (lambda: parametrised_with("weight", property(lambda s: 0 * s.bias)), "replaces weight"),
         (lambda: WithDescriptor(nn.Linear(4, 3)), "replaces forward of Sequential"),
         (copied_as_another, "replaces __deepcopy__ of Linear"),
+        (weight_copied_as_another, "of which weight is no plain parameter"),
         (frozen_before_it_changed, "frozen layers"),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "run the network on a batch"),
         (lambda: len, "builtin_function_or_method: give an nn.Module"),
