@@ -6,6 +6,7 @@ head whose rows enter pairwise, so that one matrix K bounds every margin:
     K[i, j] = 1 / min(input_std) * prod_l ||W_l||_2 * ||w_i - w_j||_2        (paper, eq. 1)
 """
 
+import copy
 import difflib
 import math
 import sys
@@ -53,6 +54,7 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
     Truncation,
+    freeze,
 )
 from .norms import exact_arithmetic, tensor_of
 
@@ -185,11 +187,15 @@ def as_lipschitz_net(model, input_shape):
         if hasattr(model, "body"):  # the attributes of a network, which answers nothing
             return model
         raise TypeError(f"no Lipschitz bound known for a {type(model).__name__}: give an nn.Module")
-    if any(torch.is_tensor(getattr(layer, "frozen", None)) for layer in model.modules()):
-        raise TypeError(
-            "no Lipschitz bound known for frozen layers, which do not notice a change of their "
-            "weights: give the model as it was before cll.layers.freeze"
-        )
+    for layer in model.modules():
+        frozen = getattr(layer, "frozen", None)
+        if torch.is_tensor(frozen):
+            fresh = freeze(copy.deepcopy(layer).eval()).frozen
+            if frozen.dtype != fresh.dtype or not torch.equal(frozen, fresh):
+                raise TypeError(
+                    f"no Lipschitz bound known for a frozen {type(layer).__name__} whose weights "
+                    "were changed or converted later: give the model as it was before freezing"
+                )
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):

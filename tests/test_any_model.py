@@ -1124,7 +1124,7 @@ def frozen_before_it_changed():
         (lambda: WithDescriptor(nn.Linear(4, 3)), "replaces forward of Sequential"),
         (copied_as_another, "replaces __deepcopy__ of Linear"),
         (weight_copied_as_another, "of which weight is no plain parameter"),
-        (frozen_before_it_changed, "frozen layers"),
+        (frozen_before_it_changed, "frozen SandwichLinear"),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "run the network on a batch"),
         (lambda: len, "builtin_function_or_method: give an nn.Module"),
         (lambda: None, "NoneType: give an nn.Module"),
