@@ -6,6 +6,7 @@ head whose rows enter pairwise, so that one matrix K bounds every margin:
     K[i, j] = 1 / min(input_std) * prod_l ||W_l||_2 * ||w_i - w_j||_2        (paper, eq. 1)
 """
 
+import copy
 import difflib
 import math
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from .bounds import (
     HEADS,
     _head,
+    _refuse_hooks,
     batch_norm_scale,
     estimate,
     head_rows,
@@ -31,6 +33,7 @@ from .bounds import (
     pairwise_distances,
     refuse_foreign,
     refuse_overridden,
+    sample_shape,
     settle,
 )
 from .layers import (
@@ -51,7 +54,9 @@ from .layers import (
     SLLLinear,
     SOCConv2d,
     Truncation,
+    freeze,
 )
+from .norms import exact_arithmetic, tensor_of
 
 
 class LipschitzNet(Normalising):
@@ -72,7 +77,7 @@ class LipschitzNet(Normalising):
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
         super().__init__()
         self.body, self.head = body, head
-        self.input_shape = tuple(input_shape)
+        self.input_shape = sample_shape(input_shape)
         self.keep(input_mean, input_std)
         if not (self.std.isfinite().all() and self.std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
@@ -81,7 +86,7 @@ class LipschitzNet(Normalising):
                 f"input_std = {input_std} and input_mean = {input_mean} do not fit inputs of shape "
                 f"{self.input_shape}: give one value, or one per channel"
             )
-        device = next((p.device for p in self.parameters()), None)  # Truncation has none
+        device = next(self.parameters(), getattr(head, "unit", self.std)).device
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         # (name, input shape, constant): the constant of layers without weights never changes
         self._layers = []
@@ -152,8 +157,11 @@ class LipschitzNet(Normalising):
 
 
 know(LipschitzNet, extensible=True)
+for _kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # see `unwrapped`
+    know(_kind)
 
 
+@exact_arithmetic()
 def as_lipschitz_net(model, input_shape):
     """The LipschitzNet of any classifier that is an nn.Sequential of layers with known bounds.
 
@@ -173,12 +181,24 @@ def as_lipschitz_net(model, input_shape):
     """
     model = unwrapped(model)
     refuse_foreign(model)
-    if not isinstance(model, nn.Module):  # the attributes of a network, which answers nothing
-        return model
+    if not isinstance(model, nn.Module):
+        if hasattr(model, "body"):  # the attributes of a network, which answers nothing
+            return model
+        raise TypeError(f"no Lipschitz bound known for a {type(model).__name__}: give an nn.Module")
+    for layer in model.modules():
+        frozen = getattr(layer, "frozen", None)
+        if torch.is_tensor(frozen):
+            fresh = freeze(copy.deepcopy(layer).eval()).frozen
+            if frozen.dtype != fresh.dtype or not torch.equal(frozen, fresh):
+                raise TypeError(
+                    f"no Lipschitz bound known for a frozen {type(layer).__name__} whose weights "
+                    "were changed or converted later: give the model as it was before freezing"
+                )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if model.head.out_features == 1 else model
-    if input_shape is None:
-        raise ValueError("give input_shape, the shape of one sample: (C, H, W) or (features,)")
+        return _two_logits(model) if _head(model).out_features == 1 else model
+    input_shape = sample_shape(input_shape)
     weight = next(model.parameters(), torch.empty(0))
     layers = _joined(model, weight.device)
     while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
@@ -215,7 +235,7 @@ def as_lipschitz_net(model, input_shape):
 def _two_logits(model):
     """The LipschitzNet with logits (0, f) of one with the output f."""
     _head(model, output_shape(model.body, model.input_shape))  # raises if it is none
-    like = next(model.parameters())
+    like = next(model.parameters(), model.std)
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
         head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
@@ -230,10 +250,15 @@ _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
 def unwrapped(model):
     """The module inside torch.compile, DataParallel and DistributedDataParallel, which is what they
     compute. Raises TypeError for compiled scripts, of which no layers can be read."""
-    kind = type(model)
-    if kind.__name__ == "OptimizedModule":
+    kind, compiler = type(model), sys.modules.get("torch._dynamo.eval_frame")
+    if kind is getattr(compiler, "OptimizedModule", None):
+        _refuse_hooks(model)
+        forward = vars(model).get("forward")
+        if getattr(forward, "__globals__", {}).get("__name__") != compiler.__name__:
+            raise TypeError("no Lipschitz bound known for a compiled model with another forward")
         return unwrapped(model._orig_mod)
     if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        refuse_overridden(model)
         return unwrapped(model.module)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -256,7 +281,13 @@ def _normalize(layer):
             "no Lipschitz bound known for torchvision's Normalize(inplace=True), which changes its "
             "input before others have read it: build it with inplace=False"
         )
-    return Normalize(layer.mean, layer.std)
+    values = [tensor_of(getattr(layer, name), name) for name in ("mean", "std")]
+    if max(value.ndim for value in values) > 1:  # which it may lay along rows of the image
+        raise TypeError(
+            "no Lipschitz bound known for torchvision's Normalize with means or stds in more than "
+            "one dimension: give one number per channel"
+        )
+    return Normalize(*values)
 
 
 def _joined(module, device):

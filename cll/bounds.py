@@ -77,12 +77,7 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
-    if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
-        raise ValueError(
-            f"input_shape of {describe(layer)} is {input_shape!r}: "
-            "give the shape of one sample, (C, H, W) or (features,)"
-        )
+    shape = sample_shape(input_shape)
     refuse_overridden(layer)
     if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
         layer = _evaluation_copy(layer)
@@ -99,6 +94,17 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     if not bound >= 0:
         raise ValueError(f"the bound registered for {describe(layer)} returned {bound}")
     return bound
+
+
+def sample_shape(given):
+    """The shape of one sample as a tuple, of a sequence or of one number of features."""
+    shape = tuple(given) if isinstance(given, tuple | list | np.ndarray) else (given,)
+    if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
+        raise ValueError(
+            "give input_shape, the shape of one sample in numbers, (C, H, W) or (features,): "
+            f"got {given!r}"
+        )
+    return shape
 
 
 def layer_lipschitz(layer, input_shape, method):
@@ -153,7 +159,7 @@ def _methods(kind):
         name: value
         for base in reversed(kind.__mro__[:-1])
         for name, value in vars(base).items()
-        if callable(value) or isinstance(value, property | staticmethod | classmethod)
+        if callable(value) or hasattr(value, "__get__")  # also property, staticmethod, ...
     }
 
 
@@ -215,6 +221,8 @@ def _slope(layer, input_shape, method):
 
 @register(layers.Normalize)
 def _normalize(layer, input_shape, method):
+    if not (layer.std > 0).all():
+        raise ValueError(f"std must be positive, got {layer.std.tolist()}")
     return round_up(1 / layer.std.min().item())
 
 
@@ -706,19 +714,21 @@ def refuse_overridden(layer):
     type, or the one below a parametrised weight, exactly a known one (a subclass of nn.Sequential
     may add a constructor); no method replaced, in the class or in the object; no hook; weights that
     are plain tensors. What has no bound at all is left to `layer_lipschitz`."""
+    if not isinstance(layer, nn.Module) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise TypeError(f"no Lipschitz bound known for {describe(layer)}: {_mend(type(layer))}")
     _refuse_hooks(layer)
     kind = kind_of(layer)
     known = next((k for k in kind.__mro__ if k in _KNOWN), None)
     if known is None:
         return
-    methods, unknown = _methods(kind), f"no Lipschitz bound known for {type(layer).__name__}"
+    methods, unknown = _methods(type(layer)), f"no Lipschitz bound known for {type(layer).__name__}"
     replaced = {
         name
         for name, method in methods.items()
         if method is not _KNOWN[known].get(name) and not _is_torchs_own(name, method)
     }
     replaced -= {"__init__"}  # a constructor has run already
-    replaced |= methods.keys() & vars(layer).keys()
+    replaced |= {k for k in vars(layer) if k in methods or k.startswith("__")}  # __deepcopy__ too
     if layer._compiled_call_impl is not None:
         raise TypeError(
             f"{unknown} compiled in place, by a compiler that may change what it computes: pass a "
@@ -727,7 +737,8 @@ def refuse_overridden(layer):
     if replaced or kind is not known and known not in _EXTENSIBLE:
         what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
         raise TypeError(f"{unknown}, {what} {known.__name__}: {_mend(kind)}")
-    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k != "frozen"}
+    kept = "frozen", "mean", "std"  # the last two of torchvision's Normalize
+    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k not in kept}
     for name, tensor in (layer._parameters | layer._buffers | loose).items():
         if tensor is not None and (name in loose or not _is_plain(tensor)):
             raise TypeError(
@@ -757,6 +768,8 @@ def refuse_foreign(model):
 def _mend(kind, otherwise=None):
     """What to do about a type of layer or model that has no bound."""
     home, name = kind.__module__, kind.__name__
+    if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        return "put what is inside it in its place, .module or ._orig_mod"
     if "quantized" in home:
         return "pass the network as it was before it was quantised"
     if name.startswith("Lazy"):
@@ -770,14 +783,16 @@ def _mend(kind, otherwise=None):
 
 
 def _is_torchs_own(name, method):
-    """Whether torch itself exchanged a method of nn.Module, as its compiler does when imported."""
-    place = getattr(method, "__globals__", {}).get("__name__", "")
-    return method is vars(nn.Module).get(name) and place.partition(".")[0] == "torch"
+    """Whether torch itself exchanged a method of nn.Module, as its compiler does when imported, or
+    gave it to the class of a layer with parametrised weights."""
+    place = getattr(getattr(method, "fget", method), "__globals__", {}).get("__name__", "")
+    exchanged = method is vars(nn.Module).get(name) and place.partition(".")[0] == "torch"
+    return exchanged or place == parametrize.__name__
 
 
 def _is_plain(tensor):
     strided = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return strided and not tensor.is_quantized
+    return strided and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -858,11 +873,13 @@ def _trace(body, shape):
             version = x._version
             try:
                 y = layer(x)
+                if not torch.is_tensor(y) or y.numel() == 0:
+                    raise ValueError(f"its output is no tensor of values, {type(y).__name__}")
                 alone = torch.cat([layer(image.clone()) for image in images.split(1)])
-            except (RuntimeError, ValueError, TypeError) as error:  # a tuple of outputs as well
+            except Exception as error:  # whatever a layer of another raises
                 raise ValueError(
                     f"layer {name} ({describe(layer)}) does not accept an input of shape "
-                    f"{shape}: {str(error).splitlines()[0]}"
+                    f"{shape}: {(str(error) or type(error).__name__).splitlines()[0]}"
                 ) from error
             if isinstance(layer, layers.Residual) and x._version != version:
                 raise ValueError(
@@ -978,7 +995,7 @@ def normalisation(model):
     given = getattr(model, "input_std", 1.0), getattr(model, "input_mean", 0.0)
     values = [torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in given]
     channels = tuple(model.input_shape)[0]
-    if max(map(len, values)) > max(1, channels):  # broadcasting would repeat the input
+    if not {*map(len, values)} <= {1, channels}:  # broadcasting would repeat the input
         raise ValueError(
             f"{len(values[0])} values of input_std and {len(values[1])} of input_mean for inputs "
             f"with {channels} channels: give one, or one per channel"
@@ -1086,18 +1103,21 @@ def head_rows(head):
     return head.weight
 
 
-def _head(model, features):
+def _head(model, features=None):
+    """The head of a model, checked, also against the shape that its body ends in."""
     refuse_foreign(model)
     head = model.head
     if not (type(head) in HEADS or isinstance(head, nn.Linear) and is_linear(head)):
+        mend = _mend(type(head)).partition("register one with")[0]
         raise TypeError(
-            f"the head must be nn.Linear, NormalizedLinear or Truncation, got {describe(head)}"
+            "the head must be nn.Linear, NormalizedLinear or Truncation, got "
+            f"{describe(head)}{mend and ': '}{mend}"
         )
     refuse_overridden(head)
     if isinstance(head, nn.Linear):
         with _evaluation(head):  # to look at a weight that is computed may change it in training
             _check_attributes(head)
-    if features != (head.in_features,):
+    if features not in (None, (head.in_features,)):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
             "end the body with nn.Flatten() or change the head"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .norms import power_of_two
+from .norms import power_of_two, tensor_of
 
 
 class MaxMin(nn.Module):
@@ -207,7 +207,7 @@ class Normalising(nn.Module):
 
     def keep(self, mean, std, persistent=False):
         for name, values in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+            value = tensor_of(values, name).to("cpu", torch.float64)
             self.register_buffer(name, value.reshape(-1).clone(), persistent)
 
     def _apply(self, fn, recurse=True):
@@ -240,10 +240,10 @@ class Normalize(Normalising):
             raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
 
     def forward(self, x):
-        if not {len(self.mean), len(self.std)} <= {1, x.shape[1]}:
+        if not {self.mean.numel(), self.std.numel()} <= {1, x.shape[1]}:
             raise ValueError(
-                f"Normalize has {len(self.mean)} means and {len(self.std)} stds for an input with "
-                f"{x.shape[1]} channels: give one value, or one per channel"
+                f"Normalize has {self.mean.numel()} means and {self.std.numel()} stds for an input "
+                f"with {x.shape[1]} channels: give one value, or one per channel"
             )
         return self.normalised(x)
 

@@ -21,7 +21,19 @@ from torch import Tensor, nn
 from . import bounds
 from .architectures import as_lipschitz_net
 from .layers import ClampedMaxMin, MaxMin, freeze
-from .norms import TINY, U, apply_adjoint, apply_linear, gamma, lengths, matrix_norm, power, shift
+from .norms import (
+    TINY,
+    U,
+    apply_adjoint,
+    apply_linear,
+    exact_arithmetic,
+    gamma,
+    lengths,
+    matrix_norm,
+    power,
+    shift,
+    tensor_of,
+)
 from .progress import progress_bar
 from .rounding import SMALLEST, rounding
 
@@ -183,6 +195,7 @@ def _unit(v):
 # --------------------------------------------------------------------------------- certification
 
 
+@exact_arithmetic()
 def local_lipschitz(model, images, epsilon):
     """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
     epsilon > 0 around an image, never above the global bound. float64, on the CPU.
@@ -219,7 +232,7 @@ def local_lipschitz(model, images, epsilon):
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
-    images = torch.as_tensor(images).cpu()
+    images = tensor_of(images, "images").cpu()
     model = as_lipschitz_net(model, images.shape[1:])
     net = _exact(model)
     K = bounds.lipschitz_matrix(model)
@@ -236,6 +249,7 @@ def local_lipschitz(model, images, epsilon):
     return matrix + matrix.mT
 
 
+@exact_arithmetic()
 def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     """Certified radii (N,), float64: `radius`, raised where local bounds prove more.
 
@@ -277,7 +291,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
     K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
     logits = shift(logits, -net.units[-1])
-    images = torch.as_tensor(images).cpu()
+    images = tensor_of(images, "images").cpu()
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
         for first in batches:

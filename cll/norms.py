@@ -32,6 +32,7 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
@@ -831,7 +832,7 @@ def _largest_eigenvalue(grams):
 def describe(layer):
     try:
         line = str(layer).splitlines()[0]  # Conv2d(3, 32, kernel_size=(3, 3), ...)
-    except TypeError:  # torch cannot name a convolution of which padding was set to one number
+    except Exception:  # torch cannot name a convolution of which padding was set to one number
         return type(layer).__name__
     return line.removesuffix("(")  # of a container, the name
 
@@ -850,6 +851,22 @@ def round_up(x):
 
 def round_down(x):
     return math.nextafter(x * (1 - 1e-13), 0.0)
+
+
+def tensor_of(values, name):
+    """A tensor of the same numbers, of a list in float64 as Python holds them, or ValueError for
+    strings, ragged lists and the like."""
+    try:
+        if not torch.is_tensor(values):  # torch takes no reversed, foreign or long double arrays
+            array = np.asarray(values)
+            wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
+            kind = np.float64 if wide else array.dtype.newbyteorder("=")
+            values = torch.from_numpy(np.require(array, kind, "CW"))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be numbers ({' '.join(str(error).split())})") from None
+    if values.is_complex():
+        raise ValueError(f"{name} must be real numbers, got {values.dtype}")
+    return values
 
 
 def shift(x, exponent):

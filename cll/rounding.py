@@ -98,9 +98,8 @@ register = _table.register
 
 EXACT = (layers.MaxMin, layers.ClampedMaxMin, layers.GroupSort, nn.ReLU, nn.ReLU6, nn.Hardtanh)
 EXACT += (*bounds.RESHAPES, *bounds.COPIES, *bounds.MAXIMA)
-ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.LeakyReLU)
-ELEMENTWISE += (nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
-ELEMENTWISE += (nn.RReLU,)
+ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
+ELEMENTWISE += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
 
 
 @register(Union[*EXACT])
@@ -114,6 +113,12 @@ def _elementwise(layer, input_shape):
     """A few operations and functions of |z| and of constants of size 1 or of the layer."""
     largest = max(1.0, operator_norm(layer, input_shape), abs(getattr(layer, "alpha", 1.0)))
     return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
+
+
+@register(nn.LeakyReLU | nn.PReLU | nn.RReLU)
+def _product(layer, input_shape):
+    """z or a multiple of z, the slope of RReLU off by 2 u itself: nothing is added at any scale."""
+    return 4 * U * operator_norm(layer, input_shape), 0.0
 
 
 @register(nn.Hardsigmoid | nn.Hardswish)

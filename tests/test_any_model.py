@@ -1017,3 +1017,228 @@ def test_a_skew_convolution_of_another_kernel_or_an_endless_series_is_refused():
     for terms in ((5, 300), (0, 12)):
         with pytest.raises(ValueError, match="1 to 64 terms"):
             layers.SOCConv2d(2, 2, terms=terms)
+
+
+# ------------------------------------------------------- what computes something else than it says
+
+
+def rounding_network():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def coarse(x):
+    return (4 * x).round() / 4
+
+
+def coarse_input(module, inputs):
+    return (coarse(inputs[0]),)
+
+
+class OptimizedModule(nn.Module):
+    """Named as the wrapper of torch.compile."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x):
+        return self._orig_mod(coarse(x))
+
+
+def parallel_with_hook():
+    model = nn.DataParallel(rounding_network())
+    model.register_forward_pre_hook(coarse_input)
+    return model
+
+
+def parallel_with_forward():
+    model = nn.DataParallel(rounding_network())
+    model.forward = lambda x: model.module(coarse(x))
+    return model
+
+
+def compiled_with_hook():
+    model = torch.compile(rounding_network(), backend="eager")
+    model.register_forward_pre_hook(coarse_input)
+    return model
+
+
+def compiled_with_forward():
+    model = torch.compile(rounding_network(), backend="eager")
+    model.forward = lambda x: model._orig_mod(coarse(x))
+    return model
+
+
+def parametrised_with(name, value):
+    model = rounding_network()
+    parametrizations.weight_norm(model[0])
+    setattr(type(model[0]), name, value)
+    return model
+
+
+def coarse_linear(layer, x):
+    return nn.functional.linear(coarse(x), layer.weight, layer.bias)
+
+
+class Descriptor:
+    """Gives a method without being callable."""
+
+    def __get__(self, instance, kind=None):
+        return coarse
+
+
+class WithDescriptor(nn.Sequential):
+    forward = Descriptor()
+
+
+def copied_as_another():
+    model, other = rounding_network(), rounding_network()
+    model[0].__deepcopy__ = lambda memo: copy.deepcopy(other[0], memo)
+    return model
+
+
+def weight_copied_as_another():
+    model = rounding_network()
+    model[0].weight.__deepcopy__ = lambda memo: nn.Parameter(torch.zeros(6, 4))
+    return model
+
+
+def frozen_before_it_changed():
+    model = nn.Sequential(layers.SandwichLinear(4, 4), nn.Linear(4, 3)).double()
+    layers.freeze(model)
+    model[0].weight.data.neg_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizedModule(rounding_network()), "OptimizedModule, which has a forward"),
+        (parallel_with_hook, "DataParallel with forward hooks"),
+        (parallel_with_forward, "replaces forward of DataParallel"),
+        (compiled_with_hook, "OptimizedModule with forward hooks"),
+        (compiled_with_forward, "compiled model with another forward"),
+        (lambda: parametrised_with("forward", coarse_linear), "replaces forward of Linear"),
+        (lambda: parametrised_with("__call__", coarse_linear), "replaces __call__ of Linear"),
+        (lambda: parametrised_with("weight", property(lambda s: 0 * s.bias)), "replaces weight"),
+        (lambda: WithDescriptor(nn.Linear(4, 3)), "replaces forward of Sequential"),
+        (copied_as_another, "replaces __deepcopy__ of Linear"),
+        (weight_copied_as_another, "of which weight is no plain parameter"),
+        (frozen_before_it_changed, "frozen SandwichLinear"),
+        (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "run the network on a batch"),
+        (lambda: len, "builtin_function_or_method: give an nn.Module"),
+        (lambda: None, "NoneType: give an nn.Module"),
+    ],
+)
+def test_nothing_around_or_behind_a_layer_is_overlooked(make, message):
+    torch.manual_seed(0)
+    with pytest.raises(TypeError, match=message):
+        cll.certify(make(), (torch.rand(3, 4), labels(3)))
+
+
+def test_a_wrapper_inside_a_lipschitz_net_is_refused_with_what_to_put_there():
+    net = as_lipschitz_net(rounding_network(), (4,))
+    for name in ("body", "head"):
+        for wrapper in (nn.DataParallel, functools.partial(torch.compile, backend="eager")):
+            model = copy.deepcopy(net)
+            setattr(model, name, wrapper(getattr(model, name)))
+            with pytest.raises(TypeError, match=r"\.module or \._orig_mod"):
+                cll.certify(model, (torch.rand(3, 4), labels(3)))
+
+
+def test_models_without_weights_are_certified():
+    """Of the network x -> x the nearest boundary is half a margin of two coordinates away, times
+    the root of 2."""
+    x = torch.rand(5, 4, dtype=torch.float64)
+    top = x.topk(2).values
+    wanted = (top[:, 0] - top[:, 1]) / math.sqrt(2)
+    for model in (nn.Sequential(), nn.Identity(), nn.Sequential(nn.Flatten()), nn.ReLU()):
+        table = cll.certify(model, (x, x.argmax(1)), progress=False, local=True)
+        np.testing.assert_allclose(table["radius"], wanted, rtol=1e-9)
+        assert cll.lipschitz_lower_bound(model, x, steps=2) <= math.sqrt(2) + 1e-9
+
+
+def test_layers_without_one_tensor_of_values_are_refused():
+    for layer in (nn.MaxPool2d(2, return_indices=True), nn.ZeroPad2d(-2)):
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4, 3))
+        with pytest.raises(ValueError, match="layer 0 .* no tensor of values"):
+            cll.certify(model, (torch.rand(2, 1, 4, 4), labels(2)))
+    model = nn.Sequential(nn.Linear(4, 3, device="meta"))
+    with pytest.raises(ValueError, match="meta device"):
+        cll.certify(model, (torch.rand(2, 4), labels(2)))
+
+
+def test_input_shape_is_one_number_or_several():
+    model = rounding_network()
+    K = cll.lipschitz_matrix(model, input_shape=(4,))
+    for shape in (4, np.int64(4), [4], np.array([4]), torch.Size([4])):
+        assert cll.lipschitz_matrix(model, input_shape=shape).equal(K)
+    for shape in (None, 4.0, (4.0,), "4", (), (0,), (-1,)):
+        with pytest.raises(ValueError, match="give input_shape"):
+            cll.lipschitz_matrix(model, input_shape=shape)
+
+
+def test_normalisation_changed_later_is_what_is_certified_or_refused():
+    def network():
+        return nn.Sequential(Normalize([0.1], [0.5]), nn.Flatten(), nn.Linear(48, 3))
+
+    x, wide = torch.rand(3, 1, 4, 4), torch.rand(3, 3, 4, 4)
+    model = network()
+    model[0].std = torch.tensor(0.25)  # without a dimension
+    certified(model, wide)
+    model[0].std = torch.full((1, 3, 1, 1), 0.25)
+    certified(model, wide)
+    with pytest.raises(ValueError, match="1 means and 3 stds"):  # which would repeat the image
+        cll.certify(model, (x, labels(3)))
+    for value in (0.0, -1.0, math.nan):
+        model[0].std = torch.tensor([value])
+        with pytest.raises(ValueError, match="std must be positive"):
+            cll.certify(model, (wide, labels(3)))
+    net = cll.LipschitzNet(nn.Sequential(nn.Flatten()), nn.Linear(48, 3), (3, 4, 4), 0.5)
+    net.std = torch.tensor([0.1, 0.2])
+    with pytest.raises(ValueError, match="2 values of input_std"):
+        cll.certify(net, (wide, labels(3)))
+
+
+@pytest.mark.parametrize("version", ["transforms", "transforms.v2"])
+def test_torchvisions_normalize_takes_tensors_but_no_grids(version):
+    transforms = pytest.importorskip(f"torchvision.{version}")
+    x, std = torch.rand(4, 3, 3, 3), [0.1, 0.3, 0.7]
+
+    def network(values):
+        normalize = transforms.Normalize(torch.zeros(3), values)
+        return nn.Sequential(normalize, nn.Flatten(), nn.Linear(27, 3))
+
+    for values in (std, torch.tensor(std), np.array(std), torch.tensor(std).half()):
+        certified(network(values), x)
+    for values in ([std], torch.tensor(std).view(1, 3, 1)):  # along rows and columns of the image
+        with pytest.raises(TypeError, match="more than one dimension"):
+            cll.certify(network(values), (x, labels(4)))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_default_devices_and_inference_mode_change_nothing(device):
+    torch.manual_seed(0)
+    model, single = rounding_network(), nn.Sequential(nn.Linear(4, 1))
+    x = torch.rand(3, 4)
+    wanted = cll.local.local_lipschitz(model, x, 0.1)
+    bounds_below = [cll.lipschitz_lower_bound(m, x, steps=2) for m in (model, single)]
+    with torch.device(device), torch.inference_mode():
+        assert cll.local.local_lipschitz(model, x, 0.1).equal(wanted)
+        found = [cll.lipschitz_lower_bound(m, x, steps=2) for m in (model, single)]
+    assert found == bounds_below
+
+
+def test_leaky_activations_in_other_powers_of_two_give_the_same_radii():
+    torch.manual_seed(0)
+    x = torch.rand(5, 4, dtype=torch.float64)
+    for activation in (nn.LeakyReLU(0.2), nn.PReLU(), nn.RReLU()):
+        model = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 3)).double().eval()
+        y = model(x).argmax(1)
+        radius = cll.certify(model, (x, y), progress=False)["radius"]
+        for exponent in (-600, -30, 30, 600):
+            other = copy.deepcopy(model)
+            for tensor in (other[0].weight, other[0].bias):
+                tensor.data *= 2.0**exponent
+            other[2].weight.data *= 2.0**-exponent
+            assert (cll.certify(other, (x, y), progress=False)["radius"] <= radius).all()

@@ -425,7 +425,7 @@ ONE = torch.eye(4)[1]
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (lambda i: (SIX[i], 0.9 if i == 2 else 0), "target 2 .* integers .*float32"),
+        (lambda i: (SIX[i], 0.9 if i == 2 else 0), "target 2 .* integers .*float64"),
         (lambda i: (SIX[i], np.float64(2)), "target 0 .* integers .*float64"),
         (lambda i: (SIX[i], math.nan), "target 0 .* integers"),
         (lambda i: (SIX[i], True), "target 0 .* integers .*bool"),
@@ -680,3 +680,24 @@ def test_powers_and_sums_beyond_float64_certify_nothing(pool, side, large, insid
     table = certify(model, (images, torch.zeros(3, dtype=int)), (0.1,), progress=False)
     assert table.radius[[0, 2]].tolist() == [0, 0]
     assert table.prediction[1] == 1 and table.radius[1] > 0
+
+
+def test_numbers_are_read_from_arrays_of_any_layout_and_lists_of_any_depth():
+    f, K = [[0.3, 0.1], [0.2, 0.5]], [[0.0, 2.0], [2.0, 0.0]]
+    wanted = certified_radius(torch.tensor(f, dtype=torch.float64), torch.tensor(K))
+    forms = [np.array(f, ">f8"), np.array(f[::-1])[::-1], np.array(f, order="F")]
+    forms += [np.array(f, np.longdouble), [np.array(row) for row in f], np.matrix(f)]
+    forms += [[torch.tensor(row, dtype=torch.float64) for row in f]]
+    for logits in forms:
+        assert certified_radius(logits, np.array(K, ">f4")).equal(wanted)
+    for logits in ("ab", [[1, 2], [3]], None, torch.tensor([[1j, 2]])):
+        with pytest.raises(ValueError, match="logits, bounds and errors must be .*numbers"):
+            certified_radius(logits, K)
+
+
+def test_images_of_lists_are_the_points_of_float64():
+    """0.1 and its float32 neighbour are 1.5e-9 apart, and so are their radii."""
+    net = linear().double()
+    x = [[0.1, 0.2, 0.7, 0.4], [0.3, 0.9, 0.1, 0.6]]
+    of_list = certify(net, (x, [0, 1]), progress=False)["radius"]
+    assert of_list.equals(certify(net, (np.array(x), [0, 1]), progress=False)["radius"])

@@ -14,6 +14,7 @@ margin (``cll.rounding`` has the model of arithmetic), and rounds radii down.
 """
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..bounds import float64_copy, leaves, lipschitz_matrix
 from ..data import check_values
 from ..layers import Residual, freeze
 from ..local import local_radius
-from ..norms import PROOFS, U, exact_arithmetic, full_precision
+from ..norms import PROOFS, U, exact_arithmetic, full_precision, tensor_of
 from ..progress import progress_bar
 from ..rounding import margin_error
 
@@ -193,7 +194,7 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     not touched. TF32 and reduced precision are off meanwhile, for layers that insist on float32,
     and cuDNN, which may choose algorithms that ``rounding`` does not cover.
     """
-    images = torch.as_tensor(images)
+    images = tensor_of(images, "images")
     model, device = _float64_copy(as_lipschitz_net(model, images.shape[1:]))
     if device.type == "cpu" and images.ndim == 4:
         batch_size = min(batch_size, CPU_BATCH)
@@ -225,6 +226,8 @@ def _leaves(module):
 # ------------------------------------------------------------------------------------- tightness
 
 
+@torch.inference_mode(False)
+@exact_arithmetic()
 def lipschitz_lower_bound(
     model,
     images,
@@ -259,7 +262,7 @@ def lipschitz_lower_bound(
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
-    if isinstance(model, torch.nn.Sequential | LipschitzNet):  # it takes any function otherwise
+    if isinstance(model, LipschitzNet) or not hasattr(model, "input_shape"):  # else any module
         model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     if pairs < 1 or len(images) < 2:
@@ -282,7 +285,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
     exact, device = _float64_copy(model)
     net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
-    weight = next(net.parameters(), torch.empty(0))
+    weight = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
     best = torch.zeros(len(a), dtype=weight.dtype, device=weight.device)
@@ -357,12 +360,12 @@ def _float64(x):
     """Numbers of a list as Python holds them. MPS has no float64."""
     if torch.is_tensor(x) and x.device.type == "mps":
         x = x.cpu()
-    return torch.as_tensor(x, dtype=torch.float64).detach()
+    return tensor_of(x, "logits, bounds and errors").double().detach()
 
 
 def _float64_copy(model):
     """A float64 copy in eval mode, and its device: the model's, or the CPU where MPS is used."""
-    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
     device = torch.device("cpu") if device.type == "mps" else device
     exact = freeze(float64_copy(model))
     for layer in exact.modules():  # what `bounds` saw, not what another device makes of it
@@ -399,7 +402,7 @@ def _test_split(dataset):
             f"cannot read samples from a {type(dataset).__name__}: give a cll Dataset, a pair "
             "(images, targets) or a torch Dataset"
         )
-    images = _tensor(images, "images")
+    images = tensor_of(images, "images")
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must have shape (N, ...) with N >= 1, got {tuple(images.shape)}")
     return images, _integers(targets, "targets")
@@ -420,20 +423,12 @@ def _sample(sample, i):
     name = f"target {i} of the dataset"
     if (target := _integers(target, name)).numel() != 1:
         raise ValueError(f"{name} has shape {tuple(target.shape)}: give the number of its class")
-    return _tensor(image, f"image {i} of the dataset"), target.item()
-
-
-def _tensor(values, name):
-    """torch.as_tensor, or ValueError for strings, ragged lists and the like."""
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name} must be numbers ({' '.join(str(error).split())})") from None
+    return tensor_of(image, f"image {i} of the dataset"), target.item()
 
 
 def _integers(values, name):
     """Class numbers as int64; (N, 1), as MedMNIST and Keras have them, becomes (N,)."""
-    values = _tensor(values, name)
+    values = tensor_of(values, name)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers 0, 1, 2, ..., got {values.dtype}")
     return (values[:, 0] if values.shape[1:] == (1,) else values).to(torch.int64)
@@ -441,7 +436,7 @@ def _integers(values, name):
 
 def check_images(images, model):
     """Images as a CPU-or-device tensor, or ValueError naming the first image at fault."""
-    images = _tensor(images, "images")
+    images = tensor_of(images, "images")
     shape = tuple(model.input_shape)
     if tuple(images.shape[1:]) != shape or len(images) == 0:
         hint = ""
