@@ -14,52 +14,11 @@ import sys
 import torch
 from torch import nn
 
-from .bounds import (
-    HEADS,
-    _head,
-    _refuse_hooks,
-    batch_norm_scale,
-    estimate,
-    head_rows,
-    is_bounded_as,
-    is_linear,
-    know,
-    layer_inputs,
-    layer_lipschitz,
-    leaves,
-    normalisation,
-    operator_norm,
-    output_shape,
-    pairwise_distances,
-    refuse_foreign,
-    refuse_overridden,
-    sample_shape,
-    settle,
-)
-from .layers import (
-    BatchNormalized,
-    ClampedMaxMin,
-    CPLConv2d,
-    CPLLinear,
-    Householder,
-    MaxMin,
-    Normalising,
-    Normalize,
-    NormalizedLinear,
-    PadChannels,
-    Residual,
-    SandwichConv2d,
-    SandwichLinear,
-    SLLConv2d,
-    SLLLinear,
-    SOCConv2d,
-    Truncation,
-    freeze,
-)
+from . import bounds, layers
 from .norms import exact_arithmetic, tensor_of
 
 
-class LipschitzNet(Normalising):
+class LipschitzNet(layers.Normalising):
     """A classifier that can say how fast its margins change.
 
     body: nn.Sequential of layers with a known Lipschitz bound, ending in features (N, d).
@@ -77,7 +36,7 @@ class LipschitzNet(Normalising):
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
         super().__init__()
         self.body, self.head = body, head
-        self.input_shape = sample_shape(input_shape)
+        self.input_shape = bounds.sample_shape(input_shape)
         self.keep(input_mean, input_std)
         if not (self.std.isfinite().all() and self.std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
@@ -90,13 +49,13 @@ class LipschitzNet(Normalising):
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         # (name, input shape, constant): the constant of layers without weights never changes
         self._layers = []
-        for i, (name, layer, shape) in enumerate(layer_inputs(body, self.input_shape)):
+        for i, (name, layer, shape) in enumerate(bounds.layer_inputs(body, self.input_shape)):
             constant = None
             if next(layer.parameters(), None) is None:
                 with torch.device("cpu"):  # also where the network is built on the meta device
-                    constant = operator_norm(layer, shape, "power")
+                    constant = bounds.operator_norm(layer, shape, "power")
             self._layers.append((name, shape, constant))
-            if is_linear(layer):
+            if bounds.is_linear(layer):
                 # parameters, not .weight: to look at one that is computed may change it
                 like = next(layer.parameters())
                 v = torch.randn(shape, device=like.device, dtype=like.dtype)
@@ -132,13 +91,13 @@ class LipschitzNet(Normalising):
             if f"v{i}" in self._buffers:
                 v = getattr(self, f"v{i}")
                 # a copy: with `through`, the backward pass needs v as it was before copy_ below
-                constant, v_new = estimate(layer, v.clone(), iterations, through)
+                constant, v_new = bounds.estimate(layer, v.clone(), iterations, through)
                 if iterations:
                     v.copy_(v_new)
             elif constant is None:
                 if hasattr(layer, "advance"):
                     layer.advance(iterations)
-                constant = layer_lipschitz(layer, shape, "power")
+                constant = bounds.layer_lipschitz(layer, shape, "power")
             elif constant == 1:  # two kernels fewer for each activation
                 continue
             total = total * constant
@@ -146,19 +105,19 @@ class LipschitzNet(Normalising):
 
     def lipschitz_matrix(self, iterations=5, through=False):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1)."""
-        rows = head_rows(self.head)
-        return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
+        rows = bounds.head_rows(self.head)
+        return self.body_lipschitz(iterations, through) * bounds.pairwise_distances(rows)
 
     def settle(self):
         """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see
         bounds.settle. Call it once, after training; other layers do not need it."""
-        settle(self)
+        bounds.settle(self)
         return self
 
 
-know(LipschitzNet, extensible=True)
+bounds.know(LipschitzNet, extensible=True)
 for _kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # see `unwrapped`
-    know(_kind)
+    bounds.know(_kind)
 
 
 @exact_arithmetic()
@@ -180,7 +139,7 @@ def as_lipschitz_net(model, input_shape):
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     model = unwrapped(model)
-    refuse_foreign(model)
+    bounds.refuse_foreign(model)
     if not isinstance(model, nn.Module):
         if hasattr(model, "body"):  # the attributes of a network, which answers nothing
             return model
@@ -188,7 +147,7 @@ def as_lipschitz_net(model, input_shape):
     for layer in model.modules():
         frozen = getattr(layer, "frozen", None)
         if torch.is_tensor(frozen):
-            fresh = freeze(copy.deepcopy(layer).eval()).frozen
+            fresh = layers.freeze(copy.deepcopy(layer).eval()).frozen
             if frozen.dtype != fresh.dtype or not torch.equal(frozen, fresh):
                 raise TypeError(
                     f"no Lipschitz bound known for a frozen {type(layer).__name__} whose weights "
@@ -197,24 +156,24 @@ def as_lipschitz_net(model, input_shape):
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if _head(model).out_features == 1 else model
-    input_shape = sample_shape(input_shape)
+        return _two_logits(model) if bounds._head(model).out_features == 1 else model
+    input_shape = bounds.sample_shape(input_shape)
     weight = next(model.parameters(), torch.empty(0))
-    layers = _joined(model, weight.device)
-    while layers and type(layers[-1]) in (nn.Identity, nn.Dropout):
-        layers.pop()
-    if layers and isinstance(layers[-1], _SOFTMAX):
+    sequence = _joined(model, weight.device)
+    while sequence and type(sequence[-1]) in (nn.Identity, nn.Dropout):
+        sequence.pop()
+    if sequence and isinstance(sequence[-1], _SOFTMAX):
         raise ValueError(
             f"the model ends in {type(layers[-1]).__name__}: certificates are about logits, which "
             "have the same argmax; leave that layer out"
         )
-    body, head = layers, None
-    last = layers[-1] if layers else None
-    if type(last) in HEADS or isinstance(last, nn.Linear) and is_linear(last):
-        body, head = layers[:-1], last
+    body, head = sequence, None
+    last = sequence[-1] if sequence else None
+    if type(last) in bounds.HEADS or isinstance(last, nn.Linear) and bounds.is_linear(last):
+        body, head = sequence[:-1], last
     body = nn.Sequential(*body)
     if head is None:
-        features = output_shape(body, input_shape)
+        features = bounds.output_shape(body, input_shape)
         if len(features) != 1:
             raise ValueError(
                 f"the model's outputs have shape {features}, not (classes,): end it with "
@@ -225,7 +184,7 @@ def as_lipschitz_net(model, input_shape):
                 f"the model ends in {type(last).__name__}: certificates are about a single score "
                 "whose sign is the answer; leave that layer out"
             )
-        head = Truncation(features[0], features[0])
+        head = layers.Truncation(features[0], features[0])
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
         net = LipschitzNet(body, head, input_shape)
@@ -234,12 +193,12 @@ def as_lipschitz_net(model, input_shape):
 
 def _two_logits(model):
     """The LipschitzNet with logits (0, f) of one with the output f."""
-    _head(model, output_shape(model.body, model.input_shape))  # raises if it is none
+    bounds._head(model, bounds.output_shape(model.body, model.input_shape))  # raises if it is none
     like = next(model.parameters(), model.std)
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
         head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
-        std, mean = normalisation(model)
+        std, mean = bounds.normalisation(model)
         body = nn.Sequential(model.body, model.head)
         return LipschitzNet(body, head, model.input_shape, std, mean)
 
@@ -252,13 +211,13 @@ def unwrapped(model):
     compute. Raises TypeError for compiled scripts, of which no layers can be read."""
     kind, compiler = type(model), sys.modules.get("torch._dynamo.eval_frame")
     if kind is getattr(compiler, "OptimizedModule", None):
-        _refuse_hooks(model)
+        bounds._refuse_hooks(model)
         forward = vars(model).get("forward")
         if getattr(forward, "__globals__", {}).get("__name__") != compiler.__name__:
             raise TypeError("no Lipschitz bound known for a compiled model with another forward")
         return unwrapped(model._orig_mod)
     if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        refuse_overridden(model)
+        bounds.refuse_overridden(model)
         return unwrapped(model.module)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -274,46 +233,43 @@ def _normalize(layer):
     known = kind.__module__.startswith("torchvision.transforms.") and kind.__name__ == "Normalize"
     if not (known and getattr(place, "Normalize", None) is kind):
         return None
-    know(kind)
-    refuse_overridden(layer)
-    if layer.inplace:
-        raise TypeError(
-            "no Lipschitz bound known for torchvision's Normalize(inplace=True), which changes its "
-            "input before others have read it: build it with inplace=False"
-        )
+    bounds.know(kind)
+    bounds.refuse_overridden(layer)
     values = [tensor_of(getattr(layer, name), name) for name in ("mean", "std")]
-    if max(value.ndim for value in values) > 1:  # which it may lay along rows of the image
-        raise TypeError(
-            "no Lipschitz bound known for torchvision's Normalize with means or stds in more than "
-            "one dimension: give one number per channel"
+    if layer.inplace or max(value.ndim for value in values) > 1:
+        raise TypeError(  # others may read its changed input; rows of an image may have own means
+            "no Lipschitz bound known for torchvision's Normalize with inplace=True or values in "
+            "more than one dimension: build it with inplace=False and one number per channel"
         )
-    return Normalize(*values)
+    return layers.Normalize(*values)
 
 
 def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
-    layers = []
-    for _, layer in leaves(module):
+    sequence = []
+    for _, layer in bounds.leaves(module):
         if unwrapped(layer) is not layer:
-            layers += _joined(unwrapped(layer), device)
+            sequence += _joined(unwrapped(layer), device)
             continue
-        if type(layer) not in HEADS:  # before anything is run, taken apart or left out
-            refuse_overridden(layer)
-        if is_bounded_as(layer, Residual):
+        if type(layer) not in bounds.HEADS:  # before anything is run, taken apart or left out
+            bounds.refuse_overridden(layer)
+        if bounds.is_bounded_as(layer, layers.Residual):
             parts = layer.branch, layer.shortcut
-            layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
+            layer = layers.Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif (normalize := _normalize(layer)) is not None:
             layer = normalize.to(device)
-        elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
-            layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
-        elif is_bounded_as(layer, nn.BatchNorm2d):
-            batch_norm_scale(layer)  # raises where statistics of the batch are used
-        pair = (layers[-1] if layers else None, layer)
-        if is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
-            layers[-1] = BatchNormalized(*pair)
+        elif bounds.is_bounded_as(layer, object) and not isinstance(
+            layer, (*bounds.HEADS, *_SOFTMAX)
+        ):
+            bounds.layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
+        elif bounds.is_bounded_as(layer, nn.BatchNorm2d):
+            bounds.batch_norm_scale(layer)  # raises where statistics of the batch are used
+        pair = (sequence[-1] if sequence else None, layer)
+        if bounds.is_bounded_as(layer, nn.BatchNorm2d) and bounds.is_linear(pair[0]):
+            sequence[-1] = layers.BatchNormalized(*pair)
         else:
-            layers.append(layer)
-    return layers
+            sequence.append(layer)
+    return sequence
 
 
 # Each convolution: channels, kernel, stride, padding.  Sources: the official code's
@@ -350,7 +306,11 @@ _RESIDUAL = {
 _INNER = 5  # channels inside a convolutional residual layer
 _LIPCONV = {f"LipConvNet-{n}": n // 5 for n in (5, 10, 15, 20, 25, 30, 35, 40)}
 NAMES = (*_CONVOLUTIONS, *_LIPCONV, *_RESIDUAL, "Sandwich")
-_HEADS = {"linear": nn.Linear, "normalized": NormalizedLinear, "truncated": Truncation}
+_HEADS = {
+    "linear": nn.Linear,
+    "normalized": layers.NormalizedLinear,
+    "truncated": layers.Truncation,
+}
 _ACTIVATIONS = ("MaxMin", "ClampedMaxMin", "ReLU")
 
 
@@ -404,21 +364,21 @@ def build(
             f"{name} takes images of shape (channels, height, width), got {input_shape}"
         )
     if plain:
-        layers, features = _plain_body(name, input_shape, width, activation)
+        sequence, features = _plain_body(name, input_shape, width, activation)
     elif name in _LIPCONV:
         blocks = max(1, round(depth * _LIPCONV[name]))
-        layers, features = _lipconv_body(name, blocks, input_shape, width, head)
+        sequence, features = _lipconv_body(name, blocks, input_shape, width, head)
     elif name in _RESIDUAL:
-        layers, features = _residual_body(name, input_shape, width, depth)
+        sequence, features = _residual_body(name, input_shape, width, depth)
     else:
-        layers, features = _sandwich_body(input_shape, width)
+        sequence, features = _sandwich_body(input_shape, width)
     last = _HEADS[head](features, num_classes)
     if plain:
-        for layer in [*layers, last]:
+        for layer in [*sequence, last]:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-    return LipschitzNet(nn.Sequential(*layers), last, input_shape, input_std, input_mean)
+    return LipschitzNet(nn.Sequential(*sequence), last, input_shape, input_std, input_mean)
 
 
 def _scaled(n, factor, multiple=2):
@@ -428,30 +388,30 @@ def _scaled(n, factor, multiple=2):
 
 def _plain_body(name, input_shape, width, activation):
     """Convolutions and dense layers, each with an activation: (layers, features)."""
-    layers, shape = [], input_shape
+    sequence, shape = [], input_shape
     thresholds = iter(_THRESHOLDS.get(name, [(1.0, -1.0)] * 16))
 
     def nonlinearity(shape):
         if activation == "ClampedMaxMin":
-            return ClampedMaxMin(shape, *next(thresholds))
-        return MaxMin() if activation == "MaxMin" else nn.ReLU()
+            return layers.ClampedMaxMin(shape, *next(thresholds))
+        return layers.MaxMin() if activation == "MaxMin" else nn.ReLU()
 
     for channels, kernel, stride, padding in _CONVOLUTIONS[name]:
         channels = _scaled(channels, width)
         size = [(n + 2 * padding - kernel) // stride + 1 for n in shape[1:]]
         if min(size) < 1:
             raise ValueError(f"input {input_shape} is too small for {name}")
-        layers.append(nn.Conv2d(shape[0], channels, kernel, stride, padding))
+        sequence.append(nn.Conv2d(shape[0], channels, kernel, stride, padding))
         shape = (channels, *size)
-        layers.append(nonlinearity(shape))
+        sequence.append(nonlinearity(shape))
     if len(shape) > 1:
-        layers.append(nn.Flatten())
+        sequence.append(nn.Flatten())
     features = math.prod(shape)
     for hidden in _HIDDEN[name]:
         hidden = _scaled(hidden, width)
-        layers += [nn.Linear(features, hidden), nonlinearity((hidden,))]
+        sequence += [nn.Linear(features, hidden), nonlinearity((hidden,))]
         features = hidden
-    return layers, features
+    return sequence, features
 
 
 def _lipconv_body(name, blocks, input_shape, width, head):
@@ -459,21 +419,24 @@ def _lipconv_body(name, blocks, input_shape, width, head):
     a strided one that doubles the channels; Householder activations."""
     if any(n % 32 for n in input_shape[1:]):
         raise ValueError(f"{name} halves the image five times: input {input_shape} must be n*32")
-    layers, inputs, channels = [], input_shape[0], _scaled(32, width)
+    sequence, inputs, channels = [], input_shape[0], _scaled(32, width)
     for stage in range(5):
         for block in range(blocks):
             last = block + 1 == blocks
             outputs = 2 * channels if last else channels
             kernel = 1 if last and stage == 4 else 3
-            layers += [SOCConv2d(inputs, outputs, kernel, 2 if last else 1), Householder(outputs)]
+            sequence += [
+                layers.SOCConv2d(inputs, outputs, kernel, 2 if last else 1),
+                layers.Householder(outputs),
+            ]
             inputs = outputs
         channels = inputs
-    layers.append(nn.Flatten())
+    sequence.append(nn.Flatten())
     features = inputs * math.prod(n // 32 for n in input_shape[1:])
     if head == "truncated":  # the SOC paper's last layer: orthogonal, then the first coordinates
-        layers += [nn.Unflatten(1, (features, 1, 1)), SOCConv2d(features, features, 1)]
-        layers.append(nn.Flatten())
-    return layers, features
+        sequence += [nn.Unflatten(1, (features, 1, 1)), layers.SOCConv2d(features, features, 1)]
+        sequence.append(nn.Flatten())
+    return sequence, features
 
 
 def _residual_body(name, input_shape, width, depth):
@@ -486,14 +449,14 @@ def _residual_body(name, input_shape, width, depth):
         raise ValueError(f"input {input_shape} is too small for {name}")
     shape = (channels, *input_shape[1:])
     features = channels * math.prod(n // 4 for n in input_shape[1:])
-    layers = [PadChannels(channels)]
+    sequence = [layers.PadChannels(channels)]
     if name.startswith("CPL"):
-        layers += [CPLConv2d(shape, _INNER) for _ in range(convolutions)]
-        last = [CPLLinear(features, inner) for _ in range(dense)]
+        sequence += [layers.CPLConv2d(shape, _INNER) for _ in range(convolutions)]
+        last = [layers.CPLLinear(features, inner) for _ in range(dense)]
     else:
-        layers += [SLLConv2d(channels, _INNER) for _ in range(convolutions)]
-        last = [SLLLinear(features, inner) for _ in range(dense)]
-    return [*layers, nn.AvgPool2d(4, divisor_override=4), nn.Flatten(), *last], features
+        sequence += [layers.SLLConv2d(channels, _INNER) for _ in range(convolutions)]
+        last = [layers.SLLLinear(features, inner) for _ in range(dense)]
+    return [*sequence, nn.AvgPool2d(4, divisor_override=4), nn.Flatten(), *last], features
 
 
 def _sandwich_body(input_shape, width):
@@ -506,15 +469,15 @@ def _sandwich_body(input_shape, width):
             f"{input_shape} has sides that do not fit, take multiples of {2**stages} from "
             f"{4 * 2 ** (stages - 1)} on"
         )
-    layers, shape = [], input_shape
+    sequence, shape = [], input_shape
     for stage in range(stages):
         channels = _scaled(64 * 2**stage, width)
-        layers.append(SandwichConv2d(shape, channels))
-        layers.append(SandwichConv2d((channels, *shape[1:]), channels, stride=2))
+        sequence.append(layers.SandwichConv2d(shape, channels))
+        sequence.append(layers.SandwichConv2d((channels, *shape[1:]), channels, stride=2))
         shape = (channels, *(n // 2 for n in shape[1:]))
-    layers.append(nn.Flatten())
+    sequence.append(nn.Flatten())
     features = math.prod(shape)
     for hidden in (2048, 2048, 1024):
-        layers.append(SandwichLinear(features, _scaled(hidden, width)))
+        sequence.append(layers.SandwichLinear(features, _scaled(hidden, width)))
         features = _scaled(hidden, width)
-    return layers, features
+    return sequence, features

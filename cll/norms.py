@@ -91,10 +91,8 @@ def full_precision(device, tf32=False):
             switches.append(switch)
     active = []
     for read, write, wanted in switches:
-        try:
+        with contextlib.suppress(RuntimeError):  # torch disowns a switch of the set not in use
             active.append((write, read(), wanted))
-        except RuntimeError:  # a first-set switch that torch disowns: the user set the second
-            pass
     try:
         for write, _, wanted in active:
             write(wanted)

@@ -20,22 +20,9 @@ import torch
 from matplotlib.figure import Figure
 
 from . import faults as gallery
-from . import moons
+from . import moons, paper
 from .certify import certified_radius, cra_curve, predict_logits
 from .losses import cll_scale
-from .paper import (
-    RADII,
-    TRUE_MARGIN,
-    caption,
-    data_source,
-    lambda_slope,
-    published,
-    reached,
-    same_data,
-    snapshot_table,
-    sweep_table,
-    uncertain,
-)
 
 STYLE = {
     "font.size": 9,
@@ -64,7 +51,7 @@ def of_runs(function):
     @styled
     @functools.wraps(function)
     def drawn(runs, *more, **options):
-        return function(runs, *more, **options) if len(runs) else _not_run(caption([]))
+        return function(runs, *more, **options) if len(runs) else _not_run(paper.caption([]))
 
     return drawn
 
@@ -224,7 +211,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
         for j, epsilon in enumerate(margins):
             ax = axes[i, j]
             if i == 0:
-                true = " (true margin)" if epsilon == TRUE_MARGIN else ""
+                true = " (true margin)" if epsilon == paper.TRUE_MARGIN else ""
                 ax.set_title(f"ε = {epsilon:.2f}{true}")
             if (method, epsilon) in first:
                 points, targets = dataset.train_images, dataset.train_targets
@@ -369,7 +356,7 @@ def temperature_figure(table, title):
         _note(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
     left.set_xscale("log")
     left.margins(0.14)
-    left.set(xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
+    left.set(xlabel="$K^{(h∘f)}$", ylabel=f"CRA({paper.TRUE_MARGIN:g}) %, training points")
     own = table[table["method"] == "GloRo"].sort_values("t")
     right.loglog(own["t"], own["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
     if len(own):
@@ -383,7 +370,7 @@ def temperature_figure(table, title):
 
 
 @of_runs
-def choose_figure(results, title, evaluate=TRUE_MARGIN):
+def choose_figure(results, title, evaluate=paper.TRUE_MARGIN):
     """Two moons over the margin and the slack of the training: three maps of test numbers.
 
     results: records of CLL runs over epsilon and p, means over seeds. Left: clean accuracy; middle:
@@ -458,7 +445,7 @@ def seeds_figure(results):
     figure, ax = _subplots((6.4, 0.3 * len(groups) + 1.6))
     styles = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
     for j, (radius, (color, marker)) in enumerate(
-        zip([None, *RADII.values()], styles, strict=True)
+        zip([None, *paper.RADII.values()], styles, strict=True)
     ):
         label, x, y = f"CRA({radius})" if radius else "clean", [], []
         for i, runs in enumerate(groups.values()):
@@ -472,7 +459,7 @@ def seeds_figure(results):
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
-    return _title(figure, caption([r for runs in groups.values() for r in runs]))
+    return _title(figure, paper.caption([r for runs in groups.values() for r in runs]))
 
 
 @styled
@@ -522,7 +509,7 @@ def claims_figure(summary, tests, title):
 
 
 @of_runs
-def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN):
+def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=paper.TRUE_MARGIN):
     """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each.
 
     results, models, dataset: as for `figure4`, one margin. Above: the plane, see `moons_panel`.
@@ -594,7 +581,7 @@ def slack_figure(results, models, dataset):
     results, models, dataset: as for `figure4`; one panel per p, the largest p first.
     """
     first = _first(results, models, operator.itemgetter("p"))
-    printed = published("two_moons").query("status == 'printed'").to_dict("records")
+    printed = paper.published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
     figure, axes = _moons_grid((1, len(first)), (2.5 * len(first), 2.5))
     for ax, p in zip(axes[0], sorted(first, reverse=True), strict=True):
@@ -622,10 +609,10 @@ def figure5(results):
     results: records of the runs of params/figure5 and of rows T2-03 and T2-05 in any order; what is
     missing leaves a gap.
     """
-    table = sweep_table(results)
-    printed = published("figure5").query("panel == 'eps_sweep_table'")
+    table = paper.sweep_table(results)
+    printed = paper.published("figure5").query("panel == 'eps_sweep_table'")
     cll = table[table["method"] == "CLL"]
-    slack = cll[np.isclose(cll["epsilon"], TRUE_MARGIN)].sort_values("p")
+    slack = cll[np.isclose(cll["epsilon"], paper.TRUE_MARGIN)].sort_values("p")
     figure, (left, certified, constants, tight) = _subplots((10, 3.1), 1, 4)
     clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
     left.plot(slack["p"], slack["clean"], label="clean", **clean)
@@ -635,7 +622,7 @@ def figure5(results):
     left.set_xlim(0, 0.75)
     left.set_title("slack, CLL at ε = 0.15")
 
-    same = all(same_data(r, "CIFAR-10") for r in results)
+    same = all(paper.same_data(r, "CIFAR-10") for r in results)
     for method, line in LINES.items():
         own = table[(table["method"] == method)]
         own = own[own["p"].isna() | np.isclose(own["p"], 0.3)].sort_values("epsilon")
@@ -672,7 +659,7 @@ def figure5(results):
     for ax in (left, certified, constants, tight):
         ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
     return _title(
-        figure, caption(results, tightness=True) + " · open marks: the paper's values" * same
+        figure, paper.caption(results, tightness=True) + " · open marks: the paper's values" * same
     )
 
 
@@ -683,7 +670,7 @@ def convergence_figure(results):
     results: records of runs with snapshots; means over the seeds. Rings: where a curve is first at
     95 % of its last value.
     """
-    table = snapshot_table(results)
+    table = paper.snapshot_table(results)
     figure, axes = _subplots((9, 2.9), 1, 3)
     measures = {
         "tightness": "tightness (%)",
@@ -696,7 +683,7 @@ def convergence_figure(results):
             if own.empty:
                 continue
             ax.plot(own["epoch"], own[column], label=method, **line)
-            at = reached(own["epoch"], own[column])
+            at = paper.reached(own["epoch"], own[column])
             if column != "K_f" and np.isfinite(at):
                 y = own[own["epoch"] == at][column]
                 ax.plot(at, y, "o", ms=10, mfc="none", mec=line["color"])
@@ -710,7 +697,7 @@ def convergence_figure(results):
         ax.set_ylim(0)
     axes[1].legend(loc="best")
     rings = " · rings: first at 95 % of the last value"
-    return _title(figure, caption(results, tightness=True) + rings)
+    return _title(figure, paper.caption(results, tightness=True) + rings)
 
 
 @styled
@@ -728,27 +715,27 @@ def lambda_figure(images, moons):
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
                 ax.set_axis_off()
             continue
-        table = sweep_table(results)
+        table = paper.sweep_table(results)
         lam, K = table["lambda"], table["K_f"]
         clean = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}
         accuracy.plot(lam, table["clean"], label="clean", **clean)
         margin = f"CRA({table['epsilon'].iloc[0]:g})"
         accuracy.plot(lam, table["cra"], label=margin, **LINES["CLL"])
         accuracy.set_ylim(0, 105)
-        accuracy.set_ylabel(f"{results[0]['model']}, {data_source(results[0])}\naccuracy (%)")
+        accuracy.set_ylabel(f"{results[0]['model']}, {paper.data_source(results[0])}\naccuracy (%)")
         constant.plot(lam, K, label="measured", ls="", color=BLUE, marker="o", ms=5)
         if lam.nunique() > 1:
             middle = np.exp(np.log(K).mean() + 0.5 * np.log(lam).mean())
             label = "predicted: λ$^{-1/2}$"
             constant.plot(lam, middle * lam**-0.5, color="black", ls="--", label=label)
-            exponent, factor = lambda_slope(table)
+            exponent, factor = paper.lambda_slope(table)
             label = f"fitted: λ$^{{{exponent:.2f}}}$".replace("-", "−")
             constant.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
         _log_y(constant)
         constant.set_ylabel("K(f), guaranteed")
-        same = all(same_data(r, "CIFAR-10") for r in results)
+        same = all(paper.same_data(r, "CIFAR-10") for r in results)
         if same:
-            row = published("table2").loc["T2-05"]
+            row = paper.published("table2").loc["T2-05"]
             mark = OPEN | {"marker": "o", "mec": BLUE, "ms": 7}
             constant.plot(1e-4, row["k_f"], label="paper (power iteration)", **mark)
             accuracy.plot(1e-4, row["clean"], **OPEN, marker="^", mec=GREEN, ms=7)
@@ -756,7 +743,7 @@ def lambda_figure(images, moons):
             ax.set(xscale="log", xlabel="λ, weight of K²")
         accuracy.legend(loc="lower left", ncols=2)
         constant.legend(loc="upper right")
-    return _title(figure, f"{caption(images)} · below: {caption(moons)}")
+    return _title(figure, f"{paper.caption(images)} · below: {paper.caption(moons)}")
 
 
 @of_runs
@@ -816,7 +803,7 @@ def training_curves(curve, result=None):
         ax.plot(curve["epoch"], factor * curve[column], color=BLUE, marker=marker, ms=3)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    return _title(figure, f"{result['name']} · {caption([result])}") if result else figure
+    return _title(figure, f"{result['name']} · {paper.caption([result])}") if result else figure
 
 
 @styled
@@ -843,7 +830,7 @@ def cra_figure(radii, result):
     ax.set_ylim(0, 100)
     ax.set_xlim(0, grid[-1])
     ax.legend(loc="best")
-    return _title(figure, f"{result['name']} · {caption([result])}")
+    return _title(figure, f"{result['name']} · {paper.caption([result])}")
 
 
 @styled
@@ -859,7 +846,7 @@ def radius_histogram(radii, result):
     ax.set(xlabel=_radius_label(result), ylabel="test samples per bin", xlim=(0, bins[-1]))
     ax.margins(y=0.3)  # room for the legend
     ax.legend(loc="upper right")
-    return _title(figure, f"{result['name']} · {caption([result])}")
+    return _title(figure, f"{result['name']} · {paper.caption([result])}")
 
 
 def _stacked_radii(ax, radius, correct, bins):
@@ -892,7 +879,7 @@ def cra_comparison(radii, results):
     """
     panels, rows = {}, {}
     for table in ("table1", "table2"):
-        rows |= {row_id: row for row_id, row in published(table).iterrows()}
+        rows |= {row_id: row for row_id, row in paper.published(table).iterrows()}
     for arrays, result in zip(radii, results, strict=True):
         row = rows.get(result.get("row"))
         family = [f for f, start in FAMILIES.items() if result["model"].startswith(start)]
@@ -908,8 +895,8 @@ def cra_comparison(radii, results):
     for ax, (key, runs) in zip(axes, panels.items(), strict=False):
         marked |= _cra_panel(ax, runs.values(), np.linspace(0, end, 400))
         networks = dict.fromkeys(result["model"] for _, result, _ in runs.values())
-        own = all(same_data(result, key[0]) for _, result, _ in runs.values())
-        seen = data_source(next(iter(runs.values()))[1])
+        own = all(paper.same_data(result, key[0]) for _, result, _ in runs.values())
+        seen = paper.data_source(next(iter(runs.values()))[1])
         ax.set_title(f"{key[0] if own else f'rows of {key[0]}, on {seen}'}\n{', '.join(networks)}")
         curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
         # the legend fills the right half from above, a twelfth of the height for each line
@@ -952,8 +939,10 @@ def _cra_panel(ax, runs, grid):
         elif method == "CLL":
             label += f", ε = {result['epsilon']:g}"
         ax.plot(grid, cra, label=label, color=color, ls=line)
-        if row is not None and same_data(result, row["dataset"]):
-            sure = [k for k in PUBLISHED_RADII if k not in uncertain(row) and not np.isnan(row[k])]
+        if row is not None and paper.same_data(result, row["dataset"]):
+            sure = [
+                k for k in PUBLISHED_RADII if k not in paper.uncertain(row) and not np.isnan(row[k])
+            ]
             marks = {"ls": "", "marker": marker, "mfc": "white", "mec": color, "clip_on": False}
             ax.plot([PUBLISHED_RADII[k] for k in sure], row[sure].astype(float), **marks)
             marked |= bool(sure)
@@ -972,7 +961,7 @@ def certified_images(dataset, certificates, result, count=8):
     figure = Figure(figsize=(1.15 * count, 1.9))
     for ax, row in zip(figure.subplots(1, count), rows.to_dict("records"), strict=True):
         _image(ax, dataset, row, ".3f")
-    return _title(figure, caption([result]))
+    return _title(figure, paper.caption([result]))
 
 
 def _image(ax, dataset, row, form):
@@ -1230,7 +1219,7 @@ def certificate_gap(table, title):
 def _drawn(results):
     """The caption, and which of several seeds the panels draw: the first one given."""
     seeds = list(dict.fromkeys(result["seed"] for result in results))
-    return caption(results) + (f" · drawn: seed {seeds[0]}" if len(seeds) > 1 else "")
+    return paper.caption(results) + (f" · drawn: seed {seeds[0]}" if len(seeds) > 1 else "")
 
 
 def _subplots(size, *shape, **options):
