@@ -164,7 +164,7 @@ def as_lipschitz_net(model, input_shape):
         sequence.pop()
     if sequence and isinstance(sequence[-1], _SOFTMAX):
         raise ValueError(
-            f"the model ends in {type(layers[-1]).__name__}: certificates are about logits, which "
+            f"the model ends in {type(sequence[-1]).__name__}: certificates are about logits, which "
             "have the same argmax; leave that layer out"
         )
     body, head = sequence, None

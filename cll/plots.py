@@ -813,10 +813,10 @@ def cra_figure(radii, result):
     radii: the arrays radius, radius_paper_style and correct of radii.npz, each (N,).
     result: the run's record; its radii are marked on the guaranteed curve.
     """
-    radius, paper, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
-    grid = np.linspace(0, np.quantile(paper, 0.995) + 1e-9, 400)
+    radius, estimated, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
+    grid = np.linspace(0, np.quantile(estimated, 0.995) + 1e-9, 400)
     figure, ax = _subplots((4.8, 3))
-    guaranteed, other = (100 * cra_curve(r, correct, grid) for r in (radius, paper))
+    guaranteed, other = (100 * cra_curve(r, correct, grid) for r in (radius, estimated))
     ax.plot(grid, guaranteed, color=BLUE, label="guaranteed bound")
     ax.plot(grid, other, color=ORANGE, ls="--", label="paper-style bound (power iteration)")
     # The training margin 0.15 of the image runs is no radius of the tables and next to 36/255.
