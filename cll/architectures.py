@@ -164,8 +164,8 @@ def as_lipschitz_net(model, input_shape):
         sequence.pop()
     if sequence and isinstance(sequence[-1], _SOFTMAX):
         raise ValueError(
-            f"the model ends in {type(sequence[-1]).__name__}: certificates are about logits, which "
-            "have the same argmax; leave that layer out"
+            f"the model ends in {type(sequence[-1]).__name__}: certificates are about logits, of "
+            "the same argmax; leave that layer out"
         )
     body, head = sequence, None
     last = sequence[-1] if sequence else None
