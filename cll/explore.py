@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from . import experiment, moons, plots
+from . import experiment, moons, paper, plots
 from .certify import certified_radius, predict_logits
 
 REFERENCE = experiment.ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
@@ -53,7 +53,7 @@ def _planes(found, dataset):
 def draw_all(found, dataset, path):
     """Save the picture of all networks of `load`, path without suffix; returns it."""
     planes = _planes(found, dataset)
-    title = plots.caption([record for record, _ in found.values()])
+    title = paper.caption([record for record, _ in found.values()])
     return plots.save(plots.moons_gallery(planes, dataset, title), path, ALT)
 
 
@@ -105,7 +105,7 @@ class Explorer:
         choose, number = widgets.SelectionSlider, widgets.FloatSlider
         at = [(f"{epsilon:.2f}", epsilon) for epsilon in margins]
         method = {"description_width": "9em", "button_width": "6em"}
-        true = plots.TRUE_MARGIN
+        true = paper.TRUE_MARGIN
         inputs = {
             "method": widgets.ToggleButtons(options=methods, description="method", style=method),
             "p": choose(options=[(f"{p:g}", p) for p in slacks], description="slack p", **wide),

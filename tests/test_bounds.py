@@ -1159,7 +1159,7 @@ def test_input_std_enters_by_its_smallest_channel():
     K = lipschitz_matrix(network)
     network.input_std = (0.5, 0.25, 0.3)
     assert torch.allclose(lipschitz_matrix(network), 4 * K, rtol=1e-12)
-    network.input_std = torch.tensor([0.5, 2.0])
+    network.input_std = torch.tensor([0.5, 2.0, 1.0])
     assert torch.allclose(lipschitz_matrix(network), 2 * K, rtol=1e-12)
     for bad in (0.0, -1.0, (0.5, math.nan)):
         network.input_std = bad
