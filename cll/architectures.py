@@ -141,7 +141,7 @@ def as_lipschitz_net(model, input_shape):
     model = unwrapped(model)
     bounds.refuse_foreign(model)
     if not isinstance(model, nn.Module):
-        if hasattr(model, "body"):  # the attributes of a network, which answers nothing
+        if hasattr(model, "body"):  # attributes alone, without a forward
             return model
         raise TypeError(f"no Lipschitz bound known for a {type(model).__name__}: give an nn.Module")
     for layer in model.modules():

@@ -615,8 +615,8 @@ def settle(model):
     """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
     their buffer `norm`, rounded up to its own type. Call it once, after training.
 
-    model: with the attributes body and input_shape, as in `lipschitz_matrix`. A model that was not
-    settled is certified all the same, with the constants that its present norms give.
+    model: a LipschitzNet. One that was not settled is certified all the same, with the constants
+    that its present norms give.
     """
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
         if isinstance(layer, layers.SOCConv2d):
@@ -842,8 +842,9 @@ def layer_inputs(body, input_shape):
     """Leaf layers of a body in forward order, with the shapes that reach them.
 
     Returns [(name, layer, input shape of one sample)]. nn.Sequential is opened, also when nested; a
-    container with a registered bound is a leaf. Shapes come from one zero sample, run in evaluation
-    mode without gradient. Raises ValueError naming the layer that does not accept its input.
+    container with a registered bound is a leaf. Shapes come from two samples, run together and one
+    by one in evaluation mode without gradient. Raises ValueError naming the layer that does not
+    accept its input or whose answers to the two depend on each other.
     """
     return _trace(body, tuple(input_shape))[0]
 
@@ -948,11 +949,10 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
 
         K_ij = 1 / min(input_std) * prod_l sigma_l * ||w_i - w_j||
 
-    over the layers l of model.body, w_i the rows of model.head (`head_rows`); model has the
-    attributes body (nn.Sequential), head (nn.Linear, NormalizedLinear or Truncation), input_shape
-    and input_std (float or one per channel); or it is an nn.Sequential as in `as_lipschitz_net`,
-    with input_shape, the shape of one sample. With the methods "guaranteed", "tight" and
-    "fast" every factor and every product is rounded up. The bar names the layer at work.
+    over the layers l of model.body, w_i the rows of model.head (`head_rows`). model is a
+    LipschitzNet, or an nn.Sequential as in `as_lipschitz_net` with input_shape, the shape of one
+    sample. With the methods "guaranteed", "tight" and "fast" every factor and every product is
+    rounded up. The bar names the layer at work.
     """
     model = cll.as_lipschitz_net(model, input_shape)
     chained, features = _trace(model.body, tuple(model.input_shape))

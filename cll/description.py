@@ -30,7 +30,7 @@ FLOPS = 5e10, 1e4  # the same in floating-point operations
 
 
 def describe(net):
-    """The description of a LipschitzNet or a module with its attributes: a dict for JSON."""
+    """The description of a LipschitzNet: a dict for JSON."""
     std, mean = bounds.normalisation(net)
     return {
         "input_shape": list(net.input_shape),
@@ -56,7 +56,7 @@ def rebuild(description, tensors):
 
 
 def current(description):
-    """A description without the form of SLL layers, which earlier versions name: one is left."""
+    """The description without the form of SLL layers: earlier versions name it, one is left."""
 
     def without(said):
         return {k: v for k, v in said.items() if (k, v) != ("variant", "sound")}

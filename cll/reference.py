@@ -5,7 +5,7 @@
 
 The layout is that of outputs/ (see experiment), so notebooks read them as finished runs. radii.npz
 holds the guaranteed radii, in float32 rounded down: still certificates. Weights are left out where
-they would be large. `make collect` copies runs here, after checking them by `check`.
+they would be large. `make collect` checks runs and copies them here.
 """
 
 import difflib

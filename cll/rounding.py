@@ -30,7 +30,7 @@ SAFE = 1 + 1e-6  # for the roundings of these bounds themselves
 def margin_error(model, images, predicted, method="guaranteed"):
     """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
 
-    model: LipschitzNet or a module with its attributes, whose logits were computed in float64.
+    model: a LipschitzNet, whose logits were computed in float64.
     images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64; method:
     "guaranteed", "tight" or "fast", of the layers' norms.
     """

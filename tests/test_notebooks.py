@@ -355,7 +355,7 @@ class TestParameters:
         given = {"device": "cpu", "data": "npz:x.npz", "label": ""}
         values = parameters.resolve(path, "smoke", given, seeds=[5])
         assert values == {"profile": "smoke", "data": "npz:x.npz", "seed": 5}
-        with pytest.raises(ValueError, match="name one seed"):
+        with pytest.raises(ValueError, match="SEEDS=1,2: .*name one seed"):
             parameters.resolve(path, "smoke", {}, seeds=[1, 2])
 
     def test_data_paths_are_relative_to_the_user(self, tmp_path, monkeypatch):
