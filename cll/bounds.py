@@ -254,13 +254,13 @@ def batch_norm_scale(layer):
 def _batch_normalized(layer, input_shape, method):
     """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
     norm of the matrix of absolute values."""
-    for part in layer:  # a hook or a forward of their own
-        refuse_overridden(part)
+    for one in layer:  # a hook or a forward of their own
+        refuse_overridden(one)
     if not _is_one_map(layer, input_shape):
         return chain_norm(nn.Sequential(*layer), input_shape, method)
     scaled, error = _scaled_weight(layer, input_shape)
-    found = matrix_norm(layer[0], scaled, input_shape, method)
-    return round_up(found + error) if method in PROOFS else found
+    norm = matrix_norm(layer[0], scaled, input_shape, method)
+    return round_up(norm + error) if method in PROOFS else norm
 
 
 def _is_one_map(layer, input_shape):
@@ -1007,8 +1007,8 @@ def opened(module, input_shape, prefix):
     for name, layer, shape in layer_inputs(module, input_shape):
         name = f"{prefix}.{name}" if name else prefix
         if is_bounded_as(layer, layers.Residual):
-            for part in ("branch", "shortcut"):
-                yield from opened(getattr(layer, part), shape, f"{name}.{part}")
+            for side in ("branch", "shortcut"):
+                yield from opened(getattr(layer, side), shape, f"{name}.{side}")
         yield name, layer, shape
 
 

@@ -289,16 +289,16 @@ def _verify(path, weights, data, count, progress):
             raise Invalid(f"summary: {key} is {claimed}, its own images give {value}")
     if _sign(content) != c.digest:
         raise Invalid(f"{path.name} was edited after it was written: its digest differs")
-    part = {key: values[: len(x)] for key, values in c.images.model_dump().items()}
-    checked = _summary(_Images(**part), c.summary.cra)
+    first = {key: values[: len(x)] for key, values in c.images.model_dump().items()}
+    checked = _summary(_Images(**first), c.summary.cra)
     where = {"weights": str(file), "data": read, "images": checked.pop("n")}
     return content | {"checked": where | {"of": len(c.images.sha256)} | checked}
 
 
 def _regular(file, what, longest=math.inf):
     """The path of a file of bytes: reading a pipe or a device might never end."""
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= longest:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= longest:
         raise Invalid(f"{what}: {file} is no regular file, empty, or too long to be read")
     return file
 
@@ -327,13 +327,13 @@ def _checked_network(c, file):
     if [len(row) for row in c.K] != [classes] * classes:
         raise Invalid(f"K is not a matrix of {classes} x {classes} classes")
     try:
-        with safe_open(file, "pt") as found:
-            names = set(found.keys())
+        with safe_open(file, "pt") as stored:
+            names = set(stored.keys())
             for name, record in c.weights.tensors.items():
                 if name not in names:
                     raise Invalid(f"weights: tensor {name} is missing in {file.name}")
-                if found.get_slice(name).get_shape() == record.shape:
-                    tensors[name] = found.get_tensor(name)
+                if stored.get_slice(name).get_shape() == record.shape:
+                    tensors[name] = stored.get_tensor(name)
                 if name not in tensors or _tensor_record(tensors[name]) != record.model_dump():
                     raise Invalid(f"weights: tensor {name} is not the one that was certified")
     except SafetensorError as error:

@@ -214,7 +214,6 @@ def _batch_normalized(layer, input_shape):
     return a * SAFE + TINY, b * SAFE + TINY
 
 
-@register(layers.Residual)
 def _residual(layer, input_shape, method="guaranteed"):
     """Both parts, and the sum of the two."""
     parts = [chain(part, input_shape, method) for part in (layer.branch, layer.shortcut)]
