@@ -103,8 +103,8 @@ def resolve(notebook, profile, given, seeds=None):
         values["seeds"] = seeds
     elif seeds and "seed" in names:
         if len(seeds) > 1:
-            given = ",".join(map(str, seeds))
-            raise ValueError(f"SEEDS={given}: {Path(notebook).stem} makes one run; name one seed")
+            listed = ",".join(map(str, seeds))
+            raise ValueError(f"SEEDS={listed}: {Path(notebook).stem} makes one run; name one seed")
         values["seed"] = seeds[0]
     return {key: value for key, value in values.items() if key in names}
 
