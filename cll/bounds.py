@@ -62,7 +62,7 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     layer        nn.Linear, nn.Conv2d or any layer known to `layer_lipschitz`
     input_shape  shape of one sample: (C, H, W) or (features,)
     method       "guaranteed": never below the true norm, rounding included; seconds for a large
-                 convolution, which it may exceed by a percent at most, see `norms`
+                 convolution, within 1 % of it where that proof is affordable, see `norms`
                  "tight": as "guaranteed", by a permille at most, minutes for a large convolution
                  "fast": as "guaranteed", by the cheapest proof, some permille larger
                  "power": the number that the paper's power iteration converges to (computed by
