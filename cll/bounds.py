@@ -779,7 +779,8 @@ def _mend(kind, otherwise=None):
             "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
             f"in its place, or register its bound with @cll.bounds.register({name})"
         )
-    return otherwise or f"register one with @cll.bounds.register({name})"
+    function = "a function (layer, input_shape, method)"
+    return otherwise or f"register one with @cll.bounds.register({name}) on {function}"
 
 
 def _is_torchs_own(name, method):
