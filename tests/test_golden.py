@@ -15,10 +15,6 @@ import pytest
 import torch
 
 import cll
-import cll.data
-import cll.experiment
-import cll.layers
-import cll.reference
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ROOT = Path(__file__).resolve().parent.parent
