@@ -49,7 +49,8 @@ def attribute(name):
 def signature(name):
     """The parameters of a public name; what it returns is another matter."""
     empty = inspect.Signature.empty
-    return str(inspect.signature(attribute(name)).replace(return_annotation=empty))
+    text = str(inspect.signature(attribute(name)).replace(return_annotation=empty))
+    return text.replace(str(ROOT), "ROOT")
 
 
 def hashes():
