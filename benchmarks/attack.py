@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 
 import cll
-from cll.attack import VERSIONS, autoattack, pgd_attack
-from cll.certify import as_pixels, certify
+from cll.certify import certify
+from cll.certify.attack import VERSIONS, autoattack, pgd_attack
+from cll.certify.inputs import as_pixels
 from cll.experiment import Params, load_dataset, load_model, run, run_dir
 
 DIGITS = {

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 import cll
-from cll.certify import full_precision
+from cll.bounds.linear import full_precision
 from cll.experiment import provenance
-from cll.training import train
+from cll.experiment.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baseline  # noqa: E402

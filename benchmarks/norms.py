@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import cll
-from cll import norms
-from cll.bounds import is_linear, layer_inputs
+from cll.bounds.layer import is_linear
+from cll.bounds.norm import enclose, matrix_norm
+from cll.bounds.trace import layer_inputs
 from cll.experiment import load_model
 
 NETWORKS = {"4C3F": (3, 32, 32), "6C2F": (3, 32, 32), "8C2F": (3, 64, 64)}
@@ -28,9 +29,9 @@ def prove(net):
         if not is_linear(layer):
             continue
         weight = layer.weight.detach().double()
-        fast = norms.matrix_norm(layer, weight, shape, "fast")
+        fast = matrix_norm(layer, weight, shape, "fast")
         start = time.perf_counter()
-        lower, upper, proof = norms.enclose(layer, weight, shape)
+        lower, upper, proof = enclose(layer, weight, shape)
         seconds = time.perf_counter() - start
         total += seconds
         sizes = "x".join(map(str, weight.shape))

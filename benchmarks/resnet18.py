@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 import cll
-from cll.norms import PROOFS
+from cll.bounds.linear import PROOFS
 
 SHAPE = (3, 224, 224)
 

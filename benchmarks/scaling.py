@@ -30,9 +30,13 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import cll  # noqa: E402
-from cll import plots  # noqa: E402
-from cll.experiment import provenance  # noqa: E402
-from cll.training import Stack, build_network  # noqa: E402
+from cll.experiment import provenance
+from cll.experiment.stack import Stack, build_network
+from paper.style import BLUE, ORANGE, _title, styled
+
+# noqa: E402
+# noqa: E402
+# noqa: E402
 
 LINK = 25e9  # bytes per second and direction between two GPUs: PCIe 4.0 x16, below NVLink
 PATIENCE = 300  # seconds for one point
@@ -277,14 +281,14 @@ def caption(found):
     )
 
 
-@plots.styled
+@styled
 def figure(found):
     """A panel per axis: time and memory of a step relative to the first point, the fitted laws."""
     rows = found["rows"]
     names = list(dict.fromkeys(row["axis"] for row in rows))
     picture = Figure(figsize=(10, 5.2))
     axes = picture.subplots(2, 4).flat
-    lines = (("ms", plots.BLUE, "o", "-", "time"), ("MiB", plots.ORANGE, "s", "--", "memory"))
+    lines = (("ms", BLUE, "o", "-", "time"), ("MiB", ORANGE, "s", "--", "memory"))
     for ax, name in zip(axes, names, strict=False):
         for key, color, marker, style, what in lines:
             x, y = points(rows, name, key)
@@ -315,7 +319,7 @@ def figure(found):
         ax.set_axis_off()
         text = "marks: measured\nlines: fitted laws,\nover the points fitted"
         ax.text(0, 0.9, text, va="top", transform=ax.transAxes)
-    plots._title(picture, caption(found))
+    _title(picture, caption(found))
     return picture
 
 

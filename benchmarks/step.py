@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 import cll
-from cll.certify import full_precision
+from cll.bounds.linear import full_precision
 from cll.experiment import provenance
-from cll.training import Stack
+from cll.experiment.stack import Stack
 
 LOSSES = {
     "CLL": {"name": "CLL", "epsilon": 0.15, "p": 0.3, "lambda": 1e-4},

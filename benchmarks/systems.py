@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 import cll
 from cll.experiment import provenance
-from cll.training import Stack, build_network
+from cll.experiment.local_lip_b import local_estimate
+from cll.experiment.stack import Stack, build_network
 
 SYSTEMS = {  # name: (parameter file, classes)
     "GloRo": ("table2/cifar10-6C2F-GloRo", 10),
@@ -81,7 +82,7 @@ def measure(system, batch, device, repeats, full):
             with torch.set_grad_enabled(program.moves_K):
                 K = net.lipschitz_matrix(stack.iterations, program.through)
         else:
-            K = cll.local.local_estimate(net, images[0], schedule[0][0], program.local_iterations)
+            K = local_estimate(net, images[0], schedule[0][0], program.local_iterations)
         if K.requires_grad:
             K.sum().backward()
             stack.optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,9 @@ import torch
 import cll
 from cll.data import augment, draw, to_float
 from cll.experiment import load_dataset, provenance
-from cll.training import Stack, build_network, load_snapshots, train
+from cll.experiment.checkpoints import load_snapshots
+from cll.experiment.stack import Stack, build_network
+from cll.experiment.train import train
 
 REFERENCE = Path(__file__).with_name("reference.json")
 TOLERANCE = 0.75  # of the reference ratio; below, a line is called slower

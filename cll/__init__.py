@@ -5,37 +5,16 @@ K[i, j] bounds the L2 Lipschitz constant of logit_i - logit_j in the un-normalis
 Paper: Losch, Stutz, Schiele, Fritz, GCPR 2023, arXiv 2309.06166.
 """
 
-from pathlib import Path
+import importlib
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: params/ and outputs/ live here
-
-from . import (  # noqa: E402
-    bounds,
-    certificate,
-    data,
-    experiment,
-    layers,
-    local,
-    losses,
-    paper,
-    plots,
-    reference,
-    rounding,
-    training,
-)
-from .architectures import LipschitzNet, as_lipschitz_net, build  # noqa: E402
-from .attack import autoattack, pgd_attack  # noqa: E402
-from .bounds import layer_bounds, lipschitz_matrix, operator_norm  # noqa: E402
-from .certify import (  # noqa: E402
-    certified_accuracy,
-    certified_radius,
-    certify,
-    cra_curve,
-    lipschitz_lower_bound,
-)
-from .experiment import load_params, outputs_dir, run, run_all  # noqa: E402
-from .layers import GroupSort, MaxMin, Normalize, Residual  # noqa: E402
-from .losses import (  # noqa: E402
+from . import bounds, data, layers, losses
+from .architectures import LipschitzNet, as_lipschitz_net, build
+from .bounds import layer_bounds, lipschitz_matrix, operator_norm, rounding
+from .certify import certified_accuracy, certified_radius, certify, cra_curve
+from .certify.attack import autoattack, pgd_attack
+from .certify.tightness import lipschitz_lower_bound
+from .layers import GroupSort, MaxMin, Normalize, Residual
+from .losses import (
     aol_loss,
     binary_cll_loss,
     certificate_regularized_loss,
@@ -47,4 +26,26 @@ from .losses import (  # noqa: E402
     local_bcp_loss,
     polynomial_schedule,
 )
-from .reference import load_reference  # noqa: E402
+
+# Read on first use (PEP 562): what needs pandas, pydantic or yaml.
+LATE = {
+    "experiment": ".experiment",
+    "reference": ".experiment.reference",
+    "certificate": ".certify.file",
+}
+LATE_NAMES = {
+    **dict.fromkeys(("load_params", "outputs_dir", "run", "run_all", "ROOT"), ".experiment"),
+    "load_reference": ".experiment.reference",
+}
+
+
+def __getattr__(name):
+    if name in LATE:
+        return importlib.import_module(LATE[name], __name__)
+    if name in LATE_NAMES:
+        return getattr(importlib.import_module(LATE_NAMES[name], __name__), name)
+    raise AttributeError(f"module 'cll' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *LATE, *LATE_NAMES})

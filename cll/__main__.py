@@ -7,8 +7,7 @@ all of them, and so does the run's identity. After a lost rank the same command 
 import argparse
 import sys
 
-from . import ranks
-from .experiment import PROFILES, load_params, outputs_dir, run_all, run_dir
+from .experiment import PROFILES, load_params, outputs_dir, ranks, run_all, run_dir
 
 
 def main():

@@ -14,11 +14,74 @@ import sys
 import torch
 from torch import nn
 
-from . import bounds, layers
-from .norms import exact_arithmetic, tensor_of
+from .bounds.layer import (
+    _plain,
+    estimate,
+    is_linear,
+    layer_lipschitz,
+    operator_norm,
+    pairwise_distances,
+    sample_shape,
+)
+from .bounds.linear import as_text, exact_arithmetic, tensor_of
+from .bounds.network import READER, _head, head_rows, normalisation
+from .bounds.norm import matrix_norm
+from .bounds.registry import (
+    HEADS,
+    _refuse_hooks,
+    is_bounded_as,
+    know,
+    refuse_foreign,
+    refuse_overridden,
+)
+from .bounds.torch_layers import batch_norm_scale
+from .bounds.trace import _evaluation_copy, body_output_shape, layer_inputs, leaves
+from .layers.activations import ClampedMaxMin, Householder, MaxMin
+from .layers.potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from .layers.sandwich import SandwichConv2d, SandwichLinear
+from .layers.soc import SOCConv2d, unfolded_norm
+from .layers.structure import (
+    BatchNormalized,
+    Normalising,
+    Normalize,
+    NormalizedLinear,
+    PadChannels,
+    Residual,
+    Truncation,
+    freeze,
+)
 
 
-class LipschitzNet(layers.Normalising):
+@exact_arithmetic()
+def settle(model):
+    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
+    their buffer `norm`, rounded up to its own type. Call it once, after training.
+
+    model: a LipschitzNet. One that was not settled is certified all the same, with the constants
+    that its present norms give.
+    """
+    for _, layer, shape in layer_inputs(model.body, model.input_shape):
+        if isinstance(layer, SOCConv2d):
+            kernel = _evaluation_copy(layer).skew_kernel()
+            norm, lowest = unfolded_norm(kernel), torch.finfo(layer.norm.dtype).tiny
+            lowest = lowest if kernel.any() else 0.0
+        elif isinstance(layer, CPLLinear | CPLConv2d):
+            W = _evaluation_copy(layer).weight
+            norm, lowest = matrix_norm(_plain(W), W, shape, "fast"), 0.0
+        else:
+            continue
+        stored = torch.tensor(norm, dtype=layer.norm.dtype)
+        if stored.double() < norm:
+            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        if not lowest <= stored.item() < math.inf:
+            raise ValueError(
+                f"the norm of {as_text(layer)}, {norm:.1e}, is no {stored.dtype} of full "
+                "precision: scale its weight"
+            )
+        layer.norm.copy_(stored)
+
+
+class LipschitzNet(Normalising):
     """A classifier that can say how fast its margins change.
 
     body: nn.Sequential of layers with a known Lipschitz bound, ending in features (N, d).
@@ -36,7 +99,7 @@ class LipschitzNet(layers.Normalising):
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
         super().__init__()
         self.body, self.head = body, head
-        self.input_shape = bounds.sample_shape(input_shape)
+        self.input_shape = sample_shape(input_shape)
         self.keep(input_mean, input_std)
         if not (self.std.isfinite().all() and self.std.min() > 0):
             raise ValueError(f"input_std must be positive and finite, got {input_std}")
@@ -49,13 +112,13 @@ class LipschitzNet(layers.Normalising):
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         # (name, input shape, constant): the constant of layers without weights never changes
         self._layers = []
-        for i, (name, layer, shape) in enumerate(bounds.layer_inputs(body, self.input_shape)):
+        for i, (name, layer, shape) in enumerate(layer_inputs(body, self.input_shape)):
             constant = None
             if next(layer.parameters(), None) is None:
                 with torch.device("cpu"):  # also where the network is built on the meta device
-                    constant = bounds.operator_norm(layer, shape, "power")
+                    constant = operator_norm(layer, shape, "power")
             self._layers.append((name, shape, constant))
-            if bounds.is_linear(layer):
+            if is_linear(layer):
                 # parameters, not .weight: to look at one that is computed may change it
                 like = next(layer.parameters())
                 v = torch.randn(shape, device=like.device, dtype=like.dtype)
@@ -91,13 +154,13 @@ class LipschitzNet(layers.Normalising):
             if f"v{i}" in self._buffers:
                 v = getattr(self, f"v{i}")
                 # a copy: with `through`, the backward pass needs v as it was before copy_ below
-                constant, v_new = bounds.estimate(layer, v.clone(), iterations, through)
+                constant, v_new = estimate(layer, v.clone(), iterations, through)
                 if iterations:
                     v.copy_(v_new)
             elif constant is None:
                 if hasattr(layer, "advance"):
                     layer.advance(iterations)
-                constant = bounds.layer_lipschitz(layer, shape, "power")
+                constant = layer_lipschitz(layer, shape, "power")
             elif constant == 1:  # two kernels fewer for each activation
                 continue
             total = total * constant
@@ -105,19 +168,19 @@ class LipschitzNet(layers.Normalising):
 
     def lipschitz_matrix(self, iterations=5, through=False):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1)."""
-        rows = bounds.head_rows(self.head)
-        return self.body_lipschitz(iterations, through) * bounds.pairwise_distances(rows)
+        rows = head_rows(self.head)
+        return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
 
     def settle(self):
         """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see
         bounds.settle. Call it once, after training; other layers do not need it."""
-        bounds.settle(self)
+        settle(self)
         return self
 
 
-bounds.know(LipschitzNet, extensible=True)
+know(LipschitzNet, extensible=True)
 for _kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # see `unwrapped`
-    bounds.know(_kind)
+    know(_kind)
 
 
 @exact_arithmetic()
@@ -139,7 +202,7 @@ def as_lipschitz_net(model, input_shape):
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     model = unwrapped(model)
-    bounds.refuse_foreign(model)
+    refuse_foreign(model)
     if not isinstance(model, nn.Module):
         if hasattr(model, "body"):  # attributes alone, without a forward
             return model
@@ -147,7 +210,7 @@ def as_lipschitz_net(model, input_shape):
     for layer in model.modules():
         frozen = getattr(layer, "frozen", None)
         if torch.is_tensor(frozen):
-            fresh = layers.freeze(copy.deepcopy(layer).eval()).frozen
+            fresh = freeze(copy.deepcopy(layer).eval()).frozen
             if frozen.dtype != fresh.dtype or not torch.equal(frozen, fresh):
                 raise TypeError(
                     f"no Lipschitz bound known for a frozen {type(layer).__name__} whose weights "
@@ -156,8 +219,8 @@ def as_lipschitz_net(model, input_shape):
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if bounds._head(model).out_features == 1 else model
-    input_shape = bounds.sample_shape(input_shape)
+        return _two_logits(model) if _head(model).out_features == 1 else model
+    input_shape = sample_shape(input_shape)
     weight = next(model.parameters(), torch.empty(0))
     sequence = _joined(model, weight.device)
     while sequence and type(sequence[-1]) in (nn.Identity, nn.Dropout):
@@ -169,11 +232,11 @@ def as_lipschitz_net(model, input_shape):
         )
     body, head = sequence, None
     last = sequence[-1] if sequence else None
-    if type(last) in bounds.HEADS or isinstance(last, nn.Linear) and bounds.is_linear(last):
+    if type(last) in HEADS or isinstance(last, nn.Linear) and is_linear(last):
         body, head = sequence[:-1], last
     body = nn.Sequential(*body)
     if head is None:
-        features = bounds.output_shape(body, input_shape)
+        features = body_output_shape(body, input_shape)
         if len(features) != 1:
             raise ValueError(
                 f"the model's outputs have shape {features}, not (classes,): end it with "
@@ -184,7 +247,7 @@ def as_lipschitz_net(model, input_shape):
                 f"the model ends in {type(last).__name__}: certificates are about a single score "
                 "whose sign is the answer; leave that layer out"
             )
-        head = layers.Truncation(features[0], features[0])
+        head = Truncation(features[0], features[0])
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
         net = LipschitzNet(body, head, input_shape)
@@ -193,12 +256,12 @@ def as_lipschitz_net(model, input_shape):
 
 def _two_logits(model):
     """The LipschitzNet with logits (0, f) of one with the output f."""
-    bounds._head(model, bounds.output_shape(model.body, model.input_shape))  # raises if it is none
+    _head(model, body_output_shape(model.body, model.input_shape))  # raises if it is none
     like = next(model.parameters(), model.std)
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
         head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
-        std, mean = bounds.normalisation(model)
+        std, mean = normalisation(model)
         body = nn.Sequential(model.body, model.head)
         return LipschitzNet(body, head, model.input_shape, std, mean)
 
@@ -211,13 +274,13 @@ def unwrapped(model):
     compute. Raises TypeError for compiled scripts, of which no layers can be read."""
     kind, compiler = type(model), sys.modules.get("torch._dynamo.eval_frame")
     if kind is getattr(compiler, "OptimizedModule", None):
-        bounds._refuse_hooks(model)
+        _refuse_hooks(model)
         forward = vars(model).get("forward")
         if getattr(forward, "__globals__", {}).get("__name__") != compiler.__name__:
             raise TypeError("no Lipschitz bound known for a compiled model with another forward")
         return unwrapped(model._orig_mod)
     if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        bounds.refuse_overridden(model)
+        refuse_overridden(model)
         return unwrapped(model.module)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -233,40 +296,38 @@ def _normalize(layer):
     known = kind.__module__.startswith("torchvision.transforms.") and kind.__name__ == "Normalize"
     if not (known and getattr(place, "Normalize", None) is kind):
         return None
-    bounds.know(kind)
-    bounds.refuse_overridden(layer)
+    know(kind)
+    refuse_overridden(layer)
     values = [tensor_of(getattr(layer, name), name) for name in ("mean", "std")]
     if layer.inplace or max(value.ndim for value in values) > 1:
         raise TypeError(  # others may read its changed input; rows of an image may have own means
             "no Lipschitz bound known for torchvision's Normalize with inplace=True or values in "
             "more than one dimension: build it with inplace=False and one number per channel"
         )
-    return layers.Normalize(*values)
+    return Normalize(*values)
 
 
 def _joined(module, device):
     """The leaves of a module in order, BatchNorm joined with the linear layer before it."""
     sequence = []
-    for _, layer in bounds.leaves(module):
+    for _, layer in leaves(module):
         if unwrapped(layer) is not layer:
             sequence += _joined(unwrapped(layer), device)
             continue
-        if type(layer) not in bounds.HEADS:  # before anything is run, taken apart or left out
-            bounds.refuse_overridden(layer)
-        if bounds.is_bounded_as(layer, layers.Residual):
+        if type(layer) not in HEADS:  # before anything is run, taken apart or left out
+            refuse_overridden(layer)
+        if is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
-            layer = layers.Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
+            layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif (normalize := _normalize(layer)) is not None:
             layer = normalize.to(device)
-        elif bounds.is_bounded_as(layer, object) and not isinstance(
-            layer, (*bounds.HEADS, *_SOFTMAX)
-        ):
-            bounds.layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
-        elif bounds.is_bounded_as(layer, nn.BatchNorm2d):
-            bounds.batch_norm_scale(layer)  # raises where statistics of the batch are used
+        elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
+            layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
+        elif is_bounded_as(layer, nn.BatchNorm2d):
+            batch_norm_scale(layer)  # raises where statistics of the batch are used
         pair = (sequence[-1] if sequence else None, layer)
-        if bounds.is_bounded_as(layer, nn.BatchNorm2d) and bounds.is_linear(pair[0]):
-            sequence[-1] = layers.BatchNormalized(*pair)
+        if is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
+            sequence[-1] = BatchNormalized(*pair)
         else:
             sequence.append(layer)
     return sequence
@@ -308,8 +369,8 @@ _LIPCONV = {f"LipConvNet-{n}": n // 5 for n in (5, 10, 15, 20, 25, 30, 35, 40)}
 NAMES = (*_CONVOLUTIONS, *_LIPCONV, *_RESIDUAL, "Sandwich")
 _HEADS = {
     "linear": nn.Linear,
-    "normalized": layers.NormalizedLinear,
-    "truncated": layers.Truncation,
+    "normalized": NormalizedLinear,
+    "truncated": Truncation,
 }
 _ACTIVATIONS = ("MaxMin", "ClampedMaxMin", "ReLU")
 
@@ -393,8 +454,8 @@ def _plain_body(name, input_shape, width, activation):
 
     def nonlinearity(shape):
         if activation == "ClampedMaxMin":
-            return layers.ClampedMaxMin(shape, *next(thresholds))
-        return layers.MaxMin() if activation == "MaxMin" else nn.ReLU()
+            return ClampedMaxMin(shape, *next(thresholds))
+        return MaxMin() if activation == "MaxMin" else nn.ReLU()
 
     for channels, kernel, stride, padding in _CONVOLUTIONS[name]:
         channels = _scaled(channels, width)
@@ -426,15 +487,15 @@ def _lipconv_body(name, blocks, input_shape, width, head):
             outputs = 2 * channels if last else channels
             kernel = 1 if last and stage == 4 else 3
             sequence += [
-                layers.SOCConv2d(inputs, outputs, kernel, 2 if last else 1),
-                layers.Householder(outputs),
+                SOCConv2d(inputs, outputs, kernel, 2 if last else 1),
+                Householder(outputs),
             ]
             inputs = outputs
         channels = inputs
     sequence.append(nn.Flatten())
     features = inputs * math.prod(n // 32 for n in input_shape[1:])
     if head == "truncated":  # the SOC paper's last layer: orthogonal, then the first coordinates
-        sequence += [nn.Unflatten(1, (features, 1, 1)), layers.SOCConv2d(features, features, 1)]
+        sequence += [nn.Unflatten(1, (features, 1, 1)), SOCConv2d(features, features, 1)]
         sequence.append(nn.Flatten())
     return sequence, features
 
@@ -449,13 +510,13 @@ def _residual_body(name, input_shape, width, depth):
         raise ValueError(f"input {input_shape} is too small for {name}")
     shape = (channels, *input_shape[1:])
     features = channels * math.prod(n // 4 for n in input_shape[1:])
-    sequence = [layers.PadChannels(channels)]
+    sequence = [PadChannels(channels)]
     if name.startswith("CPL"):
-        sequence += [layers.CPLConv2d(shape, _INNER) for _ in range(convolutions)]
-        last = [layers.CPLLinear(features, inner) for _ in range(dense)]
+        sequence += [CPLConv2d(shape, _INNER) for _ in range(convolutions)]
+        last = [CPLLinear(features, inner) for _ in range(dense)]
     else:
-        sequence += [layers.SLLConv2d(channels, _INNER) for _ in range(convolutions)]
-        last = [layers.SLLLinear(features, inner) for _ in range(dense)]
+        sequence += [SLLConv2d(channels, _INNER) for _ in range(convolutions)]
+        last = [SLLLinear(features, inner) for _ in range(dense)]
     return [*sequence, nn.AvgPool2d(4, divisor_override=4), nn.Flatten(), *last], features
 
 
@@ -472,12 +533,15 @@ def _sandwich_body(input_shape, width):
     sequence, shape = [], input_shape
     for stage in range(stages):
         channels = _scaled(64 * 2**stage, width)
-        sequence.append(layers.SandwichConv2d(shape, channels))
-        sequence.append(layers.SandwichConv2d((channels, *shape[1:]), channels, stride=2))
+        sequence.append(SandwichConv2d(shape, channels))
+        sequence.append(SandwichConv2d((channels, *shape[1:]), channels, stride=2))
         shape = (channels, *(n // 2 for n in shape[1:]))
     sequence.append(nn.Flatten())
     features = math.prod(shape)
     for hidden in (2048, 2048, 1024):
-        sequence.append(layers.SandwichLinear(features, _scaled(hidden, width)))
+        sequence.append(SandwichLinear(features, _scaled(hidden, width)))
         features = _scaled(hidden, width)
     return sequence, features
+
+
+READER.append(as_lipschitz_net)

@@ -31,9 +31,6 @@ OFFSETS = ("two-sided", "one-sided", "none")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-# ------------------------------------------------------------------ calibrated Lipschitz margin
-
-
 def cll_scale(epsilon, p):
     """Calibrated scale of the logistic, eq. 5: sigma_eps(p) = epsilon / ln((2 - p) / p).
 
@@ -107,9 +104,6 @@ def binary_cll_loss(scores, targets, K, *, epsilon, p, reduction="mean"):
     sigma = _as(f, cll_scale(epsilon, p))
     distance = _at(torch.stack([-f, f], dim=1), targets.to(torch.int64))[:, 0] / _as(f, K)
     return _reduce(_softplus((_as(f, epsilon) - distance) / sigma), reduction)
-
-
-# ------------------------------------------------------------------------------ compared losses
 
 
 def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
@@ -226,9 +220,6 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
     return _reduce(kappa * _cross_entropy(f, targets) + (1 - kappa) * worst, reduction)
 
 
-# ----------------------------------------------------------------------- regulariser, schedules
-
-
 def lipschitz_penalty(K, lam):
     """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
     Of a stack with lam (S,): over the K of each run, (S,).
@@ -249,9 +240,6 @@ def polynomial_schedule(start, end, power, progress):
     weight = (1 - progress) ** power
     # not end + (start - end) * weight: that misses `start` by a rounding error
     return start * weight + end * (1 - weight)
-
-
-# ---------------------------------------------------------------------------------------- parts
 
 
 def _prepare(logits, targets, K, reduction, per_logit=False):

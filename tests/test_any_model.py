@@ -17,9 +17,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import cll
-from cll import GroupSort, MaxMin, Normalize, Residual, bounds, layers, norms
+from cll import GroupSort, MaxMin, Normalize, Residual, bounds, layers
 from cll.architectures import as_lipschitz_net
 from cll.bounds import operator_norm
+from cll.bounds.linear import METHODS
+from cll.bounds.norm import _PROVEN
+from cll.bounds.registry import BOUNDS
+from cll.bounds.torch_layers import batch_norm_scale
+from cll.bounds.trace import body_output_shape
+from cll.certify.local import local_lipschitz
 
 
 def jacobian(function, x):
@@ -193,7 +199,7 @@ def test_no_jacobian_is_larger_than_the_bound(name):
 
 
 def test_every_layer_with_a_bound_is_tested_above():
-    kinds = {kind for kind in bounds.BOUNDS if kind.__module__ != __name__}
+    kinds = {kind for kind in BOUNDS if kind.__module__ != __name__}
     built = set()
     for build, _ in LAYERS.values():
         built |= {type(m) for m in build().modules()}
@@ -280,7 +286,7 @@ def test_taps_that_cancel_on_one_pixel_leave_the_rounding_of_the_scales():
             conv.weight[..., 2, 2] -= conv.weight.sum()
         pair = layers.BatchNormalized(conv, randomised(nn.BatchNorm2d(1), seed))
         pair[1].weight.data.fill_(math.pi)
-        scaled = bounds.batch_norm_scale(pair[1]).item() * conv.weight.detach().flatten()
+        scaled = batch_norm_scale(pair[1]).item() * conv.weight.detach().flatten()
         assert abs(math.fsum(scaled.tolist())) <= operator_norm(pair, (1, 1, 1))
 
 
@@ -625,9 +631,9 @@ def test_a_convolution_changed_later_is_certified_as_it_computes():
         conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
         setattr(conv, name, value)
         settings = {"stride": 2, "padding": 1, "dilation": 1} | {name: value}
-        same = nn.Conv2d(2, 4, 3, **{k: norms.pair(v) for k, v in settings.items()})
+        same = nn.Conv2d(2, 4, 3, **{k: bounds.linear.pair(v) for k, v in settings.items()})
         same.load_state_dict(conv.state_dict())
-        for method in bounds.METHODS:
+        for method in METHODS:
             norm = operator_norm(conv, (2, 9, 8), method)
             assert norm == operator_norm(same, (2, 9, 8), method)
         rest = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -739,8 +745,8 @@ def test_bounds_of_a_plain_sequential():
     assert K.equal(cll.lipschitz_matrix(net))
     assert cll.layer_bounds(model, input_shape=(1, 6, 6)).equals(cll.layer_bounds(net))
     assert 0 < cll.lipschitz_lower_bound(model, x, steps=5) <= K.max()
-    local = cll.local.local_lipschitz(model, x, 0.1)
-    assert local.equal(cll.local.local_lipschitz(net, x, 0.1)) and (local <= K).all()
+    local = local_lipschitz(model, x, 0.1)
+    assert local.equal(local_lipschitz(net, x, 0.1)) and (local <= K).all()
     for function in (cll.lipschitz_matrix, cll.layer_bounds):
         with pytest.raises(ValueError, match="give input_shape"):
             function(model)
@@ -888,7 +894,7 @@ def models(draw):
         if draw(st.booleans()):
             parts.append(nn.BatchNorm2d(C))
         parts.append(activation(C))
-        shape = bounds.output_shape(nn.Sequential(*parts), (2, *size))
+        shape = body_output_shape(nn.Sequential(*parts), (2, *size))
     parts.append(nn.Flatten())
     features = math.prod(shape)
     if draw(st.booleans()):
@@ -993,7 +999,7 @@ def test_more_values_of_std_than_channels_are_refused():
 def test_autocast_of_the_caller_changes_no_bound():
     net = cll.build("4C3F", width=0.2)
     expected = cll.lipschitz_matrix(net)
-    norms._PROVEN.clear()
+    _PROVEN.clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert cll.lipschitz_matrix(net).equal(expected)
 
@@ -1221,10 +1227,10 @@ def test_default_devices_and_inference_mode_change_nothing(device):
     torch.manual_seed(0)
     model, single = rounding_network(), nn.Sequential(nn.Linear(4, 1))
     x = torch.rand(3, 4)
-    wanted = cll.local.local_lipschitz(model, x, 0.1)
+    wanted = local_lipschitz(model, x, 0.1)
     bounds_below = [cll.lipschitz_lower_bound(m, x, steps=2) for m in (model, single)]
     with torch.device(device), torch.inference_mode():
-        assert cll.local.local_lipschitz(model, x, 0.1).equal(wanted)
+        assert local_lipschitz(model, x, 0.1).equal(wanted)
         found = [cll.lipschitz_lower_bound(m, x, steps=2) for m in (model, single)]
     assert found == bounds_below
 

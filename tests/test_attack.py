@@ -12,9 +12,10 @@ from torch import nn
 
 import cll
 from cll.architectures import LipschitzNet, build
-from cll.attack import autoattack, autoattack_curve, pgd_attack
 from cll.bounds import lipschitz_matrix
-from cll.certify import certified_radius, predict_logits
+from cll.certify import certified_radius
+from cll.certify.attack import autoattack, autoattack_curve, pgd_attack
+from cll.certify.inputs import predict_logits
 from cll.layers import freeze
 
 RADII = [36 / 255, 72 / 255, 108 / 255, 144 / 255]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cll
-from cll.training import Stack
+from cll.experiment.stack import Stack
 
 sys.path.insert(0, str(cll.ROOT / "benchmarks"))
 import baseline  # noqa: E402

@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cll
-from cll.bounds import layer_lipschitz, operator_norm, taylor_gain
+from cll.architectures import settle
+from cll.bounds import operator_norm
+from cll.bounds.layer import layer_lipschitz
+from cll.bounds.network import _stretch
+from cll.bounds.rounding import rounding
 from cll.layers import (
     CPLConv2d,
     CPLLinear,
@@ -33,6 +37,7 @@ from cll.layers import (
     Truncation,
     freeze,
 )
+from cll.layers.soc import taylor_gain
 
 POINTS = 16
 SCALES = [0.0, 1e-6, 1e-2, 1.0, 30.0, 1e6]
@@ -110,7 +115,7 @@ def never_exceeded(draw, layer, shape, count=POINTS):
     if draw(st.booleans()):
         net = nn.Module()
         net.body, net.input_shape = nn.Sequential(layer), shape
-        cll.bounds.settle(net)
+        settle(net)
     bound = operator_norm(layer, shape, "guaranteed")
     if bound > 1e60:
         return  # nothing is certified, and the Jacobian overflows
@@ -204,11 +209,11 @@ def test_settled_bound_is_one_and_reached(layer, shape):
     """The layers do not lose the gradient norm that their papers promise to keep."""
     net = nn.Module()
     net.body, net.input_shape = nn.Sequential(layer), shape
-    cll.bounds.settle(net)
+    settle(net)
     upper = operator_norm(layer, shape, "guaranteed")
     assert 1 <= upper < 1 + 1e-9
     assert operator_norm(layer, shape, "exact") == pytest.approx(1, abs=1e-9)
-    assert 0.9 < cll.bounds._stretch(layer, shape) <= upper
+    assert 0.9 < _stretch(layer, shape) <= upper
 
 
 # ------------------------------------------------------------------------------------------- SOC
@@ -315,7 +320,7 @@ def test_cpl_is_a_step_down_a_convex_potential():
     s = torch.linalg.matrix_norm(W, 2)
     net = nn.Module()
     net.body, net.input_shape = nn.Sequential(layer), (2, 4, 3)
-    cll.bounds.settle(net)
+    settle(net)
     x = torch.randn(3, 2, 4, 3, dtype=torch.float64)
     b = layer.bias.detach().repeat_interleave(12)
     h = torch.relu(x.flatten(1) @ W.T + b)
@@ -436,7 +441,7 @@ def grown(layer, exponent, *names):
 def settled(layer, shape):
     net = nn.Module()
     net.body, net.input_shape = nn.Sequential(layer), shape
-    cll.bounds.settle(net)
+    settle(net)
     return layer
 
 
@@ -553,7 +558,7 @@ def test_rows_of_zeros_leave_a_step_and_a_head_alone():
     keep = [0, 2, 3]
     others.load_state_dict({k: v[keep] for k, v in layer.state_dict().items()})
     assert torch.allclose(layer(x), others(x)) and operator_norm(layer, (3,)) < 1 + 1e-9
-    assert cll.rounding.rounding(layer, (3,))[0] < 1e-12
+    assert rounding(layer, (3,))[0] < 1e-12
     head = NormalizedLinear(3, 2).requires_grad_(False)
     head.weight[0] = 0
     assert head.rows()[0].tolist() == [0, 0, 0] and head.rows()[1].norm() == pytest.approx(1)

@@ -17,16 +17,24 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import cll
-from cll import bounds, build, norms
-from cll.bounds import (
-    estimate,
-    is_linear,
-    layer_bounds,
-    layer_inputs,
-    lipschitz_matrix,
-    operator_norm,
-    pairwise_distances,
+from cll import bounds, build
+from cll.bounds import estimate, layer_bounds, lipschitz_matrix, operator_norm
+from cll.bounds.convolution import rows_norm, strip_norm, torus_norm
+from cll.bounds.dense import exact_norm, lower_bound, proven_norm, proven_square
+from cll.bounds.layer import is_linear, layer_lipschitz, pairwise_distances
+from cll.bounds.linear import (
+    METHODS,
+    PROOFS,
+    TINY,
+    apply_adjoint,
+    apply_linear,
+    dense_matrix,
+    output_shape,
 )
+from cll.bounds.network import chain_norm
+from cll.bounds.norm import _scaled, confirm, enclose
+from cll.bounds.torch_layers import MAXIMA, NORMS
+from cll.bounds.trace import layer_inputs
 from cll.layers import BatchNormalized, MaxMin, Residual
 
 WEIGHTS = [
@@ -72,7 +80,7 @@ def convolutions(draw, entries=300_000):
     if padding == "same":
         stride = [1, 1]
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular"]))
-    pads = [0, 0] if isinstance(padding, str) else norms.pair(padding)
+    pads = [0, 0] if isinstance(padding, str) else bounds.linear.pair(padding)
     smallest = [
         max(4, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, pads, strict=True)
     ]
@@ -106,7 +114,7 @@ def test_guaranteed_exact_power_are_ordered_on_random_convolutions(case):
     assert power >= exact * (1 - 1e-6)
     # the torus alone, as large layers see it
     scale = layer.weight.detach().abs().max().double().item() or 1.0
-    torus = norms.torus_norm(layer, layer.weight.detach().double() / scale, shape)
+    torus = torus_norm(layer, layer.weight.detach().double() / scale, shape)
     assert torus * scale * (1 + 1e-14) >= exact
     assert guaranteed <= torus * scale * (1 + 1e-11)
 
@@ -117,28 +125,28 @@ def test_strip_and_block_proofs_on_random_convolutions(case):
     """The proofs of large layers, all orientations: above the norm, and the last one tight."""
     layer, shape = case
     layer.padding_mode = "zeros"
-    weight, _ = norms._scaled(layer.weight.detach().double())
-    if weight is None or min(norms.output_shape(layer, shape)) < 1:
+    weight, _ = _scaled(layer.weight.detach().double())
+    if weight is None or min(output_shape(layer, shape)) < 1:
         return
-    exact = norms._exact(layer, weight, shape)
-    lower = norms.lower_bound(layer, weight, shape)
-    torus = norms.torus_norm(layer, weight, shape) * (1 + 1e-12)
+    exact = exact_norm(layer, weight, shape)
+    lower = lower_bound(layer, weight, shape)
+    torus = torus_norm(layer, weight, shape) * (1 + 1e-12)
     for flip, other in itertools.product((False, True), repeat=2):
-        strip = norms.strip_norm(layer, weight, shape, flip, other, lower, torus)
+        strip = strip_norm(layer, weight, shape, flip, other, lower, torus)
         assert exact <= strip <= torus
-        rows = norms.rows_norm(layer, weight, shape, flip, other, lower, torus)
-        assert exact <= rows <= max(exact * (1 + 1e-4), norms.TINY)
+        rows = rows_norm(layer, weight, shape, flip, other, lower, torus)
+        assert exact <= rows <= max(exact * (1 + 1e-4), TINY)
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_block_proof_refuses_a_hair_less_than_the_norm(adjoint):
     layer, shape = convolution("stride 2, even")
-    weight, _ = norms._scaled(layer.weight.detach().double())
-    exact = norms._exact(layer, weight, shape)
+    weight, _ = _scaled(layer.weight.detach().double())
+    exact = exact_norm(layer, weight, shape)
     low, high = exact * (1 - 1e-9), exact * 1.5
-    found = norms.rows_norm(layer, weight, shape, False, adjoint, low, high)
+    found = rows_norm(layer, weight, shape, False, adjoint, low, high)
     assert exact <= found <= exact * (1 + 1e-6) * (1 + 1e-9)
-    assert norms.rows_norm(layer, weight, shape, False, adjoint, exact * 0.5, high) == high
+    assert rows_norm(layer, weight, shape, False, adjoint, exact * 0.5, high) == high
 
 
 LARGE = [  # 3x3 kernels on images so small, or so many channels, that the border matters
@@ -153,7 +161,7 @@ LARGE = [  # 3x3 kernels on images so small, or so many channels, that the borde
 def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments, shape, spectrum):
     """With limits of work far below the real ones: the norms of these layers are known."""
     torch.manual_seed(0)
-    monkeypatch.setattr(norms, "CHUNK", 100_000)
+    monkeypatch.setattr(bounds.linear, "CHUNK", 100_000)
     layer = nn.Conv2d(shape[0], 8, **arguments)
     weight = layer.weight.data
     if spectrum == "smooth":  # the norm peaks at frequency 0
@@ -161,38 +169,38 @@ def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments,
     if spectrum == "low rank":
         weight += 0.1 * (torch.randn(8, 2) @ torch.randn(2, weight[0].numel())).view_as(weight)
     exact, fast = (operator_norm(layer, shape, method) for method in ("exact", "fast"))
-    monkeypatch.setattr(norms, "CHEAP", 1e6)
-    monkeypatch.setattr(norms, "_PROVEN", {})
+    monkeypatch.setattr(bounds.norm, "CHEAP", 1e6)
+    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     guaranteed, tight = (operator_norm(layer, shape, method) for method in ("guaranteed", "tight"))
     assert exact <= guaranteed <= min(fast, exact * 1.01)
     assert exact <= tight <= min(fast, exact * 1.001)
-    monkeypatch.setattr(norms, "LARGEST", 1e5)
-    monkeypatch.setattr(norms, "_PROVEN", {})
+    monkeypatch.setattr(bounds.convolution, "LARGEST", 1e5)
+    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     assert operator_norm(layer, shape) == fast
     for proof in ("block Cholesky", "DFT in one direction"):  # too much work, as for `enclose`
-        assert not norms.confirm(layer, layer.weight.detach().double(), shape, 2 * fast, proof)
+        assert not confirm(layer, layer.weight.detach().double(), shape, 2 * fast, proof)
 
 
 def test_a_proof_by_parts_of_the_frequencies_holds_where_that_of_all_does(monkeypatch):
     layer, shape = convolution("3x3")
-    weight, _ = norms._scaled(layer.weight.detach().double())
-    exact = norms._exact(layer, weight, shape)
-    whole = norms.strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
-    monkeypatch.setattr(norms, "CHUNK", 1)
-    parts = norms.strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
+    weight, _ = _scaled(layer.weight.detach().double())
+    exact = exact_norm(layer, weight, shape)
+    whole = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
+    monkeypatch.setattr(bounds.linear, "CHUNK", 1)
+    parts = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
     assert exact <= parts == pytest.approx(whole, rel=1e-12) and whole < 1.2 * exact
 
 
 def test_norms_are_proven_once(monkeypatch):
     torch.manual_seed(0)
     counted = []
-    first = norms._fast
-    monkeypatch.setattr(norms, "_fast", lambda *a: counted.append(a) or first(*a))
-    monkeypatch.setattr(norms, "_PROVEN", {})
+    first = bounds.norm._fast
+    monkeypatch.setattr(bounds.norm, "_fast", lambda *a: counted.append(a) or first(*a))
+    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     block = Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()))
     net = nn.Sequential(block, nn.Flatten(), nn.Linear(48, 2)).eval()
     images = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-    for method in norms.PROOFS:
+    for method in PROOFS:
         counted.clear()
         cll.certify(net, images, method=method, progress=False)
         assert len(counted) == 1
@@ -205,7 +213,7 @@ def test_layer_bounds_show_the_layers_inside_a_residual():
     branch = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1))
     body = nn.Sequential(Residual(Residual(branch), nn.Conv2d(2, 2, 1)), nn.Flatten())
     network = model(body, nn.Linear(32, 2), (2, 4, 4))
-    for method in norms.PROOFS:
+    for method in PROOFS:
         table = layer_bounds(network, False, method)
         assert list(table["layer"]) == [
             "body.0.branch.branch.0 Conv2d",
@@ -226,7 +234,9 @@ def test_layer_bounds_show_the_layers_inside_a_residual():
 def test_the_bar_names_the_layer_at_work(monkeypatch, capsys):
     monkeypatch.setenv("CLL_HEADLESS", "1")
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(bounds, "operator_norm", lambda *_: 1.0)  # no work, only its announcement
+    monkeypatch.setattr(
+        bounds.layer, "operator_norm", lambda *_: 1.0
+    )  # no work, only its announcement
     branch = nn.Conv2d(512, 512, 3, padding=1)
     body = nn.Sequential(Residual(nn.Sequential(branch)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     lipschitz_matrix(model(body, nn.Linear(512, 2), (512, 7, 7)), progress=True)
@@ -264,15 +274,15 @@ def test_products_and_sums_of_bounds_at_the_edges_of_float64(branch, shortcut):
     network = model(parts[0], nn.Linear(1, 2, bias=False, dtype=torch.float64), (1,))
     nn.init.constant_(network.head.weight, 0.5)
     network.head.weight.data[1] = -0.5
-    for method in norms.PROOFS:
-        assert fraction(bounds.chain_norm(parts[0], (1,), method)) >= product
+    for method in PROOFS:
+        assert fraction(chain_norm(parts[0], (1,), method)) >= product
         assert fraction(operator_norm(Residual(*parts), (1,), method)) >= product + beside
         K = lipschitz_matrix(network, method)[0, 1].item()
         assert math.isnan(K) or fraction(K) >= product
-    power = bounds.chain_norm(parts[0], (1,), "power")
+    power = chain_norm(parts[0], (1,), "power")
     assert power < math.inf and fraction(power) <= product
     if product == 0:
-        assert bounds.chain_norm(parts[0], (1,), "guaranteed") == 0
+        assert chain_norm(parts[0], (1,), "guaranteed") == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -286,8 +296,8 @@ def test_norms_of_diagonal_layers_are_enclosed_at_the_edges_of_float64(diagonal,
         layer, shape = nn.Linear(n, n, bias=False, dtype=torch.float64), (n,)
         layer.weight.data = torch.tensor(diagonal, dtype=torch.float64).diag()
     exact = max(abs(Fraction(w)) for w in diagonal)
-    for method in norms.PROOFS:
-        lower, upper, _ = norms.enclose(layer, layer.weight.detach(), shape, method)
+    for method in PROOFS:
+        lower, upper, _ = enclose(layer, layer.weight.detach(), shape, method)
         assert 0 <= lower < math.inf and fraction(lower) <= exact <= fraction(upper)
     power = operator_norm(layer, shape, "power")
     assert power < math.inf and fraction(power) <= exact
@@ -301,7 +311,7 @@ def test_a_norm_beyond_float64_has_a_finite_lower_bound(shape):
     layer = nn.Linear(4, 4) if linear else nn.Conv2d(4, shape[0], shape[2], padding=shape[2] // 2)
     layer.double().weight.data = torch.full(shape, 1e308, dtype=torch.float64)  # norm 4e308 or more
     shape = (4,) if linear else (4, 5, 5)
-    lower, upper, _ = norms.enclose(layer, layer.weight.detach(), shape)
+    lower, upper, _ = enclose(layer, layer.weight.detach(), shape)
     power = operator_norm(layer, shape, "power")
     assert lower == power == np.finfo(float).max and upper == math.inf
     if linear:
@@ -317,10 +327,10 @@ def test_a_joined_batch_norm_at_the_edges_of_float64():
         nn.init.constant_(norm.weight, scale)
         return BatchNormalized(scalar(weight), norm)
 
-    for method in norms.PROOFS:
+    for method in PROOFS:
         assert operator_norm(joined(1e-180, 1e-180), (1,), method) > 0
         chained = nn.Sequential(joined(1e-180, 1e-180), scalar(1e300), scalar(1e60))
-        assert bounds.chain_norm(chained, (1,), method) >= 1
+        assert chain_norm(chained, (1,), method) >= 1
         with pytest.raises(ValueError, match="Linear.* overflows"):
             operator_norm(joined(1e180, 1e180), (1,), method)
     with pytest.raises(ValueError, match="BatchNorm1d.* no float64"):
@@ -347,10 +357,10 @@ def test_torus_bound_on_every_tiny_layer():
         layer = nn.Conv2d(1, 1, (1, k), (1, s), (0, p), (1, d), padding_mode=mode)
         for weight in torch.randn(2, 1, 1, 1, k, dtype=torch.float64):
             layer.weight.data = weight
-            dense = norms.dense_matrix(layer, weight, (1, 1, n)).numpy()
+            dense = dense_matrix(layer, weight, (1, 1, n)).numpy()
             reference = np.linalg.svd(dense, compute_uv=False)[0]
             for extra in (0, 1) if mode == "zeros" else (0,):
-                torus = norms.torus_norm(layer, weight, (1, 1, n), extra)
+                torus = torus_norm(layer, weight, (1, 1, n), extra)
                 assert torus >= reference, (layer, n, weight, extra)
             checked += 1
     assert checked > 2000
@@ -434,13 +444,13 @@ def test_norms_agree_with_the_defining_sum(name):
     assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)
     assert operator_norm(layer, shape, "power") == pytest.approx(reference, rel=1e-6)
     assert operator_norm(layer, shape, "power") <= reference
-    assert norms.torus_norm(layer, layer.weight.detach(), shape) >= reference
+    assert torus_norm(layer, layer.weight.detach(), shape) >= reference
 
 
 @pytest.mark.parametrize("name", ["circular", "circular stride 2", "circular same"])
 def test_torus_is_exact_for_circular_padding(name):
     layer, shape = convolution(name)
-    torus = norms.torus_norm(layer, layer.weight.detach(), shape)
+    torus = torus_norm(layer, layer.weight.detach(), shape)
     assert torus == pytest.approx(operator_norm(layer, shape, "exact"), rel=1e-10)
 
 
@@ -448,12 +458,12 @@ def test_torus_is_exact_for_circular_padding(name):
 def test_adjoint_is_the_transpose(name):
     layer, shape = convolution(name)
     x = torch.randn(shape, dtype=torch.float64)
-    y = torch.randn_like(norms.apply_linear(layer, layer.weight, x))
-    left = (norms.apply_linear(layer, layer.weight, x) * y).sum()
-    adjoint = norms.apply_adjoint(layer, layer.weight, y, shape)
+    y = torch.randn_like(apply_linear(layer, layer.weight, x))
+    left = (apply_linear(layer, layer.weight, x) * y).sum()
+    adjoint = apply_adjoint(layer, layer.weight, y, shape)
     assert adjoint.shape == shape
     assert left.item() == pytest.approx((x * adjoint).sum().item(), rel=1e-10, abs=1e-12)
-    assert torch.equal(norms.apply_linear(layer, layer.weight, x), layer(x[None])[0])
+    assert torch.equal(apply_linear(layer, layer.weight, x), layer(x[None])[0])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -463,9 +473,9 @@ def test_adjoint_is_the_transpose_on_random_convolutions(case):
     weight = layer.weight.detach().double()
     weight = weight / (weight.abs().max() or 1.0)
     x = torch.randn(shape, dtype=torch.float64)
-    y = torch.randn_like(norms.apply_linear(layer, weight, x))
-    left = (norms.apply_linear(layer, weight, x) * y).sum().item()
-    right = (x * norms.apply_adjoint(layer, weight, y, shape)).sum().item()
+    y = torch.randn_like(apply_linear(layer, weight, x))
+    left = (apply_linear(layer, weight, x) * y).sum().item()
+    right = (x * apply_adjoint(layer, weight, y, shape)).sum().item()
     size = math.sqrt(x.numel() * y.numel()) * math.sqrt(weight[0].numel())
     assert left == pytest.approx(right, rel=1e-9, abs=1e-12 * size)
 
@@ -526,7 +536,7 @@ def test_proven_norm_against_numpy(shape, is_complex):
     imag = torch.randn(shape, dtype=torch.float64) if is_complex else None
     B = real.numpy() + (1j * imag.numpy() if is_complex else 0)
     reference = np.linalg.svd(B, compute_uv=False).max()
-    square, _ = norms.proven_square(real, imag)
+    square, _ = proven_square(real, imag)
     assert reference**2 <= square * (1 + 1e-15)
     assert square <= reference**2 * (1 + 1e-11)
 
@@ -539,14 +549,14 @@ def test_proof_does_not_trust_the_estimate(monkeypatch, factor):
     reference = torch.linalg.svdvals(matrices).max().item()
     eigvalsh = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: factor * eigvalsh(x))
-    bound = norms.proven_norm(matrices)
+    bound = proven_norm(matrices)
     assert bound >= reference
     assert bound <= matrices.square().sum((1, 2)).max().sqrt().item() * (1 + 1e-9)
 
 
 def test_zero_weights_have_norm_zero():
     layer = set_weight(nn.Conv2d(3, 4, 3, padding=1), "zeros", 0)
-    for method in bounds.METHODS:
+    for method in METHODS:
         assert operator_norm(layer, (3, 8, 8), method) == 0.0
 
 
@@ -567,7 +577,7 @@ def test_extreme_scales(scale):
 def test_weights_that_are_not_finite_name_the_layer(bad):
     layer = nn.Conv2d(2, 3, 3)
     layer.weight.data[0, 0, 0, 0] = bad
-    for method in bounds.METHODS:
+    for method in METHODS:
         with pytest.raises(ValueError, match=r"Conv2d\(2, 3.*NaN or infinite"):
             operator_norm(layer, (2, 6, 6), method)
 
@@ -716,7 +726,7 @@ def test_pads_pools_and_interpolations_are_exact(case):
     layer, shape = case
     one = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
     answers = layer(one).flatten(1)
-    if isinstance(layer, bounds.MAXIMA + bounds.NORMS) and getattr(layer, "norm_type", 2) != 1:
+    if isinstance(layer, MAXIMA + NORMS) and getattr(layer, "norm_type", 2) != 1:
         reference = answers.norm(dim=1).max().item()
         assert jacobian_norm(layer, shape, 0) <= reference * (1 + 1e-12)
     else:
@@ -896,7 +906,7 @@ def test_parametrized_weights_count_as_they_are_used():
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
 def test_other_paddings_are_unknown(mode):
-    for method in bounds.METHODS:
+    for method in METHODS:
         with pytest.raises(TypeError, match=f"padding_mode='{mode}'"):
             operator_norm(nn.Conv2d(1, 1, 3, padding=1, padding_mode=mode), (1, 8, 8), method)
 
@@ -926,7 +936,7 @@ class Doubled(nn.Module):
 def test_registering_a_bound():
     with pytest.raises(TypeError, match="Doubled"):
         operator_norm(Doubled(), (3,))
-    before = bounds.layer_lipschitz(nn.ReLU(), (3,), "guaranteed")
+    before = layer_lipschitz(nn.ReLU(), (3,), "guaranteed")
 
     class Registered(Doubled):
         pass
@@ -1125,7 +1135,7 @@ def test_lipschitz_matrix_composes_every_factor():
     layers = layer_inputs(network.body, network.input_shape)
     W = network.head.weight.detach().double().numpy()
     distances = np.linalg.norm(W[:, None] - W[None], axis=-1)
-    for method in bounds.METHODS:
+    for method in METHODS:
         K = lipschitz_matrix(network, method)
         product = math.prod(operator_norm(layer, shape, method) for _, layer, shape in layers)
         assert K.dtype == torch.float64 and K.shape == (5, 5)
@@ -1136,7 +1146,7 @@ def test_lipschitz_matrix_composes_every_factor():
 def test_guaranteed_matrix_is_above_exact_above_power():
     network = small_network()
     off = ~torch.eye(5, dtype=torch.bool)
-    K = {method: lipschitz_matrix(network, method)[off] for method in bounds.METHODS}
+    K = {method: lipschitz_matrix(network, method)[off] for method in METHODS}
     assert (K["guaranteed"] > K["exact"]).all() and (K["exact"] > K["power"]).all()
     assert (K["guaranteed"] < 1.0001 * K["power"]).all()
 

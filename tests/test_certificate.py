@@ -14,12 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cll
-from cll import certificate, description, norms
-from cll.certificate import Invalid, _Images, _sign, _summary, _tensor_record, verify, write
-from cll.certify import predict_logits
+from cll import architectures, bounds, data
+from cll.bounds.convolution import strip_norm
+from cll.bounds.norm import confirm, enclose
+from cll.bounds.rounding import margin_error
+from cll.certify import file as certificate
+from cll.certify import inputs
 from cll.certify.__main__ import main
+from cll.certify.file import (
+    Invalid,
+    _check_bound,
+    _Images,
+    _sign,
+    _summary,
+    _tensor_record,
+    verify,
+    write,
+)
+from cll.certify.inputs import predict_logits
+from cll.data.sources import TESTS
 from cll.layers import ClampedMaxMin, GroupSort, Normalize, Residual
-from cll.rounding import margin_error
 
 RADII = ("36/255", 0.5)
 
@@ -99,8 +113,8 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
     def search(*_):
         raise AssertionError("verify searched for a bound that the certificate gives")
 
-    monkeypatch.setattr(norms, "_prove", search)
-    monkeypatch.setattr(norms, "_PROVEN", {})
+    monkeypatch.setattr(bounds.norm, "_prove", search)
+    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     content = verify(path, data=data)
     monkeypatch.undo()
     table = cll.certify(model, data)
@@ -135,17 +149,17 @@ def test_certificates_of_earlier_versions_hold(tmp_path):
 )
 def test_proofs_hold_at_the_number_claimed_and_not_below_the_norm(proof, layer, shape):
     weight = 3e-5 * layer.weight.detach().double()
-    lower, upper, found = norms.enclose(layer, weight, shape)
+    lower, upper, found = enclose(layer, weight, shape)
     if proof == "DFT in one direction":  # which `enclose` keeps for large layers
         scaled = weight * 2.0**15
         options = [(flip, half) for flip in (False, True) for half in (False, True)]
         limits = lower * 2**15, 2 * upper * 2**15
-        strips = [norms.strip_norm(layer, scaled, shape, *o, *limits) for o in options]
+        strips = [strip_norm(layer, scaled, shape, *o, *limits) for o in options]
         found, upper = proof, min(strips) / 2**15
     assert found == proof
-    assert norms.confirm(layer, weight, shape, upper * (1 + 1e-7), proof)
-    assert not norms.confirm(layer, weight, shape, lower * (1 - 1e-6), proof)
-    assert not norms.confirm(layer, weight, shape, upper * (1 + 1e-7), "zero")
+    assert confirm(layer, weight, shape, upper * (1 + 1e-7), proof)
+    assert not confirm(layer, weight, shape, lower * (1 - 1e-6), proof)
+    assert not confirm(layer, weight, shape, upper * (1 + 1e-7), "zero")
 
 
 def test_proofs_of_zero_padding_prove_nothing_of_another_map():
@@ -153,11 +167,11 @@ def test_proofs_of_zero_padding_prove_nothing_of_another_map():
     nn.init.ones_(layer.weight)  # norm 9 on a 3x3 image, 5.83 with zeros around it
     weight = layer.weight.detach()
     for proof in ("block Cholesky", "DFT in one direction", "Cholesky"):
-        assert not norms.confirm(layer, weight, (1, 3, 3), 9.1, proof)
-    assert norms.confirm(layer, weight, (1, 3, 3), 9.1, "DFT")
-    assert not norms.confirm(layer, weight, (1, 3, 3), 8.9, "DFT")
+        assert not confirm(layer, weight, (1, 3, 3), 9.1, proof)
+    assert confirm(layer, weight, (1, 3, 3), 9.1, "DFT")
+    assert not confirm(layer, weight, (1, 3, 3), 8.9, "DFT")
     for proof in ("block Cholesky", "DFT in one direction", "DFT"):
-        assert not norms.confirm(nn.Linear(4, 4), torch.eye(4).double(), (4,), 1.1, proof)
+        assert not confirm(nn.Linear(4, 4), torch.eye(4).double(), (4,), 1.1, proof)
 
 
 def test_what_a_certificate_claims_is_not_kept_as_a_proof(tmp_path):
@@ -166,9 +180,9 @@ def test_what_a_certificate_claims_is_not_kept_as_a_proof(tmp_path):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     data = images((4,), 3)
     path = write(net, data, tmp_path / "certificate.json", RADII)
-    norms._PROVEN.clear()
+    bounds.norm._PROVEN.clear()
     verify(path, data=data)
-    assert not norms._PROVEN
+    assert not bounds.norm._PROVEN
     table = cll.layer_bounds(cll.as_lipschitz_net(net, (4,)))
     assert table["lower"].iloc[0] > 0.999 * table["upper"].iloc[0]
 
@@ -488,7 +502,7 @@ def test_the_class_of_another_machine_may_be_behind_by_both_errors(behind, tmp_p
             shift = errors * error[:, None] * torch.tensor([0, 1, 0])
             return predict_logits(*arguments, **options) + shift
 
-        monkeypatch.setattr(certificate, "predict_logits", logits)
+        monkeypatch.setattr(inputs, "predict_logits", logits)
 
     machine(0.5)
     path = write(net, data, tmp_path / "c.json")
@@ -547,7 +561,7 @@ def test_honest_certificates_hold_at_the_edges_of_float64(name, tmp_path, monkey
     net = EXTREME[name]()
     data = torch.randn(9, 4).double(), torch.arange(9) % 4
     path = write(net, data, tmp_path / "c.json")
-    monkeypatch.setattr(norms, "_PROVEN", {})  # as in another process
+    monkeypatch.setattr(bounds.norm, "_PROVEN", {})  # as in another process
     radius = verify(path, data=data)["images"]["radius"]
     assert all(0 <= r <= sys.float_info.max for r in radius)
 
@@ -607,8 +621,8 @@ def digits(tmp_path_factory):
         nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)
     )
     source = {"source": "digits", "test_size": 20}
-    data = cll.data.load(**source, input_shape=(1, 8, 8))
-    path = write(net, data, folder / "certificate.json", source=source)
+    digits = cll.data.load(**source, input_shape=(1, 8, 8))
+    path = write(net, digits, folder / "certificate.json", source=source)
     verify(path)
     return json.loads(path.read_text()), folder
 
@@ -641,7 +655,7 @@ def forged(digits, change, name="forged.json"):
 )
 def test_images_are_named_by_source_sizes_and_seed(more, digits, monkeypatch):
     """And by nothing else; refused before anything is loaded."""
-    monkeypatch.setattr(certificate, "load", None)
+    monkeypatch.setattr(data.sources, "load", None)
     with pytest.raises(Invalid, match="data"):
         verify(forged(digits, lambda c: c["data"].update(more)))
     if "test_size" not in more and "input_shape" not in more:
@@ -675,7 +689,7 @@ def test_only_regular_files_are_read(digits):
     with pytest.raises(Invalid, match=r"1\.png is neither a file nor a folder"):
         verify(path)
     (folder / "images/train/a/1.png").unlink()
-    for split in cll.data.TESTS:
+    for split in TESTS:
         (folder / "images" / split).mkdir(exist_ok=True)
         os.mkfifo(folder / "images" / split / "2.png")
         with pytest.raises(Invalid, match=r"2\.png is neither a file nor a folder"):
@@ -723,7 +737,7 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_what_no_machine_can_hold_is_refused_before_it_is_built(name, digits, monkeypatch):
-    monkeypatch.setattr(description, "LipschitzNet", None)
+    monkeypatch.setattr(architectures, "LipschitzNet", None)
     monkeypatch.setattr(certificate, "safe_open", None)
     with pytest.raises(Invalid, match=r"^(architecture|K|forged\.json)"):
         verify(forged(digits, TOO_MUCH[name]))
@@ -765,7 +779,7 @@ def test_a_proof_that_takes_too_long_is_refused(tmp_path):
     conv = nn.Conv2d(1000, 1000, 1, bias=False)
     claims = {"body.0": {"bound": 100.0, "proof": "DFT"}}
     with pytest.raises(Invalid, match=r"body\.0 .* operations to prove"):
-        certificate._check_bound("body.0", conv, (1000, 300, 300), claims)
+        _check_bound("body.0", conv, (1000, 300, 300), claims)
 
 
 # ----------------------------------------------------------------------------------- command line

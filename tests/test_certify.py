@@ -11,16 +11,10 @@ from torch import nn
 
 from cll.architectures import LipschitzNet
 from cll.bounds import lipschitz_matrix
-from cll.certify import (
-    RADII,
-    certified_accuracy,
-    certified_radius,
-    certify,
-    cra_curve,
-    full_precision,
-    lipschitz_lower_bound,
-    predict_logits,
-)
+from cll.bounds.linear import full_precision
+from cll.certify import RADII, certified_accuracy, certified_radius, certify, cra_curve
+from cll.certify.inputs import predict_logits
+from cll.certify.tightness import lipschitz_lower_bound
 from cll.layers import MaxMin, Residual
 
 

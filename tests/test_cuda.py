@@ -9,8 +9,10 @@ import torch
 from test_training import DIGITS, IMAGES, LOSSES, MOONS
 
 import cll
+from cll import experiment
 from cll.experiment import load_dataset
-from cll.training import Stack, build_network, train
+from cll.experiment.stack import Stack, build_network
+from cll.experiment.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,7 +96,7 @@ def test_cuda_training_resumes_with_its_graph(seeds, tmp_path, monkeypatch, inte
     short = {"train_size": 128, "test_size": 8, "batch_size": 32, "epochs": 4}
     runs = [cll.load_params(SMALL | short, seed=s) for s in range(seeds)]
     data = [load_dataset(run) for run in runs]
-    monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(experiment.checkpoints, "CHECKPOINT_SECONDS", 0.0)
     folders = [[tmp_path / f"{name}{s}" for s in range(seeds)] for name in ("whole", "parts")]
     for folder in sum(folders, []):
         folder.mkdir()

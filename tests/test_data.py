@@ -18,7 +18,8 @@ from PIL import Image
 
 import cll
 from cll import data
-from cll.data import Augmentation, augment, draw, load, select, to_float
+from cll.data import Augmentation, augment, draw, load, to_float
+from cll.data.augment import select
 
 REAL = os.environ.get("CLL_TEST_DATA", "")
 
@@ -704,15 +705,15 @@ def test_tiny_imagenet_official_layout(tiny, monkeypatch):
 
     # The second time nothing is decoded, and CLL_DATA says where.
     monkeypatch.setenv("CLL_DATA", str(tiny.parent))
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", None)
+    decode = data.sources._decode
+    monkeypatch.setattr(data.sources, "_decode", None)
     again = load("tiny-imagenet")
     assert torch.equal(ours.train_images, again.train_images)
     assert torch.equal(ours.test_images, again.test_images)
     assert not list(tiny.glob("*.tmp"))
 
     # A damaged cache and a changed folder are noticed.
-    monkeypatch.setattr(data, "_decode", decode)
+    monkeypatch.setattr(data.sources, "_decode", decode)
     cache = tiny / "decoded.npz"
     cache.write_bytes(cache.read_bytes()[:1000])
     assert torch.equal(load("tiny-imagenet").train_images, ours.train_images)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_training import DIGITS, MOONS
 
 import cll
-from cll import ranks
 from cll.experiment import run_dir
+from cll.experiment.ranks import connect, count, is_main, on_main
 
 SHORT = {
     "moons": MOONS | {"epochs": 6, "seed": 3},
@@ -71,11 +71,11 @@ def test_two_ranks_equal_one_with_the_whole_batch(name, tmp_path):
 
 KILLED = """
 import os, signal, sys
-import cll.training
+import cll.experiment.train
 from cll.__main__ import main
 
-cll.training.CHECKPOINT_SECONDS = 0.0
-step, done = cll.training.Stack.step, 0
+cll.experiment.checkpoints.CHECKPOINT_SECONDS = 0.0
+step, done = cll.experiment.stack.Stack.step, 0
 
 def fatal(self, *arguments):
     global done
@@ -84,7 +84,7 @@ def fatal(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
 
-cll.training.Stack.step = fatal
+cll.experiment.stack.Stack.step = fatal
 main()
 """
 
@@ -136,12 +136,12 @@ def test_missing_accelerate_is_an_error_that_says_what_to_install(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    ranks.connect.cache_clear()
+    connect.cache_clear()
     wanted = r"2 processes need .*pip install -e '\.\[distributed\]'"
     with pytest.raises(RuntimeError, match=wanted):
-        ranks.connect("cpu")
+        connect("cpu")
 
 
 def test_a_process_alone_needs_no_engine():
-    assert ranks.count() == 1 and ranks.is_main() and ranks.connect("cpu") is None
-    assert ranks.on_main(lambda: 5, None) == 5
+    assert count() == 1 and is_main() and connect("cpu") is None
+    assert on_main(lambda: 5, None) == 5

@@ -13,8 +13,11 @@ import yaml
 from test_training import DIGITS, MOONS
 
 import cll
-from cll import ROOT, experiment
+from cll import ROOT, bounds, experiment
+from cll.certify import attack
 from cll.experiment import experiment_params, load_model, run_dir
+from cll.experiment.schema import RETIRED
+from cll.experiment.store import CERTIFIER
 
 SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pairs", "pairs": 50}}
 
@@ -315,8 +318,8 @@ def test_records_of_earlier_versions_are_read():
     """They hold all keys of their time, also those that are gone."""
     params = cll.load_params(SHORT)
     values = params.model_dump(mode="json", by_alias=True)
-    assert not experiment.RETIRED.keys() & values.keys()
-    assert cll.load_params(values | experiment.RETIRED) == params
+    assert not RETIRED.keys() & values.keys()
+    assert cll.load_params(values | RETIRED) == params
 
 
 ATTACKED = DIGITS | {
@@ -339,7 +342,7 @@ def test_an_attack_is_no_part_of_the_identity_and_completes_finished_runs(tmp_pa
     first = cll.run(plain, folder, progress=False)
     assert "attack" not in first
     weights = (folder / "checkpoint.safetensors").read_bytes()
-    monkeypatch.setattr(cll.experiment, "train", None)  # nothing is trained from here on
+    monkeypatch.setattr(experiment.train, "train", None)  # nothing is trained from here on
     asked = cll.load_params(ATTACKED | {"attack": {"images": 30, "version": "apgd-ce"}})
     assert asked.hash() == plain.hash()
     (record,) = cll.experiment.run_all([asked], tmp_path, progress=False)
@@ -356,7 +359,7 @@ def test_an_attack_is_no_part_of_the_identity_and_completes_finished_runs(tmp_pa
         assert attack["cra"][name] <= attack["cra_local"][name] <= attack["accuracy"][name]
         assert attack["accuracy"][name] <= attack["clean"]
     assert 0 < attack["cra"]["36/255"] and attack["accuracy"]["108/255"] < attack["clean"]
-    monkeypatch.setattr(cll.experiment, "autoattack_curve", None)  # nothing is attacked again
+    monkeypatch.setattr(attack, "autoattack_curve", None)  # nothing is attacked again
     for params in (asked, plain):
         assert cll.run(params, folder, progress=False)["attack"] == attack
 
@@ -365,14 +368,14 @@ def test_a_broken_certificate_is_an_error_and_no_result(tmp_path, monkeypatch):
     def all_broken(model, images, targets, radii, **options):
         return torch.zeros(len(radii), len(images), dtype=torch.bool)
 
-    monkeypatch.setattr(cll.experiment, "autoattack_curve", all_broken)
+    monkeypatch.setattr(attack, "autoattack_curve", all_broken)
     params = cll.load_params(ATTACKED | {"attack": {"images": 40}})
     with pytest.raises(RuntimeError, match="broke .* certificates, first that of test image [0-9]"):
         cll.run(params, tmp_path, progress=False)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "radii.npz").exists()
     monkeypatch.undo()
     finished = cll.run(cll.load_params(ATTACKED), tmp_path, progress=False)
-    monkeypatch.setattr(cll.experiment, "autoattack_curve", all_broken)
+    monkeypatch.setattr(attack, "autoattack_curve", all_broken)
     with pytest.raises(RuntimeError, match="please report this bug"):
         cll.run(params, tmp_path, progress=False)
     assert json.loads((tmp_path / "result.json").read_text()) == finished
@@ -527,10 +530,10 @@ def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypat
     old = json.loads(path.read_text()) | {"certifier": 1, "K_f": 1.0, "device": "a GPU"}
     del old["trained"]
     path.write_text(json.dumps(old))
-    monkeypatch.setattr(cll.experiment, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trained again"))
     again = cll.run(params, tmp_path, progress=False)
     assert (again["K_f"], again["cra"]) == (first["K_f"], first["cra"])
-    assert again["certifier"] == cll.experiment.CERTIFIER and again["device"] == first["device"]
+    assert again["certifier"] == CERTIFIER and again["device"] == first["device"]
     assert again["trained"]["device"] == "a GPU"
     assert json.loads(path.read_text()) == again
 
@@ -539,8 +542,8 @@ def test_a_run_certified_elsewhere_says_where_it_trained(tmp_path, monkeypatch):
     """Trained on a GPU, and certified from its last checkpoint on a CPU."""
     params = cll.load_params(SHORT)
     with monkeypatch.context() as m:
-        m.setattr(cll.training, "device_name", lambda device: "a GPU")
-        m.setattr(cll.experiment, "_evaluate", lambda *a: 1 / 0)
+        m.setattr(experiment.store, "device_name", lambda device: "a GPU")
+        m.setattr(experiment.evaluate, "_evaluate", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cll.run(params, tmp_path, progress=False)
     record = cll.run(params, tmp_path, progress=False)
@@ -613,7 +616,7 @@ def test_outputs_on_google_drive(tmp_path, monkeypatch):
     colab = types.ModuleType("google.colab")
     colab.drive = types.SimpleNamespace(mount=mount)
     monkeypatch.setitem(sys.modules, "google.colab", colab)
-    monkeypatch.setattr(experiment, "DRIVE", tmp_path)
+    monkeypatch.setattr(experiment.store, "DRIVE", tmp_path)
     for _ in range(2):  # asks once
         folder = experiment.outputs_dir("drive", "quick")
         assert folder == tmp_path.resolve() / "MyDrive" / "cll" / "quick"
@@ -622,8 +625,8 @@ def test_outputs_on_google_drive(tmp_path, monkeypatch):
 
 
 def test_a_K_that_two_inputs_refute_stops_the_run(tmp_path, monkeypatch):
-    real = experiment.lipschitz_matrix
-    monkeypatch.setattr(experiment, "lipschitz_matrix", lambda *a, **k: 1e-3 * real(*a, **k))
+    real = bounds.lipschitz_matrix
+    monkeypatch.setattr(bounds.network, "lipschitz_matrix", lambda *a, **k: 1e-3 * real(*a, **k))
     with pytest.raises(RuntimeError, match="moved apart .* times, but the guaranteed K"):
         cll.run(SHORT, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "result.json").exists()

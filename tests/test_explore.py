@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from cll import explore, moons, plots
+import paper.moons
 from cll.bounds import lipschitz_matrix
-from cll.certify import certified_radius, predict_logits
+from cll.certify import certified_radius
+from cll.certify.inputs import predict_logits
+from paper.explore import ALT, REFERENCE, Explorer, draw_all, load, runs
+from paper.moons import moons_panel
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +18,13 @@ def explorer():
     pytest.importorskip("ipywidgets")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CLL_HEADLESS", raising=False)
-        yield explore.Explorer()
+        yield Explorer()
 
 
 def test_the_committed_runs_are_all_there():
     """Of today's parameter files: a changed file must not leave the sliders without networks."""
-    found, dataset = explore.load()
-    assert len(found) == len(explore.runs()) == 28
+    found, dataset = load()
+    assert len(found) == len(runs()) == 28
     assert {record["profile"] for record, _ in found.values()} == {"paper"}
     for record, network in found.values():  # the networks are those of the records
         f = predict_logits(network, dataset.train_images)
@@ -49,7 +53,7 @@ def test_every_control_redraws(explorer):
 
 def test_a_combination_that_was_not_trained_says_so(explorer, monkeypatch):
     said = []
-    monkeypatch.setattr(plots.Figure, "text", lambda self, x, y, s, **options: said.append(s))
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **options: said.append(s))
     explorer.draw("GloRo", 0.05, 0.01, 0.15, 0.0, 0.0)
     assert said == ["this combination was not trained"]
 
@@ -57,13 +61,13 @@ def test_a_combination_that_was_not_trained_says_so(explorer, monkeypatch):
 def test_the_ball_of_a_point_is_certified(explorer, monkeypatch):
     """What the picture says of a point is what certified_radius says of it, not of a neighbour."""
     shown = []
-    original = plots.moons_view
+    original = paper.moons.moons_view
 
     def view(plane, dataset, epsilon, point, answer, radius, title):
         shown.append((answer, radius))
         return original(plane, dataset, epsilon, point, answer, radius, title)
 
-    monkeypatch.setattr(plots, "moons_view", view)
+    monkeypatch.setattr(paper.moons, "moons_view", view)
     explorer.draw("CLL", 0.15, 0.01, 0.15, 0.123, 0.456)
     network = explorer.runs["CLL", 0.15, 0.01][1]
     f = predict_logits(network, torch.tensor([[0.123, 0.456]]))
@@ -77,35 +81,33 @@ def test_front_ends_without_a_kernel_get_a_picture(explorer, monkeypatch):
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(data)
     assert "small multiples" in metadata["image/png"]["alt"]
     monkeypatch.setenv("CLL_HEADLESS", "1")
-    headless = explore.Explorer()
+    headless = Explorer()
     assert headless.widget is None
     assert set(headless._repr_mimebundle_()[0]) == {"image/png"}
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_runs(tmp_path):
     """Bytes differ between versions of matplotlib; panels and size do not."""
-    found, dataset = explore.load()
-    drawn = explore.draw_all(found, dataset, tmp_path / "explore")
-    committed = explore.REFERENCE / "explore.png"
+    found, dataset = load()
+    drawn = draw_all(found, dataset, tmp_path / "explore")
+    committed = REFERENCE / "explore.png"
     sizes = [path.read_bytes()[16:24] for path in (drawn.path, committed)]  # of the PNG header
     assert sizes[0] == sizes[1]
-    assert explore.ALT == drawn.alt
+    assert ALT == drawn.alt
 
 
 def test_nothing_trained_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m cll\.explore"):
-        explore.load(tmp_path)
+        load(tmp_path)
 
 
 def test_plane_redraws_without_the_network():
-    found, dataset = explore.load()
+    found, dataset = load()
     network = found["CLL", 0.15, 0.01][1]
-    known = moons.plane(network, dataset.train_images, 61)
+    known = paper.moons.plane(network, dataset.train_images, 61)
     drawn = []
     for given in (network, known):
-        ax = plots.Figure().subplots()
-        drawn.append(
-            plots.moons_panel(ax, given, dataset.train_images, dataset.train_targets, 0.15)
-        )
+        ax = Figure().subplots()
+        drawn.append(moons_panel(ax, given, dataset.train_images, dataset.train_targets, 0.15))
     assert drawn[0] == drawn[1]
     assert np.isfinite(known.difference).all()

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import cll
+from cll.experiment import reference
+from cll.experiment.reference import names
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,14 +120,14 @@ def test_committed_networks_are_certified_to_the_same_bits(name):
 
 
 def test_every_committed_record_loads_with_its_hash():
-    records = cll.reference.records()
+    records = reference.records()
     assert len(records) >= 103
     for folder, record in records.items():
         assert cll.experiment.Params(**record["params"]).hash()[:6] == folder.name[-6:], folder
 
 
 def test_every_committed_network_loads():
-    for folder in cll.reference.names().values():
+    for folder in names().values():
         if (folder / "checkpoint.safetensors").exists():
             assert sum(p.numel() for p in cll.experiment.load_model(folder).parameters()) > 0
 

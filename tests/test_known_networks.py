@@ -18,10 +18,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import cll
-from cll import layers, local, norms, rounding
+from cll import layers
 from cll.architectures import as_lipschitz_net
 from cll.bounds import operator_norm
-from cll.certify import predict_logits
+from cll.bounds.norm import _PROVEN
+from cll.bounds.rounding import margin_error
+from cll.certify.file import write
+from cll.certify.inputs import predict_logits
+from cll.certify.local import local_lipschitz
 
 
 def labels(n, classes):
@@ -36,9 +40,9 @@ def refusals(model, shape):
         lambda: cll.lipschitz_matrix(model),
         lambda: cll.layer_bounds(model),
         lambda: predict_logits(model, x),
-        lambda: local.local_lipschitz(model, x, 0.1),
-        lambda: rounding.margin_error(model, x, y),
-        lambda: cll.certificate.write(model, (x, y), "never-written.json"),
+        lambda: local_lipschitz(model, x, 0.1),
+        lambda: margin_error(model, x, y),
+        lambda: write(model, (x, y), "never-written.json"),
     ]
     for call in calls:
         with pytest.raises((TypeError, ValueError)) as error:
@@ -326,7 +330,7 @@ def test_modes_of_the_process_change_no_bound():
     x, y = torch.rand(5, 3, 32, 32), labels(5, 10)
     expected = cll.certify(net, (x, y), local=True, progress=False)
     for dtype in (torch.float64, torch.bfloat16):
-        norms._PROVEN.clear()
+        _PROVEN.clear()
         torch.set_default_dtype(dtype)
         try:
             with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):

@@ -10,14 +10,9 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from cll.layers import (
-    ClampedMaxMin,
-    Householder,
-    MaxMin,
-    SandwichConv2d,
-    _RightSolve,
-    power_of_two,
-)
+from cll.bounds.linear import power_of_two
+from cll.layers import ClampedMaxMin, Householder, MaxMin, SandwichConv2d
+from cll.layers.sandwich import _RightSolve
 
 SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
 

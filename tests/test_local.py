@@ -14,24 +14,25 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from cll.architectures import LipschitzNet, as_lipschitz_net, build
-from cll.attack import pgd_attack
 from cll.bounds import lipschitz_matrix, operator_norm, register
-from cll.certify import RADII, certified_radius, certify, predict_logits
-from cll.layers import ClampedMaxMin, CPLConv2d, MaxMin
-from cll.local import (
+from cll.bounds.linear import lengths, shift
+from cll.certify import RADII, certified_radius, certify
+from cll.certify.attack import pgd_attack
+from cll.certify.inputs import predict_logits
+from cll.certify.local import (
     _backward,
     _exact,
     _fall,
     _forward,
     _reach,
     _tilt,
-    local_estimate,
     local_lipschitz,
     local_radius,
 )
-from cll.norms import lengths, shift
+from cll.experiment.local_lip_b import local_estimate
+from cll.layers import ClampedMaxMin, CPLConv2d, MaxMin
 
-local = importlib.import_module("cll.local")
+local = importlib.import_module("cll.certify.local")
 KINDS = ("MaxMin", "ClampedMaxMin", "ReLU")
 
 

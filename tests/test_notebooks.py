@@ -22,8 +22,13 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import cll
-import cll.explore
+import paper.explore
 from cll import experiment
+from cll.experiment.stack import build_network
+from cll.experiment.store import CERTIFIER
+from paper.claims import CHECKLIST
+from paper.records import published
+from paper.tables import table_runs
 
 sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
@@ -188,9 +193,9 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
         assert parameters.parameter_file.read(out).get("rows", "") == rows
     subset = references.ROWS[name].split(",")
-    table = cll.paper.published(name)
+    table = published(name)
     assert set(subset) < set(table.index)
-    runs = cll.paper.table_runs(name, cll.experiment.experiment_params(name, "smoke"))
+    runs = table_runs(name, cll.experiment.experiment_params(name, "smoke"))
     assert {run.row for run in runs} == set(table.index), "a parameter file for every row"
 
 
@@ -221,7 +226,7 @@ def finish(params, folder):
         "train_cra": cra, "train_cra_paper_style": cra, "mean_certified_radius": 0.2, "K_f": 10.0,
         "K_f_paper_style": 9.0, "K_hf": 12.0, "K_lower": 8.0, "tightness": 0.8,
         "tightness_paper_style": 0.9, "tightness_method": "optimized", "trained_together": 1,
-        "certifier": experiment.CERTIFIER, "seconds": 1.0, "ranks": 1, **experiment.provenance(),
+        "certifier": CERTIFIER, "seconds": 1.0, "ranks": 1, **experiment.provenance(),
         "params": params.model_dump(mode="json", by_alias=True), "params_hash": params.hash(),
         "snapshots": [{"epoch": epoch, "clean": 0.8, "cra": cra, "K_f": 10.0, "K_lower": 8.0,
                        "tightness": 0.8} for epoch in params.snapshots],
@@ -239,7 +244,7 @@ def finish(params, folder):
              prediction=np.zeros(n, int), target=dataset.test_targets.numpy())  # fmt: skip
     (folder / "curve.csv").write_text("epoch,loss\n1,1.0\n")
     if params.model in ("MLP", "4C3F"):
-        net = cll.training.build_network(params, dataset.num_classes, dataset.input_shape)
+        net = build_network(params, dataset.num_classes, dataset.input_shape)
         save_file(net.state_dict(), folder / "checkpoint.safetensors")
     (folder / "result.json").write_text(json.dumps(record))
     return record
@@ -281,16 +286,16 @@ def printed(tmp_path_factory):
         root = tmp_path_factory.mktemp("outputs") if own else shared
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
             patch.setenv("CLL_OUTPUTS", str(root))
-            patch.setattr(experiment, "provenance", lambda device="cpu": now)
+            patch.setattr(experiment.store, "provenance", lambda device="cpu": now)
             patch.setenv("CLL_ONLY_FINISHED", "" if complete else "1")
-            patch.setattr(experiment, "train", lambda *a, **k: pytest.fail("trains"))
-            patch.setattr(experiment, "load_dataset", few)
+            patch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trains"))
+            patch.setattr(experiment.store, "load_dataset", few)
             patch.setattr(
-                experiment, "_run_together",
+                experiment.runs, "_run_together",
                 lambda runs, folders, progress: list(map(finish, runs, folders)),
             )  # fmt: skip
             patch.setattr(cll, "plots", Pictures())
-            patch.setattr(cll.explore, "Explorer", lambda: None)
+            patch.setattr(paper.explore, "Explorer", lambda: None)
             for cell in code_cells(read(ROOT / "notebooks" / f"{name}.ipynb")):
                 exec(cell.source, space)
                 if "train" in space:  # of a network of the notebook's own
@@ -319,7 +324,7 @@ def test_summary_lines_say_what_has_finished(path, complete, printed):
         assert not line.endswith(":") or following.startswith("  "), f"{line!r} announces nothing"
     assert all(0 <= float(share) <= 100 for share in re.findall(r"(\d+(?:\.\d+)?) %", text))
     if path.stem == "claims":
-        missing = sorted({name for *_, tests in cll.paper.CHECKLIST for name, _ in tests})
+        missing = sorted({name for *_, tests in CHECKLIST for name, _ in tests})
         missing = ["nothing"] if complete else [f"make {name}" for name in missing]
         assert lines[-1] == "  ".join(["to run:", *missing])
     elif path.stem not in ("aol_mapping", "figure3"):  # which draw formulas

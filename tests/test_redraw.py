@@ -11,6 +11,11 @@ import pytest
 from conftest import ROOT
 
 import cll
+import paper.sweeps
+from paper.choose import choose_figure, temperature_planes
+from paper.moons import figure1, figure2, figure4, slack_figure
+from paper.sweeps import convergence_figure, lambda_figure
+from paper.tables import cra_comparison
 
 sys.path.insert(0, str(ROOT / "tools"))
 import redraw  # noqa: E402
@@ -97,18 +102,18 @@ def test_a_failure_is_one_line_and_keeps_the_notebook(some):
 def test_figures_without_runs_say_so():
     points = None
     for figure in (
-        cll.plots.figure1([], [], points),
-        cll.plots.figure2([], [], points),
-        cll.plots.figure4([], [], points),
-        cll.plots.slack_figure([], [], points),
-        cll.plots.temperature_planes([], [], points),
-        cll.plots.figure5([]),
-        cll.plots.convergence_figure([]),
-        cll.plots.choose_figure([], "title"),
-        cll.plots.cra_comparison([], []),
+        figure1([], [], points),
+        figure2([], [], points),
+        figure4([], [], points),
+        slack_figure([], [], points),
+        temperature_planes([], [], points),
+        paper.sweeps.figure5([]),
+        convergence_figure([]),
+        choose_figure([], "title"),
+        cra_comparison([], []),
     ):
         assert "not run" in [text.get_text() for text in figure.texts]
-    axes = cll.plots.lambda_figure([], []).axes
+    axes = lambda_figure([], []).axes
     assert [t.get_text() for ax in axes for t in ax.texts] == ["not run"] * 4
 
 

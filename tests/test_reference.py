@@ -16,12 +16,15 @@ import pytest
 from conftest import ROOT
 
 import cll
-from cll import experiment, reference
+from cll import experiment
+from cll.experiment import reference
+from cll.experiment.reference import REFERENCE, WEIGHTS, load_reference, records
+from cll.experiment.store import CERTIFIER
 
 sys.path.insert(0, str(ROOT / "tools"))
 import collect  # noqa: E402
 
-COMMITTED = reference.records()
+COMMITTED = records()
 REFRESH = "run `make collect` and review its diff"
 
 
@@ -34,9 +37,9 @@ def test_every_committed_run_is_intact():
 def test_only_results_that_say_what_they_are():
     for folder, record in COMMITTED.items():
         assert record["profile"] == folder.parent.parent.name != "smoke"
-        assert record["published_epochs"] and record["certifier"] == experiment.CERTIFIER
+        assert record["published_epochs"] and record["certifier"] == CERTIFIER
         assert "/" not in record["params"]["data"], "a folder of somebody's machine"
-    assert collect.size(reference.REFERENCE) <= collect.LIMIT
+    assert collect.size(REFERENCE) <= collect.LIMIT
 
 
 def test_tables_are_in_step_with_the_files():
@@ -65,7 +68,7 @@ def test_committed_networks_certify_to_the_committed_numbers():
     done = 0
     for name, folder in reference.names().items():
         record = COMMITTED[folder]
-        dataset = images_of(record) if (folder / reference.WEIGHTS).exists() else None
+        dataset = images_of(record) if (folder / WEIGHTS).exists() else None
         if dataset is None:
             continue
         n = record["test_size"] if record["data"] == "two_moons" else 200
@@ -135,13 +138,13 @@ def test_collected_runs_are_loaded_by_name(source, tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         "result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"
     }  # fmt: skip
-    net = reference.load_reference("moons-CLL-p0.25-seed1", root)
+    net = load_reference("moons-CLL-p0.25-seed1", root)
     original = experiment.load_model(source).state_dict()
     assert all((own == original[key]).all() for key, own in net.state_dict().items())
     assert collect.collect(source, root) == folder  # again: replaced
-    (folder / reference.WEIGHTS).unlink()
+    (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"without its weights.*python -m cll \S+json"):
-        reference.load_reference("moons-CLL-p0.25-seed1", root)
+        load_reference("moons-CLL-p0.25-seed1", root)
 
 
 def test_names_tell_runs_apart(source, tmp_path):
@@ -217,10 +220,10 @@ def damage_radii(folder):
 def damage_weights(folder):
     from safetensors.torch import load_file, save_file
 
-    state = load_file(folder / reference.WEIGHTS)
+    state = load_file(folder / WEIGHTS)
     first = next(key for key, value in state.items() if value.ndim == 2)
     state[first] *= 1.01
-    save_file(state, folder / reference.WEIGHTS)
+    save_file(state, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def damage_weights(folder):
     [
         (damage_radii, "cra is not that of radii.npz"),
         (damage_weights, "K of the weights"),
-        (lambda f: (f / reference.WEIGHTS).write_bytes(b"x" * 100), "damaged weights"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"x" * 100), "damaged weights"),
         (lambda f: change(f, params_hash="0" * 64), "not those of its hash"),
         (lambda f: change(f, clean=0.5), "another clean accuracy"),
         (lambda f: f.rename(f.with_name("other")), "the name of its run"),
@@ -302,7 +305,7 @@ def test_only_finished_trains_nothing(tmp_path, monkeypatch):
     run = experiment.load_params("params/slack_sweep/moons-CLL-p0.25.yaml", "paper", seed=1)
     absent = run.model_copy(update={"seed": 999})
     monkeypatch.setenv("CLL_ONLY_FINISHED", "1")
-    root = reference.REFERENCE / "paper"
+    root = REFERENCE / "paper"
     assert [r["seed"] for r in cll.run_all([absent, run], root)] == [1]
     assert cll.run(run, experiment.run_dir(run, root))["seed"] == 1
     with pytest.raises(FileNotFoundError, match="seed 999, has not run"):

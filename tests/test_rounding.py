@@ -18,10 +18,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cll
-from cll import Residual, bounds, layers, rounding
-from cll.certify import certified_radius, predict_logits
+from cll import Residual, bounds, layers
+from cll.architectures import settle
+from cll.bounds.linear import U, gamma, lengths
+from cll.bounds.network import head_rows
+from cll.bounds.registry import register_rounding
+from cll.bounds.rounding import margin_error
+from cll.certify import certified_radius
+from cll.certify.inputs import predict_logits
 from cll.layers import GroupSort, MaxMin, Normalize
-from cll.norms import U, gamma
+from cll.layers.potential import _CPL, _PotentialStep
+from cll.layers.sandwich import _Sandwich
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
@@ -303,7 +310,7 @@ def _(layer, z):
     return y[: layer.out_channels] + per_channel(like(z)(layer.bias), y)
 
 
-@exact.register(layers._PotentialStep)
+@exact.register(_PotentialStep)
 def _(layer, z):
     to = like(z)
     W, D, b = to(layer.weight), to(layer.effective()), to(layer.bias)
@@ -400,15 +407,13 @@ def distance(a, b):
 def used(layer, shape, x):
     """error / bound of a layer in float64 at x (one sample)."""
     layer = layer.double().eval()
-    in_decimals = not any(
-        isinstance(m, (layers.Householder, layers._Sandwich)) for m in layer.modules()
-    )
+    in_decimals = not any(isinstance(m, (layers.Householder, _Sandwich)) for m in layer.modules())
     z = decimals(x) if in_decimals else longs(x)
     with torch.no_grad():
         computed = layer(x[None])[0]
     to = decimals if in_decimals else longs
     error = distance(exact(layer, z), to(computed))
-    a, b = rounding.rounding(layer, shape)
+    a, b = bounds.rounding.rounding(layer, shape)
     bound = a * x.norm().item() + b + 1e-300
     assert error <= bound, (layer, error, bound)
     return error / bound
@@ -509,10 +514,10 @@ def prepared(name, size, seed):
                 m.weight *= 1.0 if isinstance(m, layers.NormalizedLinear) else size
             if isinstance(m, layers.Householder):
                 m.angle.uniform_(-3, 3)
-            if isinstance(m, layers._CPL | layers.SOCConv2d):
+            if isinstance(m, _CPL | layers.SOCConv2d):
                 m.bias.normal_()
-    if any(isinstance(m, layers._CPL | layers.SOCConv2d) for m in layer.modules()):
-        bounds.settle(type("Net", (), {"body": layer, "input_shape": shape}))
+    if any(isinstance(m, _CPL | layers.SOCConv2d) for m in layer.modules()):
+        settle(type("Net", (), {"body": layer, "input_shape": shape}))
     return layer, shape
 
 
@@ -536,7 +541,7 @@ def test_sums_that_cancel_are_within_the_bound(name):
             W = layer.weight
             W[..., 1::2] = -W[..., : W.shape[-1] // 2 * 2 : 2] * (1 + 2.0**-40)
         if hasattr(layer, "norm"):
-            bounds.settle(type("Net", (), {"body": layer, "input_shape": shape}))
+            settle(type("Net", (), {"body": layer, "input_shape": shape}))
         used(layer, shape, torch.full(shape, 1 / 3, dtype=torch.float64))
 
 
@@ -545,7 +550,7 @@ def test_activations_are_within_their_bound(kind):
     layer = kind().eval()
     points = torch.cat([torch.linspace(-6, 6, 301), torch.logspace(-30, 0.7, 40)]).double()
     y = layer(points)
-    a, b = rounding.rounding(layer, (1,))
+    a, b = bounds.rounding.rounding(layer, (1,))
     for x, computed in zip(points.tolist(), y.tolist(), strict=True):
         error = abs(ACTIVATIONS[kind](Decimal(x)) - Decimal(computed))
         assert error <= Decimal(a) * Decimal(abs(x)) + Decimal(b), (x, computed)
@@ -555,13 +560,13 @@ def test_powers_that_underflow_are_counted():
     """Squares of 1e-170 are 0: no relative error holds for the norm."""
     for p, size in ((2, 1e-170), (2, 1e-158), (4, 1e-90), (8, 1e-45)):
         used(nn.LPPool1d(p, 3, 2), (2, 9), torch.full((2, 9), size, dtype=torch.float64))
-    assert rounding.rounding(nn.LPPool1d(8, 3), (2, 9))[1] > 1e-45
+    assert bounds.rounding.rounding(nn.LPPool1d(8, 3), (2, 9))[1] > 1e-45
 
 
 def test_the_step_of_softplus_counts_at_the_image_and_at_its_rival():
     """With threshold 1 torch falls by 0.313 at 1, where the smooth function rises on: of two logits
     that agree up to 0.6, one may be below its step and, nearby, the other above."""
-    _, step = rounding.rounding(nn.Softplus(threshold=1.0), (1,))
+    _, step = bounds.rounding.rounding(nn.Softplus(threshold=1.0), (1,))
     below, above = nn.Softplus(threshold=1.0)(torch.tensor([1.0, 1.0 + 1e-6]))
     fall = math.log1p(math.exp(-1))
     assert (below - above).item() == pytest.approx(fall, abs=1e-5)
@@ -579,7 +584,7 @@ def test_the_step_of_softplus_counts_at_the_image_and_at_its_rival():
     assert model(x).argmax(1) == 0 and model(x + 0.002).argmax(1) == 1
     assert table["radius"].item() < 0.002
     for layer in (nn.Softplus(0.0), nn.Softplus(math.nan)):
-        a, b = rounding.rounding(layer, (1,))
+        a, b = bounds.rounding.rounding(layer, (1,))
         assert not b < math.inf
 
 
@@ -621,21 +626,21 @@ def test_roundings_in_one_direction_add_up():
     computed = chain(one).item()
     error = float(exact(chain, decimals(one[0]))[0] - Decimal(computed))
     assert error == pytest.approx(n * small)
-    _, _, a, b = rounding.chain(chain, (1,))
+    _, _, a, b = bounds.rounding.chain(chain, (1,))
     assert error <= a + b <= 100 * error
     net = cll.LipschitzNet(chain, nn.Linear(1, 2, bias=False), (1,)).double()
     with torch.no_grad():
         net.head.weight.copy_(torch.tensor([[1.0], [0.0]]))
-    margin = rounding.margin_error(net, one, torch.tensor([0]))[0, 1].item()
+    margin = margin_error(net, one, torch.tensor([0]))[0, 1].item()
     assert error <= margin <= 200 * error
 
 
 def within_its_bound(layer, x):
     """As `used`, for numbers whose squares underflow: the largest error of an output."""
-    numbers = longs if isinstance(layer, layers._Sandwich) else decimals
+    numbers = longs if isinstance(layer, _Sandwich) else decimals
     error = abs(exact(layer, numbers(x)) - numbers(layer(x[None])[0])).max()
-    a, b = rounding.rounding(layer, tuple(x.shape))
-    return float(error) <= a * rounding.lengths(x[None]).item() + b
+    a, b = bounds.rounding.rounding(layer, tuple(x.shape))
+    return float(error) <= a * lengths(x[None]).item() + b
 
 
 @pytest.mark.parametrize("exponent", [-600, -660, -700, 0, 300])
@@ -647,7 +652,7 @@ def test_a_step_of_huge_weights_counts_what_underflows_inside(kind, exponent):
     layer.weight *= 2.0**460
     layer.bias.zero_()
     if kind is layers.CPLLinear:
-        bounds.settle(type("Net", (), {"body": layer, "input_shape": (3,)}))
+        settle(type("Net", (), {"body": layer, "input_shape": (3,)}))
     assert within_its_bound(layer, torch.randn(3, dtype=torch.float64) * 2.0**exponent)
 
 
@@ -707,7 +712,7 @@ def exact_logits(net, image):
         decimals(torch.tensor(v, dtype=torch.float64)) for v in (net.input_std, net.input_mean)
     )
     features = exact(net.body, (z - per_channel(mean, z)) / per_channel(std, z))
-    head, rows = net.head, decimals(bounds.head_rows(net.head))
+    head, rows = net.head, decimals(head_rows(net.head))
     if isinstance(head, layers.NormalizedLinear):
         rows = decimals(head.weight)
         rows = rows / np.sqrt((rows**2).sum(1, keepdims=True))
@@ -724,7 +729,7 @@ def test_margins_are_within_their_bound_and_the_bound_is_small(name):
         images = (255 * images).to(torch.uint8)
     logits = predict_logits(net, images)
     y = logits.argmax(dim=1)
-    error = rounding.margin_error(net, images, y)
+    error = margin_error(net, images, y)
     K = cll.lipschitz_matrix(net)
     for i, image in enumerate(images):
         f = exact_logits(net, image)
@@ -844,16 +849,16 @@ def test_layers_of_ones_own_have_an_error_too():
     def _(layer, input_shape, method):
         return 1.0
 
-    a, b = rounding.rounding(Doubled(), (4,))
+    a, b = bounds.rounding.rounding(Doubled(), (4,))
     assert a == pytest.approx(2e-12) and b == pytest.approx(2e-12, rel=1e-3)
-    assert rounding.rounding(Wavy(), (4,))[0] == pytest.approx(1e-12)
-    assert rounding.rounding(nn.ReLU(), (4,)) == (0.0, 0.0)
+    assert bounds.rounding.rounding(Wavy(), (4,))[0] == pytest.approx(1e-12)
+    assert bounds.rounding.rounding(nn.ReLU(), (4,)) == (0.0, 0.0)
 
-    @rounding.register(Doubled)
+    @register_rounding(Doubled)
     def _(layer, input_shape):
         return 8 * U, 4 * U
 
-    assert rounding.rounding(Doubled(), (4,)) == (8 * U, 4 * U)
+    assert bounds.rounding.rounding(Doubled(), (4,)) == (8 * U, 4 * U)
     assert gamma(8) > 8 * U
 
 
@@ -887,11 +892,11 @@ def test_what_rounding_turned_around_has_radius_0(method, exponent):
 def test_the_error_of_a_residual_takes_the_norms_of_the_method(method, monkeypatch):
     """The branch is 3 x: both parts and their sum round, and the sum is 4 ||z|| at most."""
     asked = []
-    norm = rounding.operator_norm
-    monkeypatch.setattr(rounding, "operator_norm", lambda *a: asked.append(a[2:]) or norm(*a))
+    norm = bounds.operator_norm
+    monkeypatch.setattr(bounds.layer, "operator_norm", lambda *a: asked.append(a[2:]) or norm(*a))
     branch = nn.Linear(2, 2, bias=False, dtype=torch.float64)
     branch.weight.data = 3 * torch.eye(2, dtype=torch.float64)
-    a, b = rounding.rounding(Residual(branch), (2,), method)
+    a, b = bounds.rounding.rounding(Residual(branch), (2,), method)
     assert set(asked) == {(method,)}
     assert (4 * U) <= a <= 100 * U and b < 1e-250
 

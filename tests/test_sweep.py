@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from cll import experiment, paper
+from cll import experiment
+from paper.tables import table_runs
 
 sys.path.insert(0, str(ROOT / "tools"))
 import sweep  # noqa: E402
@@ -82,7 +83,7 @@ def test_commands_make_the_runs_that_notebooks_read(options, capsys):
         seeds = sweep.parameters.parse_seeds(given.seeds)
         runs = experiment.experiment_params(name, given.profile, seeds)
         if name.startswith("table"):
-            runs = paper.table_runs(name, runs, given.rows, given.data, given.label)
+            runs = table_runs(name, runs, given.rows, given.data, given.label)
         wanted += runs
 
     def identities(runs):

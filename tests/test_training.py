@@ -18,9 +18,15 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cll
-from cll.certify import full_precision
+from cll import experiment
+from cll.bounds.linear import full_precision
 from cll.experiment import load_dataset, run_dir
-from cll.training import Stack, _learning_rate, _schedules, build_network
+from cll.experiment.checkpoints import WRITER, _Saver, _write_checkpoints, load_checkpoints
+from cll.experiment.fast import DenseStack
+from cll.experiment.local_lip_b import local_estimate
+from cll.experiment.stack import Stack, _learning_rate, _schedules, build_network
+from cll.experiment.train import train
+from cll.losses import local_bcp_loss
 
 MOONS = {
     "name": "moons",
@@ -131,7 +137,7 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 KILLED = """
 import sys, json, cll, cll.training
-cll.training.CHECKPOINT_SECONDS, cll.training.RECORDED_STEPS = 0.0, 100
+cll.experiment.checkpoints.CHECKPOINT_SECONDS, cll.experiment.stack.RECORDED_STEPS = 0.0, 100
 base = json.loads(sys.argv[1])
 runs = [cll.load_params(base, seed=s) for s in (1, 2)]
 cll.experiment.run_all(runs, sys.argv[2], progress=False, stack=2)
@@ -184,7 +190,7 @@ def test_a_dense_stack_recorded_or_not_is_the_networks_step_by_step(alone, monke
         assert dense.dense is not None
         recorded.record(50)
         with monkeypatch.context() as m:
-            m.setattr(cll.training.DenseStack, "fits", lambda net: False)
+            m.setattr(DenseStack, "fits", lambda net: False)
             single = [
                 Stack([p], [copy.deepcopy(net)], "cpu") for p, net in zip(runs, nets, strict=True)
             ]
@@ -233,7 +239,7 @@ def test_divergence_names_run_epoch_loss_and_K_and_keeps_the_others(tmp_path):
     )
     with pytest.raises(FloatingPointError, match=r"wild seed 1 .* epoch 1: loss .*K = .*lr"):
         cll.experiment.run_all(runs, tmp_path, progress=False, stack=2)
-    found = cll.training.load_checkpoints(runs[0], run_dir(runs[0], tmp_path))
+    found = load_checkpoints(runs[0], run_dir(runs[0], tmp_path))
     assert found[max(found)]["epoch"] == runs[0].epochs  # the sound run trained to its end
     assert found[max(found)]["diverged"] is None
 
@@ -280,8 +286,8 @@ def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
     # the network's own vectors started where the stack's did
     f, y, C = net(x[0]), y[0], 2
     if loss == "Local-Lip-B":  # half the ramp
-        K = cll.local.local_estimate(net, x[0], 0.075, 2)
-        value = cll.losses.local_bcp_loss(f, y, K, epsilon=0.075, kappa=0.5)
+        K = local_estimate(net, x[0], 0.075, 2)
+        value = local_bcp_loss(f, y, K, epsilon=0.075, kappa=0.5)
     else:
         K = net.lipschitz_matrix(5)
     if loss == "GloRo":
@@ -361,15 +367,15 @@ def test_a_run_alone_interrupted_ends_in_the_same_bits(base, tmp_path, monkeypat
     short = {"train_size": 64, "test_size": 8, "batch_size": 16, "epochs": 3}
     p = cll.load_params((MOONS if base == "moons" else DIGITS | IMAGES[base]) | short)
     data = load_dataset(p)
-    monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(experiment.checkpoints, "CHECKPOINT_SECONDS", 0.0)
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
-    (whole,), _ = cll.training.train([p], [data], folders[:1], progress=False)
+    (whole,), _ = train([p], [data], folders[:1], progress=False)
     begun = interrupt(7)
     with pytest.raises(KeyboardInterrupt):
-        cll.training.train([p], [data], folders[1:], progress=False)
-    (resumed,), _ = cll.training.train([p], [data], folders[1:], progress=False)
+        train([p], [data], folders[1:], progress=False)
+    (resumed,), _ = train([p], [data], folders[1:], progress=False)
     assert len(begun) == 7 + 8  # the second of three epochs was repeated
     a, b = whole.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -420,8 +426,8 @@ def test_a_captured_step_is_the_step(base, optimizer, monkeypatch):
     x = torch.rand(6, len(runs), 8, *runs[0].input_shape)
     y = torch.randint(0, classes, (6, len(runs), 8))
     plain = Stack(runs, copy.deepcopy(nets), "cpu")
-    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(cll.training, "_graph", rehearsed)
+    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(experiment.fast, "_graph", rehearsed)
     captured, resumed = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
     assert captured.capturable and plain.rate is None
     captured.rate, resumed.rate = (torch.zeros((), dtype=torch.float64) for _ in range(2))
@@ -457,8 +463,8 @@ def test_without_a_graph_training_goes_on_as_before(fault, monkeypatch):
 
     p, net, x, y = image_run("4C3F")
     plain = Stack([p], [copy.deepcopy(net)], "cpu")
-    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(cll.training, "_graph", faulty)
+    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(experiment.fast, "_graph", faulty)
     stack = Stack([p], [net], "cpu")
     stack.rate = torch.tensor(p.optimizer.lr, dtype=torch.float64)
     reason = "not permitted" if fault == "raises" else "off by"
@@ -473,7 +479,7 @@ def test_without_a_graph_training_goes_on_as_before(fault, monkeypatch):
 
 
 def test_only_steps_that_a_graph_can_hold_are_captured(monkeypatch):
-    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
 
     def capturable(kind, loss="CLL", **settings):
         p, net, *_ = image_run(kind, loss, **settings)
@@ -514,11 +520,11 @@ def test_training_with_a_rehearsed_graph_is_training(base, tmp_path, monkeypatch
     data, (plain, graph) = load_dataset(p), (tmp_path / "plain", tmp_path / "graph")
     for folder in (plain, graph):
         folder.mkdir()
-    (expected,), _ = cll.training.train([p], [data], [plain], progress=False)
-    monkeypatch.setattr(cll.training, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(cll.training, "_graph", rehearsed)
-    monkeypatch.setattr(cll.training, "CHECKPOINT_SECONDS", 0.0)
-    (net,), _ = cll.training.train([p], [data], [graph], progress=False)
+    (expected,), _ = train([p], [data], [plain], progress=False)
+    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(experiment.fast, "_graph", rehearsed)
+    monkeypatch.setattr(experiment.checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    (net,), _ = train([p], [data], [graph], progress=False)
     for a, b in zip(net.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rates are float32 in a graph
     frames = [pd.read_csv(f / "curve.csv").drop(columns="seconds") for f in (plain, graph)]
@@ -529,24 +535,26 @@ def test_checkpoints_are_written_aside(tmp_path, monkeypatch):
     """As they were when asked for; what went wrong is raised in time, and the last one is kept."""
     p, net, x, y = image_run("4C3F")
     stack = Stack([p], [net], "cpu")
-    saver = cll.training._Saver(stack, [tmp_path])
+    saver = _Saver(stack, [tmp_path])
     assert saver.aside is None
-    saver.aside = cll.training.WRITER
-    write, go = cll.training._write, threading.Event()
-    monkeypatch.setattr(cll.training, "_write", lambda *a: go.wait(60) and write(*a))
+    saver.aside = WRITER
+    write, go = _write_checkpoints, threading.Event()
+    monkeypatch.setattr(
+        experiment.checkpoints, "_write_checkpoints", lambda *a: go.wait(60) and write(*a)
+    )
     generator = torch.Generator().get_state()
     saver.save([generator], 1, [None], 1.0)
     assert not (tmp_path / "checkpoint.pt").exists()
     go.set()
     saver.wait()
-    monkeypatch.setattr(cll.training, "_write", lambda *a: 1 / 0)
+    monkeypatch.setattr(experiment.checkpoints, "_write_checkpoints", lambda *a: 1 / 0)
     saver.save([generator], 2, [None], 2.0)
     with pytest.raises(ZeroDivisionError):
         saver.wait()
     saver.save([generator], 3, [None], 3.0)
     with pytest.raises(ZeroDivisionError):
         saver.save([generator], 4, [None], 4.0)
-    assert list(cll.training.load_checkpoints(p, tmp_path)) == [1]
+    assert list(load_checkpoints(p, tmp_path)) == [1]
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])

@@ -29,10 +29,18 @@ ROOT = Path(environment.ROOT)
 sys.path.insert(0, str(ROOT))
 
 import cll  # noqa: E402
-from cll import experiment, paper, reference  # noqa: E402
+from cll import experiment
+from cll.experiment import reference
+from cll.experiment.reference import REFERENCE, WEIGHTS, records
+from cll.experiment.store import CERTIFIER
+from paper.moons import display_moons, moons_table
+from paper.records import data_source, markdown, shortened
+from paper.tables import comparison_table, display_table
+
+# noqa: E402
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
-README, LISTING = ROOT / "README.md", reference.REFERENCE / "README.md"
+README, LISTING = ROOT / "README.md", REFERENCE / "README.md"
 BEGIN, END = "<!-- written by make collect -->\n", "<!-- end of runs -->\n"
 
 
@@ -40,7 +48,7 @@ def size(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def collect(source, root=reference.REFERENCE, seeds=1):
+def collect(source, root=REFERENCE, seeds=1):
     """Copy one finished run's folder; returns the new folder. ValueError says why it is refused.
 
     seeds: how many seeds of a table row keep weights above SMALL.
@@ -48,13 +56,13 @@ def collect(source, root=reference.REFERENCE, seeds=1):
     record = json.loads((source / "result.json").read_text())
     if record["profile"] == "smoke":
         raise ValueError(f"{source.name}: a smoke run is no reference")
-    if record.get("certifier") != experiment.CERTIFIER:
+    if record.get("certifier") != CERTIFIER:
         raise ValueError(f"{source.name}: certified by an older version; repeat its command")
     check(source)
     if record["published_epochs"] is None:
         raise ValueError(f"{source.name}: without published_epochs nobody sees a short schedule")
     record = named(record, source)
-    weights = source / reference.WEIGHTS
+    weights = source / WEIGHTS
     bytes_, row = weights.stat().st_size, record["row"] and record["seed"] <= seeds
     keep = bytes_ <= SMALL or (row and bytes_ <= WEIGHTS_LIMIT)
     runs = experiment.run_dir(record, root / record["profile"])
@@ -68,7 +76,7 @@ def collect(source, root=reference.REFERENCE, seeds=1):
         curve = pd.read_csv(source / "curve.csv")
         curve.to_csv(new / "curve.csv", index=False, float_format="%.6g")
         if keep:
-            shutil.copyfile(weights, new / reference.WEIGHTS)
+            shutil.copyfile(weights, new / WEIGHTS)
         check(new)
         total = size(root) - (size(runs) if runs.exists() else 0)
         if total > LIMIT:
@@ -126,7 +134,7 @@ def check(folder):
             distances = [float(Fraction(name)) for name in record[key]]
             cra = cll.cra_curve(radii[array].astype(float), correct, distances).tolist()
             insist(cra == list(record[key].values()), f"{key} is not that of radii.npz")
-    if (folder / reference.WEIGHTS).exists() and np.isfinite(record["K_f"]):
+    if (folder / WEIGHTS).exists() and np.isfinite(record["K_f"]):
         K = cll.lipschitz_matrix(experiment.load_model(folder), "guaranteed").max().item()
         insist(
             np.isclose(K, record["K_f"], rtol=1e-6, atol=0),
@@ -166,12 +174,12 @@ def named(record, source):
     return record | changed
 
 
-def listing(root=reference.REFERENCE):
+def listing(root=REFERENCE):
     """Every committed run as Markdown: what it is, the command that makes it, where it was made."""
     head = ("run", "data", "epochs", "weights", "command", "seconds", "machine", "torch")
     head += ("revision", "date")
     lines = [head, ("---",) * len(head)]
-    for folder, record in reference.records(root).items():
+    for folder, record in records(root).items():
         trained = record.get("trained", record)
         revision, _, changes = trained["git_revision"].partition(" ")
         together = record["trained_together"]
@@ -179,9 +187,9 @@ def listing(root=reference.REFERENCE):
         lines.append(
             (
                 f"{record['profile']}/{folder.name}",
-                paper.data_source(record),
+                data_source(record),
                 epochs(record),
-                "yes" if (folder / reference.WEIGHTS).exists() else "–",
+                "yes" if (folder / WEIGHTS).exists() else "–",
                 f"`{command(folder, record)}`",
                 f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1),
                 trained["device"] + threads * trained["device"].startswith("cpu"),
@@ -190,31 +198,31 @@ def listing(root=reference.REFERENCE):
                 trained["date"][:10],
             )
         )
-    used = sum(map(size, reference.records(root)))  # not the pictures, which git does not keep
+    used = sum(map(size, records(root)))  # not the pictures, which git does not keep
     total = f"\n{len(lines) - 2} runs, {used / 1e6:.1f} of at most {LIMIT / 1e6:.0f} MB.\n"
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + total
 
 
 def epochs(record):
     """ "801", or "7 of 801" for a shortened schedule."""
-    whole = f" of {record['published_epochs']}" if paper.shortened(record) else ""
+    whole = f" of {record['published_epochs']}" if shortened(record) else ""
     return f"{record['epochs']}{whole}"
 
 
-def rows(root=reference.REFERENCE):
+def rows(root=REFERENCE):
     """Published numbers, ours and the difference of every row of the tables with committed runs,
     and of the paper's two-moons panel, as Markdown for README.md."""
     groups = {}
-    for record in reference.records(root).values():
+    for record in records(root).values():
         if record["row"]:
             own = [record[key] for key in ("row", "profile", "epochs", "data")]
             groups.setdefault(json.dumps([*own, record.get("size")]), []).append(record)
     frames = []
     for _, runs in sorted(groups.items()):
         row = runs[0]["row"]
-        comparison = paper.comparison_table(runs, f"table{row[1]}", [row])
-        shown = paper.display_table(comparison).reset_index()
-        shown["dataset"] = ["", *[paper.data_source(runs[0])] * (len(shown) - 1)]
+        comparison = comparison_table(runs, f"table{row[1]}", [row])
+        shown = display_table(comparison).reset_index()
+        shown["dataset"] = ["", *[data_source(runs[0])] * (len(shown) - 1)]
         reduced = ", reduced size" * ("size" in runs[0])
         cells = [runs[0]["published_epochs"], *[epochs(runs[0]) + reduced] * (len(shown) - 1)]
         shown.insert(6, "epochs", [str(cell) for cell in cells])
@@ -222,14 +230,14 @@ def rows(root=reference.REFERENCE):
         frames.append(shown.drop(columns=["K(h∘f)", "tightness %"]))
     parts = ["No run of a row of tables 1 and 2 is committed yet.\n"]
     if frames:
-        parts = [paper.markdown(pd.concat(frames).set_index("row"))]
+        parts = [markdown(pd.concat(frames).set_index("row"))]
     moons = experiment.experiment_params("slack_sweep", "paper", list(range(1, 33)))
     moons = experiment.finished(moons, root / "paper")
     if moons:
-        table = paper.display_moons(paper.moons_table(moons))
+        table = display_moons(moons_table(moons))
         parts += ["Two moons, the slack panel of the paper (training points; in brackets the "
                   f"difference; {epochs(moons[0])} epochs; a run trains {wall_time(moons)}):\n",
-                  paper.markdown(table)]  # fmt: skip
+                  markdown(table)]  # fmt: skip
     return "\n" + "\n".join(parts) + "\n"
 
 
@@ -260,11 +268,11 @@ def main():
             except (OSError, ValueError) as error:
                 refused += 1
                 print(f"FAILED collect: {error}", file=sys.stderr)
-    for folder in reference.records():
+    for folder in records():
         check(folder)
     environment.write_between(LISTING, BEGIN, END, listing())
     environment.write_between(README, BEGIN, END, rows())
-    print(f"collect: {len(reference.records())} runs checked; wrote the tables of README.md and "
+    print(f"collect: {len(records())} runs checked; wrote the tables of README.md and "
           f"{LISTING.relative_to(ROOT)}")  # fmt: skip
     return 1 if refused else 0
 

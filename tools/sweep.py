@@ -27,6 +27,9 @@ from typing import NamedTuple
 import environment
 import parameters
 
+from cll import experiment
+from paper.tables import table_runs
+
 ROOT = parameters.ROOT
 DAY = "24:00:00"
 UNLIMITED = 60 * 24 * 365  # minutes: submitit has no local job without a limit
@@ -73,7 +76,7 @@ def minutes(text):
 
 def planned(what, options):
     """(parameter file, run) of everything that was asked for: names of experiments and files."""
-    from cll import experiment, paper
+    pass
 
     seeds = parameters.parse_seeds(options.seeds)
     own = {"device": options.device, "data": options.data, "label": options.label}
@@ -85,7 +88,7 @@ def planned(what, options):
         return
     if what in ("table1", "table2"):
         runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
-        runs = paper.table_runs(what, runs, options.rows, options.data, options.label)
+        runs = table_runs(what, runs, options.rows, options.data, options.label)
     else:
         runs = experiment.experiment_params(what, options.profile, seeds, **own)
     for run in runs:
@@ -94,7 +97,7 @@ def planned(what, options):
 
 def command(file, runs, options):
     """The arguments of Python that train and certify runs of one file."""
-    from cll import experiment
+    pass
 
     first, path = runs[0], Path(file)
     line = ["-m", "cll"]
@@ -117,7 +120,7 @@ def command(file, runs, options):
 
 def jobs(options, root):
     """(jobs to submit, number of runs, of those finished, of those under way)."""
-    from cll import experiment
+    pass
 
     groups, active, seen, done, under_way = {}, None, set(), 0, 0
     for what in options.what:
@@ -194,7 +197,7 @@ def submit_slurm(pending, options, root):
 
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
-    from cll import experiment
+    pass
 
     queue, parallel = executor(options, root), options.parallel or 1
     # jobs beside each other share the cores
@@ -265,7 +268,7 @@ def main(arguments=None):
         options.gpus_per_node = int(options.cluster == "slurm" or environment.cuda_device())
     options.data = parameters.absolute_source(options.data)
     sys.path.insert(0, str(ROOT))
-    from cll import experiment
+    pass
 
     try:
         for name in ("together", "parallel", "gpus_per_node", "cpus_per_task"):

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import environment  # tools/ is on the path: this file is run as a script
 
+from cll.experiment import provenance
+
 ROOT = Path(environment.ROOT)
 TIMES = ROOT / "benchmarks" / "times.csv"
 README = ROOT / "README.md"
@@ -110,7 +112,7 @@ def main():
     rows, failed = read(), []
     if options.names:
         sys.path.insert(0, str(ROOT))
-        from cll.experiment import provenance  # takes seconds: not for the table alone
+        pass  # takes seconds: not for the table alone
 
         gpu = options.device != "cpu" and environment.cuda_device()
         now = provenance("cuda" if gpu else "cpu")

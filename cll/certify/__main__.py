@@ -1,12 +1,12 @@
-"""Write and check certificates from the command line, see cll.certificate."""
+"""Write and check certificates from the command line, see cll.certify.file."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from cll import certificate
-from cll.experiment import Params, load_dataset, load_model
+from .. import certificate
+from ..experiment import Params, load_dataset, load_model
 
 EPILOG = """examples:
   python -m cll.certify write outputs/quick/runs/digits-MLP-CLL-seed1-5f893c

@@ -1,0 +1,336 @@
+"""Upper bounds of the norm of a convolution: on the torus, in strips, by block rows."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .dense import lanczos, proven_square
+from .linear import CHUNK, TINY, U, _geometry, gamma, output_shape, padding, round_up
+
+LARGEST = 3e13  # flops above which no proof is tried but the first
+
+
+def torus_norm(layer, weight, input_shape, extra=0):
+    """Upper bound of the norm of a convolution by the DFT on a torus that contains it.
+
+    Per dimension the layer computes y[i] = sum_a w[a] x[i s + t_a], 0 <= i < m, for offsets
+    t_a = d a - (padding before), where x[j] = 0 outside 0 <= j < n.
+
+    Zero padding. Let the input occupy 0..n-1 of Z_N, zero elsewhere, for N a multiple of s with
+    N >= m s, N >= n - min(0, lowest position read) and N > highest position read. The circular
+    operator z[i] = sum_a w[a] x[(i s + t_a) mod N], 0 <= i < N/s, then agrees with the layer for
+    i < m <= N/s: a position below 0 wraps to n or above, a position from n on does not wrap, and
+    both meet zeros. So the layer is a part of the circular operator (embedding, operator, selection
+    of outputs), and its norm is no larger. Taps and outputs that meet only padding are dropped
+    first, which leaves the layer as it is and makes N smaller. Every larger N is valid too: `extra`
+    adds that many multiples of s to the smallest one.
+
+    Circular padding is the case N = n if s divides n. In general the outputs stand at multiples of
+    g = gcd(s, n), each visited at most r = ceil(m g / n) times, and the norm is at most sqrt(r)
+    times that of the circular operator of stride g.
+
+    Write t_a = s q_a + r_a, 0 <= r_a < s, and x_r[j] = x[s j + r] (polyphase components). Then
+    z[i] = sum_a w[a] x_{r_a}[i + q_a] on Z_M, M = N/s, and the unitary DFT turns the operator into
+    independent blocks, one per frequency f,
+        B_f[o, (c, r)] = sum over a with r_a = r of w[o, c, a] exp(2 pi i f q_a / M).
+    The norm is the largest norm of a block. Real weights make B_{-f} the conjugate of B_f, so half
+    of the frequencies suffice. Groups are independent operators: the largest of their norms counts.
+
+    Rounding: each exp is off by less than 32 u in its real and imaginary part (an exact integer
+    phase, reduced to [-pi, pi], then a cosine or sine within 2 ulp), each sum of T products by
+    gamma(T), so an entry of a block by sqrt(2) (32 u + gamma(T + 1)) sum_a |w[a]|. The Frobenius
+    norm of that is added to the proven norm of the blocks as computed.
+    """
+    groups, circular = layer.groups, layer.padding_mode == "circular"
+    repeats = 1
+    if circular:
+        for axis in _axes(layer, input_shape):
+            repeats *= -(-axis.m * math.gcd(axis.s, axis.n) // axis.n)
+    axes = [_polyphase(axis, circular, extra) for axis in _axes(layer, input_shape)]
+    if None in axes:
+        return 0.0
+    (rows, q_h, r_h, M_h), (columns, q_w, r_w, M_w) = axes
+    weight = weight[:, :, rows][:, :, :, columns].unflatten(0, (groups, -1))  # (G, O/G, C/G, k, k)
+
+    phases, kernels, mass = [], [], []  # one entry per pair of polyphase components that is read
+    for r in r_h.unique():
+        for t in r_w.unique():
+            a, b = (r_h == r).nonzero()[:, 0], (r_w == t).nonzero()[:, 0]
+            kernel = weight[..., a, :][..., b].flatten(-2)  # (G, O/G, C/G, T)
+            phases.append(torch.cartesian_prod(q_h[a] * M_w, q_w[b] * M_h))  # (T, 2)
+            kernels.append(kernel.movedim(-1, 0).flatten(1))  # (T, G * O/G * C/G)
+            mass.append(kernel.abs().sum(-1))
+    rounding = math.sqrt(2) * (32 * U + gamma(rows.numel() * columns.numel() + 1))
+    mass = torch.cat(mass, -1)  # (G, O/G, C/G * components)
+    entry_error = 1.01 * rounding * mass.square().sum((-2, -1)).max().sqrt().item()
+
+    period = M_h * M_w
+    frequencies = torch.cartesian_prod(torch.arange(M_h), torch.arange(M_w // 2 + 1))
+    short, long = sorted(mass.shape[1:])
+    chunk = max(1, CHUNK // (groups * short * max(4 * short, long)))
+    square, t = 0.0, 0.0
+    for f in frequencies.split(chunk):
+        real, imag = [], []
+        for phase, kernel in zip(phases, kernels, strict=True):
+            turns = f @ phase.T % period  # (F, T), exact integers
+            turns = torch.where(2 * turns > period, turns - period, turns)
+            angle = turns.double() * (2 * math.pi) / period
+            for part, function in ((real, torch.cos), (imag, torch.sin)):
+                part.append((function(angle) @ kernel).view(-1, *weight.shape[1:3]))
+        bound, t = proven_square(torch.cat(real, -1), torch.cat(imag, -1), t)
+        square = max(square, bound)
+    return round_up(math.sqrt(repeats) * (math.sqrt(square) + entry_error + TINY))
+
+
+class _Axis(NamedTuple):
+    """One dimension of a convolution, y[i] = sum_a w[a] x[i s + d a - before], 0 <= i < m, of an
+    input of n positions and a kernel of k taps."""
+
+    n: int
+    m: int
+    k: int
+    s: int
+    d: int
+    before: int
+
+    def reads(self, adjoint=False):
+        """(m, k): the position that output i reads through tap a, -1 where it is padding; of the
+        adjoint (n, k): the output that reads position j through tap a, -1 where there is none."""
+        taps = self.d * torch.arange(self.k) - self.before
+        if adjoint:
+            i = torch.arange(self.n)[:, None] - taps
+            none = (i % self.s != 0) | (i < 0) | (i >= self.s * self.m)
+            return (i // self.s).masked_fill(none, -1)
+        j = self.s * torch.arange(self.m)[:, None] + taps
+        return j.masked_fill((j < 0) | (j >= self.n), -1)
+
+
+def _axes(layer, input_shape):
+    before = [a for a, _ in padding(layer)]
+    sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
+    return [_Axis(*values) for values in zip(*sizes, *_geometry(layer), before, strict=True)]
+
+
+def _polyphase(axis, circular, extra=0):
+    """(taps that meet the input, their q_a, their r_a, M) of a dimension, see `torus_norm`; None if
+    all taps meet padding only."""
+    offsets, taps = axis.d * torch.arange(axis.k) - axis.before, torch.arange(axis.k)
+    if circular:
+        step, size = math.gcd(axis.s, axis.n), axis.n
+    else:
+        inside = axis.reads() >= 0
+        if not inside.any():
+            return None
+        taps, outputs = inside.any(0).nonzero()[:, 0], inside.any(1).nonzero()[:, 0]
+        read = axis.s * torch.arange(outputs[0], outputs[-1] + 1)[:, None] + offsets[taps]
+        step, offsets = axis.s, read[0]
+        size = max(axis.n - min(0, read.min().item()), read.max().item() + 1, len(read) * step)
+        size += extra * step
+    return taps, offsets // step, offsets % step, -(-size // step)
+
+
+def _cheapest(layer, weight, input_shape):
+    """(flops, flip, adjoint) of the cheapest way to take `rows_norm`: blocks are image rows, or
+    columns if `flip`; of the outputs, or of the inputs if `adjoint`."""
+    plans = []
+    for flip in (False, True):
+        along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+        for adjoint in (False, True):
+            width = weight.shape[1] * across.n
+            if not adjoint:
+                width = len(weight) // layer.groups * across.m
+            reads = along.reads(adjoint)
+            cost = layer.groups * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+            plans.append((float(cost), flip, adjoint))
+    return min(plans)
+
+
+def _strip_plans(layer, weight, input_shape):
+    """The (flip, half) of `strip_proof` that LARGEST allows: between the frequencies of the first
+    proof first, which has found too large a norm there."""
+    allowed = [f for f in (False, True) if _strip_cost(layer, weight, input_shape, f) <= LARGEST]
+    return [(flip, half) for half in (True, False) for flip in allowed]
+
+
+def _strip_cost(layer, weight, input_shape, flip):
+    """Flops of one `strip_proof`."""
+    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+    if not (across.reads() >= 0).any():  # all taps meet padding, which the first proof sees
+        return math.inf
+    _, _, r, M = _polyphase(across, circular=False)
+    inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
+    reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)
+    return layer.groups * (M // 2 + 1) * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+
+
+def _reach(reads):
+    """How far apart two blocks may be that read a common one."""
+    meet = (reads[:, None, :, None] == reads[None, :, None, :]) & (reads >= 0)[:, None, :, None]
+    first, second = meet.any(-1).any(-1).nonzero().unbind(1)
+    return int((first - second).abs().max()) if len(first) else 0
+
+
+def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
+    """Upper bound of the norm of a zero-padded convolution by `rows_proof`; `lower` and `upper`
+    enclose it."""
+    return _search(rows_proof(layer, weight, input_shape, flip, adjoint), lower, upper)
+
+
+def _search(prove, lower, upper):
+    """The first bound that can be proven from `lower` on, or `upper`."""
+    for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
+        guess = lower * (1 + 1e-6 * 6**i)
+        if guess >= upper:
+            break
+        bound = prove(guess)
+        if bound is not None:
+            return min(bound, upper)
+    return upper
+
+
+def rows_proof(layer, weight, input_shape, flip, adjoint):
+    """`_banded_proof` of a zero-padded convolution as it is: in terms of image rows (columns if
+    `flip`) it is a banded matrix of dense blocks, the one-dimensional convolutions of a row by each
+    row of the kernel, whose entries are weights. adjoint: of the transpose, for smaller blocks."""
+    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+    kernel = weight.mT if flip else weight
+    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
+    taps = weight.new_zeros(*kernel.shape[:3], across.m, kernel.shape[3], across.n)
+    for b, reads in enumerate(across.reads().T):
+        outputs = (reads >= 0).nonzero()[:, 0]
+        taps[:, :, :, outputs, :, reads[outputs]] = kernel[..., b]
+    taps = taps.flatten(4).flatten(2, 3)  # (k, G, outputs, inputs)
+    return _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
+
+
+def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
+    """Upper bound of the norm of a zero-padded convolution by `strip_proof`; `lower` and `upper`
+    enclose it."""
+    prove, estimate = strip_proof(layer, weight, input_shape, flip, half)
+    return _search(prove, max(lower, estimate()), upper)
+
+
+def strip_proof(layer, weight, input_shape, flip, half):
+    """As `_banded_proof`, of a zero-padded convolution, by the DFT along image rows alone (along
+    columns if `flip`), where it is embedded as in `torus_norm`; the other direction keeps its
+    border. For each frequency there remains a convolution of one dimension, a banded matrix whose
+    blocks are complex matrices of channels. Returns that function and one that estimates the norm.
+
+    half: frequencies (f + 1/2) / M instead of f / M. Phases exp(i a j) on the positions j of inputs
+    and outputs change no norm and turn w[b] into w[b] exp(i a q_b), up to a phase per component, so
+    that any shift of the grid is as good: where the norm peaks at a frequency of one grid, the
+    other passes on both sides of the peak.
+    """
+    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+    kernel = weight.mT if flip else weight
+    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
+    columns, q, r, M = _polyphase(across, circular=False)
+    frequencies = 2 * torch.arange((M + 1) // 2 if half else M // 2 + 1) + half
+    turns = frequencies[:, None] * q % (2 * M)  # (F, taps), exact integers
+    angle = torch.where(turns > M, turns - 2 * M, turns).double() * math.pi / M
+    real, imag, mass = [], [], []
+    for component in r.unique():
+        b = (r == component).nonzero()[:, 0]
+        part = kernel[..., columns[b]]
+        real.append(torch.einsum("kgoct,ft->kfgoc", part, torch.cos(angle[:, b])))
+        imag.append(torch.einsum("kgoct,ft->kfgoc", part, torch.sin(angle[:, b])))
+        mass.append(part.abs().sum(-1))
+    real, imag = torch.cat(real, -1), torch.cat(imag, -1)
+    taps = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2).flatten(1, 2)
+    adjoint = taps.shape[-1] < taps.shape[-2]
+    rounding = math.sqrt(2) * (32 * U + gamma(len(columns) + 1))  # of an entry, see torus_norm
+    mass = torch.cat(mass, -1).square().sum((-2, -1)).sqrt()  # (k, G)
+    error = 1.01 * rounding * mass.sum(0).max().item()
+    matrix = taps.mT if adjoint else taps, along.reads(adjoint)
+    prove = _banded_proof(*matrix)
+
+    def prove_exact(s):
+        bound = prove(s)
+        return None if bound is None else round_up(bound + error)
+
+    return prove_exact, lambda: _banded_estimate(*matrix)
+
+
+def _banded_estimate(taps, reads):
+    """Largest norm of the stack of matrices of `_banded_proof`, estimated by Lanczos in float32: a
+    proof at a number that is too small would fail, and take longer."""
+    taps, size = taps.float(), int(reads.max()) + 1
+    taken = [
+        (tap, (j >= 0).nonzero()[:, 0], j[j >= 0]) for tap, j in zip(taps, reads.T, strict=True)
+    ]
+
+    def gram(x):
+        x = x.view(taps.shape[1], size, -1)
+        y, z = x.new_zeros(len(x), len(reads), taps.shape[2]), torch.zeros_like(x)
+        for tap, i, j in taken:
+            y[:, i] += x[:, j] @ tap.mT
+        for tap, i, j in taken:
+            z[:, j] += y[:, i] @ tap
+        return z.flatten()
+
+    v = torch.randn(math.prod(taps.shape[1::2]) * size, generator=torch.Generator().manual_seed(0))
+    v = lanczos(gram, v, 1e-6)
+    return math.sqrt((gram(v).dot(v) / v.dot(v)).item())
+
+
+def _banded_proof(taps, reads):
+    """A function s -> a bound, barely above s, of the norms of a stack of banded block matrices A
+    with the blocks A[u, reads[u, a]] = taps[a], proven by floating-point Cholesky factorisation; or
+    None if s cannot be proven.
+
+    taps: (k, stack, p, q); reads: (blocks, k), -1 for none.
+
+    G = A A^T has the blocks G[u, v] = sum of taps[a] taps[b]^T over reads[u, a] = reads[v, b] >= 0,
+    which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks. If that runs
+    to completion, the factor R satisfies R^T R = t I - G + D with |D| <= gamma(n + 1) |R|^T |R|
+    entry by entry, n = (r + 1) p terms at most in an inner product (Higham, theorem 10.3, which
+    holds for any order of summation). The columns of R have squared lengths of at most
+    t / (1 - gamma(n + 1)), and a row of |R|^T |R| has at most 2 n entries that are not 0, so
+        ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * 2 n t
+    and G <= t I + D. One more rounding per product is allowed for libraries that multiply by
+    reciprocals of the diagonal. G as computed is off by at most gamma(q + k) |A| |A|^T entry by
+    entry, in norm by gamma(q + k) times the largest row sum and column sum of |A|.
+    """
+    k, _, p, q = taps.shape
+    reach = _reach(reads)
+    n = (reach + 1) * p
+    factor = gamma(n + 2) / (1 - gamma(n + 2)) * 2 * n + 2 * U  # 2 U: the diagonal of t I - G
+    sums = [taps.abs().sum(axis).amax(-1).sum(0).max().item() for axis in (-2, -1)]
+    error = 1.01 * gamma(q + k + 1) * math.prod(sums) + TINY
+
+    def gram(taps, u, v, blocks):
+        meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
+        pairs = tuple(map(tuple, meet.nonzero().tolist()))
+        if pairs not in blocks:
+            total = taps.new_zeros(taps.shape[1], p, p)
+            blocks[pairs] = sum((taps[a] @ taps[b].mT for a, b in pairs), total)
+        return blocks[pairs]
+
+    def succeeds(taps, t):
+        R, blocks = {}, {}
+        for u in range(len(reads)):
+            above = range(max(0, u - reach), u)
+            S = -gram(taps, u, u, blocks)
+            S.diagonal(dim1=-2, dim2=-1).add_(t)
+            for w in above:
+                S -= R[w, u].mT @ R[w, u]
+            L, info = torch.linalg.cholesky_ex(S)
+            if info.any() or not L.diagonal(dim1=-2, dim2=-1).isfinite().all():
+                return False
+            for v in range(u + 1, min(u + reach + 1, len(reads))):
+                B = -gram(taps, u, v, blocks)
+                for w in above:
+                    if (w, v) in R:
+                        B -= R[w, u].mT @ R[w, v]
+                R[u, v] = torch.linalg.solve_triangular(L, B, upper=False)
+            R = {(w, v): block for (w, v), block in R.items() if w > u - reach}
+        return True
+
+    def prove(s):
+        some = taps.split(max(1, CHUNK // p**2), 1)  # what fits into memory
+        if not all(succeeds(taps, s * s) for taps in some):
+            return None
+        return round_up(math.sqrt((s * s * (1 + factor) + error) * (1 + 8 * U)))
+
+    return prove

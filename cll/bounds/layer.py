@@ -1,0 +1,264 @@
+"""The Lipschitz bound of one layer: `operator_norm`; `estimate` for training."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .linear import (
+    DENSE_ENTRIES,
+    METHODS,
+    PROOFS,
+    apply_adjoint,
+    apply_linear,
+    as_text,
+    exact_arithmetic,
+    padding,
+    pair,
+    power,
+)
+from .norm import matrix_norm
+from .registry import BOUNDS, MATRICES, SEVERAL, _mend, is_bounded_as, kind_of, refuse_overridden
+from .trace import _evaluation_copy, body_output_shape, float64_copy
+
+
+@exact_arithmetic()
+def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
+    """Bound of the L2 Lipschitz constant of one layer at its true input size; for a linear layer
+    (the bias plays no role) its largest singular value. Float.
+
+    layer        nn.Linear, nn.Conv2d or any layer known to `layer_lipschitz`
+    input_shape  shape of one sample: (C, H, W) or (features,)
+    method       "guaranteed": never below the true norm, rounding included; seconds for a large
+                 convolution, within 1 % of it where that proof is affordable, see `norms`
+                 "tight": as "guaranteed", by a permille at most, minutes for a large convolution
+                 "fast": as "guaranteed", by the cheapest proof, some permille larger
+                 "power": the number that the paper's power iteration converges to (computed by
+                 Lanczos from a fixed start), rounded down so that it is never above the true norm;
+                 1 for SOC, CPL, SLL and Sandwich layers, as published
+                 "exact": dense singular values; at most 6e7 matrix entries. For CPL, SLL and
+                 Sandwich layers the formula of "guaranteed" with exact in place of proven norms
+    start        optional start vector of "power", of shape input_shape
+
+    Raises TypeError for a layer without a known bound (it never counts as 1), ValueError for a
+    wrong shape or method, a matrix too large for "exact", and weights that are not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    shape = sample_shape(input_shape)
+    refuse_overridden(layer)
+    if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
+        layer = _evaluation_copy(layer)
+    if start is not None:
+        if not (is_linear(layer) and method == "power"):
+            raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
+        return matrix_norm(layer, _weight(layer, shape), shape, method, start)
+    if method in PROOFS and kind_of(layer) not in SEVERAL:  # other layers know one proof only
+        method = "guaranteed"
+    bound = float(layer_lipschitz(layer, shape, method))
+    if not bound >= 0:
+        raise ValueError(f"the bound registered for {as_text(layer)} returned {bound}")
+    return bound
+
+
+def sample_shape(given):
+    """The shape of one sample as a tuple, of a sequence or of one number of features."""
+    shape = tuple(given) if isinstance(given, tuple | list | np.ndarray) else (given,)
+    if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
+        raise ValueError(
+            "give input_shape, the shape of one sample in numbers, (C, H, W) or (features,): "
+            f"got {given!r}"
+        )
+    return shape
+
+
+def layer_lipschitz(layer, input_shape, method):
+    """The bound behind `operator_norm`: that of exactly the layer's type. Add one with
+
+    @cll.bounds.register(MyLayer)
+    def _(layer, input_shape, method): return 1.0
+
+    A handler returns a float: for "guaranteed" never below the Lipschitz constant of the layer in
+    evaluation mode, for "power" the value that papers report.
+    """
+    bound = BOUNDS.get(kind_of(layer))
+    if bound is None:
+        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {_mend(type(layer))}")
+    return bound(layer, input_shape, method)
+
+
+def as_matrix(layer, input_shape):
+    """(layer, weight, error) of a layer that is one matrix up to biases: its norm is within `error`
+    of that of a layer like this with this float64 weight; else None."""
+    if is_linear(layer):
+        return layer, _weight(layer, input_shape), 0.0
+    matrix = MATRICES.get(kind_of(layer))
+    return matrix and matrix(layer, input_shape)
+
+
+def absolute_norm(layer, weight, input_shape):
+    """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
+    of the largest row sum and the largest column sum of |A|."""
+    kernel = tuple(range(2, weight.ndim))
+    unit = power(weight.abs().max())  # of it, sums and their product do not leave float64
+    scaled = weight.abs() / unit
+    rows, columns = (scaled.sum((axis, *kernel)).max().item() for axis in (1, 0))
+    if getattr(layer, "padding_mode", "zeros") == "circular":
+        # a tap reads the positions s i + t mod n, i < m: one of them so many times
+        sizes = body_output_shape(layer, input_shape)[1:], pair(layer.stride), input_shape[-2:]
+        columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
+    return math.sqrt(rows * columns) * unit.item() * (1 + 1e-6)
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def as_conv2d(layer, input_shape):
+    """(layer, weight, input shape) of a Linear or Conv2d with the norm of this layer.
+
+    A convolution of one dimension is that of an image with one row. A transposed one is, up to its
+    bias, the adjoint of the Conv2d with the same weight and settings on its outputs, as long as
+    that gives outputs of the shape of its inputs: output_padding < stride. (torch allows more where
+    dilation > stride.)
+    """
+    weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        return layer, weight, input_shape
+    shape, d = tuple(input_shape), len(input_shape) - 1
+    stride, dilation = pair(layer.stride, d), pair(layer.dilation, d)
+    pads = layer.padding if isinstance(layer.padding, str) else pair(layer.padding, d)
+    if transposed:
+        shape = body_output_shape(layer, input_shape)
+        if any(a >= s for a, s in zip(pair(layer.output_padding, d), stride, strict=True)):
+            raise TypeError(
+                f"no Lipschitz bound known for {as_text(layer)}, of which output_padding is not "
+                "below stride: register one with cll.bounds.register"
+            )
+    if d == 1:
+        weight, shape = weight.unsqueeze(2), (shape[0], 1, shape[1])
+        stride, dilation = (1, *stride), (1, *dilation)
+        pads = pads if isinstance(pads, str) else (0, *pads)
+    outputs, inputs, *kernel = weight.shape
+    settings = kernel, stride, pads, dilation, layer.groups
+    return nn.Conv2d(inputs * layer.groups, outputs, *settings, False, device="meta"), weight, shape
+
+
+def _check_attributes(layer):
+    """torch computes with the weight, whatever channels and sizes a layer says to have."""
+    if isinstance(layer, nn.Linear):
+        said, sizes = (layer.out_features, layer.in_features), ()
+    else:
+        said = layer.out_channels, layer.in_channels
+        said = said[::-1] if isinstance(layer, TRANSPOSED) else said
+        sizes = pair(layer.kernel_size, layer.weight.ndim - 2)
+    outputs, inputs, *kernel = layer.weight.shape
+    same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == (*said, *sizes)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "circular":
+        copied = [n for pads in reversed(padding(layer)) for n in pads]
+        same = same and list(layer._reversed_padding_repeated_twice) == copied
+    if not same:
+        raise ValueError(
+            f"{as_text(layer)} has attributes that were changed after it was built and differ "
+            "from what it computes: build it anew"
+        )
+
+
+def _weight(layer, input_shape):
+    """The weight of a Linear or convolution in float64 on the CPU, checked."""
+    _check_attributes(layer)
+    _check_shape(layer, input_shape)
+    modes = ("zeros", "circular") if isinstance(layer, nn.Conv2d) else ("zeros",)
+    if getattr(layer, "padding_mode", "zeros") not in modes:
+        raise TypeError(
+            f"no Lipschitz bound known for {as_text(layer)}, padding_mode={layer.padding_mode!r}: "
+            f"use {' or '.join(modes)}, or padding=0 behind a layer such as nn.ReflectionPad2d"
+        )
+    if layer.weight.is_complex():
+        raise TypeError(f"no Lipschitz bound known for {as_text(layer)} with complex weights")
+    if parametrize.is_parametrized(layer):  # a weight computed in float64, as in the certificate
+        layer = float64_copy(layer)
+    weight = layer.weight.detach().to("cpu", torch.float64)
+    if not torch.stack(weight.aminmax()).isfinite().all():  # ten times faster than entry by entry
+        raise ValueError(f"the weight of {as_text(layer)} holds NaN or infinite numbers: no bound")
+    return weight
+
+
+def _plain(weight):
+    """The nn.Linear or zero-padded nn.Conv2d with a weight of this shape, without the weight."""
+    if weight.ndim == 2:
+        return nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    outputs, inputs, k, _ = weight.shape
+    return nn.Conv2d(inputs, outputs, k, padding=k // 2, bias=False, device="meta")
+
+
+@torch.no_grad()
+def _exact_linear(layer, input_shape):
+    """Largest singular value of an affine layer from its answer to the identity."""
+    size = math.prod(input_shape)
+    if size**2 > DENSE_ENTRIES:
+        raise ValueError(f'method "exact" is for small inputs, got {input_shape}: use "guaranteed"')
+    identity = torch.eye(size, dtype=torch.float64).view(-1, *input_shape)
+    matrix = (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1)
+    return torch.linalg.svdvals(matrix)[0].item()
+
+
+def is_linear(layer):
+    """True for nn.Linear and nn.Conv2d: the layers whose norm the training loop estimates. False
+    for a subclass with a bound of its own, which may compute anything."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        return False
+    refuse_overridden(layer)
+    return is_bounded_as(layer, nn.Linear)
+
+
+def estimate(layer, v, iterations=5, through=False):
+    """Training estimate of the norm of a Linear or Conv2d layer A: (sigma, v).
+
+    v (the layer's input shape, one sample) is moved by `iterations` steps of power iteration
+    v <- A^T A v / ||A^T A v||, with the exact adjoint; then sigma = ||A v||. Keep the returned v
+    (detached, unit length) for the next call: a warm start. iterations=0 re-uses v.
+
+    through=False: v is held constant. At convergence it is the top right singular vector, and the
+    gradient of sigma in the weight, that of u^T A v, is the gradient of the norm itself (envelope
+    theorem; the top singular value must be simple).
+    through=True: the gradient flows through the iterations too, as in the published code. Equal at
+    convergence, twice the work; where the top singular values are close, it reaches all of them
+    and not just the one that v has found.
+
+    sigma never exceeds the norm by more than rounding. Pure, without host synchronisation; runs
+    under torch.func.vmap over stacked weights and vectors. Zero weights give sigma 0 with gradient
+    0 and leave v as it is.
+    """
+    with torch.autocast(v.device.type, enabled=False):
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            weight = layer.weight if through else layer.weight.detach()
+            if iterations == 0:
+                v = v / torch.linalg.vector_norm(v)
+            for _ in range(iterations):
+                square = apply_adjoint(layer, weight, apply_linear(layer, weight, v), v.shape)
+                # A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero
+                square = torch.add(square, v, alpha=1e-16)
+                v = square / torch.linalg.vector_norm(square)
+        return torch.linalg.vector_norm(apply_linear(layer, layer.weight, v)), v.detach()
+
+
+def pairwise_distances(W):
+    """||w_i - w_j|| of the rows of W: (C, D) -> (C, C), differentiable, with zero gradient on the
+    diagonal and for equal rows. From differences: inner products would lose close rows."""
+    return torch.cdist(W, W, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _check_shape(layer, shape):
+    if isinstance(layer, nn.Linear):
+        fits, wanted = shape[-1] == layer.in_features, f"({layer.in_features},)"
+    else:
+        names = (k.__name__ for k in type(layer).__mro__)  # Conv2d: two dimensions; Upsample: any
+        d = next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), 0)
+        channels = getattr(layer, "in_channels", getattr(layer, "num_features", None))
+        fits = len(shape) == d + 1 or not d and len(shape) > 1
+        fits = fits and channels in (None, shape[0])
+        wanted = f"({', '.join([str(channels or 'C'), *'DHW'[-d or 1 :]])})"
+    if not fits:
+        raise ValueError(f"{as_text(layer)} takes inputs of shape {wanted}, got {shape}")

@@ -1,0 +1,199 @@
+"""The L2 operator norm of a matrix, given as the weight of a Linear or Conv2d layer.
+
+    guaranteed   an upper bound by construction, rounding included: what a certificate may use. The
+                 smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
+                 where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
+    tight        the same with a gap of TOLERANCE
+    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, far
+                 more on images of few pixels
+    power        what converged power iteration finds, never above the norm
+    exact        dense singular value decomposition, for small layers: the judge in tests
+
+The proofs of an upper bound s, each cheaper and less tight than the next:
+
+    `torus_norm`    a zero-padded convolution is a part of a circular one, which the DFT block-
+                    diagonalises; exact but for what the border takes away
+    `strip_norm`    the same in one direction only, the true border in the other
+    `rows_norm`     none: s^2 I - A^T A is factorised as it is, block by block of image rows
+
+Arithmetic assumed: IEEE float64 on the CPU, round to nearest, unit roundoff u = 2^-53, with or
+without fused multiply-add. An inner product of n terms, summed in any order, is off by at most
+gamma(n) = n u / (1 - n u) times the sum of the absolute products (Higham, "Accuracy and Stability
+of Numerical Algorithms", 2002, section 3.1); matrix products and convolutions are such sums (no
+Winograd, no Strassen), and Cholesky factorisation and triangular solves are substitution (sections
+8.1 and 10.1). Everything is written in real arithmetic, so that no assumption about complex
+products is needed.
+"""
+
+import contextlib
+import hashlib
+import math
+
+from torch import nn
+
+from .convolution import (
+    LARGEST,
+    _cheapest,
+    _strip_plans,
+    rows_norm,
+    rows_proof,
+    strip_norm,
+    strip_proof,
+    torus_norm,
+)
+from .dense import exact_norm, lower_bound, proven_norm
+from .linear import (
+    CHUNK,
+    PROOFS,
+    _geometry,
+    dense_matrix,
+    output_shape,
+    padding,
+    scaled_by,
+    shift,
+)
+
+TOLERANCE = 1e-3  # a proven bound this close to the proven lower bound may stand
+LOOSE = 1e-2  # a gap that is closed even by a proof of LARGEST flops
+CHEAP = 1e12  # flops of a block Cholesky proof that is always worth it (half a minute on one core)
+
+
+def matrix_norm(layer, weight, input_shape, method, start=None):
+    """Norm of a layer like `layer` with the float64 weight given, without its bias. `start` is an
+    optional start vector of "power". The weight is scaled by a power of two, exactly, to largest
+    entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
+    if method in PROOFS:
+        return enclose(layer, weight, input_shape, method)[1]
+    weight, exponent = _scaled(weight)
+    if weight is None:
+        return 0.0
+    if method == "power":
+        return scaled_by(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
+    return scaled_by(exact_norm(layer, weight, input_shape), exponent)
+
+
+def enclose(layer, weight, input_shape, method="guaranteed"):
+    """(lower, upper, proof): a proven interval of the norm, and the name of the proof of `upper`.
+    Of "fast" lower is 0. Where the norm is no float64, lower is the largest one or 0 and upper
+    infinite or above 0. Proofs cost seconds: those of a weight seen before are remembered."""
+    weight, exponent = _scaled(weight)
+    if weight is None:
+        return 0.0, 0.0, "zero"
+    key = method, *_key(layer, weight, input_shape)
+    if key not in _PROVEN:
+        if method == "fast":
+            _PROVEN[key] = 0.0, _fast(layer, weight, input_shape), _first(layer)
+        else:
+            _PROVEN[key] = _prove(layer, weight, input_shape, method == "tight")
+    lower, upper, proof = _PROVEN[key]
+    return scaled_by(lower, exponent, 0.0), scaled_by(upper, exponent, math.inf), proof
+
+
+def confirm(layer, weight, input_shape, bound, proof):
+    """Whether the proof of that name holds at this bound, which is a little above what it proved
+    when `enclose` found it: one factorisation, no search, and none that `enclose` would not try.
+    `enclose` then knows the bound."""
+    weight, exponent = _scaled(weight)
+    if weight is None:
+        return bound >= 0
+    bound = scaled_by(bound, -exponent, 0.0)
+    guess, holds = bound * (1 - 1e-7), False
+    # the others are about the banded matrix of a zero-padded convolution, and no other map
+    banded = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+    if proof == _first(layer):
+        holds = _fast(layer, weight, input_shape) <= bound
+    elif not banded:
+        return False
+    elif proof == "block Cholesky":
+        cost, *plan = _cheapest(layer, weight, input_shape)
+        proven = rows_proof(layer, weight, input_shape, *plan)(guess) if cost <= LARGEST else None
+        holds = proven is not None and proven <= bound
+    elif proof == "DFT in one direction":
+        for plan in _strip_plans(layer, weight, input_shape):
+            proven = strip_proof(layer, weight, input_shape, *plan)[0](guess)
+            if holds := proven is not None and proven <= bound:
+                break
+    if holds:
+        key = "guaranteed", *_key(layer, weight, input_shape)
+        _PROVEN.setdefault(key, (0.0, bound, proof))
+    return holds
+
+
+@contextlib.contextmanager
+def forgetting():
+    """What is proven inside is known inside alone: claims of others are true then, but loose."""
+    before = _PROVEN.copy()
+    try:
+        yield
+    finally:
+        _PROVEN.clear()
+        _PROVEN.update(before)
+
+
+def _key(layer, weight, input_shape):
+    """What a norm depends on."""
+    geometry = "linear"
+    if isinstance(layer, nn.Conv2d):
+        geometry = (*_geometry(layer), padding(layer), layer.groups, layer.padding_mode)
+    digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
+    return digest, tuple(weight.shape), geometry, tuple(input_shape)
+
+
+_PROVEN = {}
+
+
+def _scaled(weight):
+    """(weight / 2^exponent, exponent), largest entry in [1, 2); (None, 0) if all are 0."""
+    low, high = weight.aminmax()
+    largest = max(-low.item(), high.item())
+    if largest == 0:
+        return None, 0
+    exponent = math.frexp(largest)[1] - 1
+    return shift(weight, -exponent), exponent
+
+
+def _prove(layer, weight, input_shape, tight):
+    """`enclose` of a scaled weight: proofs from cheap to dear, until one is close enough."""
+    output_shape(layer, input_shape)  # raises for a kernel larger than its input
+    lower = lower_bound(layer, weight, input_shape)
+    upper, proof = _fast(layer, weight, input_shape), _first(layer)
+    zeros = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+    if not zeros or upper <= lower * (1 + 1e-6):
+        return lower, upper, proof
+    cost, *plan = _cheapest(layer, weight, input_shape)
+    if cost > CHEAP:
+        for strip_plan in _strip_plans(layer, weight, input_shape):
+            if upper <= lower * (1 + TOLERANCE / 3):
+                break
+            strip = strip_norm(layer, weight, input_shape, *strip_plan, lower, upper)
+            if strip < upper:
+                upper, proof = strip, "DFT in one direction"
+        tolerance = TOLERANCE if tight else min(LOOSE, TOLERANCE * cost / CHEAP)
+        if upper <= lower * (1 + tolerance):
+            return lower, upper, proof
+    if cost <= LARGEST:
+        exact = rows_norm(layer, weight, input_shape, *plan, lower, upper)
+        if exact < upper:
+            upper, proof = exact, "block Cholesky"
+    return lower, upper, proof
+
+
+def _first(layer):
+    """The name of the proof of `_fast`."""
+    return "Cholesky" if isinstance(layer, nn.Linear) else "DFT"
+
+
+def _fast(layer, weight, input_shape):
+    """Upper bound of the norm of a linear layer whose largest weight lies in [1, 2)."""
+    if isinstance(layer, nn.Linear):
+        return proven_norm(weight[None])
+    bound = torus_norm(layer, weight, input_shape)
+    if layer.padding_mode == "zeros":  # an odd grid has no frequency pi, where norms often peak
+        bound = min(bound, torus_norm(layer, weight, input_shape, 1))
+    inputs, outputs = math.prod(input_shape), math.prod(output_shape(layer, input_shape))
+    wraps = layer.padding_mode == "circular" and any(
+        d * (k - 1) >= n for k, _, d, n in zip(*_geometry(layer), input_shape[-2:], strict=True)
+    )  # then taps meet on one pixel and the entries of the matrix are rounded sums
+    if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
+        bound = min(bound, proven_norm(dense_matrix(layer, weight, input_shape)[None]))
+    return bound

@@ -1,0 +1,190 @@
+"""Which layers are known: their bounds, their roundings, and what is refused.
+
+A file that defines a layer registers what is proven about it here. Nothing counts as known because
+it looks like something known: the type must be exactly a registered one, and unchanged since.
+"""
+
+import functools
+from typing import get_args
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .linear import as_text
+
+BOUNDS = {}  # type -> its bound, a function (layer, input_shape, method)
+ROUNDINGS = {}  # type -> its rounding, a function (layer, input_shape)
+OURS = set()  # types whose bound is proven by this kit, which a certificate may name
+SEVERAL = set()  # types whose bound tells "tight" and "fast" from "guaranteed"
+MATRICES = {}  # type -> function (layer, input_shape) to (layer, weight, error), see `as_matrix`
+CONTAINERS = {}  # type -> names of the parts that all read the input, and whose outputs are added
+HEADS = {}  # type -> function of D: what its rows of D numbers may be off by, in norm
+
+
+def register(kind, bound=None):
+    """Register the bound of a type of layer or of a union of types, see `layer_lipschitz`; alone,
+    as a decorator."""
+    if bound is None:
+        return functools.partial(register, kind)
+    for one in get_args(kind) or (kind,):
+        BOUNDS[one] = bound
+        OURS.discard(one)
+        know(one)
+    return bound
+
+
+def register_ours(kind, bound=None):
+    """`register` for the layers of torch.nn and cll whose bound this kit proves itself."""
+    if bound is None:
+        return functools.partial(register_ours, kind)
+    register(kind, bound)
+    OURS.update(get_args(kind) or (kind,))
+    return bound
+
+
+def register_rounding(cls, func=None):
+    """Register the rounding of a type of layer or of a union of types, see `rounding.rounding`;
+    alone, as a decorator."""
+    if func is None:
+        return functools.partial(register_rounding, cls)
+    ROUNDINGS.update(dict.fromkeys(get_args(cls) or (cls,), func))
+    return func
+
+
+def kind_of(layer):
+    """The type of a layer; below parametrised weights, that which their class is made from."""
+    kind = type(layer)
+    return kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
+
+
+_KNOWN = {}  # type -> its methods at the moment when it became known
+_EXTENSIBLE = {nn.Sequential}  # known types of which a subclass may add a constructor
+
+
+def know(kind, extensible=False):
+    """From now on an object of this type computes what its class says at this moment."""
+    _KNOWN[kind] = _methods(kind)
+    if extensible:
+        _EXTENSIBLE.add(kind)
+
+
+def _methods(kind):
+    """{name: what computes} of a class, that of nn.Module included."""
+    return {
+        name: value
+        for base in reversed(kind.__mro__[:-1])
+        for name, value in vars(base).items()
+        if callable(value) or hasattr(value, "__get__")  # also property, staticmethod, ...
+    }
+
+
+know(nn.Sequential)
+
+
+def is_bounded_as(layer, kind):
+    """True if the bound of this layer is the one registered for `kind`."""
+    return BOUNDS.get(kind_of(layer)) is BOUNDS.get(kind)
+
+
+def refuse_overridden(layer):
+    """Raise TypeError unless a layer or container is what its class was when it became known: its
+    type, or the one below a parametrised weight, exactly a known one (a subclass of nn.Sequential
+    may add a constructor); no method replaced, in the class or in the object; no hook; weights that
+    are plain tensors. What has no bound at all is left to `layer_lipschitz`."""
+    if not isinstance(layer, nn.Module) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {_mend(type(layer))}")
+    _refuse_hooks(layer)
+    kind = kind_of(layer)
+    known = next((k for k in kind.__mro__ if k in _KNOWN), None)
+    if known is None:
+        return
+    methods, unknown = _methods(type(layer)), f"no Lipschitz bound known for {type(layer).__name__}"
+    replaced = {
+        name
+        for name, method in methods.items()
+        if method is not _KNOWN[known].get(name) and not _is_torchs_own(name, method)
+    }
+    replaced -= {"__init__"}  # a constructor has run already
+    replaced |= {k for k in vars(layer) if k in methods or k.startswith("__")}  # __deepcopy__ too
+    if layer._compiled_call_impl is not None:
+        raise TypeError(
+            f"{unknown} compiled in place, by a compiler that may change what it computes: pass a "
+            "network on which .compile() was not called"
+        )
+    if replaced or kind is not known and known not in _EXTENSIBLE:
+        what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
+        raise TypeError(f"{unknown}, {what} {known.__name__}: {_mend(kind)}")
+    kept = "frozen", "mean", "std"  # the last two of torchvision's Normalize
+    loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k not in kept}
+    for name, tensor in (layer._parameters | layer._buffers | loose).items():
+        if tensor is not None and (name in loose or not _is_plain(tensor)):
+            raise TypeError(
+                f"{unknown}, of which {name} is no plain parameter or buffer but a "
+                f"{type(tensor).__name__}: pass the network as it was before it was quantised, "
+                "sharded or made sparse; run a lazy one on a batch first"
+            )
+
+
+def refuse_foreign(model):
+    """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
+    may compute anything else: no number of points shows what a network does between them."""
+    if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
+        mend = (
+            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
+            "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
+            "and register the bounds of your own layers with cll.bounds.register"
+        )
+        raise TypeError(
+            f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
+            f"{_mend(type(model), mend)}"
+        )
+    if isinstance(model, nn.Module):
+        refuse_overridden(model)
+
+
+def _mend(kind, otherwise=None):
+    """What to do about a type of layer or model that has no bound."""
+    home, name = kind.__module__, kind.__name__
+    if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        return "put what is inside it in its place, .module or ._orig_mod"
+    if "quantized" in home:
+        return "pass the network as it was before it was quantised"
+    if name.startswith("Lazy"):
+        return "run the network on a batch first, which gives the layer its size"
+    if {base.__module__.partition(".")[0] for base in kind.__mro__} & {"deel", "orthogonium"}:
+        return (
+            "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
+            f"in its place, or register its bound with @cll.bounds.register({name})"
+        )
+    function = "a function (layer, input_shape, method)"
+    return otherwise or f"register one with @cll.bounds.register({name}) on {function}"
+
+
+def _is_torchs_own(name, method):
+    """Whether torch itself exchanged a method of nn.Module, as its compiler does when imported, or
+    gave it to the class of a layer with parametrised weights."""
+    place = getattr(getattr(method, "fget", method), "__globals__", {}).get("__name__", "")
+    exchanged = method is vars(nn.Module).get(name) and place.partition(".")[0] == "torch"
+    return exchanged or place == parametrize.__name__
+
+
+def _is_plain(tensor):
+    strided = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return strided and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
+
+
+def _refuse_hooks(module):
+    """A hook may compute anything."""
+    everywhere = nn.modules.module
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    ):
+        raise TypeError(
+            f"no Lipschitz bound known for {as_text(module)} with forward hooks, which may change "
+            "what it computes: remove them (torch.nn.utils.remove_spectral_norm, "
+            "remove_weight_norm, or the handle of register_forward_hook)"
+        )

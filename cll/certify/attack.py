@@ -1,0 +1,285 @@
+"""Attacks that try to break certificates. None ever proves anything; one success disproves.
+
+AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) comes from the library pyautoattack, the
+authors' code as a package: an optional extra. What counts as broken is decided here, in float64.
+"""
+
+import contextlib
+import copy
+import importlib
+import logging
+import math
+import sys
+
+import numpy as np
+import torch
+
+from ..architectures import as_lipschitz_net
+from ..bounds.linear import full_precision
+from ..layers.structure import freeze
+from ..progress import progress_bar
+from .inputs import as_pixels, check_images, check_targets, predict_logits
+
+# the library's attacks and their target classes; steps and restarts of pgd_attack, which follows
+VERSIONS = {
+    "standard": (["apgd-ce", "apgd-t", "fab-t", "square"], 9, 100, 5),
+    "apgd": (["apgd-ce", "apgd-t"], 3, 50, 2),
+    "apgd-ce": (["apgd-ce"], 0, 25, 1),
+}
+
+
+def autoattack(
+    model,
+    images,
+    targets,
+    epsilon,
+    *,
+    version="standard",
+    steps=None,
+    restarts=None,
+    seed=0,
+    batch_size=250,
+    progress=False,
+):
+    """Try to make a classifier wrong within L2 distance epsilon: AutoAttack, then ``pgd_attack``.
+
+    model, images: as in ``certify``; images (N, C, H, W), no points. targets: (N,) true classes.
+    epsilon: float >= 0, in input units.
+    version: "standard" is AutoAttack as published (APGD on cross-entropy, targeted APGD and FAB
+        with up to 9 target classes, 5000 queries of Square) and 5 restarts of 100 PGD steps;
+        "apgd" its two APGD attacks with 3 target classes and 2 x 50 steps, a tenth of the work and
+        nearly as strong where gradients are not masked; "apgd-ce" the first of them and 25 steps,
+        for a quick look.
+    steps, restarts: of ``pgd_attack``; default: those of the version.
+    The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
+    none does. Square needs 5 rows of pixels and is left out for smaller images.
+
+    The searches run in the model's own precision; the library's stays in [0, 1] and keeps its
+    points in float32, ours may leave the cube. Points are then moved in float64 to a distance of
+    at most epsilon and judged there: what the library calls broken and no longer is has withstood.
+
+    Returns (adversarial images, float64, on the CPU: the original where none was found; robust,
+    (N,) bool: right before and after every attack). Wrong predictions are not attacked. The same
+    seed gives the same result, whatever the state of the global generators, which is kept.
+    Raises ImportError where the library is missing, ValueError for bad arguments.
+    """
+    library = _library()
+    if version not in VERSIONS:
+        raise ValueError(f"version = {version!r} is not one of {', '.join(map(repr, VERSIONS))}")
+    model = as_lipschitz_net(model, np.shape(images)[1:])
+    images = check_images(images, model)
+    if images.ndim != 4:
+        raise ValueError(
+            f"AutoAttack takes images (N, C, H, W) in [0, 1], not points {tuple(images.shape)}: "
+            "use pgd_attack"
+        )
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon = {epsilon} must be finite and >= 0, a distance in input units")
+    C = model.head.out_features
+    x = as_pixels(images.cpu(), torch.float64)
+    y = check_targets(targets, len(x), C).cpu()
+    adversarial, robust = x.clone(), predict_logits(model, images).argmax(dim=1) == y
+    attacks, aims, *usual = VERSIONS[version]
+    if epsilon > 0 and robust.any():
+        found = _search(
+            library, model, x[robust], y[robust], epsilon, attacks, aims, seed, batch_size, progress
+        )
+        _keep_broken(model, adversarial, robust, y, _within(x[robust], found, epsilon))
+    if epsilon > 0 and robust.any():
+        found, _ = pgd_attack(
+            model, x[robust], y[robust], epsilon, steps=steps or usual[0],
+            restarts=restarts or usual[1], seed=seed, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        _keep_broken(model, adversarial, robust, y, found)
+    return adversarial, robust
+
+
+def attack_name(version):
+    """What ``autoattack`` runs, for tables: "AutoAttack apgd-ce, apgd-t; PGD 2 x 50 steps"."""
+    attacks, _, steps, restarts = VERSIONS[version]
+    whole = "standard" if version == "standard" else ", ".join(attacks)
+    return f"AutoAttack {whole}; PGD {restarts} x {steps} steps"
+
+
+def autoattack_curve(model, images, targets, radii, **options):
+    """Which predictions are right and withstand ``autoattack`` at each radius: (R, N) bool.
+
+    radii: R distances in any order; options: those of ``autoattack``. An image that is broken at
+    one radius is broken at every larger one and not attacked again.
+    """
+    images, targets = torch.as_tensor(images), torch.as_tensor(targets).cpu()
+    robust = torch.ones(len(radii), len(images), dtype=torch.bool)
+    left = torch.arange(len(images))
+    for i in sorted(range(len(radii)), key=radii.__getitem__):
+        robust[i] = False
+        if len(left):
+            kept = left.to(images.device)
+            _, withstood = autoattack(model, images[kept], targets[left], radii[i], **options)
+            left = left[withstood]
+        robust[i, left] = True
+    return robust
+
+
+def _library():
+    try:
+        return importlib.import_module("pyautoattack")
+    except ImportError:
+        raise ImportError(
+            "AutoAttack needs the extra `attack` of cll: pip install -e '.[attack]' in the "
+            "checkout, or pip install 'pyautoattack>=0.2'"
+        ) from None
+
+
+def _search(library, model, x, y, epsilon, attacks, aims, seed, batch_size, progress):
+    """Displacements (n, *input_shape) float64 of the points that the library calls broken, else ~0.
+
+    x: (n, *input_shape) float64, y: (n,), classes that the model predicts.
+    """
+    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    weight = next(net.parameters())
+    C = net.head.out_features
+    unfit = {"square"} if x.shape[2] < 5 else set()
+    if C < 4:
+        unfit.add("apgd-t")
+        attacks = [*attacks, "apgd-dlr"] if C == 3 else attacks
+    attacks = [name for name in attacks if name not in unfit]
+
+    def logits(points):
+        return net(points.to(weight.dtype)).float()
+
+    attack = library.AutoAttack(logits, norm="L2", eps=epsilon, seed=seed, device=weight.device)
+    attack.attacks_to_run = attacks
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(aims, C - 1)
+    found = []
+    batches = list(zip(x.float().split(batch_size), y.split(batch_size), strict=True))
+    with progress_bar(len(batches), "AutoAttack", "batch", progress) as bar:
+        for points, classes in batches:
+            with full_precision(weight.device), _kept_to_itself(weight.device):
+                moved, _ = attack.run_standard_evaluation(
+                    points.to(weight.device), classes.to(weight.device), batch_size=batch_size
+                )
+            found.append(moved.cpu().double())
+            bar.update()
+    return torch.cat(found) - x
+
+
+@contextlib.contextmanager
+def _kept_to_itself(device):
+    """The library seeds the global generators, takes the tracer of coverage and debuggers away and
+    logs warnings about classifiers; afterwards all is as before."""
+    logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        logger.disabled = disabled
+        sys.settrace(trace)
+
+
+def _keep_broken(model, adversarial, robust, y, points):
+    """Store, in place, those of `points`, one per robust image, that the model gets wrong."""
+    wrong = predict_logits(model, points).argmax(dim=1) != y[robust]
+    broken = robust.nonzero()[:, 0][wrong]
+    adversarial[broken], robust[broken] = points[wrong], False
+
+
+def pgd_attack(
+    model,
+    images,
+    targets,
+    epsilon,
+    *,
+    steps=100,
+    restarts=5,
+    seed=0,
+    batch_size=250,
+    progress=False,
+):
+    """Try to change predictions within L2 distance epsilon: projected gradient descent on the
+    margin f_y - f_j. A sanity check that tries to break certificates; not an evaluation of
+    empirical robustness, for which stronger attacks exist.
+
+    model, images: as in ``certify``. targets: (N,), the classes y to leave; None for the model's
+        own predictions. epsilon: float or (N,), one distance per image (a certified radius).
+    steps, restarts: normalised gradient steps, whose lengths fall linearly from the smaller of
+        epsilon and 25 epsilon / steps, from each of `restarts` points drawn uniformly from the
+        ball. The first restart lowers the margin to the best other class, restart r aims at the
+        r-th best one of the image (after the last, at the best again).
+
+    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's own
+    precision. The best point of each image is then moved in float64 to a distance of at most
+    epsilon, and judged there.
+
+    Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).
+    """
+    model = as_lipschitz_net(model, np.shape(images)[1:])
+    images = check_images(images, model)
+    x = as_pixels(images.cpu(), torch.float64)
+    predicted = predict_logits(model, images).argmax(dim=1)
+    y = predicted if targets is None else torch.as_tensor(targets).cpu()
+    y = check_targets(y, len(x), model.head.out_features)
+    epsilon = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(len(x))
+    if not (epsilon.isfinite().all() and (epsilon >= 0).all()):
+        raise ValueError("epsilon must be finite and >= 0, a distance in input units")
+    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    generator = torch.Generator().manual_seed(seed)
+    batches = [part.split(batch_size) for part in (x, y, epsilon)]
+    with progress_bar(len(batches[0]) * restarts, "attack", "restart", progress) as bar:
+        found = [
+            _descend(net, *batch, steps, restarts, generator, bar)
+            for batch in zip(*batches, strict=True)
+        ]
+    adversarial = _within(x, torch.cat(found), epsilon)
+    return adversarial, predict_logits(model, adversarial).argmax(dim=1) != y
+
+
+def _within(x, delta, epsilon):
+    """x + delta, shortened where needed to a distance of at most epsilon, a float or (N,)."""
+    distance = _per_image(delta.flatten(1).norm(dim=1), x)
+    # a hair inside, for the rounding of x + delta and of the distance between the two
+    limit = epsilon * (1 - 1e-9) - 1e-15 * x.flatten(1).norm(dim=1)
+    return x + delta * (_per_image(limit.clamp_min(0), x) / distance.clamp_min(1e-300)).clamp(max=1)
+
+
+def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
+    """The displacements (n, *input_shape) with the smallest margins that the search finds."""
+    weight = next(net.parameters())
+    x, epsilon = (t.to(weight.dtype).to(weight.device) for t in (x, epsilon))
+    y, radius, C = y.to(weight.device), _per_image(epsilon, x), net.head.out_features
+    is_y = y[:, None] == torch.arange(C, device=weight.device)
+    best, best_margin = torch.zeros_like(x), torch.full_like(epsilon, math.inf)
+    with full_precision(weight.device), torch.enable_grad():
+        order = net(x).masked_fill(is_y, -math.inf).argsort(dim=1, descending=True)
+        for restart in range(restarts):
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            share = torch.rand(len(x), generator=generator).to(x) ** (1 / x[0].numel())
+            length = noise.flatten(1).norm(dim=1)
+            delta = noise * _per_image(epsilon * share / length, x)
+            for step in range(steps + 1):
+                delta.requires_grad_()
+                f = net(x + delta)
+                own = f.gather(1, y[:, None])[:, 0]
+                margin = own - f.masked_fill(is_y, -math.inf).amax(dim=1)
+                aim = margin
+                if 0 < restart < C - 1:
+                    aim = own - f.gather(1, order[:, restart, None])[:, 0]
+                (gradient,) = torch.autograd.grad(aim.sum(), delta)
+                delta = delta.detach()
+                better = margin.detach() < best_margin
+                best_margin = torch.where(better, margin.detach(), best_margin)
+                best = torch.where(_per_image(better, x), delta, best)
+                if step == steps:
+                    break
+                length = _per_image(gradient.flatten(1).norm(dim=1), x).clamp_min(1e-30)
+                stride = radius * min(1, 25 / steps) * (1 - step / steps)
+                delta = delta - stride * gradient / length
+                length = _per_image(delta.flatten(1).norm(dim=1), x).clamp_min(1e-30)
+                delta = delta * (radius / length).clamp(max=1)
+            bar.update()
+    return best.to("cpu", torch.float64)
+
+
+def _per_image(values, x):
+    """(N,) -> (N, 1, ...), to broadcast over the images x."""
+    return values.view(-1, *[1] * (x.ndim - 1))

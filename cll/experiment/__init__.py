@@ -1,0 +1,21 @@
+"""From a parameter file to result.json: one run, many runs, what is finished."""
+
+from .runs import run, run_all
+from .schema import (
+    PLAIN,
+    PROFILES,
+    ROOT,
+    Params,
+    default_profile,
+    experiment_params,
+    load_params,
+    sized_as,
+)
+from .store import (
+    finished,
+    load_dataset,
+    load_model,
+    outputs_dir,
+    provenance,
+    run_dir,
+)

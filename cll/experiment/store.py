@@ -1,0 +1,205 @@
+"""Folders of runs: where results lie, when they count as finished, how they are read."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..data.sources import load
+from .schema import ROOT, SCHEDULE, Params
+from .stack import build_network
+
+# Raised when certificates change: finished runs are then certified anew, from their weights.
+CERTIFIER = 2
+
+
+def outputs_dir(outputs="", profile="smoke"):
+    """Folder for a profile's outputs: <outputs>/<profile>, outputs from the argument, else the
+    environment variable CLL_OUTPUTS, else <checkout>/outputs.
+
+    "drive" is the folder cll of the user's Google Drive, on Colab, which asks for permission: there
+    runs outlive the session, and a repeated notebook resumes them. Elsewhere it is a ValueError.
+    """
+    if outputs == "drive":
+        outputs = _google_drive()
+    root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
+    return root.expanduser().resolve() / profile
+
+
+DRIVE = Path("/content/drive")  # where Colab shows it
+
+
+def _google_drive():
+    if "google.colab" not in sys.modules:
+        raise ValueError(
+            'outputs = "drive" is for Google Colab: name a folder, or leave it empty for outputs/'
+        )
+    from google.colab import drive
+
+    if not (DRIVE / "MyDrive").exists():
+        drive.mount(str(DRIVE))
+    return DRIVE / "MyDrive" / "cll"
+
+
+def run_dir(run, root):
+    """<root>/runs/<name>-seed<k>-<hash>: one folder for one set of parameters, for good. run:
+    its Params, or its result record."""
+    if isinstance(run, dict):
+        name, seed, identity = run["name"], run["seed"], run["params_hash"]
+    else:
+        name, seed, identity = run.name, run.seed, run.hash()
+    return Path(root) / "runs" / f"{name}-seed{seed}-{identity[:6]}"
+
+
+_load_once = functools.lru_cache(maxsize=32)(load)
+
+
+def load_dataset(params):
+    """The data.Dataset of a run (read once per process)."""
+    sizes = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
+    seed = params.seed if params.data == "two_moons" else 0
+    return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
+
+
+def load_model(out_dir):
+    """The trained network of a finished run's folder, in eval mode on the CPU."""
+    out_dir = Path(out_dir)
+    record = json.loads((out_dir / "result.json").read_text())
+    params = Params.model_validate(record["params"])
+    net = build_network(params, record["num_classes"], record["input_shape"])
+    path = out_dir / "checkpoint.safetensors"
+    try:
+        net.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise several types for a damaged file
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(
+            f"damaged weights {path} ({reason}); delete the folder to redo the run"
+        ) from None
+    return net.eval()
+
+
+def _finished(params, out_dir, ever=False):
+    """The record of a finished run, else None. ever: even if FRESH=1 of make asks to redo it."""
+    path = Path(out_dir) / "result.json"
+    # what was finished before that moment counts as not done
+    since = 0 if ever else float(os.environ.get("CLL_FRESH") or 0)
+    if not path.exists() or path.stat().st_mtime < since:
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"damaged result {path} ({error}); delete it to redo the run") from None
+    if record["params_hash"] != params.hash():
+        return None
+    if params.label and record["data"] != params.label:
+        record["data"] = params.label
+        _write(path, json.dumps(record, indent=1))
+    return record
+
+
+def _is_incomplete(params, record):
+    """Whether a finished run misses what needs no training: a certificate of this version, or the
+    attack that the parameters ask for."""
+    if record.get("certifier") != CERTIFIER or params.attack is None:
+        return record.get("certifier") != CERTIFIER
+    done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
+    return (done.get("images"), done.get("version")) != (images, params.attack.version)
+
+
+def _write(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def only_finished():
+    """Whether the environment variable CLL_ONLY_FINISHED forbids computing runs: what has finished
+    is read, what has not is left out. `make reference` sets it."""
+    return bool(os.environ.get("CLL_ONLY_FINISHED"))
+
+
+def finished(runs, root):
+    """The result records of the runs that have finished under `root`, in order. Trains nothing.
+
+    With CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by
+    its longest shortened schedule there; records and captions then say "40 of 801 epochs".
+    """
+    records = [_finished(params, run_dir(params, root), ever=True) for params in runs]
+    if only_finished():
+        whole = {record["name"] for record in records if record}
+        records = [
+            record or (None if params.name in whole else _shortened(params, root))
+            for params, record in zip(runs, records, strict=True)
+        ]
+    return [record for record in records if record is not None]
+
+
+def _shortened(params, root):
+    """The record of the longest finished run that differs from `params` by a shorter schedule
+    alone, else None."""
+    found = []
+    for path in Path(root).glob(f"runs/{params.name}-seed{params.seed}-*/result.json"):
+        record = json.loads(path.read_text())
+        own = Params.model_validate(record["params"])
+        same = params.model_copy(update={key: getattr(own, key) for key in SCHEDULE})
+        if own.epochs < params.epochs and own.hash() == same.hash():
+            found.append(record)
+    return max(found, key=lambda record: record["epochs"], default=None)
+
+
+@contextlib.contextmanager
+def _lock(folder):
+    """Two processes never work in one run folder; the second waits."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _set_aside(params, out_dir):
+    """Move a finished result of other parameters away, so that it is not overwritten."""
+    path = out_dir / "result.json"
+    if path.exists():
+        old = out_dir / f"previous-{json.loads(path.read_text())['params_hash'][:6]}"
+        old.mkdir(exist_ok=True)
+        for name in ("result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"):
+            if (out_dir / name).exists():
+                os.replace(out_dir / name, old / name)
+
+
+def provenance(device="cpu"):
+    """Device, versions, git revision and date: where a number comes from."""
+    from importlib.metadata import version
+
+    def git(*command):
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += " with local changes"
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")},
+        },
+        "git_revision": revision or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device):
+    """What results call a device."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"

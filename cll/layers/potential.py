@@ -1,0 +1,186 @@
+"""Convex potential layers, CPL and SLL: the layers, their bound, their rounding."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..bounds.layer import _check_shape, _plain, absolute_norm
+from ..bounds.linear import TINY, U, as_text, gamma, lengths, round_up
+from ..bounds.norm import matrix_norm
+from ..bounds.registry import register_ours, register_rounding
+from ..bounds.rounding import SAFE
+from ..bounds.trace import _evaluation_copy
+from .structure import _full_precision, _odd, _unit
+
+
+class _PotentialStep(nn.Module):
+    """y = x - 2 W^T D relu(W x + b) with a diagonal D >= 0: the common form of CPL and SLL.
+
+    W is a matrix (inner, features) or a zero-padded convolution kernel (inner, channels, k, k).
+    With S = diag(slopes of relu) in [0, 1] the Jacobian is I - 2 V^T S V, V = D^(1/2) W, symmetric
+    with eigenvalues in [1 - 2 ||V||^2, 1]: the layer is 1-Lipschitz if ||V|| <= 1, and in any case
+    max(1, 2 ||V||^2 - 1)-Lipschitz, which is what `bounds` proves from D as it is.
+    """
+
+    def __init__(self, shape, initialise):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[0]))
+        initialise(self.weight)
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        nn.init.uniform_(self.bias, -bound, bound)
+        self.frozen = None
+
+    def forward(self, x):
+        D = self.effective() if self.frozen is None else self.frozen
+        if self.weight.ndim == 2:
+            return x - 2 * (D * F.relu(F.linear(x, self.weight, self.bias))) @ self.weight
+        padding = self.weight.shape[-1] // 2
+        h = F.relu(F.conv2d(x, self.weight, self.bias, padding=padding))
+        return x - 2 * F.conv_transpose2d(D.view(-1, 1, 1) * h, self.weight, padding=padding)
+
+    def extra_repr(self):
+        inner, features, *kernel = self.weight.shape
+        return f"{features}, inner={inner}" + (f", kernel_size={kernel[0]}" if kernel else "")
+
+
+class _CPL(_PotentialStep):
+    """Convex potential layer: D = 1 / (||W||^2 + 1e-4).
+
+    In training ||W|| is estimated by power iteration on the vector `v` (one sample's shape;
+    `advance`, once per step) and differentiated; in evaluation it is the buffer `norm`, which
+    `bounds.settle` sets to a proven bound.
+    """
+
+    def __init__(self, shape, input_shape):
+        super().__init__(shape, lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)))
+        v = torch.randn(input_shape)
+        self.register_buffer("v", v / v.norm())
+        self.register_buffer("norm", torch.ones(()))
+
+    def _apply_weight(self, x, adjoint=False):
+        if self.weight.ndim == 2:
+            return x @ self.weight if adjoint else F.linear(x, self.weight)
+        convolve = F.conv_transpose2d if adjoint else F.conv2d
+        return convolve(x[None], self.weight, padding=self.weight.shape[-1] // 2)[0]
+
+    @torch.no_grad()
+    def advance(self, iterations):
+        """Move v by steps of power iteration, in place."""
+        v = self.v
+        for _ in range(iterations):
+            v = _unit(self._apply_weight(self._apply_weight(v), adjoint=True), v)
+        self.v.copy_(v)
+
+    def effective(self):
+        """D, (inner,)."""
+        norm = torch.linalg.vector_norm(self._apply_weight(self.v)) if self.training else self.norm
+        return (1 / (norm**2 + 1e-4)).expand(self.weight.shape[0])
+
+
+class CPLLinear(_CPL):
+    """Dense convex potential layer, (N, features) -> (N, features); see `_PotentialStep`.
+
+    Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz neural
+    networks", ICML 2022.
+    """
+
+    def __init__(self, features, inner):
+        super().__init__((inner, features), (features,))
+
+
+class CPLConv2d(_CPL):
+    """Convolutional convex potential layer, (N, channels, H, W) -> same; see `CPLLinear`.
+
+    input_shape: (channels, H, W), the shape on which power iteration works. Odd kernels only.
+    """
+
+    def __init__(self, input_shape, inner=5, kernel_size=3):
+        _odd(kernel_size, "CPLConv2d")
+        super().__init__((inner, input_shape[0], kernel_size, kernel_size), input_shape)
+
+
+class _SLL(_PotentialStep):
+    """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q > 0.
+
+    T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. q = exp(.q) is positive
+    by construction, and the sum runs over the same axis as q_j.
+    """
+
+    def __init__(self, shape):
+        super().__init__(shape, nn.init.xavier_normal_)
+        self.q = nn.Parameter(torch.randn(shape[0]))
+
+    def effective(self):
+        """D, (inner,), 0 for rows of zeros. In full precision also under autocast."""
+        with _full_precision(self.weight):
+            small = 1e-200 if self.weight.dtype == torch.float64 else 1e-30
+            if self.weight.ndim == 2:
+                G = (self.weight @ self.weight.mT).abs()
+            else:  # correlations of the kernels at all offsets: the rows of G on an endless image
+                pad = self.weight.shape[-1] - 1
+                G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
+            q = torch.exp(self.q - self.q.max()).clamp_min(small)
+            total = G @ q
+            return q / torch.where(total > small, total, math.inf)
+
+
+class SLLLinear(_SLL):
+    """Dense SDP-based layer, (N, features) -> (N, features); see `_SLL` and `_PotentialStep`.
+
+    Araujo, Havens, Delattre, Allauzen, Hu, "A unified algebraic perspective on Lipschitz neural
+    networks", ICLR 2023, theorem 1.
+    """
+
+    def __init__(self, features, inner):
+        super().__init__((inner, features))
+
+
+class SLLConv2d(_SLL):
+    """Convolutional SDP-based layer, (N, channels, H, W) -> same; see `SLLLinear`.
+
+    Zero padding cuts a part out of the endless image for which T is made, and a part of an
+    operator has no larger norm. Odd kernels only.
+    """
+
+    def __init__(self, channels, inner=5, kernel_size=3):
+        _odd(kernel_size, "SLLConv2d")
+        super().__init__((inner, channels, kernel_size, kernel_size))
+
+
+@register_ours(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
+def _potential_step(layer, input_shape, method):
+    """max(1, 2 ||D^(1/2) W||^2 - 1), see layers._PotentialStep, for the D that the layer applies in
+    evaluation mode: whatever norm or q it was made from, the bound holds."""
+    if method == "power":
+        return 1.0
+    layer = _evaluation_copy(layer)
+    D, W = layer.effective(), layer.weight
+    largest = W.abs().flatten(1).amax(1)
+    if not ((largest == 0) | (largest < 1e140) & (D > 1e-290)).all():
+        raise ValueError(
+            f"float64 does not hold the squares that {as_text(layer)} makes of its weight or norm:"
+            " no bound; scale them, rows of the weight to entries between 1e-90 and 1e140, or to 0"
+        )
+    scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
+    _check_shape(_plain(W), input_shape)
+    norm = matrix_norm(_plain(W), scaled, input_shape, "exact" if method == "exact" else "fast")
+    if method == "exact":
+        return max(1.0, 2 * norm * norm - 1)
+    # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
+    norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
+    return round_up(max(1.0, round_up(2 * norm * norm) - 1))
+
+
+@register_rounding(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
+def _potential_rounding(layer, input_shape):
+    """z - 2 W^T D relu(W z + b), with m >= || |W| || twice."""
+    W, D = layer.weight.detach(), layer.effective().detach()
+    m, d = absolute_norm(layer, W, input_shape), D.max().item()
+    g = gamma(max(W[0].numel(), W.numel() // W.shape[1]) + 8)
+    positions = math.sqrt(math.prod(input_shape[1:])) if W.ndim > 2 else 1.0
+    bias = lengths(layer.bias.detach()[None]).item() * positions + TINY
+    # relu(W z + b): size s = m ||z|| + bias, error g s; then D, W^T, - and the error through them
+    return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY

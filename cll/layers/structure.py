@@ -1,0 +1,304 @@
+"""Layers that put others together, normalise their input, or end a network.
+
+Each says what it bounds and why; the bound is proven from the numbers at hand, so that none of it
+rests on an iteration that has converged or on a matrix that is orthogonal up to rounding.
+"""
+
+import math
+import sys
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..bounds.layer import _plain, _weight, absolute_norm, is_linear, operator_norm
+from ..bounds.linear import PROOFS, TINY, U, as_text, gamma, power_of_two, round_up, tensor_of
+from ..bounds.network import chain_norm
+from ..bounds.norm import matrix_norm
+from ..bounds.registry import (
+    CONTAINERS,
+    HEADS,
+    MATRICES,
+    SEVERAL,
+    is_bounded_as,
+    refuse_overridden,
+    register_ours,
+    register_rounding,
+)
+from ..bounds.rounding import SAFE, at_zero, rounding
+from ..bounds.torch_layers import batch_norm_scale, bias_length, nothing_rounded, one_lipschitz
+from ..bounds.trace import _evaluation_copy, body_output_shape, layer_inputs
+
+
+class PadChannels(nn.Module):
+    """Append channels of zeros: (N, c, ...) -> (N, channels, ...). An isometry."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.channels - x.shape[1]))
+
+    def extra_repr(self):
+        return str(self.channels)
+
+
+class Normalising(nn.Module):
+    """A module with the numbers that inputs are normalised by: buffers .mean and .std, one value or
+    one per channel. They keep the caller's float64 numbers whatever type the module is converted
+    to, and both its forward pass and its certificate read them, also after a change in place."""
+
+    def keep(self, mean, std, persistent=False):
+        for name, values in (("mean", mean), ("std", std)):
+            value = tensor_of(values, name).to("cpu", torch.float64)
+            self.register_buffer(name, value.reshape(-1).clone(), persistent)
+
+    def _apply(self, fn, recurse=True):
+        kept = self.mean, self.std
+        self.mean, self.std = (value.float() for value in kept)  # MPS has no float64
+        super()._apply(fn, recurse)
+        if self.std.device.type != "mps":
+            self.mean, self.std = (value.to(self.std.device) for value in kept)
+        return self
+
+    def normalised(self, x):
+        """(x - mean) / std, in the type of x (N, C, ...)."""
+        shape = (-1, *[1] * (x.ndim - 2))
+        mean, std = (value.to(x.dtype).view(shape) for value in (self.mean, self.std))
+        return (x - mean) / std
+
+
+class Normalize(Normalising):
+    """(x - mean) / std per channel, as the first layer of a classifier that certifies
+    un-normalised images: (N, C, ...) -> (N, C, ...), 1 / min(std)-Lipschitz.
+
+    mean, std: float or one value per channel. Raises ValueError for a std that is not positive and
+    for an input with another number of channels: broadcasting would repeat it, sqrt(C) longer.
+    """
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.keep(mean, std, persistent=True)
+        if not (self.std.isfinite().all() and (self.std > 0).all()):
+            raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
+
+    def forward(self, x):
+        if not {self.mean.numel(), self.std.numel()} <= {1, x.shape[1]}:
+            raise ValueError(
+                f"Normalize has {self.mean.numel()} means and {self.std.numel()} stds for an input "
+                f"with {x.shape[1]} channels: give one value, or one per channel"
+            )
+        return self.normalised(x)
+
+    def extra_repr(self):
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+
+
+class Residual(nn.Module):
+    """y = shortcut(x) + branch(x), (L_shortcut + L_branch)-Lipschitz.
+
+    branch, shortcut: modules with known bounds, nn.Sequential included, whose outputs have one
+    shape; shortcut None is the identity. Write skip connections with it, so that the certificate
+    sees them. Raises ValueError for outputs of two shapes: broadcasting repeats the smaller one,
+    which makes it longer than its bound.
+    """
+
+    def __init__(self, branch, shortcut=None):
+        super().__init__()
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x):
+        kept, added = self.shortcut(x), self.branch(x)
+        if kept.shape != added.shape:
+            raise ValueError(
+                f"Residual adds outputs of two shapes, {tuple(kept.shape[1:])} of the shortcut and "
+                f"{tuple(added.shape[1:])} of the branch: give both one shape"
+            )
+        return kept + added
+
+
+class BatchNormalized(nn.Sequential):
+    """A Linear or Conv2d and the BatchNorm after it, bounded as the one linear map that they are in
+    evaluation mode. `architectures.as_lipschitz_net` makes these pairs."""
+
+    def __init__(self, linear, norm):
+        super().__init__(linear, norm)
+
+
+# What these compute from their weights alone is `effective()`: the tensors that `forward` applies
+# to the input. Training recomputes them at every step; `freeze` fixes them for inference.
+
+
+def freeze(module):
+    """Compute what layers derive from their weights once, for inference with fixed weights.
+
+    For a private copy: the layers of `module` do not notice a later change of weights or dtype.
+    """
+    with torch.no_grad():
+        for layer in module.modules():
+            if hasattr(layer, "effective"):
+                layer.frozen = layer.effective()
+    return module
+
+
+class NormalizedLinear(nn.Linear):
+    """Linear head with rows of length 1 (last-layer normalisation, "LLN"): f_i - f_j is then
+    bounded by ||w_i - w_j||, which the certificate takes pair by pair. It is no 1-Lipschitz map.
+
+    Singla, Singla, Feizi, ICLR 2022.
+    """
+
+    def rows(self):
+        """(C, features), each of length 1; rows of zeros stay 0."""
+        return F.normalize(self.weight / power_of_two(self.weight, 1), dim=1)
+
+    def forward(self, x):
+        return F.linear(x, self.rows(), self.bias)
+
+
+class Truncation(nn.Module):
+    """Head that reads the first out_features coordinates as logits: rows e_i, sqrt(2) apart."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        if out_features > in_features:
+            raise ValueError(f"Truncation cannot read {out_features} logits off {in_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("unit", torch.ones(()), persistent=False)  # knows device and dtype
+
+    def rows(self):
+        """(C, features), the first rows of the identity."""
+        return torch.eye(
+            self.out_features, self.in_features, dtype=self.unit.dtype, device=self.unit.device
+        )
+
+    def forward(self, x):
+        return x[:, : self.out_features]
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}"
+
+
+def _length(x):
+    """||x||, summed in float64: float32 loses up to 4e-3 of a sum of millions of squares, which put
+    the gradients of the full-size Sandwich network off by 3 %."""
+    wide = torch.promote_types(x.dtype, torch.float64)
+    return torch.linalg.vector_norm(x, dtype=wide).to(x.real.dtype)
+
+
+def _full_precision(tensor):
+    """Autocast off on the tensor's device (the meta device knows no autocast)."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def _odd(kernel_size, name):
+    if kernel_size % 2 == 0:
+        raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
+
+
+def _unit(x, fallback):
+    """x / ||x||; where x vanishes, the vector before."""
+    norm = torch.linalg.vector_norm(x)
+    return torch.where(norm > 0, x / norm.clamp_min(torch.finfo(x.dtype).tiny), fallback)
+
+
+@register_ours(Normalize)
+def _normalize(layer, input_shape, method):
+    if not (layer.std > 0).all():
+        raise ValueError(f"std must be positive, got {layer.std.tolist()}")
+    return round_up(1 / layer.std.min().item())
+
+
+@register_ours(BatchNormalized)
+def _batch_normalized(layer, input_shape, method):
+    """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
+    norm of the matrix of absolute values."""
+    for one in layer:  # a hook or a forward of their own
+        refuse_overridden(one)
+    if not _is_one_map(layer, input_shape):
+        return chain_norm(nn.Sequential(*layer), input_shape, method)
+    scaled, error = _scaled_weight(layer, input_shape)
+    norm = matrix_norm(layer[0], scaled, input_shape, method)
+    return round_up(norm + error) if method in PROOFS else norm
+
+
+def _is_one_map(layer, input_shape):
+    """Whether the channels that BatchNorm scales are the outputs of the linear layer."""
+    if len(layer) != 2 or not (is_linear(layer[0]) and is_bounded_as(layer[1], nn.BatchNorm2d)):
+        raise TypeError(
+            f"no Lipschitz bound known for {as_text(layer)} of {len(layer)} layers that are no "
+            "Linear or Conv2d and its BatchNorm: use nn.Sequential"
+        )
+    return isinstance(layer[0], nn.Conv2d) or len(input_shape) == 1
+
+
+def _scaled_weight(layer, input_shape):
+    """(diag(scale) W, bound of its own rounding in norm) of a BatchNormalized."""
+    weight = _weight(layer[0], input_shape)
+    scaled = batch_norm_scale(layer[1]).view(-1, *[1] * (weight.ndim - 1)) * weight
+    if not scaled.isfinite().all():
+        raise ValueError(f"{as_text(layer[0])} times the scales of its BatchNorm overflows")
+    return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
+
+
+@register_ours(Residual)
+def _residual(layer, input_shape, method):
+    layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
+    total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
+    return round_up(total) if method in PROOFS else min(total, sys.float_info.max)
+
+
+@register_ours(NormalizedLinear)
+def _normalized(layer, input_shape, method):
+    """The rows that it computes, each off by gamma(D + 8) of its length 1."""
+    _weight(layer, input_shape)  # checked
+    W = _evaluation_copy(layer).rows()
+    norm = matrix_norm(_plain(W), W, input_shape, method)
+    error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
+    return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
+
+
+@register_rounding(Normalize)
+def _normalize_rounding(layer, input_shape):
+    smallest = layer.std.min().item()
+    offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
+    return 4 * U / smallest, 4 * U / smallest * offset
+
+
+@register_rounding(BatchNormalized)
+def _batch_normalized_rounding(layer, input_shape):
+    """The two one after the other. The norm of the first alone is known to nobody: || |A| ||."""
+    linear, norm = layer
+    shape, shift = body_output_shape(linear, input_shape), at_zero(linear, input_shape)
+    gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
+    (a, b), (slope, constant) = rounding(linear, input_shape), rounding(norm, shape)
+    scale = operator_norm(norm, shape)
+    a, b = scale * a + slope * (gain + a), scale * b + slope * (shift + b) + constant
+    return a * SAFE + TINY, b * SAFE + TINY
+
+
+@register_rounding(NormalizedLinear)
+def _normalized_rounding(layer, input_shape):
+    """As of a Linear; the rows are off by gamma(n + 8) themselves."""
+    rows = layer.rows().detach().cpu().double()
+    g = gamma(2 * (rows.shape[1] + 2) + 16)
+    return g * absolute_norm(layer, rows, input_shape), g * bias_length(layer, input_shape[:-1])
+
+
+def _as_matrix(layer, input_shape):
+    if _is_one_map(layer, input_shape):
+        return layer[0], *_scaled_weight(layer, input_shape)
+    return None
+
+
+register_ours(PadChannels | Truncation, one_lipschitz)
+register_rounding(PadChannels | Truncation, nothing_rounded)
+SEVERAL.update({BatchNormalized, Residual})
+CONTAINERS[Residual] = ("branch", "shortcut")
+MATRICES[BatchNormalized] = _as_matrix
+HEADS[NormalizedLinear] = lambda D: gamma(D + 8)
+HEADS[Truncation] = lambda D: 0.0
