@@ -214,7 +214,7 @@ $(RESULTS)/%/params.yaml: FORCE | $(ENVIRONMENT)
 # Results depend on the notebook and its parameters, not on cll/*.py: an edited comment must not
 # cost days on a GPU. cll itself skips runs that are finished and resumes those that are not, so
 # that depending on every parameter file costs seconds and forgets none.
-PARAMETER_FILES := $(wildcard params/*/*.yaml $(PARAMS))
+PARAMETER_FILES := $(wildcard params/*.yaml params/*/*.yaml $(PARAMS) $(dir $(PARAMS))*.yaml)
 define NOTEBOOK
 .PHONY: $(1)
 $(1): $$(RESULTS)/$(1)/$(1).html

@@ -271,6 +271,22 @@ def test_finished_target_is_run_again_only_for_new_values(make):
     assert "seeds [1, 2, 3]" in changed.stdout
 
 
+def test_a_changed_base_runs_its_notebook_again(make, tmp_path, stand_in, monkeypatch):
+    monkeypatch.setitem(globals(), "PARAMETERS", f'{PARAMETERS}\nparams_file = ""')
+    make.add("train", "print(params_file)")
+    base, run = tmp_path / "my" / "base.yaml", tmp_path / "my" / "run.yaml"
+    python = stand_in(tmp_path / "python")
+    base.parent.mkdir()
+    base.write_text("epochs: 1")
+    run.write_text("base: base.yaml")
+    given = ["train", "PROFILE=smoke", f"PARAMS={run}", f"PYTHON={python}"]
+    assert "up to date" not in make(*given).stdout
+    assert "up to date" in make(*given).stdout
+    later = time.time() + 5
+    os.utime(base, (later, later))
+    assert "up to date" not in make(*given).stdout
+
+
 def test_failing_notebook_is_one_line(make):
     error = "raise ValueError(\"unknown key 'epsilonn' in\\n a.yaml; nearest: 'epsilon'\")"
     out = make.add("toy", f"def inner():\n    {error}", "inner()", "1")

@@ -21,7 +21,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"params_file": "PARAMS"}  # of make; others are in capitals there
 # without the rest of cll, which takes seconds to import
-spec = importlib.util.spec_from_file_location("parameter_file", ROOT / "cll/experiment/parameter_file.py")
+PLACE = ROOT / "cll" / "experiment" / "parameter_file.py"
+spec = importlib.util.spec_from_file_location("parameter_file", PLACE)
 parameter_file = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parameter_file)
 
