@@ -21,5 +21,9 @@ if ! "$PYTHON" -c "$needs" 2>/dev/null; then
 fi
 "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-exec "$PYTHON" benchmarks/gpu.py --into "$OUT" --device "${DEVICE:-cuda}" --data "${DATA:-}" \
-  --profile "${PROFILE:-full}" --seconds $((540 - SECONDS))
+timeout 140 "$PYTHON" -m pytest -v -m gpu -p no:cacheprovider tests/test_cuda.py tests/test_data.py \
+  >"$OUT/tests.log" 2>&1
+tests=$?
+echo "tests: $(tail -n 1 "$OUT/tests.log") (all of them: $OUT/tests.log)"
+"$PYTHON" benchmarks/gpu.py --into "$OUT" --device "${DEVICE:-cuda}" --data "${DATA:-}" \
+  --profile "${PROFILE:-full}" --seconds $((540 - SECONDS)) && exit $tests
