@@ -19,7 +19,6 @@ copies with Gaussian noise (standard deviation 0.1, kept in [0, 1]), whose numbe
 a line per run, or per run and radius, and exits with 1 if any certificate is broken.
 """
 
-import argparse
 import json
 import sys
 from fractions import Fraction
@@ -107,9 +106,7 @@ def attacked(folder, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders with a result.json")
     parser.add_argument("--autoattack", action="store_true")
     parser.add_argument(

@@ -8,6 +8,7 @@ measured rate of a large matrix product, its bytes at the measured rate of a lar
 of the two.
 """
 
+import argparse
 import functools
 import json
 import multiprocessing
@@ -132,7 +133,14 @@ def cost(net, batch, training=True):
     return batch * counter.get_total_flops(), moved
 
 
-# ---- the report ---------------------------------------------------------------------------------
+# ---- the command and its report ------------------------------------------------------------------
+
+
+def parser(doc):
+    """A command line whose help is the docstring of its file."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def origin(device="cpu"):

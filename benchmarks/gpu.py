@@ -1,42 +1,35 @@
-"""What training on a GPU is worth: `bash benchmarks/gpu.sh` runs this, in at most nine minutes.
+"""What training on a GPU is worth: the stages of `bash benchmarks/gpu.sh`, and their summary.
 
-    python benchmarks/gpu.py [--into FOLDER] [--device cuda] [--data npz:cifar10.npz]
-        [--profile smoke] [--seconds 540]
+    python benchmarks/gpu.py STAGE [--into FOLDER] [--device cuda] [--data npz:cifar10.npz]
+        [--profile smoke]
 
-Every stage runs in a process of its own under a time limit, so that one that fails or hangs costs
-its own result alone; the status is then 1. `gpu.md` and `gpu.json` in the folder hold what was
-measured, STAGE.log what a stage printed, all of it up to the stage at work. Images are CIFAR-10
-where --data or $CLL_DATA holds it, else scikit-learn's digits, repeated to as many: steps take as
-long, accuracies say little.
+gpu.sh gives every stage a process and a time limit, so that one that fails or hangs costs its own
+result alone. STAGE.json in the folder holds what a stage measured so far, STAGE.log what it
+printed, STAGE.status how it ended; the stage `summary` makes gpu.md and gpu.json of them. Images
+are CIFAR-10 where --data or $CLL_DATA holds it, else scikit-learn's digits, repeated to as many:
+steps take as long, accuracies say little.
 Profile smoke runs all of it at tiny sizes, also on a CPU: a check of the mechanics.
 """
 
-import argparse
 import csv
 import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import baseline
+import clock
+import systems
 import torch
 
 import cll
 from cll import training
 
-sys.path.insert(0, str(Path(__file__).parent))
-import baseline  # noqa: E402
-import clock  # noqa: E402
-import systems  # noqa: E402
-
 FILES = ("table2/cifar10-4C3F-CLL", "table2/cifar10-6C2F-CLL")
 SMOKE = {"epochs": 2, "batch_size": 16, "size": {"width": 0.125}}
 PRECISION = "tf32"  # of the long runs: fastest of those whose K and weights are float32
-END = 10  # seconds kept for the summary
 EXTRAPOLATED = "min for all epochs, extrapolated"
 
 
@@ -65,7 +58,7 @@ def images(args):
     return dataclasses.replace(data, **{name: getattr(data, name)[:n] for name in halves})
 
 
-# ---- the stages, each in its own process: functions of the arguments, to a dict ------------------
+# ---- the stages, each in its own process: functions of the arguments, to a dict -----------------
 
 
 def steps(args):
@@ -102,15 +95,14 @@ def textbook(args):
 
     several(warm)
     step_s = clock.seconds(lambda: several(count)) / count  # the mean: loading comes in bursts
-    began = time.perf_counter()
-    _, iterations = network.converge()
-    converge_s = time.perf_counter() - began
+    iterations = []
+    converge_s = clock.seconds(lambda: iterations.append(network.converge()[1]))
     per_epoch = len(data.train_targets) // params.batch_size
     whole = params.epochs * (per_epoch * step_s + converge_s) / 60
     return {
         "ms per step with loading": 1e3 * step_s,
         "s of convergence after an epoch": converge_s,
-        "iterations": iterations,
+        "iterations": iterations[0],
         EXTRAPOLATED: whole,
     }
 
@@ -141,6 +133,7 @@ def trained(args, name, params, data):
     """The networks of some runs, trained together on the same data."""
     folders = [args.into / "runs" / name / f"seed{run.seed}" for run in params]
     for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # else training would resume
         folder.mkdir(parents=True)
     return training.train(params, [data] * len(params), folders, args.device, progress=False)[0]
 
@@ -158,116 +151,73 @@ def progress(args, name):
 
 
 def keep(args, name, results):
-    """Write what a stage knows so far where `attempt` reads it; never half of it."""
+    """Write what a stage knows so far where `summary` reads it; never half of it."""
     temporary = args.into / f"{name}.json.tmp"
     temporary.write_text(json.dumps(results, indent=1))
     os.replace(temporary, args.into / f"{name}.json")
 
 
-# name -> (function, seconds that it may take); nine takes what is left
-STAGES = {"steps": (steps, 60), "baseline": (textbook, 60), "memory": (memory, 40)}
-STAGES |= {"single": (single, 240), "nine": (nine, 540)}
+STAGES = {"steps": steps, "baseline": textbook, "memory": memory, "single": single, "nine": nine}
 
 
-def attempt(args, name, limit):
-    """Run a stage in a process of its own; {"ok", "seconds", and its results or why it failed}."""
-    kept, log = args.into / f"{name}.json", args.into / f"{name}.log"
-    kept.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--stage", name, "--into", str(args.into)]
-    command += ["--device", args.device, "--profile", "smoke" if args.smoke else "full"]
-    command += ["--data", args.data] if args.data else []
-    began = time.monotonic()
-    with open(log, "w") as file:
-        # a group and no session: whoever ends the session of this process ends the stage with it
-        process = subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
-        try:
-            code = process.wait(max(1, limit))
-        except subprocess.TimeoutExpired:
-            code = "time"
-        finally:  # with the workers of a DataLoader
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    result = {"ok": code == 0, "seconds": time.monotonic() - began}
-    if name in ("single", "nine"):
-        result |= progress(args, name)
-        result["ok"] |= code == "time" and "epochs" in result  # to be extrapolated
-    if kept.exists():
-        result |= json.loads(kept.read_text())
-    if code == "time":
-        result["stopped"] = f"stopped after {limit:.0f} s"
-    elif code:
-        text = log.read_text().strip().splitlines() or [f"status {code}"]
-        result["error"] = text[-1][:300]
-    return result
+def outcome(args, name):
+    """How a stage ended and what it measured: {"ok", "note", numbers}. A training that its time
+    limit stopped is ok, to be extrapolated."""
+    file, status = args.into / f"{name}.json", args.into / f"{name}.status"
+    code = int(status.read_text()) if status.exists() else None
+    numbers = progress(args, name) | (json.loads(file.read_text()) if file.exists() else {})
+    log = (args.into / f"{name}.log").read_text().strip().splitlines() if code else []
+    stopped = code in (124, 137)  # of `timeout`
+    note = "stopped at its time limit" if stopped else (log or [""])[-1][:300]
+    return {"ok": code == 0 or (stopped and "epochs" in numbers), "note": note, **numbers}
 
 
-def markdown(record):
-    """The summary as text: a line for each stage, then the steps."""
-    lines = []
-    for name, result in record["stages"].items():
-        numbers = {k: v for k, v in result.items() if not isinstance(v, bool | str | list)}
-        notes = [f"{key}: {value:.4g}" for key, value in numbers.items()]
-        notes += [result[k] for k in ("stopped", "error") if k in result]
-        state = "ok" if result["ok"] else "FAILED"
-        lines.append({"stage": name, "state": state, "measured": "; ".join(notes)})
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    text = f"# 4C3F with CLL on {record['device']}\n\n{versions}; {record['data']}\n\n"
-    if record["profile"] == "smoke":
-        text += "Profile smoke: a check of the mechanics; the numbers mean nothing.\n\n"
-    text += clock.markdown(lines)
-    if rows := record["stages"].get("steps", {}).get("rows"):
-        text += f"\nSteps; share: of a large matrix product.\n\n{clock.markdown(rows)}"
-    return text
-
-
-def against_textbook(stages):
-    """Add to the trainings how many times as long the textbook way takes for as many seeds."""
+def summary(args):
+    """All stages that ran, as a record and as Markdown; the second the status of the command."""
+    source, machine = clock.origin(args.device)
+    stages = {n: outcome(args, n) for n in STAGES if (args.into / f"{n}.status").exists()}
     theirs = stages.get("baseline", {}).get(EXTRAPOLATED)
-    for name in ("single", "nine"):
-        result = stages.get(name, {})
-        if theirs and "epochs" in result:
+    for result in stages.values():
+        if theirs and "of" in result:
             ours = result.get(EXTRAPOLATED, result["min"])
             result["textbook way, extrapolated, over ours"] = result["seeds"] * theirs / ours
+    lines = []
+    for name, result in stages.items():
+        numbers = {k: v for k, v in result.items() if not isinstance(v, bool | str | list)}
+        notes = [f"{key}: {value:.4g}" for key, value in numbers.items()]
+        state = "ok" if result["ok"] else "FAILED"
+        notes = "; ".join(filter(None, [result["note"], *notes]))
+        lines.append({"stage": name, "state": state, "measured": notes})
+    text = f"# 4C3F with CLL\n\n{machine}; {images(args).name}\n\n"
+    if args.smoke:
+        text += "Profile smoke: a check of the mechanics; the numbers mean nothing.\n\n"
+    text += clock.markdown(lines)
+    if rows := stages.get("steps", {}).get("rows"):
+        text += f"\nSteps; share: of a large matrix product.\n\n{clock.markdown(rows)}"
+    (args.into / "gpu.md").write_text(text)
+    record = {"smoke": args.smoke, **source, "stages": stages}
+    (args.into / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(text)
+    return not all(result["ok"] for result in stages.values())
 
 
 def main():
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "summary"])
     parser.add_argument("--into", type=Path, default=cll.ROOT / "outputs/gpu")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--data", default="", help="CIFAR-10 as npz:PATH or folder:PATH")
     parser.add_argument("--profile", default="full", choices=["full", "smoke"])
-    parser.add_argument("--seconds", type=float, default=540, help="for everything")
-    parser.add_argument("--only", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.smoke, args.into = args.profile == "smoke", args.into.absolute()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
             "gpu.py: PyTorch finds no CUDA device; --device cpu --profile smoke checks the script"
         )
-    if args.stage:
-        keep(args, args.stage, STAGES[args.stage][0](args))
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # `attempt` ends its stage
     args.into.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(args.into / "runs", ignore_errors=True)  # else training would resume
-    source, _ = clock.origin(args.device)
-    record = {"profile": args.profile, **source, "data": images(args).name, "stages": {}}
-    for name in args.only:
-        left = args.seconds - END - (time.monotonic() - began)
-        result = record["stages"][name] = attempt(args, name, min(STAGES[name][1], left))
-        against_textbook(record["stages"])
-        print(f"{name}: {'ok' if result['ok'] else 'FAILED'}", flush=True)
-        (args.into / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.into / "gpu.md").write_text(markdown(record))
-    print("\n" + markdown(record))
-    failed = [name for name, result in record["stages"].items() if not result["ok"]]
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}; see {args.into}")
+    if args.stage == "summary":
+        sys.exit(summary(args))
+    keep(args, args.stage, STAGES[args.stage](args))
 
 
 if __name__ == "__main__":

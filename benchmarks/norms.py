@@ -10,7 +10,6 @@ gap is upper / lower - 1, both proven: the norm lies between. ResNet-18 is torch
 random weights and random BatchNorm statistics, seed 0.
 """
 
-import argparse
 import functools
 import time
 from pathlib import Path
@@ -54,9 +53,7 @@ def resnet18():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
     parser.add_argument("networks", nargs="*", default=list(SHAPES), help="names or run folders")
     parser.add_argument("--method", choices=norms.PROOFS, default="guaranteed")
     parser.add_argument("--images", type=int, default=0, help="images to certify, of random noise")

@@ -13,7 +13,6 @@ gradients is computed (ring all-reduce at LINK bytes per second) and added in fu
 scaling.ipynb draws it all; profile smoke takes seconds, quick and paper minutes.
 """
 
-import argparse
 import json
 import math
 import os
@@ -46,14 +45,10 @@ class Axis(NamedTuple):
 
 MOONS = {"model": "MLP", "shape": [2], "classes": 2, "batch": 100}
 IMAGES = {"model": "4C3F", "classes": 10, "batch": 32, "side": 32}
-SIDE = IMAGES | {"batch": 8}
+SIDE, GPUS = IMAGES | {"batch": 8}, IMAGES | {"batch": 256}
 DEPTH = IMAGES | {"batch": 16, "width": 0.125}
-GPUS = IMAGES | {"batch": 256}
-TWOS = [1, 2, 4, 8, 16, 32]
-BATCHES = [16, 32, 64, 128, 256, 512]
-CLASSES = [10, 30, 100, 300, 1000]
-SIDES = [32, 64, 96, 144, 224]
-DEPTHS = [5, 10, 20, 30, 40]
+TWOS, BATCHES = [1, 2, 4, 8, 16, 32], [16, 32, 64, 128, 256, 512]
+CLASSES, SIDES, DEPTHS = [10, 30, 100, 300, 1000], [32, 64, 96, 144, 224], [5, 10, 20, 30, 40]
 AXES = {
     "seeds": Axis("seeds together (two moons, MLP)", "seeds", TWOS, [1, 2, 4], MOONS),
     "seeds_4C3F": Axis("seeds together (4C3F, batch 32)", "seeds", TWOS, [1, 2, 3], IMAGES),
@@ -136,20 +131,14 @@ def table(rows):
     """One record per axis: range, time and memory at both ends, exponents and range of the fit."""
     lines = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
-        x, ms = points(rows, axis, "ms")
-        _, memory = points(rows, axis, "MiB")
-        time_fit, memory_fit = fit(x, ms), fit(x, memory)
-        lines.append(
-            {
-                "grows": AXES[axis].label,
-                "range": f"{x[0]:g} to {x[-1]:g}",
-                "ms per step": f"{ms[0]:.3g} to {ms[-1]:.3g}",
-                "MiB": f"{memory[0]:.3g} to {memory[-1]:.3g}",
-                "time ∝": f"x^{time_fit['exponent']:.2f}",
-                "memory ∝": f"x^{memory_fit['exponent']:.2f}",
-                "fitted over": f"{time_fit['low']:g} to {time_fit['high']:g}",
-            }
-        )
+        (x, ms), (_, memory) = points(rows, axis, "ms"), points(rows, axis, "MiB")
+        law = fit(x, ms)
+        line = {"grows": AXES[axis].label, "range": f"{x[0]:g} to {x[-1]:g}"}
+        line |= {"ms per step": f"{ms[0]:.3g} to {ms[-1]:.3g}"}
+        line |= {"MiB": f"{memory[0]:.3g} to {memory[-1]:.3g}"}
+        line |= {"time ∝": f"x^{law['exponent']:.2f}"}
+        line |= {"memory ∝": f"x^{fit(x, memory)['exponent']:.2f}"}
+        lines.append(line | {"fitted over": f"{law['low']:g} to {law['high']:g}"})
     return lines
 
 
@@ -162,36 +151,27 @@ def needs(rows):
         return power["factor"] * at ** power["exponent"]
 
     stacks, times = points(rows, "seeds", "ms")
-    moons = 1000 * 1000 * 20 / HOUR  # 1000 seeds, 1000 epochs of 20 steps
+    moons = 1000 * 1000 * 20 / HOUR * times / stacks  # 1000 seeds, 1000 epochs of 20 steps
     batches, _ = points(rows, "batch", "ms")
-    images = law("batch", 128) * 1000 * 801 * 390 / HOUR
     sides, _ = points(rows, "side", "ms")
-    wide = law("classes", 1000) - points(rows, "classes", "ms")[1][0]  # of K: once a step
-    growth = (256 / AXES["side"].settings["batch"]) ** fit(*points(rows, "batch", "ms"))["exponent"]
-    step = law("side", 224) * growth + wide
+    growth = law("batch", 256) / law("batch", AXES["side"].settings["batch"])
+    classes = law("classes", 1000) - points(rows, "classes", "ms")[1][0]  # of K: once a step
+    step = law("side", 224) * growth + classes
     epoch = step * 1_281_167 / 256 / HOUR
-    largest = next(r for r in rows if r["axis"] == "side" and r["value"] == sides[-1])
-    parameters = largest["parameters"] * (224 / sides[-1]) ** 2  # nearly all behind the flattening
-    per_image = np.polyfit(*points(rows, "batch", "MiB"), 1)[0]
     ranks, shared = points(rows, "gpus", "ms")
-    seeds, imagenet = "1000 seeds of", "4C3F at 224 x 224, 1000 classes"
-    beyond, far = bool(batches[-1] < 128), bool(sides[-1] < 224 or batches[-1] < 256)
+    imagenet = "4C3F at 224 x 224, 1000 classes"
+    guess, far = bool(batches[-1] < 128), bool(sides[-1] < 224 or batches[-1] < 256)
     records = [
-        (f"{seeds} two moons, {stacks[-1]:g} together", moons * times[-1] / stacks[-1], "h", False),
-        (f"{seeds} two moons, one at a time", moons * times[0] / stacks[0], "h", False),
-        (f"{seeds} 4C3F (801 epochs), one at a time", images, "h", beyond),
+        (f"1000 seeds of two moons, {stacks[-1]:g} together", moons[-1], "h", False),
+        ("1000 seeds of two moons, one at a time", moons[0], "h", False),
+        ("1000 seeds of 4C3F (801 epochs)", law("batch", 128) * 801_000 * 390 / HOUR, "h", guess),
         (f"{imagenet}: step of 256 images", step / 1e3, "s", far),
         (f"{imagenet}: epoch of 1,281,167 images", epoch, "h", far),
         (f"{imagenet}: 90 epochs", 90 * epoch / 24, "days", far),
-        # weights, gradients, two moments of four bytes
-        (f"{imagenet}: weights and moments", 16 * parameters / 2**30, "GiB", far),
-        (f"{imagenet}: activations", per_image * (224 / 32) ** 2 * 256 / 2**10, "GiB", True),
         (f"4C3F on {ranks[-1]:g} simulated GPUs", shared[0] / shared[-1], "times as fast", False),
     ]
-    return [
-        {"what": what, "value": float(value), "unit": unit, "extrapolated": guess}
-        for what, value, unit, guess in records
-    ]
+    keys = "what", "value", "unit", "extrapolated"
+    return [dict(zip(keys, record, strict=True)) for record in records]
 
 
 def caption(measured):
@@ -248,9 +228,7 @@ def _panel(ax, rows, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
     parser.add_argument("--profile", choices=["smoke", "quick", "paper"], default="quick")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

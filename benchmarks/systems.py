@@ -12,7 +12,6 @@ system take turns, on random images, in a process of their own.
 Without --full, and on a CPU, X-Large networks are replaced by Small ones (the table says so).
 """
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -133,9 +132,7 @@ def row(file, *arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--files", nargs="+", default=FILES, help="below params/, without .yaml")
     parser.add_argument("--full", action="store_true", default=gpu, help="X-Large networks")
