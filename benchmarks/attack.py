@@ -14,9 +14,8 @@ Every image is attacked at each radius that its certificate covers, by AutoAttac
 digits first, into outputs/attack: a CLL-trained 4C3F and CPL-S and a GloRo-trained MLP; one to two
 hours on one CPU core.
 
-The images are those of the run's test split, then of its training split; if those are too few,
-copies with Gaussian noise (standard deviation 0.1, kept in [0, 1]), whose number is printed. Prints
-a line per run, or per run and radius, and exits with 1 if any certificate is broken.
+The images are those of the run's test split, then of its training split. Prints a line per run, or
+per run and radius, and exits with 1 if any certificate is broken.
 """
 
 import json
@@ -63,33 +62,20 @@ def small_networks():
         yield folder
 
 
-def many_images(params, count):
-    """(`count` images of a run's data, how many of them are noisy copies)."""
-    dataset = experiment.load_dataset(params)
-    images = torch.cat([dataset.test_images, dataset.train_images]).cpu()[:count]
-    lacking = count - len(images)
-    if lacking:
-        random = torch.Generator().manual_seed(0)
-        images = images.double() / (1 if images.is_floating_point() else 255)
-        source = images[torch.randint(len(images), (lacking,), generator=random)]
-        noise = 0.1 * torch.randn(source.shape, generator=random, dtype=source.dtype)
-        images = torch.cat([images, (source + noise).clamp(0, 1)])
-    return images, lacking
-
-
 def attacked(folder, args):
     """Records of the run in `folder`: what was attacked, at which radius, and what broke."""
     params = experiment.Params.model_validate(
         json.loads((folder / "result.json").read_text())["params"]
     )
-    net, (images, copies) = experiment.load_model(folder), many_images(params, args.images)
+    net, dataset = experiment.load_model(folder), experiment.load_dataset(params)
+    images = torch.cat([dataset.test_images, dataset.train_images]).cpu()[: args.images]
     labels = torch.zeros(len(images), dtype=torch.int64)  # right or wrong does not matter here
     distances = {name: float(Fraction(name)) for name in args.radii}
     table = cll.certify(net, (images, labels), list(distances.values()), local=params.local)
     radius = torch.tensor(table["radius_local" if params.local else "radius"].to_numpy())
     prediction = torch.tensor(table["prediction"].to_numpy())
     budget = {"steps": args.steps, "restarts": args.restarts}
-    about = {"run": folder.name, "images": len(images), "noisy copies": copies}
+    about = {"run": folder.name, "images": len(images)}
     if not args.autoattack:
         _, broken = attack.pgd_attack(net, images, None, radius, **budget)
         median = f"median {radius.median().item():.4f}"
@@ -109,9 +95,7 @@ def main():
     parser = clock.parser(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders with a result.json")
     parser.add_argument("--autoattack", action="store_true")
-    parser.add_argument(
-        "--version", choices=attack.VERSIONS, default="standard", help="of AutoAttack"
-    )
+    parser.add_argument("--version", choices=attack.VERSIONS, default="standard")
     parser.add_argument("--radii", nargs="+", default=["36/255", "72/255", "108/255", "144/255"])
     parser.add_argument("--images", type=int, help="default: 1000, with --autoattack 2000")
     parser.add_argument("--steps", type=int, help="of projected gradient descent")

@@ -87,8 +87,7 @@ def isolated(function, *arguments):
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
-            call = f"{function.__name__}{arguments}"
-            raise RuntimeError(f"{call}: out of memory or time") from None
+            raise RuntimeError(f"{function}{arguments}: out of memory or time") from None
 
 
 # ---- the floor ----------------------------------------------------------------------------------

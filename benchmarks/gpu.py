@@ -49,10 +49,8 @@ def images(args):
             raise
         data = cll.data.load("digits")
         rows = torch.arange(50_000) % len(data.train_targets)
-        x, y = data.train_images[rows], data.train_targets[rows]
-        data = dataclasses.replace(
-            data, name="digits, repeated to 50,000", train_images=x, train_targets=y
-        )
+        train = {"train_images": data.train_images[rows], "train_targets": data.train_targets[rows]}
+        data = dataclasses.replace(data, name="digits, repeated to 50,000", **train)
     n = 64 if args.smoke else None
     halves = ("train_images", "train_targets", "test_images", "test_targets")
     return dataclasses.replace(data, **{name: getattr(data, name)[:n] for name in halves})

@@ -1,7 +1,7 @@
 """The training step of every system of the tables: time, peak memory, what its bound costs.
 
     python benchmarks/systems.py [--files table2/cifar10-4C3F-CLL ...] [--full] [--batch 16]
-        [--device cpu] [--rounds 3] [--into FOLDER]
+        [--device cpu] [--rounds 3]
 
 A system is a parameter file: network, loss, optimiser, power iterations. "step" is the step that
 training takes, "plain" the same network and optimiser with cross-entropy alone (for SOC, CPL, SLL
@@ -13,7 +13,6 @@ Without --full, and on a CPU, X-Large networks are replaced by Small ones (the t
 """
 
 import copy
-from pathlib import Path
 
 import baseline
 import clock
@@ -23,20 +22,8 @@ import torch.nn.functional as F
 import cll
 from cll import norms, training
 
-FILES = (
-    "table2/cifar10-4C3F-CLL",
-    "table2/cifar10-6C2F-CLL",
-    "table2/cifar10-6C2F-GloRo",
-    "table1/tiny-8C2F-GloRo-TRADES",
-    "table2/cifar10-6C2F-LocalLipB",
-    "table2/cifar10-LipConvNet-20-SOC",
-    "table2/cifar10-LipConvNet-20-CLL",
-    "table2/cifar10-CPL-XL-Hinge",
-    "table2/cifar10-CPL-XL-CLL",
-    "table2/cifar10-SLL-XL-AOL",
-    "table2/cifar10-SLL-XL-CLL",
-    "table1/tiny-Sandwich-AOL",
-)
+FILES = [f"table2/{f.stem}" for f in sorted((cll.ROOT / "params/table2").glob("cifar10-*.yaml"))]
+FILES += ["table1/tiny-8C2F-GloRo-TRADES", "table1/tiny-Sandwich-AOL"]
 CLASSES = {"two_moons": 2, "tiny-imagenet": 200, "cifar100": 100}  # all others have 10
 VARIANTS = ("eager", "tf32", "bfloat16")  # of the step, measured on a GPU
 
@@ -139,17 +126,13 @@ def main():
     parser.add_argument("--batch", type=int, default=128 if gpu else 16)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--rounds", type=int, default=20 if gpu else 3)
-    parser.add_argument("--into", type=Path, help="write systems.md and systems.json there")
     args = parser.parse_args()
-    source, machine = clock.origin(args.device)
-    heading = f"Training step, batch {args.batch}, median of {args.rounds}: {machine}"
-    print(f"{heading}\n")
+    _, machine = clock.origin(args.device)
+    print(f"Training step, batch {args.batch}, median of {args.rounds}: {machine}\n")
     rows, variants = [], VARIANTS[:1] if args.device != "cpu" else ()
     for file in args.files:
         rows.append(row(file, args.batch, args.device, args.rounds, args.full, variants))
         clock.show(rows)
-    if args.into:
-        clock.write(args.into / "systems", heading, rows, **source)
 
 
 if __name__ == "__main__":
