@@ -4,11 +4,9 @@
 
 Repository and branch stand in pyproject.toml and nowhere else: a fork changes them there. From them
 come the Colab badge and the head of the set-up cell, which on Colab fetches the kit and AutoAttack,
-the one library that is missing there. Notebooks that train image networks ask Colab for a GPU. None
-of it does anything elsewhere, so that references stay valid. Standard library only.
+the one library that is missing there. Notebooks that train image networks ask Colab for a GPU.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,20 +18,14 @@ import pages
 GPU = {"ablation", "certify_your_model", "choose_eps_p", "convergence", "figure5", "lambda_sweep",
        "table1", "table2", "train", "train_your_own"}  # fmt: skip
 SETUP = """\
-# On Colab this fetches the kit; in a checkout it makes `import cll` find it; else it does nothing.
-import subprocess
+# On Colab this fetches the kit; elsewhere it only lets `import cll` find the checkout.
 import sys
-from pathlib import Path
+from subprocess import check_call
 
-if "google.colab" in sys.modules and not Path("/content/cll").exists():
-    url, branch = "{url}", "{branch}"
-    clone = ["git", "clone", "-q", "--depth", "1", "-b", branch, url, "/content/cll"]
-    subprocess.run(clone, check=True)
-    attack = "{attack}"  # all else is there
-    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", attack], check=True)
-for root in (Path("/content/cll"), Path.cwd().parent, Path.cwd()):
-    if (root / "cll" / "losses.py").exists():
-        sys.path.insert(0, str(root))"""
+if "google.colab" in sys.modules:
+    fetch = "test -d cll || git clone -q --depth 1 -b {branch} {url} cll"
+    check_call(f"{{fetch}} && pip install -qq '{attack}'", shell=True, cwd="/content")
+sys.path[:0] = ["/content/cll", ".", ".."]"""
 OUTPUTS = 'outputs = ""'
 OUTPUTS_FORM = f'{OUTPUTS}  # @param {{type: "string"}}  # '
 OUTPUTS_FORM += 'folder; "drive": Google Drive, on Colab; "": outputs/'
@@ -65,9 +57,9 @@ def rewritten(text, name):
     badges = 0
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
-            source, found = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
+            source, count = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
             cell["source"] = source.splitlines(keepends=True)
-            badges += found
+            badges += count
     if badges != 1:
         raise ValueError(f"{name}: {badges} Colab badges, not one")
 
@@ -106,8 +98,6 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebooks", nargs="+", help="notebooks to rewrite")
     sys.exit(main(parser.parse_args().notebooks))

@@ -8,7 +8,6 @@ parameters cell does not declare are left out. make calls this before every note
 file means that a finished notebook is not run again.
 """
 
-import argparse
 import ast
 import importlib.util
 import json
@@ -16,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+import environment  # tools/ is on the path: this file is run as a script
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,9 +129,7 @@ def write_if_changed(path, text):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebook")
     parser.add_argument("out", help="the YAML file to write")
     parser.add_argument("--profile", required=True, help="smoke, quick or paper")

@@ -7,7 +7,6 @@ each notebook. No page asks another host for anything, so that the folder can be
 any web server or opened as a file.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -121,7 +120,7 @@ def contents(notebooks):
         seconds = nb.metadata.get("papermill", {}).get("duration") or 0
         title = html.escape(pages.heading(nb, name))
         rows.append(f'<li><a href="{name}.html">{title}</a> <span class="soft">{name}, '
-                    f"{seconds:.0f} s</span></li>")  # fmt: skip
+                    f"{environment.duration(seconds)}</span></li>")  # fmt: skip
     return f"<ul>\n{chr(10).join(rows)}\n</ul>"
 
 
@@ -161,9 +160,7 @@ which data, schedule and network sizes it comes from.
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("folder", help="OUT/<profile>, which holds a folder for each notebook")
     options = parser.parse_args()
     try:

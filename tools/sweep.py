@@ -11,7 +11,6 @@ a job that reaches its time limit back into the queue, three times. The notebook
 then reads what has finished. On one machine (--cluster local) this program stays until all is done.
 """
 
-import argparse
 import getpass
 import os
 import re
@@ -232,9 +231,7 @@ def reason(ticket):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("what", nargs="+", help="folders of params/, or parameter files")
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
     parser.add_argument("--seeds", default="", help="1,2,3 or 1-9; default: as in the notebook")
