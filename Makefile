@@ -92,7 +92,7 @@ $(foreach v,$(filter-out $(VARIABLES) $(COMMON) SHELL MAKE%,$(GIVEN)),\
   $(warning $(v) is none of the variables of `make help`: it reaches the environment alone))
 endif
 # what a goal needs from pyproject.toml, beyond the base dependencies: an optional group
-NEED := $(if $(filter test test-notebooks lint refs,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
+NEED := $(if $(filter test test-notebooks lint refs colab,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
 
 # ---- which Python: PYTHON=, else the active one if it has everything, else .venv ----------------
 CHECK = tools/environment.py missing $(NEED)
@@ -277,7 +277,8 @@ $(COLAB)/.installed: tests/colab.txt
 	@touch $@
 
 colab: $(COLAB)/.installed | $(ENVIRONMENT)  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
-	@$(if $(JOBS),OMP_NUM_THREADS=$(call sh,$(JOBS))) $(PYTHON) tools/colab.py --python $(COLAB)/bin/python $(ITEMS)
+	@COLAB_PYTHON=$(abspath $(COLAB)/bin/python) $(if $(JOBS),OMP_NUM_THREADS=$(call sh,$(JOBS))) $(PYTHON) -m pytest -v \
+	  $(foreach item,$(ITEMS),'tests/test_colab.py::test_a_notebook_runs_as_on_colab_and_prints_no_warning[$(item)]')
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .

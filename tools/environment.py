@@ -61,16 +61,21 @@ def duration(seconds):
     return f"{seconds / size:.{unit != 's' and seconds < 9.95 * size:d}f} {unit}"
 
 
+def write(path, text):
+    """Write a file (a Path) whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_between(path, begin, end, text):
     """Put text between two lines of a file, which stay: where a command writes into a page."""
-    with open(path, encoding="utf-8") as file:
-        before, _, rest = file.read().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        name = os.path.basename(path)
-        raise ValueError(f"{name} has no lines {begin.strip()!r} and {end.strip()!r}")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{before}{begin}{text}{end}{after}")
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, there, after = rest.partition(end)
+    if not there:
+        raise ValueError(f"{path.name} has no lines {begin.strip()!r} and {end.strip()!r}")
+    write(path, f"{before}{begin}{text}{end}{after}")
 
 
 def module(name):

@@ -18,9 +18,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import environment  # tools/ is on the path: this file is run as a script
@@ -196,52 +196,34 @@ def reason(error):
 def run_in_thread(task, kernels):
     """task() in a thread, so that Ctrl-C reaches this function and not nbclient's own handler,
     which would report an interrupted notebook as complete. Interrupts the kernel, then kills it."""
-    outcome, finished = {}, threading.Event()
-
-    def target():
-        try:
-            outcome["value"] = task()
-        except BaseException as error:
-            outcome["error"] = error
-        finished.set()
-
-    threading.Thread(target=target, daemon=True).start()
+    running = ThreadPoolExecutor(1).submit(task)
     try:
-        # not Thread.join, which Python 3.11 takes for a finished thread when it is interrupted
-        while not finished.wait(0.2):
-            pass
+        return running.result()
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
             for process in kernels:
                 process.send_signal(signal.SIGINT)
-            finished.wait(GRACE_SECONDS if kernels else 0)
+            wait([running], GRACE_SECONDS if kernels else 0)
         for process in kernels:
             if process.poll() is None:
                 process.kill()
         raise
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
 
 
 def headline(name, parameters, auto):
     """`table2: profile quick (no CUDA device found; ...), device cpu`."""
     gpu = environment.cuda_device()
-    profile = parameters.get("profile", "unknown")
+    profile, device = parameters.get("profile", "unknown"), parameters.get("device", "auto")
     why = ""
     if auto and profile == "paper":
         why = " (a CUDA device is there; PROFILE=quick takes minutes)"
     elif auto:
         why = " (no CUDA device found; PROFILE=paper runs the published schedule)"
-    device = parameters.get("device", "auto")
     if device == "auto":
         device = "cuda" if gpu else "cpu"
-    extra = "".join(
-        f", {key} {parameters[key]}"
-        for key in ("seeds", "seed", "rows", "data")
-        if parameters.get(key)
-    )
-    return f"{name}: profile {profile}{why}, device {device}{extra}"
+    more = {key: parameters.get(key) for key in ("seeds", "seed", "rows", "data")}
+    more = "".join(f", {key} {value}" for key, value in more.items() if value)
+    return f"{name}: profile {profile}{why}, device {device}{more}"
 
 
 def quiet_libraries(log_path):
@@ -292,7 +274,7 @@ def run(options):
             )
             os.replace(partial, out / f"{name}.ipynb")
             body = pages.notebook_body(nb)
-            pages.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
+            environment.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
         log.end_line()
         new = [p.name for p in sorted(out.iterdir()) if p.is_file() and p.name not in INTERNAL]
         new = [f for f in new if f != f"{name}.html" and (out / f).stat().st_mtime >= started]

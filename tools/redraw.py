@@ -36,14 +36,12 @@ def names():
 
 def redraw(name):
     """Run one notebook on the committed runs and write it; returns (seconds, what went wrong)."""
-    began, folder = time.monotonic(), REFERENCE / "paper" / name
-    source = execute.ROOT / "notebooks" / f"{name}.ipynb"
+    began, source = time.monotonic(), execute.ROOT / "notebooks" / f"{name}.ipynb"
     try:
         with tempfile.TemporaryDirectory() as scratch:
             given = {"profile": "paper"}, None, None, thread.kernel
             text = execute.reproducible(execute.execute(source, Path(scratch, name), *given))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.ipynb").write_text(text, encoding="utf-8")
+        environment.write(REFERENCE / "paper" / name / f"{name}.ipynb", text)
     except Exception as error:
         return time.monotonic() - began, execute.reason(error)
     return time.monotonic() - began, ""

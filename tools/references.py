@@ -31,8 +31,7 @@ def write_reference(notebook, folder):
         for kind in PICTURES:
             output.get("data", {}).pop(kind, None)
             output.get("metadata", {}).pop(kind, None)
-    text = execute.reproducible(nb, outputs)
-    (folder / notebook.name).write_text(text, encoding="utf-8")
+    environment.write(folder / notebook.name, execute.reproducible(nb, outputs))
 
 
 def main(arguments=None):
@@ -40,7 +39,6 @@ def main(arguments=None):
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--into", type=Path, default=execute.ROOT / "tests" / "nb_refs")
     options = parser.parse_args(arguments)
-    options.into.mkdir(parents=True, exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # bars carry times
     execute.prepare_kernel_environment(jobs=1)
     execute.quiet_libraries(os.devnull)

@@ -18,6 +18,7 @@ from pathlib import Path
 import environment  # tools/ is on the path: this file is run as a script
 import nbformat
 import pages
+import pandas as pd
 from PIL import Image
 
 THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
@@ -87,31 +88,21 @@ def gallery(folder, notebooks, report):
 
 def provenance(folder):
     """What was trained, on what, with which code: one row per finished run."""
-    head = ("run", "seed", "data", "epochs", "seconds", "device", "torch", "revision", "trained")
     rows = []
     for path in sorted(folder.glob("runs/*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
-        whole = r["published_epochs"] or r["epochs"]
-        epochs = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
-        where = r["trained"]
+        whole, where = r["published_epochs"] or r["epochs"], r["trained"]
         revision, _, changes = where["git_revision"].partition(" ")
-        revision = f"{revision[:10]}{' + changes' if changes else ''}"
         rows.append(
-            (r["name"], r["seed"], r["data"], epochs, f"{r['seconds']:.0f}", where["device"],
-             r["versions"]["torch"], revision, where["date"][:10])
+            {"run": r["name"], "seed": r["seed"], "data": r["data"],
+             "epochs": f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"],
+             "seconds": f"{r['seconds']:.0f}", "device": where["device"],
+             "torch": r["versions"]["torch"],
+             "revision": f"{revision[:10]}{' + changes' if changes else ''}",
+             "trained": where["date"][:10]}
         )  # fmt: skip
-    return _table(head, rows)
-
-
-def _table(head, rows):
-    cells = "".join(f"<th scope='col'>{html.escape(text)}</th>" for text in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>\n"
-        for row in rows
-    )
-    return pages.scrolling(
-        f"<table><thead><tr>{cells}</tr></thead><tbody>\n{lines}</tbody></table>"
-    )
+    with pd.option_context("display.max_colwidth", None):
+        return pages.scrolling(pd.DataFrame(rows).to_html(border=0, index=False))
 
 
 def contents(notebooks):
@@ -138,9 +129,9 @@ def build(folder):
     for name, nb in notebooks.items():
         title = pages.heading(nb, name)
         back = '<a href="index.html">All results</a>'
-        pages.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
+        environment.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
     title = f"Certified robust models with CLL: results of profile {folder.name}"
-    pages.write(report / "index.html", pages.page(title, f"""
+    environment.write(report / "index.html", pages.page(title, f"""
 <h1>{title}</h1>
 <p>What this kit computed of "Certified Robust Models with Slack Control and Large Lipschitz
 Constants" (Losch, Stutz, Schiele, Fritz; GCPR 2023). Each table and figure says below or above it
