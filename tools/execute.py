@@ -135,7 +135,7 @@ def execute(notebook, output, parameters=None, log=None, kernels=None, kernel=No
     if getattr(kernel, "has_kernel", None) is True:
         client = kernel.blocking_client()
         client.start_channels()
-        client.execute("get_ipython().reset()", silent=True, reply=True)
+        client.execute("get_ipython().reset()", silent=True, reply=True, timeout=60)
         client.stop_channels()
     try:
         nb = execute_notebook(

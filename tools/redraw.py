@@ -25,7 +25,7 @@ REFERENCE = execute.ROOT / "outputs" / "reference"
 OTHERS = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
 SETTINGS = {"CLL_ONLY_FINISHED": "1", "TQDM_DISABLE": "1"}
-thread = threading.local()  # each has a kernel
+thread = threading.local()  # each has a kernel, and a list of its process
 
 
 def names():
@@ -39,7 +39,7 @@ def redraw(name):
     began, source = time.monotonic(), execute.ROOT / "notebooks" / f"{name}.ipynb"
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            given = {"profile": "paper"}, None, None, thread.kernel
+            given = {"profile": "paper"}, None, thread.processes, thread.kernel
             text = execute.reproducible(execute.execute(source, Path(scratch, name), *given))
         environment.write(REFERENCE / "paper" / name / f"{name}.ipynb", text)
     except Exception as error:
@@ -58,8 +58,9 @@ def main():
     failed, began, kernels = 0, time.monotonic(), []
 
     def start():
-        thread.kernel = execute.kernel_class()(kernel_name="python3")
-        kernels.append(thread.kernel)
+        thread.processes = []
+        thread.kernel = execute.kernel_class(kernels=thread.processes)(kernel_name="python3")
+        kernels.append((thread.kernel, thread.processes))
 
     with ThreadPoolExecutor(min(os.cpu_count(), len(chosen)), initializer=start) as pool:
         for group in ([n for n in chosen if n != LAST], [n for n in chosen if n == LAST]):
@@ -69,9 +70,10 @@ def main():
                     print(f"FAILED {name}: {trouble}", file=sys.stderr)
                 else:
                     print(f"{name}: {seconds:.1f} s", flush=True)
-    for kernel in kernels:
-        kernel.provisioner.process.kill()
-        kernel.provisioner.process.wait()  # its pipes and CPU time are accounted for
+    for kernel, processes in kernels:
+        for process in processes:
+            process.kill()
+            process.wait()
         kernel.cleanup_connection_file()
     print(f"reference: {time.monotonic() - began:.0f} s, outputs/reference/paper")
     return 1 if failed else 0
