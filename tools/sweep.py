@@ -77,18 +77,18 @@ def minutes(text):
 def planned(what, options):
     """(parameter file, run) of everything that was asked for: names of experiments and files."""
     seeds = parameters.parse_seeds(options.seeds)
-    own = {"device": options.device, "data": options.data, "label": options.label}
+    given = {"device": options.device, "data": options.data, "label": options.label}
     if options.rows and what not in ("table1", "table2"):
         raise ValueError(f"--rows is for table1 and table2, not for {what}")
     if what.endswith((".yaml", ".yml")):
         for seed in seeds or [None]:
-            yield what, experiment.load_params(what, options.profile, seed=seed, **own)
+            yield what, experiment.load_params(what, options.profile, seed=seed, **given)
         return
     if what in ("table1", "table2"):
         runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
         runs = paper.table_runs(what, runs, options.rows, options.data, options.label)
     else:
-        runs = experiment.experiment_params(what, options.profile, seeds, **own)
+        runs = experiment.experiment_params(what, options.profile, seeds, **given)
     for run in runs:
         yield f"params/{what}/{run.name}.yaml", run
 
@@ -240,11 +240,10 @@ def main(arguments=None):
         "--slurm", action="append", default=[], metavar="NAME=VALUE", help="option of sbatch"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.set_defaults(together=1)
     options = parser.parse_args(arguments)
     if options.partition:
         options.slurm.append(f"partition={options.partition}")
-    if options.together is None:
-        options.together = 1
     if options.gpus_per_node is None:
         options.gpus_per_node = int(options.cluster == "slurm" or environment.cuda_device())
     options.data = parameters.absolute_source(options.data)
