@@ -115,7 +115,7 @@ def test_the_site_is_whole_and_asks_nobody(results):
         for source in page.loads:
             assert source.startswith("data:image/png") or (site / source).is_file(), source
         assert all(image["alt"] for image in page.images)
-        assert "url(" not in pages.STYLE and "@import" not in pages.STYLE
+        assert "url(" not in pages.PAGE.template and "@import" not in pages.PAGE.template
     front = (site / "index.html").read_text()
     assert found["index.html"].images[0]["alt"] == 'a "red" < area'
     for shown in ("Toy &amp; co", "12 s", "T1-01", "a &lt; b", "holds", "profile x"):

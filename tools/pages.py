@@ -5,6 +5,7 @@ import copy
 import html
 import re
 from pathlib import Path
+from string import Template
 
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
@@ -13,21 +14,13 @@ INLINE = re.compile(r"(?<![\\$\w])\$(?=\S)([^$\n]*?[^$\n\s\\])\$(?![\d$])")
 TABLE = re.compile(r"<table[^>]*>(.*?)</table>", re.DOTALL)
 HEADING = re.compile(r"^# +(.+)$", re.MULTILINE)
 
-STYLE = Path(__file__).with_name("pages.css").read_text(encoding="utf-8")
-# Enforced by the browser that shows a page: it can load nothing but its own pictures.
-POLICY = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'"
+PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def page(title, body, navigation=""):
     """A whole document. title: plain text; body, navigation: HTML."""
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{f'<nav>{navigation}</nav>' if navigation else ''}\n<main>\n{body}\n</main>\n"
-        f"</body>\n</html>\n"
-    )
+    navigation = f"<nav>{navigation}</nav>" if navigation else ""
+    return PAGE.substitute(title=html.escape(title), body=body, navigation=navigation)
 
 
 def heading(nb, default):

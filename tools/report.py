@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from string import Template
 
 import environment  # tools/ is on the path: this file is run as a script
 import nbformat
@@ -131,22 +132,17 @@ def build(folder):
         back = '<a href="index.html">All results</a>'
         environment.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
     title = f"Certified robust models with CLL: results of profile {folder.name}"
-    environment.write(report / "index.html", pages.page(title, f"""
-<h1>{title}</h1>
-<p>What this kit computed of "Certified Robust Models with Slack Control and Large Lipschitz
-Constants" (Losch, Stutz, Schiele, Fritz; GCPR 2023). Each table and figure says below or above it
-which data, schedule and network sizes it comes from.
-<a href="{environment.repository()}">Sources</a></p>
-<h2 id="notebooks">Notebooks</h2>
-{contents(notebooks)}
-{tables(folder, notebooks)}
-<h2 id="claims">What the paper claims</h2>
-{claims(folder, notebooks)}
-<h2 id="figures">Figures</h2>
-{gallery(folder, notebooks, report)}
-<h2 id="provenance">Where the numbers come from</h2>
-{provenance(folder)}
-"""))  # fmt: skip
+    front = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    body = front.substitute(
+        title=title,
+        sources=environment.repository(),
+        contents=contents(notebooks),
+        tables=tables(folder, notebooks),
+        claims=claims(folder, notebooks),
+        gallery=gallery(folder, notebooks, report),
+        provenance=provenance(folder),
+    )
+    environment.write(report / "index.html", pages.page(title, body))
     return report / "index.html"
 
 
