@@ -175,7 +175,7 @@ def reproducible(nb, *folders):
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if "injected-parameters" in (tags or ()):
-            cell.id = "injected-parameters"
+            cell.id, cell.source = "injected-parameters", cell.source.strip()
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
     text = nbformat.writes(nb) + "\n"
