@@ -77,7 +77,7 @@ def test_help_names_targets_and_variables(make):
     text = make("PROFILE=smoke", "SEEDS=1-3").stdout
     assert re.search(r"^  picture +Heading of picture$", text, re.M)
     targets = (
-        "all install test test-notebooks refs badges lint lab bench times colab collect reference"
+        "all install test test-notebooks refs badges lint lab bench house colab collect reference"
     )
     for target in targets.split():
         assert re.search(rf"^  {target} +\S", text, re.M), target
