@@ -185,37 +185,44 @@ def submit_slurm(pending, options, root):
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
     parallel, gpus, logs = options.parallel or 1, options.gpus_per_node, log_folder(root)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    visible = visible.split(",") if visible else list(map(str, range(parallel * gpus)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
     # jobs beside each other share the cores
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     logs.mkdir(parents=True)
     free = SimpleQueue()
     for slot in range(parallel):
-        free.put(",".join(visible[slot * gpus : (slot + 1) * gpus]))
+        free.put(",".join(visible.split(",")[slot * gpus : (slot + 1) * gpus]))
 
     def failed(number, job):
         devices, path = free.get(), logs / f"{number}.log"
         print(f"started  {job}", flush=True)
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
+        command, env = [sys.executable, *job.arguments], {"CUDA_VISIBLE_DEVICES": devices}
         with open(path, "w") as log:
-            command = [sys.executable, *job.arguments]
-            status = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log)
         free.put(devices)
-        if status == 0:
+        if done.returncode == 0:
             print(f"finished {job}", flush=True)
-        else:
-            said = path.read_text().strip().splitlines() or [f"exit status {status}"]
-            why = f"signal {-status}, killed" if status < 0 else said[-1]
-            print(f"FAILED   {job}\n  {why} ({path})", file=sys.stderr, flush=True)
-        return status != 0
+            return False
+        said = path.read_text().strip().splitlines() or [f"exit status {done.returncode}"]
+        why = said[-1] if done.returncode > 0 else f"signal {-done.returncode}, killed"
+        print(f"FAILED   {job}\n  {why} ({path})", file=sys.stderr, flush=True)
+        return True
 
     with ThreadPoolExecutor(parallel) as pool:
         return sum(pool.map(failed, range(len(pending)), pending))
 
 
-def main(arguments=None):
+COUNTS = {  # option: (least, help)
+    "together": (1, "runs of a file in one job; default: 1"),
+    "parallel": (1, "jobs at a time; default: local 1, slurm as it comes"),
+    "gpus-per-node": (0, "for a job; more than one: torchrun; default: 1, on a machine without: 0"),
+    "cpus-per-task": (1, "for a job"),
+}
+
+
+def parsed(arguments):
+    """The options of the command line; ValueError for numbers that make no sense."""
     parser = environment.parser(__doc__)
     parser.add_argument("what", nargs="+", help="folders of params/, or parameter files")
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
@@ -224,36 +231,32 @@ def main(arguments=None):
     texts = {
         "seeds": "1,2,3 or 1-9; default: as in the notebook",
         "rows": "rows of table1, table2: T2-05,T2-07",
-        "partition": "of Slurm",
     } | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
     for name, text in texts.items():
         parser.add_argument(f"--{name}", default="", help=text)
-    counts = {
-        "together": "runs of a file in one job; default: 1",
-        "parallel": "jobs at a time; default: local 1, slurm as it comes",
-        "gpus-per-node": "for a job; more than one: torchrun; default: 1, on a machine without: 0",
-        "cpus-per-task": "for a job",
-    }
-    for name, text in counts.items():
+    parser.add_argument("--partition", action="append", dest="slurm", type="partition={}".format)
+    for name, (_, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--time", default=DAY, help=f"for a job under Slurm; default: {DAY}")
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="NAME=VALUE", help="option of sbatch"
-    )
+    parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE",
+                        help="option of sbatch")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.set_defaults(together=1)
     options = parser.parse_args(arguments)
-    if options.partition:
-        options.slurm.append(f"partition={options.partition}")
+    for name, (least, _) in COUNTS.items():
+        count = getattr(options, name.replace("-", "_"))
+        if count is not None and count < least:
+            raise ValueError(f"--{name} must be {least} or more")
+    minutes(options.time)
     if options.gpus_per_node is None:
         options.gpus_per_node = int(options.cluster == "slurm" or environment.cuda_device())
     options.data = parameters.absolute_source(options.data)
+    return options
+
+
+def main(arguments=None):
     try:
-        for name in ("together", "parallel", "gpus_per_node", "cpus_per_task"):
-            least = 0 if name == "gpus_per_node" else 1
-            if getattr(options, name) is not None and getattr(options, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
-        minutes(options.time)
+        options = parsed(arguments)
         root = experiment.outputs_dir(options.outputs, options.profile)
         pending, total, done, under_way = jobs(options, root)
         queued = f"; under way: {under_way}" if under_way else ""
@@ -262,18 +265,15 @@ def main(arguments=None):
             print("\n".join(map(str, pending)))
             return 0
         start = submit_slurm if options.cluster == "slurm" else run_local
-        failed = start(pending, options, root) if pending else 0
+        count = start(pending, options, root) if pending else 0
+        trouble = f"{count} of {len(pending)} jobs; repeat the command, they resume" * bool(count)
     except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"FAILED sweep: {lines[0]}", file=sys.stderr)
-        return 1
+        trouble = (str(error).strip().splitlines() or [type(error).__name__])[0]
     except KeyboardInterrupt:
-        print("FAILED sweep: interrupted; repeat the command to resume", file=sys.stderr)
-        return 1
-    if failed:
-        why = f"{failed} of {len(pending)} jobs; repeat the command, they resume"
-        print(f"FAILED sweep: {why}", file=sys.stderr)
-    return 1 if failed else 0
+        trouble = "interrupted; repeat the command to resume"
+    if trouble:
+        print(f"FAILED sweep: {trouble}", file=sys.stderr)
+    return 1 if trouble else 0
 
 
 if __name__ == "__main__":
