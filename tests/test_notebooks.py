@@ -201,7 +201,7 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     out = tmp_path / "params.yaml"
     for rows in ("", "T2-05,T2-07"):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
-        assert parameters.parameter_file.read(out).get("rows", "") == rows
+        assert parameters.read(out).get("rows", "") == rows
     subset = redraw.ROWS[name].split(",")
     table = published(name)
     assert set(subset) < set(table.index)

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -44,8 +43,8 @@ class Command:
 
     def __call__(self):
         def deaf():  # Slurm's warnings are for submitit, which ends the command and queues it again
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for warning in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(warning, signal.SIG_IGN)
 
         subprocess.run(self.line, check=True, cwd=self.cwd, preexec_fn=deaf)
 
@@ -148,18 +147,13 @@ def slurm_jobs():
     return set(done.stdout.split())
 
 
-def log_folder(root):
-    """A new folder for what the jobs say."""
-    return root / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-
-
 def submit_slurm(pending, options, root):
     """Submit the jobs as one array and note their ids in the run folders; 0."""
     try:
         import submitit
     except ImportError:
         raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
-    queue = submitit.SlurmExecutor(log_folder(root))
+    queue = submitit.SlurmExecutor(root / "jobs")
     given = {
         "gpus_per_node": options.gpus_per_node,
         "cpus_per_task": options.cpus_per_task,
@@ -184,33 +178,27 @@ def submit_slurm(pending, options, root):
 
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
-    parallel, gpus, logs = options.parallel or 1, options.gpus_per_node, log_folder(root)
+    parallel, gpus = options.parallel or 1, options.gpus_per_node
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
-    # jobs beside each other share the cores
+    # jobs beside each other share the cores, and their bars would overwrite each other
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-    logs.mkdir(parents=True)
+    shared = {"OMP_NUM_THREADS": str(cores), "TQDM_DISABLE": "1"} | os.environ
     free = SimpleQueue()
     for slot in range(parallel):
         free.put(",".join(visible.split(",")[slot * gpus : (slot + 1) * gpus]))
 
-    def failed(number, job):
-        devices, path = free.get(), logs / f"{number}.log"
+    def failed(job):
+        devices, command = free.get(), [sys.executable, *job.arguments]
         print(f"started  {job}", flush=True)
-        command, env = [sys.executable, *job.arguments], {"CUDA_VISIBLE_DEVICES": devices}
-        with open(path, "w") as log:
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log)
+        env = shared | {"CUDA_VISIBLE_DEVICES": devices}
+        status = subprocess.run(command, cwd=ROOT, env=env).returncode
         free.put(devices)
-        if done.returncode == 0:
-            print(f"finished {job}", flush=True)
-            return False
-        said = path.read_text().strip().splitlines() or [f"exit status {done.returncode}"]
-        why = said[-1] if done.returncode > 0 else f"signal {-done.returncode}, killed"
-        print(f"FAILED   {job}\n  {why} ({path})", file=sys.stderr, flush=True)
-        return True
+        if status:  # a signal is negative; of an error the job has said what it is
+            print(f"FAILED   {job}: exit status {status}", file=sys.stderr, flush=True)
+        return status != 0
 
     with ThreadPoolExecutor(parallel) as pool:
-        return sum(pool.map(failed, range(len(pending)), pending))
+        return sum(pool.map(failed, pending))
 
 
 COUNTS = {  # option: (least, help)
