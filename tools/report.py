@@ -9,7 +9,6 @@ any web server or opened as a file.
 
 import base64
 import html
-import io
 import json
 import shutil
 import sys
@@ -27,11 +26,8 @@ THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
 
 def finished(folder):
     """{name: executed notebook}, of those that ran to the end, in the order of their names."""
-    found = {}
-    for path in sorted(folder.glob("*/*.ipynb")):
-        if path.stem == path.parent.name:
-            found[path.stem] = nbformat.read(path, 4)
-    return found
+    paths = sorted(path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name)
+    return {path.stem: nbformat.read(path, 4) for path in paths}
 
 
 def section(heading, path):
@@ -65,18 +61,21 @@ def gallery(folder, notebooks, report):
     """Thumbnails of the figures that the notebooks show, with their alt texts."""
     parts = []
     for name, nb in notebooks.items():
-        saved = {path.read_bytes(): path.stem for path in (folder / name).glob("*.png")}
+        saved = {path.read_bytes(): path for path in (folder / name).glob("*.png")}
         for output in (out for cell in nb.cells for out in cell.get("outputs", [])):
             png = base64.b64decode(output.get("data", {}).get("image/png", ""))
             if png not in saved:
                 continue
-            alt = output["metadata"].get("image/png", {}).get("alt", saved[png])
-            file = f"{name}-{saved[png]}.png"
-            with Image.open(io.BytesIO(png)) as picture:
+            title = saved[png].stem
+            alt, file = (
+                output["metadata"].get("image/png", {}).get("alt", title),
+                f"{name}-{title}.png",
+            )
+            with Image.open(saved[png]) as picture:
                 picture.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
                 picture.convert("RGB").quantize(128).save(report / file, optimize=True)
             image = f'<img src="{file}" loading="lazy" alt="{html.escape(alt)}">'
-            caption = f"<figcaption>{name}: {saved[png]}</figcaption>"
+            caption = f"<figcaption>{name}: {title}</figcaption>"
             parts.append(f'<figure><a href="{name}.html">{image}</a>{caption}</figure>')
     return f'<div class="gallery">{"".join(parts)}</div>'
 

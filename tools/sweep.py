@@ -12,6 +12,7 @@ notebook of the experiment then reads what has finished. On one machine (--clust
 program stays until all is done.
 """
 
+import dataclasses
 import getpass
 import os
 import re
@@ -22,7 +23,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
 
 import environment  # tools/ is on the path: this file is run as a script
 import parameters
@@ -35,34 +35,29 @@ from paper.tables import table_runs  # noqa: E402
 DAY = "24:00:00"
 
 
-class Command:
-    """A command line in the form of a submitit job that may be queued again, and then resumes."""
+@dataclasses.dataclass
+class Job:
+    """Runs of one parameter file that train together, as one command: arguments of Python. For
+    submitit it is a function that may be queued again, and then resumes."""
 
-    def __init__(self, line, cwd):
-        self.line, self.cwd = line, cwd
+    folders: list
+    arguments: list
+
+    def __str__(self):
+        return shlex.join(["python", *self.arguments])
 
     def __call__(self):
         def deaf():  # Slurm's warnings are for submitit, which ends the command and queues it again
             for warning in (signal.SIGUSR2, signal.SIGTERM):
                 signal.signal(warning, signal.SIG_IGN)
 
-        subprocess.run(self.line, check=True, cwd=self.cwd, preexec_fn=deaf)
+        command = [sys.executable, *self.arguments]
+        subprocess.run(command, check=True, cwd=ROOT, preexec_fn=deaf)
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-class Job(NamedTuple):
-    """Runs of one parameter file that train together, as one command: arguments of Python."""
-
-    runs: list
-    folders: list
-    arguments: list
-
-    def __str__(self):
-        return shlex.join(["python", *self.arguments])
 
 
 def minutes(text):
@@ -96,10 +91,8 @@ def planned(what, options):
 def command(file, runs, options):
     """The arguments of Python that train and certify runs of one file."""
     first, path = runs[0], Path(file)
-    line = ["-m", "cll"]
-    if options.gpus_per_node > 1:
-        count = ["--standalone", "--nproc-per-node", options.gpus_per_node]
-        line = ["-m", "torch.distributed.run", *count, *line]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", options.gpus_per_node]
+    line = ["-m", *(several + ["-m"]) * (options.gpus_per_node > 1), "cll"]
     # jobs start in the checkout
     line += [file if (ROOT / path).exists() else path.resolve(), "--profile", options.profile]
     line += ["--seeds", *(run.seed for run in runs)]
@@ -107,9 +100,8 @@ def command(file, runs, options):
     given = {"device": options.device}
     if (first.data, first.label) != (plain.data, plain.label):
         given |= {"data": first.data, "label": first.label}
-    given["outputs"] = options.outputs or os.environ.get("CLL_OUTPUTS", "")
-    if given["outputs"]:
-        given["outputs"] = Path(given["outputs"]).expanduser().resolve()
+    if outputs := options.outputs or os.environ.get("CLL_OUTPUTS"):
+        given["outputs"] = Path(outputs).expanduser().resolve()
     line += [part for key, value in given.items() if value for part in (f"--{key}", value)]
     return list(map(str, line))
 
@@ -120,9 +112,7 @@ def jobs(options, root):
     for what in options.what:
         for file, run in planned(what, options):
             asked.setdefault(experiment.run_dir(run, root), (file, run))
-    left = {
-        folder: item for folder, item in asked.items() if not experiment.finished(item[1:], root)
-    }
+    left = {f: item for f, item in asked.items() if not experiment.finished(item[1:], root)}
     notes = [folder / "slurm_job" for folder in left] if options.cluster == "slurm" else []
     notes = {note.parent: note.read_text().strip() for note in notes if note.exists()}
     active = slurm_jobs() if notes else set()
@@ -134,7 +124,7 @@ def jobs(options, root):
     for file, members in groups.items():
         for start in range(0, len(members), options.together):
             runs, folders = zip(*members[start : start + options.together], strict=True)
-            pending.append(Job(runs, folders, command(file, runs, options)))
+            pending.append(Job(folders, command(file, runs, options)))
     return pending, len(asked), len(asked) - len(left), len(under_way)
 
 
@@ -166,7 +156,7 @@ def submit_slurm(pending, options, root):
         **{key: value for key, value in given.items() if value},
     )
     with queue.batch():
-        submitted = [queue.submit(Command([sys.executable, *j.arguments], ROOT)) for j in pending]
+        submitted = list(map(queue.submit, pending))
     for job, ticket in zip(pending, submitted, strict=True):
         for folder in job.folders:
             folder.mkdir(parents=True, exist_ok=True)
