@@ -63,7 +63,7 @@ from ..data.sources import TESTS, load
 from ..layers.structure import Residual, freeze
 from . import RADII, certified_radius
 from .description import check_fit, current, describe, rebuild, tensors_of
-from .inputs import _test_split, as_pixels, check_images, check_targets, predict_logits
+from .inputs import as_pixels, check_images, check_targets, predict_logits, test_split
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
@@ -203,7 +203,7 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
     if source is not None:
         source = {"source": source} if isinstance(source, str) else dict(source)
         _read(_Data, json.dumps(source), "source")
-    images, targets = _test_split(dataset)
+    images, targets = test_split(dataset)
     given = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, given).cpu()
     targets = check_targets(targets, len(images), given.head.out_features).cpu()
@@ -513,7 +513,7 @@ def _checked_data(c, net, data, count):
     read = "as given"
     if data is None or isinstance(data, str):
         data, read = _loaded(c, data, n)
-    images, targets = _test_split(data)
+    images, targets = test_split(data)
     images = check_images(images, net).cpu()
     targets = check_targets(targets, len(images), classes).tolist()
     if len(images) != n:
