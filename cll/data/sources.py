@@ -173,7 +173,7 @@ def load(
         if size is not None and (isinstance(size, bool) or int(size) != size or size < 1):
             raise ValueError(f"{argument} = {size!r}: give a positive whole number or None for all")
     kind, path = _parse(source)
-    root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[1] / "data")
+    root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[2] / "data")
     root = root.expanduser().absolute()
 
     where, names, name = source, None, source
