@@ -21,10 +21,11 @@ from cll.certify.attack import pgd_attack
 from cll.certify.inputs import predict_logits
 from cll.certify.local import (
     _backward,
-    _exact,
     _fall,
     _forward,
-    _reach,
+    _network,
+    _Stage,
+    _stages,
     _tilt,
     local_lipschitz,
     local_radius,
@@ -151,7 +152,7 @@ def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size
 def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)
-    known = _exact(exact)
+    known = _network(exact)
     unit = 2.0 ** known.units[-1]
     with torch.no_grad():
         f = exact(x)
@@ -224,7 +225,9 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
         tau = torch.rand(1, P, generator=generator).double() * (3 if case % 2 else 0.5)
         ball = 0.05 + 2 * torch.rand(1, generator=generator).double()
         reach = (ball * (0.3 + torch.rand(1, P, generator=generator).double())).minimum(ball)
-        t, charge = rule(k, tau, reach, ball)
+        t, charge = rule(k, tau, _Stage(False, ball.item(), reach), torch.zeros_like(ball))
+        if rule is _tilt:  # which takes the error times the Lipschitz constant of u
+            charge = charge / ball
         assert ((t >= 0) & (t <= 1)).all()
         best = 0.0
         if rule is _tilt:  # which folds change sign: all subsets that fit
@@ -254,7 +257,7 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
 def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
     """Against dense matrices; and not much less, or another layer's norm was taken."""
     net = conv(kind, seed).double()
-    known = _exact(net)
+    known = _network(net)
     for i, (below, step) in enumerate(itertools.pairwise(known.layers)):
         unit = 2.0 ** (known.units[i + 1] - known.units[i])
         if below.rows is None or isinstance(step.layer, nn.Flatten):
@@ -268,9 +271,8 @@ def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
         if kind == "ClampedMaxMin":
             stages.append(torch.cat([a, b], 1))  # a sorted pair moves at most as a or b does
         for stage, u in enumerate(stages):
-            ball, reach = _reach(
-                below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm
-            )
+            pairs, ball, reach = _stages(step.layer, below, 2.0, 2 * below.norm)[stage]
+            assert pairs == (stage == 0 and kind != "ReLU")
             norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item() / unit
             rows = 2 * u.norm(dim=0) / unit
             if stage:
@@ -427,8 +429,8 @@ def test_nan_certifies_nothing():
 
 
 def test_a_bound_that_came_out_nan_certifies_nothing(monkeypatch):
-    def poisoned(k, tau, reach, ball):
-        t, charge = _fall(k, tau, reach, ball)
+    def poisoned(*folds):
+        t, charge = _fall(*folds)
         return t, charge * math.nan
 
     net = dense(seed=3)

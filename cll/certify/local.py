@@ -1,14 +1,13 @@
 """Local Lipschitz bounds: of the margins f_i - f_j near one input instead of everywhere.
 
-    local_estimate     for training: differentiable, masked norms by power iteration (Local-Lip-B)
-    local_lipschitz    guaranteed, on a ball: bounds every generalised gradient
-    local_radius       guaranteed certified radii: bounds how far a margin can fall from its value
-                       at the image, which is less; what ``certify(..., local=True)`` uses
+    local_lipschitz    bounds every generalised gradient on a ball: the local Lipschitz constants
+    local_radius       bounds how far a margin can fall from its value at the image, which is less:
+                       certified radii, what ``certify(..., local=True)`` uses
 
-The guaranteed ones follow a margin backward through the layers with slopes that hold at the image,
-and pay for the activations that may leave their piece in the ball. Which ones may, is known from
-the ball that each layer's values stay in; its radius is a product of proven norms. They need no
-training of a special kind and never exceed the global bound.
+Both are guaranteed. They follow a margin backward through the layers with slopes that hold at the
+image, and pay for the activations that may leave their piece in the ball. The ball that holds each
+layer's values tells which ones may; its radius is a product of proven norms. Neither needs training
+of a special kind, and neither exceeds the global bound.
 """
 
 import math
@@ -66,10 +65,9 @@ def local_lipschitz(model, images, epsilon):
         max, min of a and b    (a + b) / 2 +- |u| / sqrt(2),   u = (a - b) / sqrt(2)
         min, max of z and h    (z + h) / 2 -+ |u| / 2,         u = z - h  (ReLU: h = 0)
 
-    Backward through the layers a gradient is c + e with a common vector c and ||e|| <= r.
-    Through W, c becomes W^T c and r at most ||W|| r; for an error in directions a - b alone, the
-    norm of the rows (w_a - w_b) / sqrt(2) counts. Through a fold with coefficient k_i, c takes the
-    slope t_i sign(u_i(image)), 0 <= t_i <= 1. The gradient has the slope sign(u_i), so the error is
+    Backward through the layers all gradients in the ball have a vector c in common, up to errors:
+    through W, c becomes W^T c; through a fold with coefficient k_i it takes the slope
+    t_i sign(u_i(image)), 0 <= t_i <= 1. The gradient has the slope sign(u_i), so the error is
     (1 - t_i) |k_i|, or (1 + t_i) |k_i| where u_i has changed sign. For that it must move by
     tau_i = |u_i(image)|: possible only if tau_i <= beta_i, the distance times the length of its
     row, and together the changed ones have sum tau_i^2 <= B^2, B the radius of the ball that holds
@@ -77,9 +75,11 @@ def local_lipschitz(model, images, epsilon):
 
         E^2 = lambda B^2 + sum_i max((1 - t_i)^2 k_i^2, (1 + t_i)^2 k_i^2 - lambda tau_i^2),
 
-    smallest for t_i = min(1, lambda tau_i^2 / (4 k_i^2)). Older errors do not grow, slopes being in
-    [-1, 1], so r becomes r + E. At every depth ||c|| + r times the Lipschitz constant of all below
-    is a bound, and the smallest counts. (Where u_i = 0 on an open set, its slope is free: any value
+    smallest for t_i = min(1, lambda tau_i^2 / (4 k_i^2)). In the input, an error of length E in u
+    becomes one of at most E times the Lipschitz constant of u: the norms of all layers below, the
+    last of them that of the rows (w_a - w_b) / sqrt(2) where u is made of pairs. The sum of these
+    charges, and at any depth ||c|| times the Lipschitz constant of all below, together are a bound,
+    and the smallest counts. (Where u_i = 0 on an open set, its slope is free: any value
     gives the gradient.) For epsilon -> 0 the bound becomes the norm of the gradient if no fold is
     at its edge.
     """
@@ -87,7 +87,7 @@ def local_lipschitz(model, images, epsilon):
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
     images = tensor_of(images, "images").cpu()
     model = as_lipschitz_net(model, images.shape[1:])
-    net = _exact(model)
+    net = _network(model)
     K = lipschitz_matrix(model)
     i, j = torch.triu_indices(*K.shape, 1)
     matrix = torch.zeros(len(images), *K.shape, dtype=torch.float64)
@@ -137,7 +137,7 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     smaller ball it falls at least in proportion, because g(a d) <= a g(d) for 0 <= a <= 1.
     """
     model = as_lipschitz_net(model, images.shape[1:])
-    net, radius = _exact(model), torch.as_tensor(radius).clone()
+    net, radius = _network(model), torch.as_tensor(radius).clone()
     if max(map(abs, net.units)) > RANGE:
         return radius
     K = lipschitz_matrix(model) if K is None else K
@@ -148,55 +148,79 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     batches = range(0, len(images), BATCH)
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
         for first in batches:
-            part = slice(first, first + BATCH)
-            f = logits[part]
-            y = f.argmax(dim=1)
-            margin = f.gather(1, y[:, None]) - f  # (n, C)
-            is_y = y[:, None] == torch.arange(f.shape[1])
-            top = K[y].masked_fill(is_y, 0)
-            state = None
-            failed = ~((margin > 0) | is_y).all(dim=1) | ~f.isfinite().all(dim=1)
-            for rho in sorted(float(r) for r in radii if r > 0):
-                pending = tried = ~failed & (radius[part] <= rho)
-                if not pending.any():
-                    continue
-                if state is None:
-                    state = _forward(net, images[part])
-                # the rounding of every margin, also of those that no local bound is asked for
-                apart = net.distances[y] * state.errors[-1][:, None]
-                local, lost = top.clone(), (state.head_error[:, None] + apart) * ROUNDED
-                ratio = torch.where(is_y, math.inf, (margin - lost) / top)
-                nearest = ratio.argmin(dim=1)[:, None] == torch.arange(f.shape[1])
-                # the nearest class first: where it fails, the others need no work
-                for asked in (nearest, ~nearest & (ratio <= rho)):
-                    n, j = (asked & pending[:, None] & ~is_y).nonzero().unbind(1)
-                    v = net.rows[y[n]] - net.rows[j]
-                    bound, E = _backward(net, state, n, v, rho, _fall)
-                    local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
-                    left = margin - lost - rho * local
-                    pending = pending & ((left > 0) | is_y).all(dim=1)
-                within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
-                beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
-                found = torch.where(pending, beyond, within.clamp(max=rho))
-                better = tried & (found > radius[part])  # never where found is NaN
-                radius[part] = torch.where(better, found, radius[part])
-                failed = failed | (tried & ~pending)
+            batch = slice(first, first + BATCH)
+            radius[batch] = _raised(net, K, images[batch], logits[batch], radius[batch], radii)
             bar.update()
     return radius
 
 
+def _raised(net, K, images, f, radius, radii):
+    """`local_radius` of a batch; K (C, C) and the logits f (n, C) in the units of the network."""
+    y = f.argmax(dim=1)
+    margin = f.gather(1, y[:, None]) - f  # (n, C)
+    is_y = y[:, None] == torch.arange(f.shape[1])
+    top = K[y].masked_fill(is_y, 0)
+    failed = ~((margin > 0) | is_y).all(dim=1) | ~f.isfinite().all(dim=1)
+    state = None
+    for rho in sorted(float(r) for r in radii if r > 0):
+        tried = ~failed & (radius <= rho)
+        if not tried.any():
+            continue
+        state = state or _forward(net, images)
+        local, lost, holds = _at(net, state, y, margin, top, rho, tried)
+        within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
+        left = margin - lost - rho * local
+        beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
+        larger = torch.where(holds, beyond, within.clamp(max=rho))
+        better = tried & (larger > radius)  # never where `larger` is NaN
+        radius = torch.where(better, larger, radius)
+        failed = failed | (tried & ~holds)
+    return radius
+
+
+def _at(net, state, y, margin, top, rho, tried):
+    """(K_j (n, C), E_j (n, C), whether the prediction holds in the ball of radius rho (n,)), see
+    `local_radius`, where `tried`. top: the rows of the global bound."""
+    classes = torch.arange(margin.shape[1])
+    is_y, holds = y[:, None] == classes, tried
+    # the rounding of every margin, also of those that no local bound is asked for
+    apart = net.distances[y] * state.errors[-1][:, None]
+    local, lost = top.clone(), (state.head_error[:, None] + apart) * ROUNDED
+    ratio = torch.where(is_y, math.inf, (margin - lost) / top)
+    nearest = ratio.argmin(dim=1)[:, None] == classes
+    # the nearest class first: where it fails, the others need no work
+    for asked in (nearest, ~nearest & (ratio <= rho)):
+        n, j = (asked & holds[:, None] & ~is_y).nonzero().unbind(1)
+        v = net.rows[y[n]] - net.rows[j]
+        bound, E = _backward(net, state, n, v, rho, _fall)
+        local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
+        holds = holds & ((margin - lost - rho * local > 0) | is_y).all(dim=1)
+    return local, lost, holds
+
+
+class _Stage(NamedTuple):
+    """The folds of an activation that act at once. pairs: u = (a - b) / sqrt(2) of two channels;
+    ball: the radius of the ball that holds the vector u, reach: how far each u_i may move, a tensor
+    that broadcasts to u, both in units of rho. So ball is also the Lipschitz constant of u."""
+
+    pairs: bool
+    ball: float
+    reach: Tensor
+
+
 class _Layer(NamedTuple):
     """What is known about a layer beforehand, in the units of a _Network. norm: its guaranteed
-    Lipschitz constant; error: (a, b) of the layer, see `rounding.rounding`. Of a Conv2d or Linear
-    also its `weight`, `rows`, the lengths of its rows per output channel (at borders they are
-    shorter), of (w_a - w_b) / sqrt(2) `pair_rows` and their norm `pair_norm`, None where channels
-    2i, 2i + 1 are no pairs; and `adjoint_error`, such that A^T y as computed is off by at most
-    adjoint_error ||y||."""
+    Lipschitz constant; error: (a, b) of the layer, see `rounding.rounding`; stages: of an
+    activation. Of a Conv2d or Linear also its `weight`, `rows`, the lengths of its rows per output
+    channel (at borders they are shorter), of (w_a - w_b) / sqrt(2) `pair_rows` and their norm
+    `pair_norm`, None where the channels form no pairs; and `adjoint_error`, such that A^T y as
+    computed is off by at most adjoint_error ||y||."""
 
     layer: nn.Module
     shape: tuple
     norm: float
     error: tuple
+    stages: list
     weight: Tensor | None = None
     rows: Tensor | None = None
     pair_norm: float | None = None
@@ -219,14 +243,17 @@ class _Network(NamedTuple):
     distances: Tensor
 
 
-def _exact(model):
+def _network(model):
     """The _Network of a model."""
     model = freeze(float64_copy(model))
     smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
     layers, units = [], [1 - math.frexp(smallest)[1]]
     gains = [ROUNDED / shift(smallest, units[0])]
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        step, unit = _layer(layer, shape, units[-1])
+        stages = _stages(
+            layer, layers[-1] if layers else None, gains[-2] if layers else 0.0, gains[-1]
+        )
+        step, unit = _layer(layer, shape, units[-1], stages)
         layers.append(step)
         units.append(unit)
         gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
@@ -236,7 +263,7 @@ def _exact(model):
     return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
 
 
-def _layer(layer, shape, unit):
+def _layer(layer, shape, unit, stages):
     """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
     norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
     known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
@@ -248,7 +275,7 @@ def _layer(layer, shape, unit):
     # for underflow, also of the logits, which were computed in other units
     error = shift(a + SMALLEST, -exponent), shift(b + TINY, -unit)
     if not known:
-        return _Layer(layer, shape, norm, error), unit
+        return _Layer(layer, shape, norm, error, stages), unit
     W = shift(layer.weight, -exponent)
     terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
     wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
@@ -257,12 +284,42 @@ def _layer(layer, shape, unit):
     facts = {"weight": W, "rows": torch.full_like(rows, norm) if wraps else rows}
     facts["adjoint_error"] = gamma(terms) * absolute_norm(layer, W, shape)
     if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
-        half = (W[0::2] - W[1::2]) / 2  # +-half: the projection of W onto differences
-        both = torch.stack([half, -half], 1).flatten(0, 1)
+        first, second = _pairs(W, 0)
+        half = (first - second) / 2  # +-half: the projection of W onto differences
+        both = _from_pairs(half, -half, 0)
         facts["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
         rows = lengths(half.flatten(1)).view(row_shape) * (math.sqrt(2) * ROUNDED)
         facts["pair_rows"] = torch.full_like(rows, facts["pair_norm"]) if wraps else rows
-    return _Layer(layer, shape, norm, error, **facts), unit
+    return _Layer(layer, shape, norm, error, stages, **facts), unit
+
+
+def _stages(layer, below, gain_below, gain):
+    """The stages of an activation, forward. gain: the radius of the ball of its inputs; below: the
+    layer before it, or None, and the radius of the ball of that one's inputs."""
+    stages = []
+    for pairs in {nn.ReLU: [False], MaxMin: [True], ClampedMaxMin: [True, False]}.get(
+        type(layer), []
+    ):
+        ball, reach = gain, torch.tensor(gain, dtype=torch.float64)
+        if below is not None and below.pair_norm is not None and pairs:
+            ball, reach = below.pair_norm * gain_below, below.pair_rows * gain_below
+        elif below is not None and below.rows is not None and not pairs:
+            rows = below.rows
+            if type(layer) is not nn.ReLU:
+                rows = torch.maximum(*_pairs(rows)).repeat(1, 2, *[1] * (rows.ndim - 2))
+            reach = rows * gain_below
+        stages.append(_Stage(pairs, ball + LEAST, reach + LEAST))
+    return stages
+
+
+def _pairs(x, axis=1):
+    """(a, b) of the channels that MaxMin compares."""
+    return x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+
+
+def _from_pairs(a, b, axis=1):
+    """The inverse of `_pairs`."""
+    return torch.stack([a, b], axis + 1).flatten(axis, axis + 1)
 
 
 class _State(NamedTuple):
@@ -285,7 +342,7 @@ def _forward(net, images):
     error = shift(4 * U * size + TINY, -net.units[0])
     folds, errors = [], [error]
     for step, unit in zip(net.layers, net.units, strict=False):
-        folds.append(_folds(step.layer, h, unit))
+        folds.append(_folds(step.layer, h, unit) if step.stages else [])
         a, b = step.error
         error = step.norm * error + a * shift(lengths(h.flatten(1)), -unit) + b
         errors.append(error * ROUNDED)
@@ -298,13 +355,11 @@ def _forward(net, images):
 
 
 def _folds(layer, z, unit):
-    """[(|u| / 2^unit, sign of u), ...] of an activation at z, forward; None for other layers."""
-    if type(layer) not in ACTIVATIONS:
-        return None
+    """[(|u| / 2^unit, sign of u), ...] of the stages of an activation at z."""
     if type(layer) is nn.ReLU:
         stages = [z]
     else:
-        a, b = z.unflatten(1, (-1, 2)).unbind(2)
+        a, b = _pairs(z)
         stages = [(a - b) / math.sqrt(2)]
         if type(layer) is ClampedMaxMin:
             high, low = torch.maximum(a, b) - layer.high, torch.minimum(a, b) - layer.low
@@ -318,81 +373,43 @@ def _backward(net, state, index, v, rho, rule):
     rule _tilt: K bounds the Lipschitz constant on the ball of radius rho, E is of no use.
     rule _fall: m(x) >= m(image) - E - K ||x - image|| in the ball, m(image) the computed margin.
     """
-    parts = zip(index.split(BATCH), v.split(BATCH), strict=True)
-    found = [_follow(net, state, n, c, rho, rule) for n, c in parts]
-    return tuple(map(torch.cat, zip(*found, strict=True))) if found else (v.new_empty(0),) * 2
+    pieces = zip(index.split(BATCH), v.split(BATCH), strict=True)
+    pieces = [_follow(net, state, n, c, rho, rule) for n, c in pieces]
+    return tuple(map(torch.cat, zip(*pieces, strict=True))) if pieces else (v.new_empty(0),) * 2
 
 
 def _follow(net, state, n, c, rho, rule):
-    """`_backward` of one part. Lengths are in units of rho too: gain[i] is the radius of the ball
-    of layer i's inputs. charge: of _fall the sum of the charges; of _tilt r, with pair_charge its
-    part in directions a - b. The rounding of c itself is charged too. E collects what the error of
-    the computed activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
-    tilt, layers, gain = rule is _tilt, net.layers, net.gains
-    errors = [e[n] for e in state.errors]
+    """`_backward` of some rows c. Lengths are in units of rho too: gain[i] is the radius of the
+    ball of layer i's inputs, and the Lipschitz constant of all below. charge: the sum of the
+    charges; the rounding of c itself is among them. E collects what the error of the computed
+    activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
+    layers, gain, errors = net.layers, net.gains, [e[n] for e in state.errors]
     size = lengths(c)
-    charge = 8 * U * size * (1 if tilt else gain[-1])
-    pair_charge = torch.zeros_like(charge)
-    bound = torch.full_like(charge, math.inf)
-    E, depth = torch.zeros_like(charge), len(layers)
+    charge = 8 * U * size * gain[-1]
+    bound, E, depth = torch.full_like(size, math.inf), torch.zeros_like(size), len(layers)
     while depth and (layers[depth - 1].rows is not None or type(layers[depth - 1].layer) in KNOWN):
         depth -= 1
-        step = layers[depth]
+        step, rounded = layers[depth], 8 * U * size
         E = E + 5 * size * errors[depth + 1]
-        rounded = 8 * U * size
         if step.rows is not None:
-            if tilt:
-                charge = charge * step.norm + pair_charge * (step.pair_norm or 0)
-                pair_charge = torch.zeros_like(charge)
             rounded = step.adjoint_error * size
             c = apply_adjoint(step.layer, step.weight, c, step.shape)
-        elif state.folds[depth]:
-            below = layers[depth - 1] if depth else None
-            for stage in reversed(range(len(state.folds[depth]))):
-                tau, side = (t[n] for t in state.folds[depth][stage])
-                pairs = stage == 0 and type(step.layer) is not nn.ReLU
-                ball, reach = _reach(below, step.layer, pairs, gain[depth - 1], gain[depth])
-                ball, reach = torch.full_like(charge, ball + LEAST), reach + LEAST
-                if tilt:  # the computed u may be off
-                    ball = ball + errors[depth] / rho
-                    reach = reach + (errors[depth] / rho).view(-1, *[1] * (c.ndim - 1))
-                k = _coefficients(step.layer, pairs, c)
-                t, cost = rule(k, tau / rho, reach, ball)
-                slope = k * t * side
-                if pairs:
-                    mean, slope = sum(c.chunk(2, 1)) / 2, slope / math.sqrt(2)
-                    c = torch.stack([mean + slope, mean - slope], 2).flatten(1, 2)
-                else:
-                    c = c / 2 + slope
-                if tilt and pairs and below is not None and below.pair_norm is not None:
-                    pair_charge = pair_charge + cost
-                else:
-                    charge = charge + cost
+        elif step.stages:
+            for stage, fold in reversed([*zip(step.stages, state.folds[depth], strict=True)]):
+                tau, side = (t[n] for t in fold)
+                k = _coefficients(step.layer, stage.pairs, c)
+                t, cost = rule(k, tau / rho, stage, errors[depth] / rho)
+                c, charge = _bent(c, k * t * side, stage.pairs), charge + cost
         else:
             c = c.reshape(-1, *step.shape)
-        charge = charge + (rounded + LEAST) * (1 if tilt else gain[depth])
+        charge = charge + (rounded + LEAST) * gain[depth]
         size = lengths(c.flatten(1))
-        total = (size + charge + pair_charge) * gain[depth] if tilt else charge + size * gain[depth]
-        bound = torch.minimum(bound, total)
+        bound = torch.minimum(bound, charge + size * gain[depth])
     E = E + size * errors[depth]
     if depth == 0:  # the gradient in the un-normalised input
         std = shift(normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
-        size = lengths((c / std).flatten(1))
-        bound = torch.minimum(bound, size + (charge + pair_charge) * (gain[0] if tilt else 1))
+        bound = torch.minimum(bound, charge + lengths((c / std).flatten(1)))
     return bound * ROUNDED + LEAST, (E + state.head_error[n]) * ROUNDED
-
-
-def _reach(below, layer, pairs, gain_below, gain):
-    """(ball, reach) of the folds of a layer: radius of the ball that holds the vector u, and how
-    far each u_i may move, a tensor that broadcasts to u, in units of rho."""
-    if below is None or below.rows is None or pairs and below.pair_norm is None:
-        return gain, torch.tensor(gain, dtype=torch.float64)
-    if pairs:
-        return below.pair_norm * gain_below, below.pair_rows * gain_below
-    if type(layer) is nn.ReLU:
-        return gain, below.rows * gain_below
-    largest = below.rows.unflatten(1, (-1, 2)).amax(2)
-    return gain, torch.cat([largest, largest], 1) * gain_below
 
 
 def _coefficients(layer, pairs, c):
@@ -403,15 +420,24 @@ def _coefficients(layer, pairs, c):
     return (first - second) / math.sqrt(2) if pairs else torch.cat([-first, second], 1) / 2
 
 
-def _fall(k, tau, reach, ball):
-    """(slopes t, charge (M,)) of the folds of one layer, see `local_radius`. k, tau: (M, ...).
+def _bent(c, slope, pairs):
+    """The gradient behind the folds of a stage, from c before them and k_i t_i sign(u_i)."""
+    if not pairs:
+        return c / 2 + slope
+    mean, slope = sum(c.chunk(2, 1)) / 2, slope / math.sqrt(2)
+    return _from_pairs(mean + slope, mean - slope)
+
+
+def _fall(k, tau, stage, error):
+    """(slopes t, charge (M,)) of the folds of one layer, see `local_radius`. k, tau: (M, ...); the
+    error (M,) of the computed u is paid by E.
 
     With q = 1 / (2 lambda): t = min(1, tau / (q |k|)). The best q solves
     sum (q^2 k^2 - tau^2)_+ = B^2; Newton's iteration in q^2 from above falls towards it and any q
     on the way is valid.
     """
-    shape = k.shape
-    k = torch.where((k < 0) & (tau <= reach), -k, 0).flatten(1)
+    shape, ball = k.shape, torch.full_like(error, stage.ball)
+    k = torch.where((k < 0) & (tau <= stage.reach), -k, 0).flatten(1)
     size, unit = power(k.amax(1)), power(ball)  # powers of two, for the squares
     tau = torch.where(k > 0, tau.flatten(1), 0) / unit[:, None]
     k, ball = k / size[:, None], ball / unit
@@ -431,10 +457,11 @@ def _fall(k, tau, reach, ball):
     return (1 - missing).view(shape), torch.where(square.sum(1) > 0, charge, 0) * size * unit
 
 
-def _tilt(k, tau, reach, ball):
-    """(slopes t, charge E (M,)) of the folds of one layer, see `local_lipschitz`. lambda by
+def _tilt(k, tau, stage, error):
+    """(slopes t, charge E B (M,)) of the folds of one layer, see `local_lipschitz`. lambda by
     bisection: at the best one, sum tau^2 / 2 (1 - lambda tau^2 / (4 k^2))_+ = B^2."""
-    shape = k.shape
+    shape, ball = k.shape, stage.ball + error
+    reach = stage.reach + error.view(-1, *[1] * (k.ndim - 1))
     k = torch.where(tau <= reach, k.abs(), 0).flatten(1)
     size, unit = power(k.amax(1)), power(ball)  # powers of two, for the squares
     square = (k / size[:, None]).square()
@@ -450,4 +477,4 @@ def _tilt(k, tau, reach, ball):
     missing = (1 - low[:, None] * tau_square / (4 * square).clamp_min(LEAST)).clamp_min(0)
     missing = torch.where(square > 0, missing, 0)  # 1 - t
     charge = low * ball.square() + (missing.square() * square).sum(1) + 64 * U * total
-    return (1 - missing).view(shape), charge.sqrt() * size
+    return (1 - missing).view(shape), charge.sqrt() * size * stage.ball
