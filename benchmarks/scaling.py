@@ -32,7 +32,7 @@ from matplotlib.figure import Figure  # noqa: E402
 import cll  # noqa: E402
 from cll.experiment import provenance
 from cll.experiment.stack import Stack, build_network
-from paper.style import BLUE, ORANGE, _title, styled
+from paper.style import BLUE, ORANGE, styled, titled
 
 # noqa: E402
 # noqa: E402
@@ -319,7 +319,7 @@ def figure(found):
         ax.set_axis_off()
         text = "marks: measured\nlines: fitted laws,\nover the points fitted"
         ax.text(0, 0.9, text, va="top", transform=ax.transAxes)
-    _title(picture, caption(found))
+    titled(picture, caption(found))
     return picture
 
 

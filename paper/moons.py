@@ -22,18 +22,28 @@ from .records import (
     BELOW,
     BY_MARGIN,
     TRUE_MARGIN,
-    _cell,
-    _close,
-    _line,
-    _measured,
-    _or_dash,
-    _shown,
-    _similar,
-    _summary,
-    _train_cra,
+    cell_text,
+    display_lines,
+    in_paper_unit,
+    or_dash,
     published,
+    summary,
+    train_cra,
+    within_a_point,
+    within_a_quarter,
 )
-from .style import BLUE, GRAY, ORANGE, RED, _drawn, _note, _subplots, _title, of_runs, styled
+from .style import (
+    BLUE,
+    GRAY,
+    ORANGE,
+    RED,
+    drawn_caption,
+    note_at,
+    of_runs,
+    styled,
+    subplots,
+    titled,
+)
 
 
 def moons_table(results):
@@ -51,11 +61,11 @@ def moons_table(results):
         return r["method"] + ", exact gradient" * exact
 
     lines = []
-    values = {"cra": _train_cra, "K_f": operator.itemgetter("K_f")}
-    for line, runs in _summary(results, BY_MARGIN | {"method": method}, values):
+    values = {"cra": train_cra, "K_f": operator.itemgetter("K_f")}
+    for line, runs in summary(results, BY_MARGIN | {"method": method}, values):
         epsilon, p = line["epsilon"], line["p"]
         row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
-        line["cra_min"] = min(map(_train_cra, runs))
+        line["cra_min"] = min(map(train_cra, runs))
         line["K_hf"] = line["K_f"] if np.isnan(p) else 1 / float(cll_scale(epsilon, p))
         for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
             line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
@@ -74,7 +84,7 @@ def shape_table(results):
         margin = f"{TRUE_MARGIN:g}"
         line = {"method": r["method"], "p": r["p"], "seed": r["seed"]}
         line |= {"cra": 100 * r["train_cra"][margin], "K_f": r["K_f"]}
-        lines.append(line | {"K_hf": _measured(r, "k_hf", "guaranteed")} | r["shape"])
+        lines.append(line | {"K_hf": in_paper_unit(r, "k_hf", "guaranteed")} | r["shape"])
     return pd.DataFrame(lines)
 
 
@@ -83,7 +93,7 @@ def display_shapes(table):
     lines = [
         {
             "method": row["method"],
-            "p": _or_dash("g", row["p"]),
+            "p": or_dash("g", row["p"]),
             "CRA(0.15) % (train)": f"{row['cra']:.2f}",
             "K(f)": f"{row['K_f']:.1f}",
             "K(h∘f)": f"{row['K_hf']:.1f}",
@@ -94,46 +104,56 @@ def display_shapes(table):
         }
         for row in table.to_dict("records")
     ]
-    return _shown(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
+    return display_lines(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
 
 
 def display_moons(table):
     """The frame of `moons_table` for reading: strings, CRA as mean ± std over the seeds."""
-    cell = functools.partial(_cell, digits=2)
+    cell = functools.partial(cell_text, digits=2)
     columns = {
         "method": table["method"],
         "ε": table["epsilon"].map("{:.2f}".format),
-        "p": [_or_dash("g", p) for p in table["p"]],
+        "p": [or_dash("g", p) for p in table["p"]],
         "seeds": table["n"].map(str),
         "CRA % (train)": map(cell, table["cra"], table["cra_std"], table["difference"]),
         "worst seed": table["cra_min"].map("{:.2f}".format),
-        "paper": map(_cell, table["cra_published"]),
+        "paper": map(cell_text, table["cra_published"]),
         "K(f)": table["K_f"].map("{:.1f}".format),
         "K(h∘f)": table["K_hf"].map("{:.1f}".format),
-        "paper's K(h∘f)": map(_cell, table["K_hf_published"]),
+        "paper's K(h∘f)": map(cell_text, table["K_hf_published"]),
     }
-    return _shown(pd.DataFrame(columns).to_dict("records"), ["method", "ε", "p"], columns)
+    return display_lines(pd.DataFrame(columns).to_dict("records"), ["method", "ε", "p"], columns)
 
 
-def _true_margin_claims(results):
+def _line(table, method, epsilon, column):
+    """One number of `moons_table`, nan if that was not run."""
+    found = table[(table["method"] == method) & np.isclose(table["epsilon"], epsilon)]
+    return found[column].iloc[0] if len(found) else np.nan
+
+
+def true_margin_claims(results):
     table = moons_table(results)
     cll, gloro = (_line(table, method, TRUE_MARGIN, "cra") for method in ("CLL", "GloRo"))
     claim = "CLL keeps CRA at the true margin (99.9 or more)"
-    yield claim, "100", "{:.2f}", [cll], lambda a: a >= 99.9
-    yield "GloRo loses CRA at the true margin", "< 100", "{:.2f}", [gloro], lambda b: b < 100
-    yield "CLL certifies more there", "CLL > GloRo", "{:.2f} vs {:.2f}", [cll, gloro], operator.gt
+    yield "kept", claim, "100", "{:.2f}", [cll], lambda a: a >= 99.9
+    claim = "GloRo loses CRA at the true margin"
+    yield "lost", claim, "< 100", "{:.2f}", [gloro], lambda b: b < 100
+    form, claim = "{:.2f} vs {:.2f}", "CLL certifies more there"
+    yield "more", claim, "CLL > GloRo", form, [cll, gloro], operator.gt
 
 
-def _figure4_claims(results):
-    yield from _true_margin_claims(results)
+def figure4_claims(results):
+    yield from true_margin_claims(results)
     table = moons_table(results)
     for epsilon in (0.20, 0.25):
         pair = [_line(table, method, epsilon, "cra") for method in ("CLL", "GloRo")]
         claim = f"beyond it, at {epsilon:.2f}, CLL keeps more CRA"
-        yield claim, "CLL > GloRo", "{:.2f} vs {:.2f}", pair, operator.gt
+        name = f"beyond-{epsilon:.2f}"
+        yield name, claim, "CLL > GloRo", "{:.2f} vs {:.2f}", pair, operator.gt
     K = [_line(table, "GloRo", epsilon, "K_f") for epsilon in (0.10, 0.15, 0.20, 0.25)]
     form = ", ".join(["{:.1f}"] * len(K))
-    yield "GloRo's K(f) falls as the margin grows", "falls", form, K, lambda *k: all(np.diff(k) < 0)
+    claim = "GloRo's K(f) falls as the margin grows"
+    yield "K-falls", claim, "falls", form, K, lambda *k: all(np.diff(k) < 0)
 
 
 def _mean(results, key, **where):
@@ -144,7 +164,7 @@ def _mean(results, key, **where):
     return table[key].astype(float).mean()
 
 
-def _figure1_claims(results):
+def figure1_claims(results):
     printed = published("two_moons").set_index("item")[["cra_printed", "k_hf_printed"]]
     cra_many, K_many = printed.loc["high slack"]
     cra_few, K_few = printed.loc["low slack"]
@@ -153,54 +173,60 @@ def _figure1_claims(results):
         [_mean(results, key, **where) for where in (many, few)] for key in ("cra", "turns", "K_hf")
     )
     for about, value, paper in (("much", cra[0], cra_many), ("little", cra[1], cra_few)):
-        close = functools.partial(_close, float(paper))
-        yield f"{about} slack: CRA within a point", f"{paper}", "{:.2f}", [value], close
+        close = functools.partial(within_a_point, float(paper))
+        claim = f"{about} slack: CRA within a point"
+        yield f"{about}-cra", claim, f"{paper}", "{:.2f}", [value], close
     claim = "much slack: a smoother boundary (turns)"
-    yield claim, "overly smooth", "{:.2f} vs {:.2f}", turns, operator.lt
+    yield "smoother", claim, "overly smooth", "{:.2f} vs {:.2f}", turns, operator.lt
     for about, value, paper in (("much", K[0], K_many), ("little", K[1], K_few)):
-        near = functools.partial(_similar, float(paper.strip("~")))
-        yield f"{about} slack: K(h∘f) within a quarter", paper, "{:.1f}", [value], near
+        near = functools.partial(within_a_quarter, float(paper.strip("~")))
+        claim = f"{about} slack: K(h∘f) within a quarter"
+        yield f"{about}-K", claim, paper, "{:.1f}", [value], near
 
 
-# claim, what the paper says, column of `shape_table`, format, methods, relation of their values
+# id, claim, what the paper says, column of `shape_table`, format, methods, relation of their values
 FIGURE2_CLAIMS = [
-    ("cross-entropy: a far larger K(f) than GloRo's (tenfold)", "larger", "K_f",
+    ("CE-K", "cross-entropy: a far larger K(f) than GloRo's (tenfold)", "larger", "K_f",
      "{:.1f} vs {:.1f}", ("CE", "GloRo"), lambda a, b: a > 10 * b),
-    ("cross-entropy: certifies less than GloRo", "no margin", "cra",
+    ("CE-cra", "cross-entropy: certifies less than GloRo", "no margin", "cra",
      "{:.1f} vs {:.1f}", ("CE", "GloRo"), BELOW),
-    ("cross-entropy: a less regular boundary than GloRo's (turns)", "irregular", "turns",
-     "{:.2f} vs {:.2f}", ("CE", "GloRo"), ABOVE),
-    ("cross-entropy: outputs in the tails (more than half)", "tails", "tails",
+    ("CE-turns", "cross-entropy: a less regular boundary than GloRo's (turns)", "irregular",
+     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), ABOVE),
+    ("CE-tails", "cross-entropy: outputs in the tails (more than half)", "tails", "tails",
      "{:.2f}", ("CE",), lambda a: a > 0.5),
-    ("GloRo leaves points in the margin", "more than 0", "inside",
+    ("GloRo-inside", "GloRo leaves points in the margin", "more than 0", "inside",
      "{:.0f}", ("GloRo",), lambda a: a > 0),
-    ("CLL leaves none at the same margin: CRA 100", "100", "cra",
+    ("CLL-cra", "CLL leaves none at the same margin: CRA 100", "100", "cra",
      "{:.2f}", ("CLL",), lambda a: round(a, 1) == 100),
-    ("CLL's outputs are far larger than GloRo's (twice, median)", "larger", "output",
+    ("CLL-output", "CLL's outputs are far larger than GloRo's (twice, median)", "larger", "output",
      "{:.1f} vs {:.1f}", ("CLL", "GloRo"), lambda a, b: a > 2 * b),
-    ("GloRo's boundary is smoother than CLL's (turns)", "smoother", "turns",
+    ("GloRo-turns", "GloRo's boundary is smoother than CLL's (turns)", "smoother", "turns",
      "{:.2f} vs {:.2f}", ("GloRo", "CLL"), BELOW),
 ]  # fmt: skip
 
 
-def _figure2_claims(results):
-    for claim, printed, column, form, methods, holds in FIGURE2_CLAIMS:
-        yield claim, printed, form, [_mean(results, column, method=m) for m in methods], holds
+def figure2_claims(results):
+    for name, claim, printed, column, form, methods, holds in FIGURE2_CLAIMS:
+        values = [_mean(results, column, method=m) for m in methods]
+        yield name, claim, printed, form, values, holds
 
 
-def _slack_claims(results):
+def slack_claims(results):
     table = moons_table(results).dropna(subset=["cra_published"])  # p from large to small
     for line in table.to_dict("records"):
         about, printed = f"p = {line['p']:g}", line["cra_published"]
         close = functools.partial(lambda printed, cra: abs(cra - printed) <= 1, printed)
-        yield f"{about}: CRA within a point", f"{printed:.1f}", "{:.1f}", [line["cra"]], close
+        claim = f"{about}: CRA within a point"
+        yield f"cra, {about}", claim, f"{printed:.1f}", "{:.1f}", [line["cra"]], close
         printed = line["K_hf_published"]
         equal = functools.partial(lambda printed, k: round(k, 1) == printed, printed)
-        yield f"{about}: K(h∘f)", f"{printed:.1f}", "{:.1f}", [line["K_hf"]], equal
+        claim = f"{about}: K(h∘f)"
+        yield f"K, {about}", claim, f"{printed:.1f}", "{:.1f}", [line["K_hf"]], equal
     cra = list(table["cra"])
     form = ", ".join(["{:.1f}"] * len(cra))
     cra = cra if len(cra) > 1 else [np.nan]
-    yield "less slack, more CRA", "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)
+    claim = "less slack, more CRA"
+    yield "more-cra", claim, "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)
 
 
 @styled
@@ -237,8 +263,8 @@ def moons_panel(ax, network, points, targets, epsilon):
     return {"cra": cra, "K": largest}
 
 
-def _moons_grid(shape, size):
-    figure, axes = _subplots(size, *shape, sharex=True, sharey=True, squeeze=False)
+def moons_grid(shape, size):
+    figure, axes = subplots(size, *shape, sharex=True, sharey=True, squeeze=False)
     for ax in axes[-1]:
         ax.set_xlabel("$x_1$ (input units)")
     for ax in axes[:, 0]:
@@ -266,7 +292,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
     margins = sorted({epsilon for _, epsilon in first})
     width = max(2.5, 4.5 / len(margins))
     size = (width * len(margins), (0.6 * width + 0.25) * len(methods) + 0.3)
-    figure, axes = _moons_grid((len(methods), len(margins)), size)
+    figure, axes = moons_grid((len(methods), len(margins)), size)
     for i, method in enumerate(methods):
         for j, epsilon in enumerate(margins):
             ax = axes[i, j]
@@ -279,7 +305,7 @@ def figure4(results, models, dataset, methods=("CLL", "GloRo")):
             else:
                 ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
         axes[i, 0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    return _title(figure, _drawn(results))
+    return titled(figure, drawn_caption(results))
 
 
 @of_runs
@@ -313,12 +339,12 @@ def figure1(results, models, dataset):
         ax.plot(p, k_hf, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         cra = 100 * first[p][0]["train_cra"][f"{epsilon:g}"]
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
-        _note(ax, f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3), **at)
+        note_at(ax, f"CRA {cra:.2f} %", (p, k_hf), (4 if i == 0 else -7, 3), **at)
     ax.set_xlim(1, 0)
     ax.set_ylim(0, 1.08 / float(cll_scale(epsilon, order[-1])))
     ax.set_xlabel("slack p: probability mass outside the margin")
     ax.set_ylabel("$K^{(h∘f)}$")
-    return _title(figure, _drawn(results))
+    return titled(figure, drawn_caption(results))
 
 
 @styled
@@ -348,7 +374,7 @@ def moons_gallery(planes, dataset, title):
         top = next(ax for ax in column if ax.get_visible())
         top.set_title(method if p is None else f"{method}, p = {p:g}")
     figure.supxlabel("$x_1$, upwards $x_2$ (input units)", fontsize=8)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -428,7 +454,7 @@ def figure2(results, models, dataset, methods=("CE", "GloRo", "CLL"), epsilon=TR
     handles.append(matplotlib.lines.Line2D([], [], color=GRAY, lw=0.9))
     labels += ["logistic", "margin ±Kε"]
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    return _title(figure, _drawn(results))
+    return titled(figure, drawn_caption(results))
 
 
 @of_runs
@@ -440,14 +466,14 @@ def slack_figure(results, models, dataset):
     first = _first(results, models, operator.itemgetter("p"))
     printed = published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
-    figure, axes = _moons_grid((1, len(first)), (2.5 * len(first), 2.5))
+    figure, axes = moons_grid((1, len(first)), (2.5 * len(first), 2.5))
     for ax, p in zip(axes[0], sorted(first, reverse=True), strict=True):
         result, model = first[p]
         moons_panel(ax, model, dataset.train_images, dataset.train_targets, result["epsilon"])
         k_hf = 1 / float(cll_scale(result["epsilon"], p))
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {k_hf:.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
-    return _title(figure, _drawn(results))
+    return titled(figure, drawn_caption(results))
 
 
 class Plane(NamedTuple):

@@ -21,7 +21,7 @@ from cll.experiment.schema import PLAIN
 from cll.experiment.store import load_model
 
 from .faults import FAULTS, Fault, bound, clustered, convex_potential_stack, power_iteration
-from .style import BLUE, GRAY, RED, SKY, _note, _subplots, _title, styled
+from .style import BLUE, GRAY, RED, SKY, note_at, styled, subplots, titled
 
 
 @styled
@@ -31,7 +31,7 @@ def fault_overview(faults, title="computed, not trained"):
     faults: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
     of any radius, and our radius 0.
     """
-    figure, ax = _subplots((7.4, 0.235 * len(faults) + 0.9))
+    figure, ax = subplots((7.4, 0.235 * len(faults) + 0.9))
     left, right = 0.2, 3e4
     ax.axvspan(1, right, color=RED, alpha=0.07, lw=0)
     ax.axvline(1, color="black", lw=0.8)
@@ -49,7 +49,7 @@ def fault_overview(faults, title="computed, not trained"):
         if claim > 3e3:  # no room on the right
             offset, side, height = (-7, 4), "right", "bottom"
         text = "any radius" if beyond else text
-        _note(ax, text, (x, i), offset, ha=side, va=height, color=RED)
+        note_at(ax, text, (x, i), offset, ha=side, va=height, color=RED)
         if np.isnan(ours):
             ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
         else:
@@ -61,7 +61,7 @@ def fault_overview(faults, title="computed, not trained"):
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
     ax.legend(loc="lower right", frameon=True, edgecolor="none")
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -95,7 +95,7 @@ def fault_margins(faults, title="computed, not trained"):
     figure.axes[0].set_ylabel("margin / margin at x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -105,7 +105,7 @@ def fault_norms(faults, title="computed, not trained"):
     faults: the whole list of `faults.Fault`.
     """
     by_number = {fault.number: fault for fault in faults}
-    figure, (stopped, deep, grid) = _subplots((9.6, 3), 1, 3)
+    figure, (stopped, deep, grid) = subplots((9.6, 3), 1, 3)
 
     fault = by_number[3]
     _, _, matrix, start = clustered()
@@ -155,7 +155,7 @@ def fault_norms(faults, title="computed, not trained"):
     grid.set_ylabel("gain")
     grid.set_title("22: a peak between the frequencies")
     grid.legend(loc="upper left", ncols=1, labelspacing=0.15)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -165,7 +165,7 @@ def gap_figure(table, title):
     table: that of `faults.certificate_gap`. title: the caption.
     """
     runs = list(dict.fromkeys(table["run"]))
-    figure, ax = _subplots((7.4, 0.4 * len(runs) + 1.2))
+    figure, ax = subplots((7.4, 0.4 * len(runs) + 1.2))
     for by, label, color, marker, shift in [
         ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
         ("converged", "converged (paper-style)", BLUE, "o", 0.14),
@@ -175,14 +175,14 @@ def gap_figure(table, title):
         at = np.array([runs.index(run) for run in rows["run"]]) + shift
         ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
         for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
-            _note(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
+            note_at(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
     ax.set_yticks(range(len(runs)), runs)
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_xscale("log")
     ax.set_xlim(3e-14, 1)
     ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
     figure.legend(loc="outside lower center", ncols=2)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 def gallery():

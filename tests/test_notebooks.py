@@ -26,7 +26,7 @@ import paper.explore
 from cll import experiment
 from cll.experiment.stack import build_network
 from cll.experiment.store import CERTIFIER
-from paper.claims import CHECKLIST
+from paper.claims import cited
 from paper.records import published
 from paper.tables import table_runs
 
@@ -324,7 +324,7 @@ def test_summary_lines_say_what_has_finished(path, complete, printed):
         assert not line.endswith(":") or following.startswith("  "), f"{line!r} announces nothing"
     assert all(0 <= float(share) <= 100 for share in re.findall(r"(\d+(?:\.\d+)?) %", text))
     if path.stem == "claims":
-        missing = sorted({name for *_, tests in CHECKLIST for name, _ in tests})
+        missing = sorted({name for *_, tests in cited() for name, _ in tests})
         missing = ["nothing"] if complete else [f"make {name}" for name in missing]
         assert lines[-1] == "  ".join(["to run:", *missing])
     elif path.stem not in ("aol_mapping", "figure3"):  # which draw formulas

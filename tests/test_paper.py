@@ -9,17 +9,15 @@ import pandas as pd
 import pytest
 
 import cll
-import paper.claims
 from paper.ablation import ablation_table, display_ablation
 from paper.choose import display_temperature, temperature_table
-from paper.claims import CHECKLIST, checklist, read_claims
-from paper.formulas import _printed_constants
+from paper.claims import checklist, cited, judge, read_claims
+from paper.formulas import printed_constants
 from paper.moons import display_moons, moons_table
 from paper.own import run_table
 from paper.records import (
     COLUMNS,
     RADII,
-    RELATIONS,
     caption,
     published,
     save_table,
@@ -29,6 +27,7 @@ from paper.records import (
 from paper.sweeps import display_gains, gain_table, lambda_slope, reached, sweep_table
 from paper.tables import (
     PAIRS,
+    RELATIONS,
     attack_check,
     attack_table,
     comparison_table,
@@ -438,15 +437,15 @@ def test_annealed_slack_is_not_mistaken_for_a_printed_one():
 
 def test_verdicts_follow_the_numbers():
     runs = [moons_record(cra=0.9995, p=1e-15), moons_record("GloRo", cra=0.98)]
-    verdicts = paper.claims.claims("figure4", runs)["verdict"]
+    verdicts = judge("figure4", runs)["verdict"]
     assert list(verdicts[:3]) == ["holds"] * 3
     assert set(verdicts[3:]) == {"not run"}
     worse = [moons_record(cra=0.97, p=1e-15), moons_record("GloRo", cra=0.98)]
-    assert list(paper.claims.claims("true_margin", worse)["verdict"]) == [
+    assert list(judge("true_margin", worse)["verdict"]) == [
         "does not hold", "holds", "does not hold"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no claims about 'figure9'"):
-        paper.claims.claims("figure9", [])
+        judge("figure9", [])
 
 
 def shaped(result, turns=1.0, output=50.0, tails=0.9, inside=0):
@@ -456,33 +455,31 @@ def shaped(result, turns=1.0, output=50.0, tails=0.9, inside=0):
 def test_verdicts_on_figures_1_and_2():
     much = moons_record(p=0.75, cra=0.91, K_hf=3.4)
     little = moons_record(p=1e-15, cra=1.0, K_hf=234.9)
-    found = paper.claims.claims("figure1", [shaped(much, turns=0.1), shaped(little)])["verdict"]
+    found = judge("figure1", [shaped(much, turns=0.1), shaped(little)])["verdict"]
     assert set(found) == {"holds"} and len(found) == 5
-    found = paper.claims.claims("figure1", [shaped(much | {"train_cra": {"0.15": 0.8}})])["verdict"]
+    found = judge("figure1", [shaped(much | {"train_cra": {"0.15": 0.8}})])["verdict"]
     assert found.iloc[0] == "does not hold" and set(found.iloc[1:3]) == {"not run"}
 
     plain = shaped(moons_record("CE", cra=0, K=1e4, epsilon=0.15), turns=2)
     gloro = shaped(moons_record("GloRo", cra=0.98, K=100), turns=0.5, output=20, inside=3)
-    found = paper.claims.claims("figure2", [plain, gloro, shaped(little)])["verdict"]
+    found = judge("figure2", [plain, gloro, shaped(little)])["verdict"]
     assert set(found) == {"holds"} and len(found) == 8
     for change in ({"turns": 3}, {"inside": 0}, {"output": 30}):
         other = gloro | {"shape": gloro["shape"] | change}
-        found = paper.claims.claims("figure2", [plain, other, shaped(little)])["verdict"]
+        found = judge("figure2", [plain, other, shaped(little)])["verdict"]
         assert "does not hold" in set(found)
 
 
 def test_slack_verdicts():
     found = {0.75: 0.9005, 0.25: 0.989, 0.01: 0.9985, 1e-4: 0.999}
-    verdicts = paper.claims.claims(
-        "slack_sweep", [moons_record(p=p, cra=c) for p, c in found.items()]
-    )
+    verdicts = judge("slack_sweep", [moons_record(p=p, cra=c) for p, c in found.items()])
     assert len(verdicts) == 9 and set(verdicts["verdict"]) == {"holds"}
-    verdicts = paper.claims.claims("slack_sweep", [moons_record(p=0.25, cra=0.96)])
+    verdicts = judge("slack_sweep", [moons_record(p=0.25, cra=0.96)])
     assert verdicts.loc["p = 0.25: CRA within a point", "verdict"] == "does not hold"
 
 
 def verdicts(results, table="table2"):
-    return paper.claims.claims(table, results)["verdict"]
+    return judge(table, results)["verdict"]
 
 
 HIGH, LOW = ({"36/255": c, "72/255": c - 0.2, "108/255": c - 0.3} for c in (0.7, 0.6))
@@ -509,7 +506,7 @@ def test_a_shortened_schedule_shows_what_is_so_far():
 
 def test_every_radius_must_hold():
     mixed = HIGH | {"108/255": 0.2}
-    claims = paper.claims.claims("table2", [record("T2-03", cra=LOW), record("T2-05", cra=mixed)])
+    claims = judge("table2", [record("T2-03", cra=LOW), record("T2-05", cra=mixed)])
     line = claims.loc["4C3F: CLL certifies more than GloRo"]
     assert line["verdict"] == "does not hold"
     assert line["paper"] == "61.4 vs 59.6, 44.2 vs 40.8, 29.1 vs 24.8"
@@ -548,7 +545,7 @@ def test_the_papers_own_numbers_show_its_claims():
         "every pair: a tighter bound": "LipConv-20, SLL-XL",
     }
     for table in ("table1", "table2"):
-        claims = paper.claims.claims(table, printed_as_results(table))
+        claims = judge(table, printed_as_results(table))
         wrong = claims[claims["verdict"] == "does not hold"]
         assert set(wrong.index) == (set(refuted) if table == "table2" else set()), wrong
         for claim, line in wrong.iterrows():
@@ -556,7 +553,7 @@ def test_the_papers_own_numbers_show_its_claims():
         # cells that the sources lack: GloRo's K(f) and more
         assert (claims["verdict"] != "not run").mean() > 0.8
         # judged without results: the same verdicts, where the numbers are sure
-        own = paper.claims.claims(table, None)["verdict"]
+        own = judge(table, None)["verdict"]
         judged = own[own != "not run"]
         assert len(judged) > 0.7 * len(own)
         assert (judged == claims["verdict"][judged.index]).all()
@@ -571,17 +568,17 @@ def test_every_pair_needs_every_pair():
     assert verdicts([*rows[1:], *rivals])[claim] == "holds"
     assert verdicts([rows[0], *rows[2:], *rivals])[claim] == "not run"
     worse = record("T2-03", cra=HIGH)
-    lines = paper.claims.claims("table2", [*rows, rivals[0], worse, *rivals[2:]])
+    lines = judge("table2", [*rows, rivals[0], worse, *rivals[2:]])
     assert lines.loc[claim, "verdict"] == "does not hold"
     assert lines.loc[claim, "here"] == "6 of 7 (not 4C3F)"
 
 
 def test_the_algebra_of_figure_3():
-    verdict = paper.claims.claims("figure3", [])["verdict"]
+    verdict = judge("figure3", [])["verdict"]
     word_for_word = [claim for claim in verdict.index if "word for word" in claim]
     assert list(verdict[word_for_word]) == ["does not hold"]
     assert set(verdict.drop(word_for_word)) == {"holds"}
-    assert len(_printed_constants()) == 13  # nine rows of the tables, four panels
+    assert len(printed_constants()) == 13  # nine rows of the tables, four panels
 
 
 def tempered(t, cra=1.0, K=200.0, seed=1):
@@ -598,25 +595,25 @@ def test_temperature_claims():
     runs = [tempered(t, seed=s) for t in (0.1, 1, 10) for s in (1, 2)] + slack
     table = temperature_table(runs)
     assert list(table["n"]) == [1, 1, 1, 2, 2, 2] and list(table["t"])[3:] == [10, 1, 0.1]
-    assert set(paper.claims.claims("temperature", runs)["verdict"]) == {"holds"}
+    assert set(judge("temperature", runs)["verdict"]) == {"holds"}
     other = [*runs[2:], tempered(0.1, cra=0.9, K=2000)]
-    verdict = list(paper.claims.claims("temperature", other)["verdict"])
+    verdict = list(judge("temperature", other)["verdict"])
     assert verdict == ["does not hold", "holds", "does not hold", "holds"]
-    assert set(paper.claims.claims("temperature", [])["verdict"]) == {"not run"}
+    assert set(judge("temperature", [])["verdict"]) == {"not run"}
     assert display_temperature(table).shape == (6, 5)
 
 
 def test_every_test_of_the_checklist_is_made_by_its_notebook():
     """A claim that was reworded must not leave the checklist with a test that never runs."""
-    made = {name: set(paper.claims.claims(name, []).index) for name in (
+    made = {name: set(judge(name, []).index) for name in (
         "table1", "table2", "figure1", "figure2", "figure3", "figure4", "figure5", "slack_sweep",
         "convergence", "lambda_sweep", "temperature", "aol_mapping")}  # fmt: skip
-    made["slack_sweep"] |= set(paper.claims.claims("true_margin", []).index)
-    for name, _, tests in CHECKLIST:
+    made["slack_sweep"] |= set(judge("true_margin", []).index)
+    for name, _, tests in cited():
         assert tests, name
         for notebook, test in tests:
             assert test in made[notebook], f"{name}: no test {test!r} in {notebook}"
-    names = [name for name, _, _ in CHECKLIST]
+    names = [name for name, _, _ in cited()]
     listed = {"A": 7, "I": 3, "S": 7, "E": 5, "C": 4}
     assert names == [f"{part}{i + 1}" for part, n in listed.items() for i in range(n)]
 
@@ -631,7 +628,7 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     def leave(notebook, frame, name="claims", about="profile paper"):
         save_table(frame, frame, tmp_path / notebook / name, about)
 
-    leave("figure3", paper.claims.claims("figure3", []))
+    leave("figure3", judge("figure3", []))
     summary, tests = checklist(read_claims(tmp_path))
     assert summary.loc["S1", "verdict"] == "holds"
     assert summary.loc["S2", "verdict"] == "does not hold"
@@ -640,7 +637,7 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     assert set(tests.loc["S1", "about"]) == {"profile paper"}
 
     # the same test on images and on two moons: both must hold
-    good = paper.claims.claims("lambda_sweep", [])
+    good = judge("lambda_sweep", [])
     good["here"], good["verdict"] = "x", "holds"
     leave("lambda_sweep", good, "claims_moons")
     assert checklist(read_claims(tmp_path))[0].loc["S3", "verdict"] == "holds"
@@ -656,7 +653,7 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     assert summary.loc["S3", "verdict"] == "not run"
     assert summary.loc["S3", "tests"] == "2 hold, 2 no verdict"
     leave("claims", good)  # what the claims notebook itself leaves is not read
-    assert len(read_claims(tmp_path)) == len(paper.claims.claims("figure3", [])) + 2 * len(good)
+    assert len(read_claims(tmp_path)) == len(judge("figure3", [])) + 2 * len(good)
 
 
 def test_sizes_are_not_judged_on_reduced_networks():
@@ -741,7 +738,7 @@ def as_printed():
 
 
 def test_figure5_as_printed_holds_and_differs_from_itself_by_nothing(as_printed):
-    claims = paper.claims.claims("figure5", as_printed)
+    claims = judge("figure5", as_printed)
     assert set(claims["verdict"]) == {"holds"} and len(claims) == 6
     table = sweep_table(as_printed)
     assert table["difference"].dropna().abs().max() < 1e-9 and table["difference"].count() == 12
@@ -755,7 +752,7 @@ def test_figure5_as_printed_holds_and_differs_from_itself_by_nothing(as_printed)
 
 def test_figure5_claims_fail_where_they_should(as_printed):
     def verdict(runs, start):
-        claims = paper.claims.claims("figure5", runs)["verdict"]
+        claims = judge("figure5", runs)["verdict"]
         return list(claims[claims.index.str.startswith(start)])
 
     worse = [r | {"cra": {"1": 0.215}} if r["epsilon"] == 1 and r["method"] == "CLL" else r
@@ -783,15 +780,15 @@ def test_seeds_are_averaged_and_digits_are_not_compared():
 def test_slope_of_lambda_and_the_flat_range():
     runs = [sweep_record(lam=lam, K_f=0.7 * lam**-0.5) for lam in (1e-6, 1e-5, 1e-4, 1e-3)]
     assert lambda_slope(sweep_table(runs)) == pytest.approx((-0.5, 0.7))
-    assert set(paper.claims.claims("lambda_sweep", runs)["verdict"]) == {"holds"}
+    assert set(judge("lambda_sweep", runs)["verdict"]) == {"holds"}
     runs[1] |= {"clean": 0.5}  # leaves 1e-4 to 1e-3: one decade
-    claims = paper.claims.claims("lambda_sweep", runs)
+    claims = judge("lambda_sweep", runs)
     assert claims["here"].iloc[-1] == "1.0 decades"
     assert claims["verdict"].iloc[-1] == "does not hold"
     flat = [sweep_record(lam=lam, K_f=70.0) for lam in (1e-6, 1e-5, 1e-4)]
-    assert list(paper.claims.claims("lambda_sweep", flat)["verdict"][:2]) == ["does not hold"] * 2
-    assert set(paper.claims.claims("lambda_sweep", runs[:1])["verdict"]) == {"not run"}
-    assert set(paper.claims.claims("lambda_sweep", [])["verdict"]) == {"not run"}
+    assert list(judge("lambda_sweep", flat)["verdict"][:2]) == ["does not hold"] * 2
+    assert set(judge("lambda_sweep", runs[:1])["verdict"]) == {"not run"}
+    assert set(judge("lambda_sweep", [])["verdict"]) == {"not run"}
 
 
 def snapshots(values):
@@ -805,12 +802,12 @@ def test_convergence_is_the_first_epoch_at_95_percent_of_the_last_value():
     assert np.isnan(reached([], []))
     fast = sweep_record(snapshots=snapshots({1: 0.2, 2: 0.59, 5: 0.6}))
     slow = sweep_record("GloRo", snapshots=snapshots({1: 0.1, 2: 0.3, 5: 0.6}))
-    claims = paper.claims.claims("convergence", [fast, slow])
+    claims = judge("convergence", [fast, slow])
     assert set(claims["verdict"]) == {"holds"} and claims["here"].iloc[0] == "epoch 2 vs 5"
     swapped = [slow | {"method": "CLL"}, fast | {"method": "GloRo"}]
-    assert set(paper.claims.claims("convergence", swapped)["verdict"]) == {"does not hold"}
+    assert set(judge("convergence", swapped)["verdict"]) == {"does not hold"}
     for part in ([fast], [], [sweep_record()]):
-        assert set(paper.claims.claims("convergence", part)["verdict"]) == {"not run"}
+        assert set(judge("convergence", part)["verdict"]) == {"not run"}
 
 
 def ablated(usual=0.60, other=0.63, **changes):
