@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .moons import _moons_grid, moons_panel
+from . import plane
 from .records import BY_MARGIN, CONSTANTS, TRUE_MARGIN, _cell, _or_dash, _summary, _train_cra
 from .style import (
     BLUE,
@@ -90,7 +90,7 @@ def temperature_planes(results, models, dataset):
         key = loss["temperature"] if result["method"] == "GloRo" else result["p"]
         first[result["method"]].setdefault(key, (result, model))
     columns = max(map(len, first.values()))
-    figure, axes = _moons_grid((2, columns), (2.0 * columns + 0.4, 3.3))
+    figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
     for line, (method, found) in zip(axes, first.items(), strict=True):
         name = "t" if method == "GloRo" else "p"
         for ax, key in itertools.zip_longest(line, sorted(found, reverse=True)):
@@ -98,8 +98,7 @@ def temperature_planes(results, models, dataset):
                 ax.set_visible(False)
                 continue
             result, model = found[key]
-            points, targets = dataset.train_images, dataset.train_targets
-            moons_panel(ax, model, points, targets, result["epsilon"])
+            plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
         line[0].set_ylabel(f"{method}\n$x_2$ (input units)")
