@@ -8,8 +8,7 @@ import pandas as pd
 
 from cll.experiment.schema import experiment_params
 
-from . import records, style
-from .moons import moons_grid, moons_panel
+from . import plane, records, style
 from .records import TRUE_MARGIN, cell_text, or_dash
 from .style import BLUE, GRAY, GREEN, ORANGE, SKY
 
@@ -86,21 +85,21 @@ def temperature_planes(results, models, dataset):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
     slack from much to little.
 
-    results, models, dataset: as for `figure4`, one margin. Of several seeds the first is drawn.
+    results, models, dataset: records of runs at one margin, their networks, their data. Of several
+    seeds the first one given is drawn.
     """
     keys = [(r["method"], r["p"] or r["params"]["loss"]["temperature"]) for r in results]
     first = records.first_of_each(keys, results, models)
     lines = [sorted((key for key in first if key[0] == m), reverse=True) for m in ("GloRo", "CLL")]
     columns = max(map(len, lines))
-    figure, axes = moons_grid((2, columns), (2.0 * columns + 0.4, 3.3))
+    figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
     for row, line, name in zip(axes, lines, "tp", strict=True):
         for ax, key in itertools.zip_longest(row, line):
             if key is None:
                 ax.set_visible(False)
                 continue
             result, model = first[key]
-            points, targets = dataset.train_images, dataset.train_targets
-            moons_panel(ax, model, points, targets, result["epsilon"])
+            plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key[1]:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
     for ax, method in zip(axes[:, 0], ("GloRo", "CLL"), strict=True):

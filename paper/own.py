@@ -1,4 +1,4 @@
-"""Pictures of one run: training curves, CRA, radii, images, layers."""
+"""One run, or a few networks side by side: curves, certificates, radii, images, layers."""
 
 import itertools
 
@@ -25,6 +25,17 @@ def run_table(result):
     tightness = [in_paper_unit(result, "tightness", bound) for bound in BOUNDS[:2]]
     lines["tightness, %"] = [cell_text(value) for value in tightness]
     return pd.DataFrame.from_dict(lines, orient="index", columns=list(style)).rename_axis("")
+
+
+def network_table(certificates):
+    """Accuracy, K, median certified radius of the right answers, and CRA at 36/255 of several
+    networks, unrounded. certificates: {name of the network: frame of `cll.certify`}."""
+    lines = {}
+    for name, table in certificates.items():
+        summary, radius = table.attrs["summary"], table.loc[table["correct"], "radius"]
+        line = {"accuracy": summary["clean"], "K": summary["K_f"], "median radius": radius.median()}
+        lines[name] = line | {"CRA 36/255": summary["cra"][36 / 255]}
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("network")
 
 
 @styled

@@ -22,10 +22,23 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import cll
-import paper.explore
 from cll import experiment
 from cll.experiment.stack import build_network
 from cll.experiment.store import CERTIFIER
+from paper import (
+    ablation,
+    choose,
+    claims,
+    explore,
+    formulas,
+    moons,
+    own,
+    plane,
+    soundness,
+    style,
+    sweeps,
+    tables,
+)
 from paper.claims import cited
 from paper.records import published
 from paper.tables import table_runs
@@ -36,6 +49,7 @@ import environment  # noqa: E402
 import parameters  # noqa: E402
 import references  # noqa: E402
 
+EXHIBITS = (ablation, choose, claims, formulas, moons, own, plane, soundness, style, sweeps, tables)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REFERENCES = ROOT / "tests" / "nb_refs"
 REFRESH = "run `make refs` and review its diff"
@@ -250,11 +264,11 @@ def finish(params, folder):
     return record
 
 
-class Pictures:
-    """In the place of cll.plots: draws nothing."""
+DRAWS = style.save.__code__  # which all functions share that style.styled decorates
 
-    def __getattr__(self, name):
-        return lambda *arguments, **options: None
+
+def drawings(module):
+    return [name for name, value in vars(module).items() if getattr(value, "__code__", 0) is DRAWS]
 
 
 @pytest.fixture(scope="module")
@@ -294,12 +308,12 @@ def printed(tmp_path_factory):
                 experiment.runs, "_run_together",
                 lambda runs, folders, progress: list(map(finish, runs, folders)),
             )  # fmt: skip
-            patch.setattr(cll, "plots", Pictures())
-            patch.setattr(paper.explore, "Explorer", lambda: None)
+            for module in EXHIBITS:
+                for drawing in drawings(module):
+                    patch.setattr(module, drawing, lambda *arguments, **options: None)
+            patch.setattr(explore, "Explorer", lambda: None)
             for cell in code_cells(read(ROOT / "notebooks" / f"{name}.ipynb")):
                 exec(cell.source, space)
-                if "train" in space:  # of a network of the notebook's own
-                    space["train"] = lambda model, **options: model.eval()
         done[name, complete] = out.getvalue().splitlines()
         return done[name, complete]
 
