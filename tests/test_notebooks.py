@@ -264,11 +264,10 @@ def finish(params, folder):
     return record
 
 
-DRAWS = style.save.__code__  # which all functions share that style.styled decorates
-
-
 def drawings(module):
-    return [name for name, value in vars(module).items() if getattr(value, "__code__", 0) is DRAWS]
+    """The names of the functions that style.styled decorates."""
+    held = {n: getattr(value, "__closure__", None) or () for n, value in vars(module).items()}
+    return [n for n, cells in held.items() if any(c.cell_contents is style.styled for c in cells)]
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +302,7 @@ def printed(tmp_path_factory):
             patch.setattr(experiment.store, "provenance", lambda device="cpu": now)
             patch.setenv("CLL_ONLY_FINISHED", "" if complete else "1")
             patch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trains"))
-            patch.setattr(experiment.store, "load_dataset", few)
+            patch.setattr(experiment, "load_dataset", few)
             patch.setattr(
                 experiment.runs, "_run_together",
                 lambda runs, folders, progress: list(map(finish, runs, folders)),
