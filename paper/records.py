@@ -32,8 +32,9 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams", or what
-    the text and the tables say of them, "table_claims".
+    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams"; what
+    the text says of the tables, "table_claims"; "pairs": CLL beside the loss that the same network
+    was published with.
 
     One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
     a row, the rows that it is compared with (the best of them, column by column), the columns, the
