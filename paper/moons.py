@@ -13,23 +13,9 @@ from cll.experiment.schema import Params, experiment_params
 from cll.experiment.store import load_dataset, load_model, run_dir
 from cll.losses import cll_scale
 
-from . import plane
-from .records import (
-    ABOVE,
-    BELOW,
-    BY_MARGIN,
-    TRUE_MARGIN,
-    cell_text,
-    display_lines,
-    in_paper_unit,
-    or_dash,
-    published,
-    summary,
-    train_cra,
-    within_a_point,
-    within_a_quarter,
-)
-from .style import BLUE, GRAY, ORANGE, RED, drawn_caption, note_at, of_runs, titled
+from . import plane, records, style
+from .records import TRUE_MARGIN
+from .style import BLUE, GRAY, ORANGE, RED
 
 # ------------------------------------------------------------------------------------------- runs
 
@@ -50,8 +36,8 @@ RUNS = {
 }
 
 
-def runs(exhibit, profile, seeds=None, device="auto"):
-    """The runs of an exhibit, a list of experiment.Params.
+def runs(exhibit, profile, seeds=None, **overrides):
+    """The runs of an exhibit, a list of experiment.Params; overrides: such as device.
 
     exhibit: "figure1", "figure2", "figure4", "slack_sweep", or of the sweep's notebook
     "true_margin" (figure 4's column 0.15 over several seeds) and "gradient" (GloRo as published
@@ -61,7 +47,7 @@ def runs(exhibit, profile, seeds=None, device="auto"):
     return [
         run
         for name in experiments
-        for run in experiment_params(name, profile, seeds or usual, device=device)
+        for run in experiment_params(name, profile, seeds or usual, **overrides)
         if belongs(run.loss)
     ]
 
@@ -87,7 +73,7 @@ def moons_table(results):
     percent (mean, std, min; guaranteed bound), K_f, K_hf, and the published CRA and K_hf with the
     difference of the CRA in points (nan where nothing is printed).
     """
-    printed = published("two_moons").query("status == 'printed'")
+    printed = records.published("two_moons").query("status == 'printed'")
     p_code = pd.to_numeric(printed["p_code"], errors="coerce")
 
     def method(r):  # figure 4 has the published gradient
@@ -95,11 +81,11 @@ def moons_table(results):
         return r["method"] + ", exact gradient" * exact
 
     lines = []
-    values = {"cra": train_cra, "K_f": operator.itemgetter("K_f")}
-    for line, runs in summary(results, BY_MARGIN | {"method": method}, values):
+    values = {"cra": records.train_cra, "K_f": operator.itemgetter("K_f")}
+    for line, runs in records.summary(results, records.BY_MARGIN | {"method": method}, values):
         epsilon, p = line["epsilon"], line["p"]
         row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
-        line["cra_min"] = min(map(train_cra, runs))
+        line["cra_min"] = min(map(records.train_cra, runs))
         line["K_hf"] = line["K_f"] if np.isnan(p) else 1 / float(cll_scale(epsilon, p))
         for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
             line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
@@ -125,7 +111,7 @@ def shape_table(results):
     for r in results:
         line = {"method": r["method"], "p": r["p"], "seed": r["seed"]}
         line |= {"cra": 100 * r["train_cra"][f"{TRUE_MARGIN:g}"], "K_f": r["K_f"]}
-        lines.append(line | {"K_hf": in_paper_unit(r, "k_hf", "guaranteed")} | r["shape"])
+        lines.append(line | {"K_hf": records.in_paper_unit(r, "k_hf", "guaranteed")} | r["shape"])
     return pd.DataFrame(lines)
 
 
@@ -134,7 +120,7 @@ def display_shapes(table):
     lines = [
         {
             "method": row["method"],
-            "p": or_dash("g", row["p"]),
+            "p": records.or_dash("g", row["p"]),
             "CRA(0.15) % (train)": f"{row['cra']:.2f}",
             "K(f)": f"{row['K_f']:.1f}",
             "K(h∘f)": f"{row['K_hf']:.1f}",
@@ -145,25 +131,25 @@ def display_shapes(table):
         }
         for row in table.to_dict("records")
     ]
-    return display_lines(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
+    return records.display_lines(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
 
 
 def display_moons(table):
     """The frame of `moons_table` for reading: strings, CRA as mean ± std over the seeds."""
-    cell = functools.partial(cell_text, digits=2)
+    cell = functools.partial(records.cell_text, digits=2)
     columns = {
         "method": table["method"],
         "ε": table["epsilon"].map("{:.2f}".format),
-        "p": [or_dash("g", p) for p in table["p"]],
+        "p": [records.or_dash("g", p) for p in table["p"]],
         "seeds": table["n"].map(str),
         "CRA % (train)": map(cell, table["cra"], table["cra_std"], table["difference"]),
         "worst seed": table["cra_min"].map("{:.2f}".format),
-        "paper": map(cell_text, table["cra_published"]),
+        "paper": map(records.cell_text, table["cra_published"]),
         "K(f)": table["K_f"].map("{:.1f}".format),
         "K(h∘f)": table["K_hf"].map("{:.1f}".format),
-        "paper's K(h∘f)": map(cell_text, table["K_hf_published"]),
+        "paper's K(h∘f)": map(records.cell_text, table["K_hf_published"]),
     }
-    return display_lines(pd.DataFrame(columns).to_dict("records"), ["method", "ε", "p"], columns)
+    return records.display_lines(columns, ["method", "ε", "p"], columns)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -171,13 +157,10 @@ def display_moons(table):
 
 def _first(results, planes, *keys):
     """{value of the keys in a record: (record, plane)}, of several seeds the first one given."""
-    first = {}
-    for result, drawn in zip(results, planes, strict=True):
-        first.setdefault(operator.itemgetter(*keys)(result), (result, drawn))
-    return first
+    return records.first_of_each(map(operator.itemgetter(*keys), results), results, planes)
 
 
-def not_run_figure(ax):
+def _not_run(ax):
     ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
 
 
@@ -185,7 +168,7 @@ def _k_hf(epsilon, p):
     return 1 / float(cll_scale(epsilon, p))
 
 
-@of_runs
+@style.of_runs
 def figure1(results, planes):
     """Figure 1, the teaser: two moons with much slack and with little, and the axis between them.
 
@@ -214,15 +197,16 @@ def figure1(results, planes):
         place = (p, _k_hf(epsilon, p))
         ax.plot(*place, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
-        note_at(ax, f"CRA {train_cra(first[p][0]):.2f} %", place, (4 if i == 0 else -7, 3), **at)
+        note = f"CRA {records.train_cra(first[p][0]):.2f} %"
+        style.note_at(ax, note, place, (4 if i == 0 else -7, 3), **at)
     ax.set_xlim(1, 0)
     ax.set_ylim(0, 1.08 * _k_hf(epsilon, order[-1]))
     ax.set_xlabel("slack p: probability mass outside the margin")
     ax.set_ylabel("$K^{(h∘f)}$")
-    return titled(figure, drawn_caption(results))
+    return style.titled(figure, style.drawn_caption(results))
 
 
-@of_runs
+@style.of_runs
 def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN):
     """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each.
 
@@ -235,7 +219,7 @@ def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN
     axes = figure.subplots(2, len(methods), height_ratios=[1.15, 1], squeeze=False)
     for (above, below), method in zip(axes.T, methods, strict=True):
         if method not in first:
-            not_run_figure(above)
+            _not_run(above)
             continue
         result, drawn = first[method]
         plane.panel(above, drawn, epsilon)
@@ -251,7 +235,7 @@ def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN
     handles.append(matplotlib.lines.Line2D([], [], color=GRAY, lw=0.9))
     labels += ["logistic", "margin ±Kε"]
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    return titled(figure, drawn_caption(results))
+    return style.titled(figure, style.drawn_caption(results))
 
 
 def _outputs(ax, drawn, epsilon, sigma=None):
@@ -287,7 +271,7 @@ def _outputs(ax, drawn, epsilon, sigma=None):
     return logistic
 
 
-@of_runs
+@style.of_runs
 def figure4(results, planes, methods=("CLL", "GloRo")):
     """Figure 4: a row per method, a column per target margin, on the training points.
 
@@ -308,19 +292,19 @@ def figure4(results, planes, methods=("CLL", "GloRo")):
             if (method, epsilon) in first:
                 plane.panel(ax, first[method, epsilon][1], epsilon)
             else:
-                not_run_figure(ax)
+                _not_run(ax)
         row[0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    return titled(figure, drawn_caption(results))
+    return style.titled(figure, style.drawn_caption(results))
 
 
-@of_runs
+@style.of_runs
 def slack_figure(results, planes):
     """Two moons at one margin under falling slack p: panels with K(h o f) and the printed CRA.
 
     results, planes: as for `figure4`; one panel per p, the largest p first.
     """
     first = _first(results, planes, "p")
-    printed = published("two_moons").query("status == 'printed'").to_dict("records")
+    printed = records.published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
     figure, axes = plane.grid((1, len(first)), (2.5 * len(first), 2.5))
     for ax, p in zip(axes[0], sorted(first, reverse=True), strict=True):
@@ -328,7 +312,7 @@ def slack_figure(results, planes):
         plane.panel(ax, drawn, result["epsilon"])
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {_k_hf(result['epsilon'], p):.1f}"
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
-    return titled(figure, drawn_caption(results))
+    return style.titled(figure, style.drawn_caption(results))
 
 
 # ----------------------------------------------------------------------------------------- claims
@@ -374,7 +358,7 @@ def _mean(results, key, **where):
 
 
 def figure1_claims(results):
-    printed = published("two_moons").set_index("item")[["cra_printed", "k_hf_printed"]]
+    printed = records.published("two_moons").set_index("item")[["cra_printed", "k_hf_printed"]]
     cra_many, K_many = printed.loc["high slack"]
     cra_few, K_few = printed.loc["low slack"]
     many, few = ({"method": "CLL", "p": p} for p in (0.75, 1e-15))
@@ -382,13 +366,13 @@ def figure1_claims(results):
         [_mean(results, key, **where) for where in (many, few)] for key in ("cra", "turns", "K_hf")
     )
     for about, value, paper in (("much", cra[0], cra_many), ("little", cra[1], cra_few)):
-        close = functools.partial(within_a_point, float(paper))
+        close = functools.partial(records.within_a_point, float(paper))
         claim = f"{about} slack: CRA within a point"
         yield f"{about}-cra", claim, f"{paper}", "{:.2f}", [value], close
     claim = "much slack: a smoother boundary (turns)"
     yield "smoother", claim, "overly smooth", "{:.2f} vs {:.2f}", turns, operator.lt
     for about, value, paper in (("much", K[0], K_many), ("little", K[1], K_few)):
-        near = functools.partial(within_a_quarter, float(paper.strip("~")))
+        near = functools.partial(records.within_a_quarter, float(paper.strip("~")))
         claim = f"{about} slack: K(h∘f) within a quarter"
         yield f"{about}-K", claim, paper, "{:.1f}", [value], near
 
@@ -398,9 +382,9 @@ FIGURE2_CLAIMS = [
     ("CE-K", "cross-entropy: a far larger K(f) than GloRo's (tenfold)", "larger", "K_f",
      "{:.1f} vs {:.1f}", ("CE", "GloRo"), lambda a, b: a > 10 * b),
     ("CE-cra", "cross-entropy: certifies less than GloRo", "no margin", "cra",
-     "{:.1f} vs {:.1f}", ("CE", "GloRo"), BELOW),
+     "{:.1f} vs {:.1f}", ("CE", "GloRo"), records.BELOW),
     ("CE-turns", "cross-entropy: a less regular boundary than GloRo's (turns)", "irregular",
-     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), ABOVE),
+     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), records.ABOVE),
     ("CE-tails", "cross-entropy: outputs in the tails (more than half)", "tails", "tails",
      "{:.2f}", ("CE",), lambda a: a > 0.5),
     ("GloRo-inside", "GloRo leaves points in the margin", "more than 0", "inside",
@@ -410,7 +394,7 @@ FIGURE2_CLAIMS = [
     ("CLL-output", "CLL's outputs are far larger than GloRo's (twice, median)", "larger", "output",
      "{:.1f} vs {:.1f}", ("CLL", "GloRo"), lambda a, b: a > 2 * b),
     ("GloRo-turns", "GloRo's boundary is smoother than CLL's (turns)", "smoother", "turns",
-     "{:.2f} vs {:.2f}", ("GloRo", "CLL"), BELOW),
+     "{:.2f} vs {:.2f}", ("GloRo", "CLL"), records.BELOW),
 ]  # fmt: skip
 
 
@@ -424,7 +408,7 @@ def slack_claims(results):
     table = moons_table(results).dropna(subset=["cra_published"])  # p from large to small
     for line in table.to_dict("records"):
         about, printed = f"p = {line['p']:g}", line["cra_published"]
-        close = functools.partial(within_a_point, printed)
+        close = functools.partial(records.within_a_point, printed)
         claim = f"{about}: CRA within a point"
         yield f"cra, {about}", claim, f"{printed:.1f}", "{:.1f}", [line["cra"]], close
         printed = line["K_hf_published"]
