@@ -52,8 +52,8 @@ def uncertain(row):
     notes = row.get("uncertain")
     if not isinstance(notes, str):
         return set()
-    names = [note.partition(":")[0] for note in notes.split(";")]
-    return {name.strip() for part in names for name in part.split(",")}
+    listed = [note.partition(":")[0] for note in notes.split(";")]
+    return {name.strip() for names in listed for name in names.split(",")}
 
 
 def plain_name(name):
@@ -72,12 +72,10 @@ def same_data(result, dataset):
 
 def data_source(result):
     """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
-    whole = {plain_name(name): count for name, count in CLASSES.items()}.get(
-        plain_name(result["data"])
-    )
+    classes = {plain_name(name): count for name, count in CLASSES.items()}
+    whole = classes.get(plain_name(result["data"]))
     seen = result.get("num_classes", whole)
-    part = f"{seen} of {whole} classes"
-    return result["data"] if whole is None or seen == whole else f"{result['data']} ({part})"
+    return result["data"] + f" ({seen} of {whole} classes)" * (seen != whole and whole is not None)
 
 
 def in_paper_unit(result, column, bound):
@@ -242,9 +240,6 @@ def display_lines(lines, index, more):
     if frame.empty:
         frame = pd.DataFrame([dict.fromkeys([*index, *more], "not run")])
     return frame.set_index(index)
-
-
-ABOVE, BELOW = operator.gt, operator.lt
 
 
 def within_a_point(a, b):
