@@ -59,31 +59,7 @@ def aol_claims(results):
 
 def figure3_claims(results):
     """Algebra of the calibrated logistic, on numbers drawn at random and on those printed."""
-    random = np.random.default_rng(0)
-    epsilon, p, K = (
-        random.uniform(0.01, 2, 500),
-        random.uniform(1e-6, 0.999, 500),
-        10.0 ** random.uniform(-3, 3, 500),
-    )
-    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
-    tails = [
-        scipy.special.expit(-epsilon / sigma) - p / 2,
-        scipy.special.expit(epsilon / sigma) - (1 - p / 2),
-    ]
-    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
-    yield "tails", claim, "full control", "{:.0e}", [np.abs(tails).max()], lambda e: e < 1e-12
-    loss = [_loss_at(1.7 * k, k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
-    other = [_loss_at(1.7 * 9 * k, 9 * k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
-    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
-    change = np.abs(np.divide(loss, other) - 1).max()
-    yield "any-K", claim, "any K", "{:.0e}", [change], lambda e: e < 1e-12
-    steep = [
-        _loss_at(-61 * w * k, k, e, q) - _loss_at(-60 * w * k, k, e, q)
-        for e, q, k, w in zip(epsilon, p, K, sigma, strict=True)
-    ]
-    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
-    one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
-    yield "slope", claim, "1", "{:.6f} to {:.6f}", [min(steep), max(steep)], lambda *s: one(s)
+    yield from _claims_at_random()
     printed = printed_constants()
     equal = [round(1 / float(cll_scale(e, q)), 1) == k for e, q, k in printed]
     claim = "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"
@@ -100,6 +76,28 @@ def figure3_claims(results):
     product = [e / float(cll_scale(e, 0.01)) for e in np.geomspace(0.01, 2, 60)]
     claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
     yield "epsilon-inverse", claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
+
+
+def _claims_at_random(count=500):
+    random = np.random.default_rng(0)
+    epsilon, p = random.uniform(0.01, 2, count), random.uniform(1e-6, 0.999, count)
+    K = 10.0 ** random.uniform(-3, 3, count)
+    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
+    ends = scipy.special.expit(-epsilon / sigma), scipy.special.expit(epsilon / sigma)
+    tails = np.abs([ends[0] - p / 2, ends[1] - (1 - p / 2)]).max()
+    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
+    yield "tails", claim, "full control", "{:.0e}", [tails], lambda e: e < 1e-12
+
+    def losses(f, K):
+        return np.array([_loss_at(*setting) for setting in zip(f, K, epsilon, p, strict=True)])
+
+    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
+    change = np.abs(losses(1.7 * K, K) / losses(1.7 * 9 * K, 9 * K) - 1).max()
+    yield "any-K", claim, "any K", "{:.0e}", [change], lambda e: e < 1e-12
+    steep = losses(-61 * sigma * K, K) - losses(-60 * sigma * K, K)
+    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
+    one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
+    yield "slope", claim, "1", "{:.6f} to {:.6f}", [steep.min(), steep.max()], lambda *s: one(s)
 
 
 def _loss_at(score, K, epsilon, p):

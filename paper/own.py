@@ -117,21 +117,6 @@ def _stacked_radii(ax, radius, correct, bins):
         patch.set_hatch("////")
 
 
-@styled
-def certified_images(dataset, certificates, result, count=8):
-    """Test images from the smallest to the largest certified radius of a right answer.
-
-    dataset: data.Dataset of images. certificates: the frame of `cll.certify` for it. result: the
-    run's record, for the title.
-    """
-    right = certificates[certificates["correct"]].sort_values("radius")
-    rows = right.iloc[np.linspace(0, len(right) - 1, count).round().astype(int)]
-    figure = Figure(figsize=(1.15 * count, 1.9))
-    for ax, row in zip(figure.subplots(1, count), rows.to_dict("records"), strict=True):
-        _image(ax, dataset, row, ".3f")
-    return titled(figure, caption([result]))
-
-
 def _image(ax, dataset, row, form):
     """A test image under its answer and radius, a number of this form; row: of `cll.certify`."""
     image = dataset.test_images[row["index"]].permute(1, 2, 0).numpy()

@@ -39,27 +39,17 @@ def gallery():
     return shown
 
 
+COLUMNS = {"number": "", "title": "fault", "where": "published in", "example": "example"}
+COLUMNS |= {"kind": "of", "claim": "claim", "truth": "truth", "ours": "this kit"}
+COLUMNS |= {"answer": "because"}
+
+
 def table(gallery):
     """DataFrame of a list of faults for display, numbers to four digits, a refusal as "refused"."""
-
-    def shown(value):
-        return "refused" if isinstance(value, str) else f"{value:.4g}"
-
-    rows = [
-        {
-            "": f.number,
-            "fault": f.title,
-            "published in": f.where,
-            "example": f.example,
-            "of": f.kind,
-            "claim": shown(f.claim),
-            "truth": shown(f.truth),
-            "this kit": shown(f.ours),
-            "because": f.answer,
-        }
-        for f in gallery
-    ]
-    return pd.DataFrame(rows).set_index("")
+    shown = pd.DataFrame([{key: getattr(f, key) for key in COLUMNS} for f in gallery])
+    for key in ("claim", "truth", "ours"):
+        shown[key] = ["refused" if isinstance(v, str) else f"{v:.4g}" for v in shown[key]]
+    return shown.rename(columns=COLUMNS).set_index("")
 
 
 @styled

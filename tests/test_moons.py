@@ -10,7 +10,7 @@ import torch
 from exhibits import moons_record, texts
 
 import cll
-from paper import plane
+from paper import moons, plane
 from paper.claims import judge
 from paper.moons import display_moons, figure1, figure2, figure4, moons_table, slack_figure
 from paper.style import RED
@@ -198,3 +198,16 @@ def test_gloro_with_the_exact_gradient_has_lines_of_its_own():
     assert dict(zip(table["method"], table["cra"], strict=True)) == pytest.approx(
         {"GloRo": 90.0, "GloRo, exact gradient": 99.9}
     )
+
+
+def test_each_exhibit_names_its_runs():
+    margin = moons.runs("true_margin", "paper")
+    assert {(run.loss.name, run.seed) for run in margin} == {
+        (method, seed) for method in ("CLL", "GloRo") for seed in (1, 2, 3, 4, 5)
+    }
+    assert {run.loss.epsilon for run in margin} == {0.15}
+    assert {run.loss.name for run in moons.runs("figure2", "paper")} == {"CE", "GloRo", "CLL"}
+    teaser = moons.runs("figure1", "paper", device="cpu")
+    assert {run.loss.name for run in teaser} == {"CLL"} and min(r.loss.p for r in teaser) == 1e-15
+    gradients = {run.loss.gradient for run in moons.runs("gradient", "paper")}
+    assert gradients == {"exact", "published"}
