@@ -16,8 +16,7 @@ from .style import BLUE, GRAY, GREEN, ORANGE, SKY
 def moons_runs(profile, seeds=None, **overrides):
     """Two moons: every margin with every slack. overrides: of parameters, such as device."""
     sweep = experiment_params("choose_moons", profile, seeds, **overrides)
-    true_margin = records.runs_beside(sweep, "slack_sweep", profile, **overrides)
-    return sweep + true_margin
+    return sweep + records.runs_beside(sweep, "slack_sweep", profile, **overrides)
 
 
 def temperature_runs(profile, seeds=None, **overrides):

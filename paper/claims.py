@@ -74,11 +74,11 @@ def cited():
     text = (Path(__file__).parent / "published" / "claims.yaml").read_text(encoding="utf-8")
     tests, entries = {}, yaml.safe_load(text)
     for entry in entries:
-        own = [test for other in entry.get("of", []) for test in tests[other]]
+        cites = [test for other in entry.get("of", []) for test in tests[other]]
         for exhibit, names in entry.get("tests", {}).items():
             claims = {name: claim for name, claim, *_ in CLAIMS[exhibit]([])}
-            own += [(NOTEBOOKS.get(exhibit, exhibit), claims[name]) for name in names]
-        tests[entry["id"]] = list(dict.fromkeys(own))
+            cites += [(NOTEBOOKS.get(exhibit, exhibit), claims[name]) for name in names]
+        tests[entry["id"]] = list(dict.fromkeys(cites))
     return [(entry["id"], entry["claim"], tests[entry["id"]]) for entry in entries]
 
 

@@ -382,9 +382,9 @@ FIGURE2_CLAIMS = [
     ("CE-K", "cross-entropy: a far larger K(f) than GloRo's (tenfold)", "larger", "K_f",
      "{:.1f} vs {:.1f}", ("CE", "GloRo"), lambda a, b: a > 10 * b),
     ("CE-cra", "cross-entropy: certifies less than GloRo", "no margin", "cra",
-     "{:.1f} vs {:.1f}", ("CE", "GloRo"), records.BELOW),
+     "{:.1f} vs {:.1f}", ("CE", "GloRo"), operator.lt),
     ("CE-turns", "cross-entropy: a less regular boundary than GloRo's (turns)", "irregular",
-     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), records.ABOVE),
+     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), operator.gt),
     ("CE-tails", "cross-entropy: outputs in the tails (more than half)", "tails", "tails",
      "{:.2f}", ("CE",), lambda a: a > 0.5),
     ("GloRo-inside", "GloRo leaves points in the margin", "more than 0", "inside",
@@ -394,7 +394,7 @@ FIGURE2_CLAIMS = [
     ("CLL-output", "CLL's outputs are far larger than GloRo's (twice, median)", "larger", "output",
      "{:.1f} vs {:.1f}", ("CLL", "GloRo"), lambda a, b: a > 2 * b),
     ("GloRo-turns", "GloRo's boundary is smoother than CLL's (turns)", "smoother", "turns",
-     "{:.2f} vs {:.2f}", ("GloRo", "CLL"), records.BELOW),
+     "{:.2f} vs {:.2f}", ("GloRo", "CLL"), operator.lt),
 ]  # fmt: skip
 
 

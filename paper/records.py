@@ -32,8 +32,9 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams", or what
-    the text and the tables say of them, "table_claims".
+    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams"; what
+    the text says of the tables, "table_claims"; "pairs": CLL beside the loss that the same network
+    was published with.
 
     One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
     a row, the rows that it is compared with (the best of them, column by column), the columns, the
@@ -51,8 +52,8 @@ def uncertain(row):
     notes = row.get("uncertain")
     if not isinstance(notes, str):
         return set()
-    names = [note.partition(":")[0] for note in notes.split(";")]
-    return {name.strip() for part in names for name in part.split(",")}
+    listed = [note.partition(":")[0] for note in notes.split(";")]
+    return {name.strip() for names in listed for name in names.split(",")}
 
 
 def plain_name(name):
@@ -71,12 +72,10 @@ def same_data(result, dataset):
 
 def data_source(result):
     """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
-    whole = {plain_name(name): count for name, count in CLASSES.items()}.get(
-        plain_name(result["data"])
-    )
+    classes = {plain_name(name): count for name, count in CLASSES.items()}
+    whole = classes.get(plain_name(result["data"]))
     seen = result.get("num_classes", whole)
-    part = f"{seen} of {whole} classes"
-    return result["data"] if whole is None or seen == whole else f"{result['data']} ({part})"
+    return result["data"] + f" ({seen} of {whole} classes)" * (seen != whole and whole is not None)
 
 
 def in_paper_unit(result, column, bound):
@@ -241,9 +240,6 @@ def display_lines(lines, index, more):
     if frame.empty:
         frame = pd.DataFrame([dict.fromkeys([*index, *more], "not run")])
     return frame.set_index(index)
-
-
-ABOVE, BELOW = operator.gt, operator.lt
 
 
 def within_a_point(a, b):

@@ -146,17 +146,14 @@ def display_table(comparison):
 def seed_table(comparison, bound="guaranteed"):
     """The frame of `comparison_table`, one line per row that was run: mean ± std over its seeds
     (ddof 1), as strings; the index names the row, n counts its seeds."""
-    lines = []
-    finished = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
-    for row_id, row in finished.groupby("row_id", sort=False):
-        first = row.iloc[0]
-        line = {"row": row_id, "dataset": first["data"]}
-        line |= first[["model", "method", "n"]].to_dict()
-        for c in row.to_dict("records"):
-            line[COLUMNS[c["column"]][0]] = cell_text(c["mean"], c["std"], digits=2)
-        lines.append(line)
-    names = ["row", "dataset", "model", "method", "n", *(name for name, _ in COLUMNS.values())]
-    return pd.DataFrame(lines, columns=names).set_index("row")
+    rows = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
+    cells = [cell_text(mean, std, digits=2) for mean, std in rows[["mean", "std"]].to_numpy()]
+    about = ["row", "dataset", "model", "method", "n"]
+    rows = rows[["row_id", "data", "model", "method", "n", "column"]].assign(cell=cells)
+    rows = rows.set_axis([*about, "column", "cell"], axis=1)
+    rows = rows.pivot(index=about, columns="column", values="cell").reset_index(about[1:])
+    rows = rows.reindex(columns=[*about[1:], *COLUMNS]).rename_axis(columns=None)
+    return rows.rename(columns={column: name for column, (name, _) in COLUMNS.items()})
 
 
 def attack_table(results):
@@ -251,21 +248,7 @@ def _gains_two_points(*values):
     return max(a - b for a, b in zip(values[::2], values[1::2], strict=True)) >= 1.95
 
 
-# CLL beside the loss that the same network was published with: name, row of CLL, its baseline
-PAIRS = {
-    "table1": [("8C2F", "T1-04", "T1-02"), ("LipConv-20", "T1-07", "T1-06")],
-    "table2": [
-        ("6C2F", "T2-04", "T2-02"),
-        ("4C3F", "T2-05", "T2-03"),
-        ("LipConv-20", "T2-07", "T2-06"),
-        ("CPL-XL", "T2-09", "T2-08"),
-        ("SLL-XL", "T2-11", "T2-10"),
-        ("LipConv-20 on CIFAR-100", "T2-13", "T2-12"),
-        ("CPL-XL on CIFAR-100", "T2-15", "T2-14"),
-        ("SLL-XL on CIFAR-100", "T2-17", "T2-16"),
-    ],
-}
-# of all pairs alike: id, claim, columns, whether (ours, baseline, ...) of one pair shows it
+# of all pairs of published/pairs.csv: id, claim, columns, whether (ours, baseline, ...) shows it
 EVERY_PAIR = [
     ("cra", "CLL certifies more at every radius", CRA, functools.partial(in_all, operator.gt)),
     ("two-points", "two points more CRA at some radius", CRA, _gains_two_points),
@@ -278,9 +261,10 @@ EVERY_PAIR = [
 def _every_pair(table, frame):
     """One claim a line about all pairs of a table; a pair that lacks a number leaves no verdict,
     unless the paper does not print it."""
+    pairs = published("pairs").query("table == @table")[["pair", "ours", "baseline"]].to_numpy()
     for name, claim, columns, shows in EVERY_PAIR:
         judged = {}
-        for pair, ours, baseline in PAIRS[table]:
+        for pair, ours, baseline in pairs:
             cells = [frame.loc[(row, column)] for column in columns for row in (ours, baseline)]
             if all(pd.notna(cell["published"]) and not cell["uncertain"] for cell in cells):
                 means = [cell["mean"] for cell in cells]

@@ -1,6 +1,8 @@
-"""The picture of the paper's claims."""
+"""The paper's claims: ids, the checklist, and its picture."""
 
-from paper.claims import checklist, cited, claims_figure, judge, read_claims
+import pytest
+
+from paper.claims import CLAIMS, checklist, cited, claims_figure, judge, read_claims
 from paper.records import save_table
 
 
@@ -67,3 +69,9 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     assert summary.loc["S3", "tests"] == "2 hold, 2 no verdict"
     leave("claims", good)  # what the claims notebook itself leaves is not read
     assert len(read_claims(tmp_path)) == len(judge("figure3", [])) + 2 * len(good)
+
+
+@pytest.mark.parametrize("exhibit", CLAIMS)
+def test_claims_of_an_exhibit_have_ids_of_their_own(exhibit):
+    ids = [name for name, *_ in CLAIMS[exhibit]([])]
+    assert all(ids) and len(set(ids)) == len(ids)
