@@ -1,6 +1,6 @@
 """From a parameter file to result.json: one run, many runs, what is finished."""
 
-from .runs import run, run_all
+from .runs import recertify, run, run_all
 from .schema import (
     PLAIN,
     PROFILES,
