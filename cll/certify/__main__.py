@@ -54,10 +54,12 @@ def main(arguments=None):
         return 2
     checked = content["checked"]
     cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
-    part = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    checked_images = (
+        "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    )
     print(
         f"certificate holds: {len(content['bounds'])} layers, largest K "
-        f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
+        f"{max(map(max, content['K'])):.6g}, {checked_images} {checked['of']} images; clean "
         f"{100 * checked['clean']:.2f} %, certified at {cra}"
     )
     print(f"read: weights {checked['weights']}; images {checked['data']}")
