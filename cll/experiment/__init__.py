@@ -1,5 +1,9 @@
 """From a parameter file to result.json: one run, many runs, what is finished."""
 
+from ..kit import kit
+
+kit("yaml")  # of parameter files
+
 from .runs import recertify, run, run_all
 from .schema import (
     PLAIN,
