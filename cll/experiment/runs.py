@@ -100,15 +100,20 @@ def _batches(runs, root, stack):
     free = {"name", "row", "seed", "loss", "radii", "label"}
     free |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
-        alone = params.loss.local_K is not None or count() > 1
-        begun = bool(load_checkpoints(params, run_dir(params, root)))
-        key = params.model_dump_json(exclude=free), alone, begun
+        limit = _limit(params, stack)
+        begun = limit > 1 and bool(load_checkpoints(params, run_dir(params, root)))
+        key = params.model_dump_json(exclude=free), limit, begun
         groups.setdefault(key, []).append(params)
-    for (_, alone, _), group in groups.items():
-        model, device = group[0].model, group[0].torch_device
-        small = model == "MLP" or (device == "cuda" and model in PLAIN)
-        limit = 1 if alone else stack or (32 if small else 1)
+    for (_, limit, _), group in groups.items():
         yield from (group[i : i + limit] for i in range(0, len(group), limit))
+
+
+def _limit(params, stack):
+    """How many runs like this one train together at most."""
+    if params.loss.local_K is not None or count() > 1:
+        return 1
+    plain_on_cuda = params.torch_device == "cuda" and params.model in PLAIN
+    return stack or (32 if params.model == "MLP" or plain_on_cuda else 1)
 
 
 def _run_together(runs, out_dirs, progress, fresh_since):

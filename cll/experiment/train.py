@@ -39,18 +39,9 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
-    # Prepare: networks, the data on the device, the fastest way to take a step, and what the last
-    # checkpoint holds. The ways are chosen by the length of the whole training: a resumed run must
-    # compute as it did before.
-    epochs, out_dirs = runs[0].epochs, [Path(d) for d in out_dirs]
-    engine, main = connect(str(device)), is_main()
-    if engine is not None and len(runs) > 1:
-        raise ValueError(f"several ranks train one run at a time, not {len(runs)}")
-    nets = [_initialise(run, data) for run, data in zip(runs, datasets, strict=True)]
-    stack = Stack(runs, nets, device, engine)
-    batches = Batches(runs, datasets, stack.device, engine)
-    dense = use_dense(stack)
-    use_compiled(stack, epochs * batches.steps)
+    # Prepare: the networks and the data on the device, and what the last checkpoint holds.
+    stack, batches, threads = _prepare(runs, datasets, device)
+    main, epochs, out_dirs = is_main(), runs[0].epochs, [Path(d) for d in out_dirs]
     saver = Saver(stack, out_dirs)
     start, diverged, former_seconds = restore(stack, out_dirs, batches.generators)
     batches.draw()
@@ -60,12 +51,12 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
 
     began = time.monotonic()
     with contextlib.ExitStack() as opened:
-        opened.enter_context(_threads(1 if dense else torch.get_num_threads()))
-        shown = epochs * batches.steps, _describe(runs), "step", progress and main
-        bar = opened.enter_context(progress_bar(*shown))
-        bar.update(start * batches.steps)
-        folders = out_dirs if main else []
-        curves = [opened.enter_context(open_curve(d / "curve.csv", start)) for d in folders]
+        opened.enter_context(_threads(threads))
+        bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
+        opened.enter_context(bar).update(start * batches.steps)
+        curves = [open_curve(d / "curve.csv", start) for d in out_dirs] if main else []
+        for curve in curves:
+            opened.enter_context(curve)
 
         for epoch in range(start, epochs):
             # Run: the steps of the epoch. The host waits for the device once, at its end.
@@ -90,11 +81,30 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         saver.wait()
 
     if any(diverged):
-        raise FloatingPointError("; ".join(message for message in diverged if message))
-    if engine is not None:
-        engine.free_memory()  # it would keep this network while the next one trains
+        raise FloatingPointError("; ".join(filter(None, diverged)))
+    if stack.engine is not None:
+        stack.engine.free_memory()  # it would keep this network while the next one trains
     seconds = former_seconds + time.monotonic() - began
     return stack.networks() if main else None, seconds / len(runs)
+
+
+def _prepare(runs, datasets, device):
+    """(stack, batches, threads): the networks, as fast as their steps can be taken on this many
+    threads, and the data.
+
+    The length of the whole training decides what is fast: a resumed run must compute as it did
+    before.
+    """
+    engine = connect(str(device))
+    if engine is not None and len(runs) > 1:
+        raise ValueError(f"several ranks train one run at a time, not {len(runs)}")
+    nets = [_initialise(run, data) for run, data in zip(runs, datasets, strict=True)]
+    stack = Stack(runs, nets, device, engine)
+    batches = Batches(runs, datasets, stack.device, engine)
+    # operations of a dense stack are so small that two threads are slower than one
+    threads = 1 if use_dense(stack) else torch.get_num_threads()
+    use_compiled(stack, runs[0].epochs * batches.steps)
+    return stack, batches, threads
 
 
 def _initialise(run, dataset):
@@ -245,8 +255,7 @@ def _describe(runs):
 
 @contextlib.contextmanager
 def _threads(number):
-    """So many threads inside, the former number after it. Operations of a dense stack are so small
-    that two threads are slower than one."""
+    """So many threads inside, the former number after it."""
     former = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
