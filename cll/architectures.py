@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .bounds.layer import (
-    _plain,
     estimate,
     is_linear,
     layer_lipschitz,
@@ -24,22 +23,22 @@ from .bounds.layer import (
     sample_shape,
 )
 from .bounds.linear import as_text, exact_arithmetic, tensor_of
-from .bounds.network import READER, _head, head_rows, normalisation
-from .bounds.norm import matrix_norm
+from .bounds.network import READER, checked_head, head_rows, normalisation
 from .bounds.registry import (
-    HEADS,
-    _refuse_hooks,
     is_bounded_as,
+    is_head,
     know,
+    record,
     refuse_foreign,
+    refuse_hooks,
     refuse_overridden,
 )
 from .bounds.torch_layers import batch_norm_scale
-from .bounds.trace import _evaluation_copy, body_output_shape, layer_inputs, leaves
+from .bounds.trace import body_output_shape, layer_inputs, leaves
 from .layers.activations import ClampedMaxMin, Householder, MaxMin
 from .layers.potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from .layers.sandwich import SandwichConv2d, SandwichLinear
-from .layers.soc import SOCConv2d, unfolded_norm
+from .layers.soc import SOCConv2d
 from .layers.structure import (
     BatchNormalized,
     Normalising,
@@ -61,15 +60,9 @@ def settle(model):
     that its present norms give.
     """
     for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        if isinstance(layer, SOCConv2d):
-            kernel = _evaluation_copy(layer).skew_kernel()
-            norm, lowest = unfolded_norm(kernel), torch.finfo(layer.norm.dtype).tiny
-            lowest = lowest if kernel.any() else 0.0
-        elif isinstance(layer, CPLLinear | CPLConv2d):
-            W = _evaluation_copy(layer).weight
-            norm, lowest = matrix_norm(_plain(W), W, shape, "fast"), 0.0
-        else:
+        if record(layer).settle is None:
             continue
+        norm, lowest = record(layer).settle(layer, shape)
         stored = torch.tensor(norm, dtype=layer.norm.dtype)
         if stored.double() < norm:
             stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
@@ -219,7 +212,7 @@ def as_lipschitz_net(model, input_shape):
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if _head(model).out_features == 1 else model
+        return _two_logits(model) if checked_head(model).out_features == 1 else model
     input_shape = sample_shape(input_shape)
     weight = next(model.parameters(), torch.empty(0))
     sequence = _joined(model, weight.device)
@@ -232,7 +225,7 @@ def as_lipschitz_net(model, input_shape):
         )
     body, head = sequence, None
     last = sequence[-1] if sequence else None
-    if type(last) in HEADS or isinstance(last, nn.Linear) and is_linear(last):
+    if is_head(last) or isinstance(last, nn.Linear) and is_linear(last):
         body, head = sequence[:-1], last
     body = nn.Sequential(*body)
     if head is None:
@@ -256,7 +249,7 @@ def as_lipschitz_net(model, input_shape):
 
 def _two_logits(model):
     """The LipschitzNet with logits (0, f) of one with the output f."""
-    _head(model, body_output_shape(model.body, model.input_shape))  # raises if it is none
+    checked_head(model, body_output_shape(model.body, model.input_shape))  # raises if it is none
     like = next(model.parameters(), model.std)
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
@@ -274,7 +267,7 @@ def unwrapped(model):
     compute. Raises TypeError for compiled scripts, of which no layers can be read."""
     kind, compiler = type(model), sys.modules.get("torch._dynamo.eval_frame")
     if kind is getattr(compiler, "OptimizedModule", None):
-        _refuse_hooks(model)
+        refuse_hooks(model)
         forward = vars(model).get("forward")
         if getattr(forward, "__globals__", {}).get("__name__") != compiler.__name__:
             raise TypeError("no Lipschitz bound known for a compiled model with another forward")
@@ -314,14 +307,14 @@ def _joined(module, device):
         if unwrapped(layer) is not layer:
             sequence += _joined(unwrapped(layer), device)
             continue
-        if type(layer) not in HEADS:  # before anything is run, taken apart or left out
+        if not is_head(layer):  # before anything is run, taken apart or left out
             refuse_overridden(layer)
         if is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
             layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif (normalize := _normalize(layer)) is not None:
             layer = normalize.to(device)
-        elif is_bounded_as(layer, object) and not isinstance(layer, (*HEADS, *_SOFTMAX)):
+        elif is_bounded_as(layer, object) and not (is_head(layer) or isinstance(layer, _SOFTMAX)):
             layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
         elif is_bounded_as(layer, nn.BatchNorm2d):
             batch_norm_scale(layer)  # raises where statistics of the batch are used

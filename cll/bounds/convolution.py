@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .dense import lanczos, proven_square
-from .linear import CHUNK, TINY, U, _geometry, gamma, output_shape, padding, round_up
+from .linear import CHUNK, TINY, U, gamma, geometry, output_shape, padding, round_up
 
 LARGEST = 3e13  # flops above which no proof is tried but the first
 
@@ -109,7 +109,7 @@ class _Axis(NamedTuple):
 def _axes(layer, input_shape):
     before = [a for a, _ in padding(layer)]
     sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
-    return [_Axis(*values) for values in zip(*sizes, *_geometry(layer), before, strict=True)]
+    return [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
 
 
 def _polyphase(axis, circular, extra=0):
@@ -130,7 +130,7 @@ def _polyphase(axis, circular, extra=0):
     return taps, offsets // step, offsets % step, -(-size // step)
 
 
-def _cheapest(layer, weight, input_shape):
+def cheapest(layer, weight, input_shape):
     """(flops, flip, adjoint) of the cheapest way to take `rows_norm`: blocks are image rows, or
     columns if `flip`; of the outputs, or of the inputs if `adjoint`."""
     plans = []
@@ -146,7 +146,7 @@ def _cheapest(layer, weight, input_shape):
     return min(plans)
 
 
-def _strip_plans(layer, weight, input_shape):
+def strip_plans(layer, weight, input_shape):
     """The (flip, half) of `strip_proof` that LARGEST allows: between the frequencies of the first
     proof first, which has found too large a norm there."""
     allowed = [f for f in (False, True) if _strip_cost(layer, weight, input_shape, f) <= LARGEST]

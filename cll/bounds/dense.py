@@ -12,23 +12,23 @@ from .linear import (
     U,
     apply_adjoint,
     apply_linear,
-    as_text,
     dense_matrix,
     gamma,
-    output_shape,
     round_down,
     round_up,
 )
 
 
-def exact_norm(layer, weight, input_shape):
-    entries = math.prod(input_shape) * math.prod(output_shape(layer, input_shape))
+def exact_norm(linear, input_shape, outputs, name):
+    """Largest singular value of a linear map of batches (N, *input_shape) -> (N, ...) with so many
+    outputs, decomposed as a dense matrix. Raises ValueError, with the name, for a large one."""
+    entries = math.prod(input_shape) * outputs
     if entries > DENSE_ENTRIES:
         raise ValueError(
-            f'method "exact" would decompose {entries:.1e} matrix entries for {as_text(layer)} on '
+            f'method "exact" would decompose {entries:.1e} matrix entries for {name} on '
             f'{input_shape}, limit {DENSE_ENTRIES:.0e}: use "guaranteed" or "power"'
         )
-    return torch.linalg.svdvals(dense_matrix(layer, weight, input_shape))[0].item()
+    return torch.linalg.svdvals(dense_matrix(linear, input_shape))[0].item()
 
 
 @torch.autocast("cpu", enabled=False)  # which would round the search below float32
