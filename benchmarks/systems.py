@@ -80,7 +80,7 @@ def measure(system, batch, device, repeats, full):
     def bound():
         if program.local_iterations is None:
             with torch.set_grad_enabled(program.moves_K):
-                K = net.lipschitz_matrix(stack.iterations, program.through)
+                K = net.estimate_lipschitz_matrix(stack.iterations, program.through)
         else:
             K = local_estimate(net, images[0], schedule[0][0], program.local_iterations)
         if K.requires_grad:

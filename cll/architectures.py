@@ -85,8 +85,8 @@ class LipschitzNet(Normalising):
 
     The training estimate keeps one vector per linear layer (a buffer, in the shape of the
     layer's input) on which power iteration goes on from step to step. SOC and CPL layers keep
-    vectors of their own, which `lipschitz_matrix` moves too: call it once per training step,
-    before the forward pass, and `settle` after training.
+    vectors of their own, which `estimate_lipschitz_matrix` moves too: call it once per training
+    step, before the forward pass, and `settle` after training.
     """
 
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
@@ -142,10 +142,8 @@ class LipschitzNet(Normalising):
         certificates use `cll.lipschitz_matrix(model, "guaranteed")`.
         """
         total = 1 / self.std.min().to(next(self.parameters()).dtype)
-        for i, (name, shape, constant) in enumerate(self._layers):
-            layer = self.body.get_submodule(name)
-            if f"v{i}" in self._buffers:
-                v = getattr(self, f"v{i}")
+        for layer, shape, constant, v in self.body_layers():
+            if v is not None:
                 # a copy: with `through`, the backward pass needs v as it was before copy_ below
                 constant, v_new = estimate(layer, v.clone(), iterations, through)
                 if iterations:
@@ -159,10 +157,23 @@ class LipschitzNet(Normalising):
             total = total * constant
         return total
 
-    def lipschitz_matrix(self, iterations=5, through=False):
-        """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1)."""
+    def body_layers(self):
+        """(layer, input shape, constant, vector) of the body's layers in forward order: the
+        constant of those without weights, the power iteration's vector of linear ones, else None.
+        """
+        for i, (name, shape, constant) in enumerate(self._layers):
+            yield self.body.get_submodule(name), shape, constant, self._buffers.get(f"v{i}")
+
+    def estimate_lipschitz_matrix(self, iterations=5, through=False):
+        """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1). From
+        below: `cll.lipschitz_matrix(net)` is the proof from above."""
         rows = head_rows(self.head)
         return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
+
+    def lipschitz_matrix(self, iterations=5, through=False):
+        """The former name of `estimate_lipschitz_matrix`: an estimate of K from below, for training
+        and for no certificate. The proven K is `cll.lipschitz_matrix(net)`."""
+        return self.estimate_lipschitz_matrix(iterations, through)
 
     def settle(self):
         """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see

@@ -2,7 +2,6 @@
 
 import math
 
-import scipy.linalg
 import torch
 from torch import nn
 
@@ -77,6 +76,8 @@ def lanczos(gram, v, tolerance, steps=1000):
 
     Without reorthogonalisation: what it would prevent, copies of values that have converged, does
     no harm to the first one. A basis of 256 MB or more is replaced by the vector found so far."""
+    from scipy.linalg import eigh_tridiagonal  # slow to import, and asked for here alone
+
     longest = max(8, min(steps, 2**28 // (len(v) * v.element_size())))
     for _ in range(0, steps, longest):
         v = v / v.norm()
@@ -91,7 +92,7 @@ def lanczos(gram, v, tolerance, steps=1000):
             k, last = len(diagonal), len(diagonal) == longest or not beside[-1]
             if k % 8 == 0 or last:
                 pair = (max(0, k - 2), k - 1)
-                values, vectors = scipy.linalg.eigh_tridiagonal(
+                values, vectors = eigh_tridiagonal(
                     diagonal, beside[:-1], select="i", select_range=pair
                 )
                 top, residual = values[-1], beside[-1] * abs(vectors[-1, -1])
