@@ -59,13 +59,14 @@ class Proof(NamedTuple):
         return opened(self.body)
 
 
-# how a model that is given becomes a body and a head: set by `architectures`, which stands above
-READER = []
+_READER = []
 
 
-def as_network(model, input_shape):
-    """The LipschitzNet that a model is, see `cll.as_lipschitz_net`."""
-    return READER[0](model, input_shape)
+def reader(read):
+    """Decorator of the function (model, input_shape) by which proofs read any model as a
+    LipschitzNet. It takes layers to build one, and they stand on the proofs."""
+    _READER[:] = [read]
+    return read
 
 
 def prove(model, method="guaranteed", progress=False, *, input_shape=None):
@@ -76,7 +77,8 @@ def prove(model, method="guaranteed", progress=False, *, input_shape=None):
     the weights, and it is a proof of nothing.
     """
     check_method(method)
-    net = as_network(model, input_shape)
+    (read,) = _READER
+    net = read(model, input_shape)
     return prove_by(lambda place: _prove_place(place, method), net, method, progress)
 
 
@@ -87,16 +89,20 @@ def prove_by(bound, net, method="guaranteed", progress=False):
     chain, features = trace(net.body, net.input_shape)
     head = checked_head(net, features)
     std, _ = normalisation(net)
-    proven = {}
     with evaluation(net.body), evaluation(net.head):  # what computes a weight may ask for it
         places = _places(chain, "body")
-        for place in announced(opened(places), progress):
-            parts = tuple(tuple(proven[p.name] for p in part) for part in place.parts)
-            proven[place.name] = bound(place._replace(parts=parts))
+        with progress_bar(len(opened(places)), "bounds", "layer", progress) as bar:
+
+            def announced(place):
+                _announce(place, bar)
+                layer = bound(place)
+                bar.update()
+                return layer
+
+            body = _proven(places, announced)
         W = head_rows(float64_copy(head))
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
-    body = tuple(proven[place.name] for place in places)
     return Proof(net, method, body, _matrix(body, std, row_distances(head, W), W.shape[1], method))
 
 
@@ -148,13 +154,23 @@ def _places(chain, prefix):
     return tuple(places)
 
 
-def opened(layers, input_shape=None, prefix="body"):
+def opened(layers):
     """Layers in forward order, as a list: before each container those inside it."""
-    if input_shape is not None:  # SHIM
-        return [p[:3] for p in opened(_places(layer_inputs(layers, input_shape), prefix))]
-    return [
-        one for layer in layers for one in (*(o for p in layer.parts for o in opened(p)), layer)
-    ]
+    listed = []
+    for layer in layers:
+        for part in layer.parts:
+            listed += opened(part)
+        listed.append(layer)
+    return listed
+
+
+def _proven(places, bound):
+    """The layers at these places with their bounds, those inside a container first."""
+    proven = []
+    for place in places:
+        parts = tuple(_proven(part, bound) for part in place.parts)
+        proven.append(bound(place._replace(parts=parts)))
+    return tuple(proven)
 
 
 def _prove_place(place, method):
@@ -182,12 +198,8 @@ def product(chain, method):
 
 def prove_chain(module, input_shape, method="guaranteed"):
     """The ProvenLayers of a module alone, in forward order."""
-
-    def proven(place):
-        parts = tuple(tuple(map(proven, part)) for part in place.parts)
-        return _prove_place(place._replace(parts=parts), method)
-
-    return tuple(map(proven, _places(layer_inputs(module, input_shape), "chain")))
+    places = _places(layer_inputs(module, input_shape), "chain")
+    return _proven(places, lambda place: _prove_place(place, method))
 
 
 def _times(total, norm, method):
@@ -217,19 +229,15 @@ def normalisation(model):
     return values
 
 
-def announced(layers, progress):
-    """The layers, one by one, under a bar that names the one at work; a large one at once, and
-    about how long its proof takes on one core."""
-    with progress_bar(len(layers), "bounds", "layer", progress) as bar:
-        for place in layers:
-            name, layer, shape = place[:3]
-            linear, seconds = layer[0] if isinstance(layer, nn.Sequential) else layer, 0
-            if isinstance(linear, nn.Conv2d):
-                channels = min(linear.in_channels, linear.out_channels) / linear.groups
-                seconds = channels**3 * math.prod(shape[1:]) / 1.5e8
-            bar.set_postfix_str(f"{name}, about {seconds:.0f} s", refresh=seconds > 1)
-            yield place
-            bar.update()
+def _announce(place, bar):
+    """The name of the layer at work; of a large one at once, and about how long its proof takes on
+    one core."""
+    linear, seconds = place.layer, 0
+    linear = linear[0] if isinstance(linear, nn.Sequential) else linear
+    if isinstance(linear, nn.Conv2d):
+        channels = min(linear.in_channels, linear.out_channels) / linear.groups
+        seconds = channels**3 * math.prod(place.shape[1:]) / 1.5e8
+    bar.set_postfix_str(f"{place.name}, about {seconds:.0f} s", refresh=seconds > 1)
 
 
 @exact_arithmetic()
