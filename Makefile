@@ -75,7 +75,7 @@ READS_colab := ITEMS JOBS COLAB
 READS_lint :=
 READS_lab :=
 READS_bench := OUT
-READS_times := ITEMS PROFILE DEVICE DATA LABEL PARAMS JOBS
+READS_house :=
 READS_collect := PROFILE OUT RUNS
 READS_reference :=
 READS_clean := PROFILE
@@ -92,7 +92,7 @@ $(foreach v,$(filter-out $(VARIABLES) $(COMMON) SHELL MAKE%,$(GIVEN)),\
   $(warning $(v) is none of the variables of `make help`: it reaches the environment alone))
 endif
 # what a goal needs from pyproject.toml, beyond the base dependencies: an optional group
-NEED := $(if $(filter test test-notebooks lint refs,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
+NEED := $(if $(filter test test-notebooks lint refs colab,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
 
 # ---- which Python: PYTHON=, else the active one if it has everything, else .venv ----------------
 CHECK = tools/environment.py missing $(NEED)
@@ -214,7 +214,7 @@ $(RESULTS)/%/params.yaml: FORCE | $(ENVIRONMENT)
 # Results depend on the notebook and its parameters, not on cll/*.py: an edited comment must not
 # cost days on a GPU. cll itself skips runs that are finished and resumes those that are not, so
 # that depending on every parameter file costs seconds and forgets none.
-PARAMETER_FILES := $(wildcard params/*/*.yaml $(PARAMS))
+PARAMETER_FILES := $(wildcard params/*.yaml params/*/*.yaml $(PARAMS) $(dir $(PARAMS))*.yaml)
 define NOTEBOOK
 .PHONY: $(1)
 $(1): $$(RESULTS)/$(1)/$(1).html
@@ -249,7 +249,7 @@ smoke-systems:  ## train and certify every system of tables 1 and 2 once, at smo
 	  ROWS=T2-01,T2-03,T2-05,T2-06,T2-07,T2-08,T2-09,T2-10,T2-11
 
 # ---- work on the code ---------------------------------------------------------------------------
-.PHONY: test test-notebooks refs badges colab lint lab bench times collect reference clean
+.PHONY: test test-notebooks refs badges colab lint lab bench house collect reference clean
 # one CPU thread each: with several, the workers would wait for each other
 test test-notebooks refs: export OMP_NUM_THREADS := 1
 test test-notebooks refs: export TQDM_DISABLE := 1
@@ -276,8 +276,9 @@ $(COLAB)/.installed: tests/colab.txt
 	  || { echo "FAILED colab: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log)" >&2; exit 1; }
 	@touch $@
 
-colab: $(COLAB)/.installed  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
-	@$(if $(JOBS),OMP_NUM_THREADS=$(call sh,$(JOBS))) $(COLAB)/bin/python tools/colab.py $(ITEMS)
+colab: $(COLAB)/.installed | $(ENVIRONMENT)  ## run notebooks as Google Colab does, on its versions; ITEMS="quickstart figure1": these
+	@COLAB_PYTHON=$(abspath $(COLAB)/bin/python) $(if $(JOBS),OMP_NUM_THREADS=$(call sh,$(JOBS))) $(PYTHON) -m pytest -v \
+	  $(foreach item,$(ITEMS),'tests/test_colab.py::test_a_notebook_runs_as_on_colab_and_prints_no_warning[$(item)]')
 
 lint: | $(ENVIRONMENT)  ## style and common mistakes (ruff)
 	@$(PYTHON) -m ruff check --quiet .
@@ -290,9 +291,8 @@ bench: | $(ENVIRONMENT)  ## how fast: against a plain baseline, then the step of
 	@echo
 	@$(PYTHON) benchmarks/systems.py
 
-times: | $(ENVIRONMENT)  ## time notebooks, each alone, for the table in README; ITEMS="figure1 figure4": these
-	@$(PYTHON) tools/times.py $(ITEMS) --profile $(PROFILE) --device $(DEVICE) --data $(call sh,$(DATA)) \
-	  --label $(call sh,$(LABEL)) --params-file '$(PARAMS)' --jobs $(call sh,$(JOBS))
+house: | $(ENVIRONMENT)  ## the house in figures: sizes, functions, which way imports run
+	@$(PYTHON) tools/house.py
 
 collect: | $(ENVIRONMENT)  ## check finished runs of a profile and copy them to outputs/reference; RUNS="*4C3F*": these
 	@$(PYTHON) tools/collect.py $(RESULTS) $(foreach run,$(RUNS),$(call sh,$(run)))

@@ -1,55 +1,41 @@
 """The textbook way to train a Lipschitz network: the yardstick of every speed claim.
 
-    python benchmarks/baseline.py [--runs moons-CLL 4C3F ...] [--steps 20] [--device cuda]
-
 One network at a time, the way the method is written down: images go through PIL and a DataLoader
 one by one; each step runs five power iterations per layer under autograd and builds the distances
 ||w_y - w_j|| sample by sample; after each epoch single power iterations go on until K moves by no
 more than 1e-9, or 10,000 times (the published rule). Nothing is slowed down on purpose. Networks
 and parameter files are the package's, so that a ratio compares the training and nothing else.
-
-`floor` is what no program on this machine can beat: the multiplications of a piece of work at the
-measured rate of a large matrix product, its bytes at the measured rate of a large copy, the longer
-of the two.
 """
 
-import argparse
-import functools
 import itertools
 import math
 import os
-import resource
-import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import cll
-from cll.experiment import load_dataset
+from cll import experiment
 
-RUNS = {
-    "moons-CLL": "figure4/moons-CLL-eps0.15",
-    "moons-GloRo": "figure4/moons-GloRo-eps0.15",
-    "4C3F": "table2/cifar10-4C3F-CLL",
-    "6C2F": "table2/cifar10-6C2F-CLL",
-}
+RUNS = (  # parameter files that it can train: CLL and GloRo, of dense and convolutional layers
+    "figure4/moons-CLL-eps0.15",
+    "figure4/moons-GloRo-eps0.15",
+    "table2/cifar10-4C3F-CLL",
+    "table2/cifar10-6C2F-CLL",
+)
 
 
-def setting(name):
+def setting(file):
     """(parameters, data) of one of RUNS; for images scikit-learn's digits, which need no download:
     time does not depend on what the pictures show."""
-    params = cll.load_params(cll.ROOT / f"params/{RUNS[name]}.yaml", "paper")
+    params = cll.load_params(cll.ROOT / f"params/{file}.yaml", "paper")
     if params.model != "MLP":
         params = params.model_copy(update={"data": "digits"})
-    return params, load_dataset(params)
+    return params, experiment.load_dataset(params)
 
 
 class Pictures(Dataset):
@@ -207,115 +193,7 @@ class Baseline:
         return torch.cat(radii)
 
     def epoch(self):
-        """One epoch: (seconds of CPU time in steps, in convergence, number of iterations, K)."""
-        began = time.process_time()
+        """One epoch and the convergence after it: (K, number of iterations it took)."""
         for x, y in self.batches:
             self.step(x, y)
-        stepped = time.process_time()
-        K, iterations = self.converge()
-        return stepped - began, time.process_time() - stepped, iterations, K
-
-
-# ------------------------------------------------------------------------------------- the floor
-
-
-@functools.cache
-def rates(n=1024, megabytes=256, repeats=5, device="cpu"):
-    """(FLOP/s of an n x n float32 matrix product, bytes/s of a large copy), best of some repeats,
-    with the threads that PyTorch has. A GPU wants more: n=8192, megabytes=4096."""
-    a, b = torch.rand(2, n, n, device=device)
-    c, d = torch.rand(2, megabytes * 2**18, device=device)
-    product = min(_seconds(lambda: torch.mm(a, b), device) for _ in range(repeats))
-    copy = min(_seconds(lambda: d.copy_(c), device) for _ in range(repeats))
-    return 2 * n**3 / product, 2 * c.numel() * 4 / copy  # read and written
-
-
-def _seconds(work, device):
-    began = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def highest():
-    """MiB, the most that this process has held so far. On Linux from /proc, since ru_maxrss begins
-    with what the parent held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def floor(flops, moved, device="cpu"):
-    """Seconds that `flops` operations and `moved` bytes take at least."""
-    speed, bandwidth = rates() if device == "cpu" else rates(8192, 4096, 5, device)
-    return max(flops / speed, moved / bandwidth)
-
-
-def forward_cost(net, batch):
-    """(FLOPs, bytes) of a forward pass: every activation written and read once."""
-    x, sizes = torch.rand(1, *net.input_shape), []
-    hooks = [
-        layer.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))
-        for layer in [*net.body, net.head]
-    ]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x)
-    for hook in hooks:
-        hook.remove()
-    return batch * counter.get_total_flops(), batch * 8 * sum(sizes)
-
-
-def step_cost(net, batch):
-    """(FLOPs, bytes) of a training step of a network: three times the products of its forward pass,
-    of which the first layer needs no gradient in the image; activations and their gradients written
-    and read; weights and Adam's moments read and written."""
-    flops, moved = forward_cost(net, batch)
-    first = nn.Sequential(next(layer for layer in net.body if hasattr(layer, "weight")))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        first(torch.rand(1, *net.input_shape))
-    parameters = sum(p.numel() for p in net.parameters())
-    flops = 3 * flops - batch * counter.get_total_flops()
-    return flops, 2 * moved + 32 * parameters
-
-
-def step_floor(net, batch, device="cpu"):
-    """Seconds that a training step of a network (on the host) takes at least."""
-    return floor(*step_cost(net, batch), device)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--steps", type=int, default=20, help="steps to time")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    speed, bandwidth = rates() if args.device == "cpu" else rates(8192, 4096, 5, args.device)
-    print(f"one thread, {speed / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
-    print("| run | ms per step | floor ms | bound after an epoch ms | iterations |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name in args.runs:
-        run = Baseline(*setting(name), args.device)
-        times = []
-        for batch in itertools.islice(run.endless(), args.steps):
-            began = time.perf_counter()
-            run.step(*batch)
-            times.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        _, iterations = run.converge()
-        bound = time.perf_counter() - began
-        least = step_floor(run.net.cpu(), run.batches.batch_size, args.device)
-        step = statistics.median(times)
-        print(
-            f"| {name} | {1e3 * step:.1f} | {1e3 * least:.2f} | {1e3 * bound:.0f} | {iterations} |",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
+        return self.converge()

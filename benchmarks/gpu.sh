@@ -19,7 +19,26 @@ if ! "$PYTHON" -c "$needs" 2>/dev/null; then
   "$PYTHON" -m pip install -e . pytest hypothesis pillow >"$OUT/install.log" 2>&1 ||
     { echo "FAILED: $(grep -m 1 ERROR "$OUT/install.log")"; exit 1; }
 fi
-"$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+"$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' || exit 1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-exec "$PYTHON" benchmarks/gpu.py --into "$OUT" --device "${DEVICE:-cuda}" --data "${DATA:-}" \
-  --profile "${PROFILE:-full}" --seconds $((540 - SECONDS))
+rm -f "$OUT"/*.status "$OUT"/*.json
+
+trap 'kill $(jobs -p) 2>/dev/null; exit 1' INT TERM  # the stage at work ends with this script
+stage() {  # name, seconds, command: apart, for so long, never beyond nine minutes in all
+  left=$((530 - SECONDS > 1 ? 530 - SECONDS : 1))
+  timeout -k 5 $(($2 < left ? $2 : left)) "${@:3}" >"$OUT/$1.log" 2>&1 &
+  wait $!
+  status=$?
+  echo $status >"$OUT/$1.status"
+  echo "$1: status $status after $SECONDS s"
+}
+options=(--into "$OUT" --device "${DEVICE:-cuda}" --data "${DATA:-}" --profile "${PROFILE:-full}")
+stage tests 140 "$PYTHON" -m pytest -v -m gpu -p no:cacheprovider tests/test_cuda.py tests/test_data.py
+tail -n 1 "$OUT/tests.log"
+tests=$(cat "$OUT/tests.status")
+stage steps 60 "$PYTHON" benchmarks/gpu.py steps "${options[@]}"
+stage baseline 60 "$PYTHON" benchmarks/gpu.py baseline "${options[@]}"
+stage memory 40 "$PYTHON" benchmarks/gpu.py memory "${options[@]}"
+stage single 240 "$PYTHON" benchmarks/gpu.py single "${options[@]}"
+stage nine 540 "$PYTHON" benchmarks/gpu.py nine "${options[@]}"
+"$PYTHON" benchmarks/gpu.py summary "${options[@]}" && exit "$tests"

@@ -1,147 +1,139 @@
-"""Training step of every system of the tables: time, cost of its bound, peak memory.
+"""The training step of every system of the tables: time, peak memory, what its bound costs.
 
-    python benchmarks/systems.py [--full] [--batch 16] [--device cpu] [--repeats 3] [--json FILE]
+    python benchmarks/systems.py [--files table2/cifar10-4C3F-CLL ...] [--full] [--batch 16]
+        [--device cpu] [--rounds 3]
 
-Each system is the parameter file of one of its rows: network, loss, optimiser, power iterations.
-Columns: "step" is the whole training step; "network" the forward and backward pass of the network
-with cross-entropy (for SOC, CPL, SLL and LBDN the weights' transforms belong to it); "bound" the
-training estimate of K, with its backward pass where the loss has a gradient in K; "rest" what
-remains: loss and optimiser. Peak memory is that of the process beyond its imports on a CPU, and of
-the allocator on CUDA. Every system runs in a process of its own.
+A system is a parameter file: network, loss, optimiser, power iterations. "step" is the step that
+training takes, "plain" the same network and optimiser with cross-entropy alone (for SOC, CPL, SLL
+and Sandwich the weights' transforms belong to it), "ratio" the first over the second: what bound,
+loss and penalty cost. "textbook" is the step as baseline.py writes it, where it can. All of a
+system take turns, on random images, in a process of their own.
 
 Without --full, and on a CPU, X-Large networks are replaced by Small ones (the table says so).
 """
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+import copy
 
 import baseline
+import clock
 import torch
 import torch.nn.functional as F
 
 import cll
-from cll.experiment import provenance
-from cll.experiment.local_lip_b import local_estimate
+from cll.bounds.linear import full_precision
 from cll.experiment.stack import Stack, build_network
 
-SYSTEMS = {  # name: (parameter file, classes)
-    "GloRo": ("table2/cifar10-6C2F-GloRo", 10),
-    "GloRo-TRADES": ("table1/tiny-8C2F-GloRo-TRADES", 200),
-    "CLL": ("table2/cifar10-6C2F-CLL", 10),
-    "Local-Lip-B": ("table2/cifar10-6C2F-LocalLipB", 10),
-    "SOC": ("table2/cifar10-LipConvNet-20-SOC", 10),
-    "SOC + CLL": ("table2/cifar10-LipConvNet-20-CLL", 10),
-    "CPL": ("table2/cifar10-CPL-XL-Hinge", 10),
-    "CPL + CLL": ("table2/cifar10-CPL-XL-CLL", 10),
-    "SLL": ("table2/cifar10-SLL-XL-AOL", 10),
-    "SLL + CLL": ("table2/cifar10-SLL-XL-CLL", 10),
-    "LBDN": ("table1/tiny-Sandwich-AOL", 200),
-}
+FILES = [f"table2/{f.stem}" for f in sorted((cll.ROOT / "params/table2").glob("cifar10-*.yaml"))]
+FILES += ["table1/tiny-8C2F-GloRo-TRADES", "table1/tiny-Sandwich-AOL"]
+CLASSES = {"two_moons": 2, "tiny-imagenet": 200, "cifar100": 100}  # all others have 10
+VARIANTS = ("eager", "tf32", "bfloat16")  # of the step, measured on a GPU
 
 
-def milliseconds(work, device, repeats):
-    """Median time of work() after one call that allocates."""
-    times = []
-    for _ in range(repeats + 1):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
-
-
-def measure(system, batch, device, repeats, full):
-    """One system: a row of the table as a dict."""
-    before = baseline.highest()
-    file, classes = SYSTEMS[system]
+def load(file, device="cpu", full=True):
+    """The parameters of a file for the published schedule; full=False: Small for X-Large."""
     params = cll.load_params(cll.ROOT / f"params/{file}.yaml", "paper", device=device)
-    if not full:
-        small = params.model.replace("-XL", "-S")
-        params = params.model_copy(update={"model": small})
+    model = params.model if full else params.model.replace("-XL", "-S")
+    return params.model_copy(update={"model": model})
+
+
+def networks(runs, classes=None):
+    """The untrained network of each run, with as many classes as its data have."""
     torch.manual_seed(0)
-    stack = Stack([params], [build_network(params, classes, params.input_shape)], device)
-    images = torch.rand(1, batch, *params.input_shape, device=device)
-    targets = torch.randint(0, classes, (1, batch), device=device)
-    schedule = stack.schedule(0.5)
-    net, program = stack.nets[0], stack.program
+    classes = classes or CLASSES.get(runs[0].data, 10)
+    return [build_network(run, classes, run.input_shape) for run in runs]
 
-    def network():
-        F.cross_entropy(net(images[0]), targets[0]).backward()
-        stack.optimizer.zero_grad(set_to_none=True)
 
-    def bound():
-        if program.local_iterations is None:
-            with torch.set_grad_enabled(program.moves_K):
-                K = net.estimate_lipschitz_matrix(stack.iterations, program.through)
-        else:
-            K = local_estimate(net, images[0], schedule[0][0], program.local_iterations)
-        if K.requires_grad:
-            K.sum().backward()
-            stack.optimizer.zero_grad(set_to_none=True)
+def random_batch(nets, batch, device="cpu"):
+    """Images (S, N, ...) in [0, 1] and targets (S, N), a batch for each network."""
+    images = torch.rand(len(nets), batch, *nets[0].input_shape, device=device)
+    classes = nets[0].head.out_features
+    return images, torch.randint(0, classes, images.shape[:2], device=device)
 
-    step = milliseconds(lambda: stack.step(images, targets, *schedule), device, repeats)
-    if device == "cpu":
-        peak = baseline.highest() - before
-    else:
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    row = {
-        "system": system,
-        "network": params.model,
-        "parameters": sum(map(torch.numel, net.parameters())),
-    }
-    row |= {"step_ms": step, "network_ms": milliseconds(network, device, repeats)}
-    return row | {"bound_ms": milliseconds(bound, device, repeats), "peak_MiB": peak}
+
+def training_step(runs, nets, images, targets, fast=True):
+    """The step of some runs together, as a function without arguments.
+
+    It reads `images` and `targets` anew each time. fast: as long trainings take it; else one
+    operation after the other.
+    """
+    stack = Stack(runs, nets, images.device)
+    _choose(stack, images.shape[1], fast)
+    numbers = stack.schedule(0.5)
+    return lambda: stack.step(images, targets, *numbers)
+
+
+def _choose(stack, batch, fast):
+    """Which step the stack takes; the only place that knows how training makes it faster."""
+    stack.capturable &= fast
+    if fast and stack.dense is not None and stack.device.type == "cpu":
+        stack.record(batch)
+
+
+def plain_step(params, net, images, targets):
+    """The same network and optimiser with cross-entropy alone."""
+    net, (images,), (targets,) = net.to(images.device).train(), images, targets
+    kind = getattr(torch.optim, params.optimizer.name)
+    optimizer = kind(net.parameters(), lr=params.optimizer.lr, weight_decay=0, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(net(images), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(file, batch, device="cpu", rounds=3, full=True, variants=()):
+    """One system: {"network", "parameters", "MiB", "seconds": {variant: median}}.
+
+    Peak memory is that of training alone, beyond what the process held before. variants: of
+    VARIANTS, steps to take turns with the others; all others multiply in float32.
+    """
+    before, params = clock.highest(), load(file, device, full)
+    nets = networks([params])
+    images, targets = random_batch(nets, batch, device)
+    works = {"step": training_step([params], nets, images, targets)}
+    for _ in range(2):
+        works["step"]()
+    memory = clock.peak(device, before)
+    works["plain"] = plain_step(params, copy.deepcopy(nets[0]), images, targets)
+    for name in variants:
+        fast = name != "eager"
+        run = params.model_copy(update={"precision": name} if fast else {})
+        works[name] = training_step([run], copy.deepcopy(nets), images, targets, fast)
+    if file in baseline.RUNS:
+        textbook = baseline.Baseline(*baseline.setting(file), device)
+        works["textbook"] = lambda: textbook.step(images[0], targets[0])
+    with full_precision(torch.device(device)):
+        times = clock.in_turns(rounds, works, warm=2)
+    parameters = sum(map(torch.numel, nets[0].parameters()))
+    return {"network": params.model, "parameters": parameters, "MiB": memory, "seconds": times}
+
+
+def row(file, *arguments):
+    """A line of the table: `measure` in a process of its own."""
+    system = clock.isolated(measure, file, *arguments)
+    times = {f"{name} ms": 1e3 * value for name, value in system.pop("seconds").items()}
+    ratio = times["step ms"] / times["plain ms"]
+    textbook = times.pop("textbook ms", None)
+    return {"system": file, **system, **times, "ratio": ratio, "textbook ms": textbook}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = clock.parser(__doc__)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--files", nargs="+", default=FILES, help="below params/, without .yaml")
     parser.add_argument("--full", action="store_true", default=gpu, help="X-Large networks")
     parser.add_argument("--batch", type=int, default=128 if gpu else 16)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=20 if gpu else 3)
-    parser.add_argument("--json", type=Path, help="write the numbers here as well")
-    parser.add_argument("--one", choices=list(SYSTEMS), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 3)
     args = parser.parse_args()
-    if args.one:
-        row = measure(args.one, args.batch, args.device, args.repeats, args.full)
-        print(json.dumps(row))
-        return
-    origin = provenance(args.device)
-    print(f"training step, batch {args.batch}, {origin['device']}, {origin['threads']} threads,")
-    print(f"torch {origin['versions']['torch']}, median of {args.repeats}\n")
-    print(
-        "| system | network | parameters | step ms | network ms | bound ms | bound % | peak MiB |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    rows = []
-    for system in args.systems:
-        command = [sys.executable, __file__, "--one", system, "--device", args.device]
-        command += ["--batch", str(args.batch), "--repeats", str(args.repeats)]
-        done = subprocess.run(
-            command + ["--full"] * args.full, stdout=subprocess.PIPE, text=True, check=True
-        )
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(
-            f"| {system} | {row['network']} | {row['parameters'] / 1e6:.1f} M "
-            f"| {row['step_ms']:.0f} | {row['network_ms']:.0f} | {row['bound_ms']:.0f} "
-            f"| {100 * row['bound_ms'] / row['step_ms']:.0f} | {row['peak_MiB']:.0f} |",
-            flush=True,
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, **origin}, indent=1))
+    _, machine = clock.origin(args.device)
+    print(f"Training step, batch {args.batch}, median of {args.rounds}: {machine}\n")
+    rows, variants = [], VARIANTS[:1] if args.device != "cpu" else ()
+    for file in args.files:
+        rows.append(row(file, args.batch, args.device, args.rounds, args.full, variants))
+        clock.show(rows)
 
 
 if __name__ == "__main__":

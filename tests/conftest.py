@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from cll.experiment.stack import Stack
-
 ROOT = Path(__file__).resolve().parent.parent
 
 # One thread each: parallel test processes with several threads wait for each other.
@@ -34,6 +32,8 @@ atexit.register(shutil.rmtree, os.environ["CLL_OUTPUTS"], ignore_errors=True)
 def interrupt(monkeypatch):
     """interrupt(n): Ctrl-C in the n-th step of training from now on; the list returned grows by one
     with each step, this one and later ones included."""
+
+    from cll.experiment.stack import Stack  # imports torch
 
     def at(n):
         pass

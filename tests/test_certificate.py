@@ -834,6 +834,13 @@ def test_exit_codes_of_the_module(run_folder):
         assert done.returncode == code, done.stdout + done.stderr
 
 
+def test_a_run_is_certified_without_the_code_that_trained_it(run_folder):
+    """Where cll.experiment is not even there."""
+    code = "import sys; sys.modules['cll.experiment'] = None; from cll.certify.__main__ import main"
+    code += f"; sys.exit(main(['write', {str(run_folder)!r}]))"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
 def test_a_network_without_weights_is_certified(tmp_path):
     net = nn.Sequential(nn.Flatten(), cll.layers.Truncation(12, 3)).eval()
     x = torch.rand(6, 3, 2, 2)

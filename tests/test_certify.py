@@ -12,7 +12,7 @@ from torch import nn
 from cll.architectures import LipschitzNet
 from cll.bounds import lipschitz_matrix
 from cll.bounds.linear import full_precision
-from cll.certify import RADII, certified_accuracy, certified_radius, certify, cra_curve
+from cll.certify import RADII, certified_accuracy, certified_radius, certify, cra_curve, evaluate
 from cll.certify.inputs import predict_logits
 from cll.certify.tightness import lipschitz_lower_bound
 from cll.layers import MaxMin, Residual
@@ -695,3 +695,19 @@ def test_images_of_lists_are_the_points_of_float64():
     x = [[0.1, 0.2, 0.7, 0.4], [0.3, 0.9, 0.1, 0.6]]
     of_list = certify(net, (x, [0, 1]), progress=False)["radius"]
     assert of_list.equals(certify(net, (np.array(x), [0, 1]), progress=False)["radius"])
+
+
+def test_one_evaluation_by_several_bounds_is_what_each_gives_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), MaxMin(), nn.Linear(8, 2)).eval()
+    x = torch.rand(30, 2)
+    y = torch.arange(30) % 2
+    both = evaluate(net, x, y, ("guaranteed", "power"), local=[0.1])
+    for method in ("guaranteed", "power"):
+        table = certify(net, (x, y), [0.1], method=method, progress=False)
+        assert (table["radius"] == both.radius[method].numpy()).all()
+        assert table.attrs["summary"] == both.summary([0.1], method)
+    assert (both.radius["local"] >= both.radius["guaranteed"]).all()
+    assert both.cra(["1/10"]) == {"1/10": both.cra([0.1])[0.1]}
+    again = evaluate(net, x[:5], y[:5], both.K, matrices=both.K)
+    assert again.radius["power"].equal(both.radius["power"][:5])

@@ -15,7 +15,7 @@ from test_training import DIGITS, MOONS
 import cll
 from cll import ROOT, bounds, experiment
 from cll.certify import attack
-from cll.experiment import experiment_params, load_model, run_dir
+from cll.experiment import experiment_params, load_model, parameter_file, run_dir
 from cll.experiment.schema import RETIRED
 from cll.experiment.store import CERTIFIER
 
@@ -257,16 +257,23 @@ class TestFilesAreReadAsTheyLook:
 ALL_FILES = sorted((ROOT / "params").glob("*/*.yaml"))
 
 
+def with_bases(path):
+    """The text of a parameter file and of its bases."""
+    text = path.read_text()
+    base = yaml.safe_load(text).get("base")
+    return text + with_bases(path.parent / base) if base else text
+
+
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
 def test_profiles_change_sizes_never_the_method(path):
     """Learning rate, Adam's memory, the TRADES weight and augmentation may follow the number of
-    iterations where the head of the file says why."""
+    iterations where the head of the file, or of a base, says why."""
     paper = cll.load_params(path, "paper").model_dump()
     sizes = {"epochs", "batch_size", "train_size", "test_size", "tightness", "size"}
     sizes |= {"data", "input_shape", "profile", "attack", "snapshots"}
     for profile in ("smoke", "quick"):
         inside = {"optimizer": {"milestones"}, "augmentation": {"crop"}, "loss": set()}
-        if any(f"\n# {said}:" in path.read_text() for said in (profile, "smoke and quick")):
+        if any(f"\n# {said}:" in with_bases(path) for said in (profile, "smoke and quick")):
             inside["optimizer"] |= {"lr", "betas"}
             inside["loss"] |= {"trades"}
             inside["augmentation"] |= {"flip", "jitter", "rotation"}
@@ -478,7 +485,7 @@ def test_damaged_weights_and_results_are_named(tmp_path):
 
 
 def test_experiment_params_multiply_files_by_seeds():
-    files = [yaml.safe_load(p.read_text()) for p in sorted(ROOT.glob("params/table2/*.yaml"))]
+    files = [parameter_file.read(path) for path in sorted(ROOT.glob("params/table2/*.yaml"))]
     runs = experiment_params("table2", "paper")
     expected = [(f["name"], seed) for f in files for seed in f["profiles"]["paper"]["seeds"]]
     assert [(r.name, r.seed) for r in runs] == expected

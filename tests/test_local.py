@@ -18,17 +18,9 @@ from cll.bounds import lipschitz_matrix, operator_norm, register
 from cll.bounds.linear import lengths, shift
 from cll.certify import RADII, certified_radius, certify
 from cll.certify.attack import pgd_attack
+from cll.certify.folds import _Stage, _stages, backward, fall, forward, prepare, tilt
 from cll.certify.inputs import predict_logits
-from cll.certify.local import (
-    _backward,
-    _exact,
-    _fall,
-    _forward,
-    _reach,
-    _tilt,
-    local_lipschitz,
-    local_radius,
-)
+from cll.certify.local import local_lipschitz, local_radius
 from cll.experiment.local_lip_b import local_estimate
 from cll.layers import ClampedMaxMin, CPLConv2d, MaxMin
 
@@ -151,14 +143,14 @@ def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size
 def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)
-    known = _exact(exact)
+    known = prepare(exact)
     unit = 2.0 ** known.units[-1]
     with torch.no_grad():
         f = exact(x)
     for i, j in itertools.permutations(range(f.shape[1]), 2):
         with torch.no_grad():
             v = (known.rows[i] - known.rows[j]).expand(4, -1)
-            K, E = _backward(known, _forward(known, x), torch.arange(4), v, rho, _fall)
+            K, E = backward(known, forward(known, x), torch.arange(4), v, rho, fall)
             K, E = K * unit, E * unit
         assert (E < 1e-9).all()
         y = in_ball(x, rho, 4, seed)
@@ -213,21 +205,23 @@ def test_extreme_weights(extreme, make, kind):
             assert not pgd_attack(net, x, None, radius, steps=10, restarts=2)[1].any()
 
 
-@pytest.mark.parametrize("rule", [_fall, _tilt])
+@pytest.mark.parametrize("rule", [fall, tilt])
 def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
     """And not far above: what the layers' bounds are made of."""
     generator = torch.Generator().manual_seed(0)
     excess = []
-    for case in range(60 if rule is _fall else 200):
+    for case in range(60 if rule is fall else 200):
         P = 6
         k = torch.randn(1, P, generator=generator).double()
         tau = torch.rand(1, P, generator=generator).double() * (3 if case % 2 else 0.5)
         ball = 0.05 + 2 * torch.rand(1, generator=generator).double()
         reach = (ball * (0.3 + torch.rand(1, P, generator=generator).double())).minimum(ball)
-        t, charge = rule(k, tau, reach, ball)
+        t, charge = rule(k, tau, _Stage(False, ball.item(), reach), torch.zeros_like(ball))
+        if rule is tilt:  # which takes the error times the Lipschitz constant of u
+            charge = charge / ball
         assert ((t >= 0) & (t <= 1)).all()
         best = 0.0
-        if rule is _tilt:  # which folds change sign: all subsets that fit
+        if rule is tilt:  # which folds change sign: all subsets that fit
             for changed in itertools.product([False, True], repeat=P):
                 changed = torch.tensor(changed)
                 if (tau[0, changed] <= reach[0, changed]).all():
@@ -254,7 +248,7 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
 def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
     """Against dense matrices; and not much less, or another layer's norm was taken."""
     net = conv(kind, seed).double()
-    known = _exact(net)
+    known = prepare(net)
     for i, (below, step) in enumerate(itertools.pairwise(known.layers)):
         unit = 2.0 ** (known.units[i + 1] - known.units[i])
         if below.rows is None or isinstance(step.layer, nn.Flatten):
@@ -268,9 +262,8 @@ def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
         if kind == "ClampedMaxMin":
             stages.append(torch.cat([a, b], 1))  # a sorted pair moves at most as a or b does
         for stage, u in enumerate(stages):
-            ball, reach = _reach(
-                below, step.layer, stage == 0 and kind != "ReLU", 2.0, 2 * below.norm
-            )
+            pairs, ball, reach = _stages(step.layer, below, 2.0, 2 * below.norm)[stage]
+            assert pairs == (stage == 0 and kind != "ReLU")
             norm = 2 * torch.linalg.svdvals(u.flatten(1))[0].item() / unit
             rows = 2 * u.norm(dim=0) / unit
             if stage:
@@ -427,14 +420,14 @@ def test_nan_certifies_nothing():
 
 
 def test_a_bound_that_came_out_nan_certifies_nothing(monkeypatch):
-    def poisoned(k, tau, reach, ball):
-        t, charge = _fall(k, tau, reach, ball)
+    def poisoned(*folds):
+        t, charge = fall(*folds)
         return t, charge * math.nan
 
     net = dense(seed=3)
     x = images_of(net, 20)
     logits, K = predict_logits(net, x), lipschitz_matrix(net)
-    monkeypatch.setattr(local, "_fall", poisoned)
+    monkeypatch.setattr(local, "fall", poisoned)
     raised = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), K)
     ratio = certified_radius(logits, K)
     # beyond the radius of the global bound nothing is certified; classes it decides need no other

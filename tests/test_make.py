@@ -77,7 +77,7 @@ def test_help_names_targets_and_variables(make):
     text = make("PROFILE=smoke", "SEEDS=1-3").stdout
     assert re.search(r"^  picture +Heading of picture$", text, re.M)
     targets = (
-        "all install test test-notebooks refs badges lint lab bench times colab collect reference"
+        "all install test test-notebooks refs badges lint lab bench house colab collect reference"
     )
     for target in targets.split():
         assert re.search(rf"^  {target} +\S", text, re.M), target
@@ -269,6 +269,22 @@ def test_finished_target_is_run_again_only_for_new_values(make):
     changed = make("toy", "PROFILE=smoke", "SEEDS=1-3")
     assert "device" in changed.stdout.splitlines()[0]
     assert "seeds [1, 2, 3]" in changed.stdout
+
+
+def test_a_changed_base_runs_its_notebook_again(make, tmp_path, stand_in, monkeypatch):
+    monkeypatch.setitem(globals(), "PARAMETERS", f'{PARAMETERS}\nparams_file = ""')
+    make.add("train", "print(params_file)")
+    base, run = tmp_path / "my" / "base.yaml", tmp_path / "my" / "run.yaml"
+    python = stand_in(tmp_path / "python")
+    base.parent.mkdir()
+    base.write_text("epochs: 1")
+    run.write_text("base: base.yaml")
+    given = ["train", "PROFILE=smoke", f"PARAMS={run}", f"PYTHON={python}"]
+    assert "up to date" not in make(*given).stdout
+    assert "up to date" in make(*given).stdout
+    later = time.time() + 5
+    os.utime(base, (later, later))
+    assert "up to date" not in make(*given).stdout
 
 
 def test_failing_notebook_is_one_line(make):

@@ -19,6 +19,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 import cll
@@ -109,23 +110,33 @@ def test_a_fork_changes_one_variable(monkeypatch):
         badges.rewritten("\n".join(lines), "x")
 
 
-def test_setup_cell_fetches_the_kit_on_colab_once(monkeypatch):
-    commands, here = [], set()
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+def test_setup_cell_fetches_the_kit_on_colab_alone(monkeypatch):
+    commands = []
     monkeypatch.setattr(environment, "repository", lambda: "https://example.org/kit")
     monkeypatch.setattr(environment, "branch", lambda: "v1.0")
-    setup = badges.setup_cell()
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(Path, "exists", lambda path: str(path) in here)
-    monkeypatch.setattr(sys, "path", [])
-    exec(setup, {})
-    assert not sys.path
-    clone, install = commands
-    assert clone == "git clone -q --depth 1 -b v1.0 https://example.org/kit /content/cll".split()
-    assert install[:4] == [sys.executable, "-m", "pip", "install"] and "attack" in install[-1]
-    here |= {"/content/cll", "/content/cll/cll/losses.py"}
-    exec(setup, {})
-    assert sys.path == ["/content/cll"] and len(commands) == 2
+    monkeypatch.setattr(
+        subprocess, "check_call", lambda *a, **options: commands.append((a, options))
+    )
+    monkeypatch.setattr(sys, "path", ["rest"])
+    exec(badges.setup_cell(), {})
+    assert sys.path.pop() == "rest" and not commands
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    exec(badges.setup_cell(), {})
+    assert sys.path[0] == "/content/cll"
+    (((command,), options),) = commands
+    assert options == {"shell": True, "cwd": "/content"}  # and a failure is an error
+    assert "git clone -q --depth 1 -b v1.0 https://example.org/kit cll" in command
+    assert command.startswith("test -d cll || ") and "pip install -qq 'pyautoattack" in command
+
+
+@pytest.mark.parametrize("below", ["", "notebooks"])
+def test_setup_cell_makes_a_checkout_importable(below):
+    """Without the kit on the path, from its root or its notebooks; the checkout of this test."""
+    script = badges.setup_cell() + "\nimport cll\nprint(cll.__file__)"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, cwd=ROOT / below, env=env, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).resolve() == ROOT / "cll" / "__init__.py", done.stderr
 
 
 def test_notebook_runs_without_what_colab_lacks(tmp_path):
@@ -151,9 +162,8 @@ def test_colab_has_what_the_kit_needs():
     lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
     assert "papermill" not in pins
-    for requirement in environment.requirements("attack"):  # the base dependencies and it
-        name, bound = requirement.split(">=")
-        assert environment.numbers(pins[name]) >= environment.numbers(bound), requirement
+    for requirement in map(Requirement, environment.requirements("attack")):  # and the base
+        assert pins[requirement.name] in requirement.specifier, requirement
 
 
 @every_notebook
@@ -288,7 +298,7 @@ def printed(tmp_path_factory):
             patch.setenv("CLL_OUTPUTS", str(root))
             patch.setattr(experiment.store, "provenance", lambda device="cpu": now)
             patch.setenv("CLL_ONLY_FINISHED", "" if complete else "1")
-            patch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trains"))
+            patch.setattr(experiment.train.train, "train", lambda *a, **k: pytest.fail("trains"))
             patch.setattr(experiment.store, "load_dataset", few)
             patch.setattr(
                 experiment.runs, "_run_together",

@@ -690,7 +690,7 @@ def test_train_notebook_takes_every_key_of_a_parameter_file():
     (source,) = [c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])]
     declared = {node.targets[0].id for node in ast.parse("".join(source)).body}
     assert declared == set(cll.experiment.Params.model_fields) | {
-        "params_file", "profiles", "outputs"
+        "params_file", "base", "profiles", "outputs"
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
+import environment  # noqa: E402
 import pages  # noqa: E402
 import report  # noqa: E402
 
@@ -114,7 +115,7 @@ def test_the_site_is_whole_and_asks_nobody(results):
         for source in page.loads:
             assert source.startswith("data:image/png") or (site / source).is_file(), source
         assert all(image["alt"] for image in page.images)
-        assert "url(" not in pages.STYLE and "@import" not in pages.STYLE
+        assert "url(" not in pages.PAGE.template and "@import" not in pages.PAGE.template
     front = (site / "index.html").read_text()
     assert found["index.html"].images[0]["alt"] == 'a "red" < area'
     for shown in ("Toy &amp; co", "12 s", "T1-01", "a &lt; b", "holds", "profile x"):
@@ -133,6 +134,12 @@ def test_a_page_has_formulas_without_scripts_and_no_code(results):
     assert "<script" not in body and "the code" not in body and "colab-badge" not in body
     assert "<h2" not in body  # the heading of the hidden parameters
     assert re.search(r'tabindex="0"><table>\s*<tr><td>7</td>', body)
+
+
+def test_durations():
+    words = ["0 s", "89 s", "1.5 min", "10 min", "60 min", "90 min", "1.5 h", "25 h"]
+    seconds = (0.4, 89, 90, 599, 3600, 5399, 5400, 90000)
+    assert [environment.duration(value) for value in seconds] == words
 
 
 def test_without_results_an_error_says_what_to_run(tmp_path):

@@ -4,11 +4,9 @@
 
 Repository and branch stand in pyproject.toml and nowhere else: a fork changes them there. From them
 come the Colab badge and the head of the set-up cell, which on Colab fetches the kit and AutoAttack,
-the one library that is missing there. Notebooks that train image networks ask Colab for a GPU. None
-of it does anything elsewhere, so that references stay valid. Standard library only.
+the one library that is missing there.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,27 +14,15 @@ from pathlib import Path
 import environment  # tools/ is on the path: this file is run as a script
 import pages
 
-# notebooks that train networks on images at the profiles quick and paper
-GPU = {"ablation", "certify_your_model", "choose_eps_p", "convergence", "figure5", "lambda_sweep",
-       "table1", "table2", "train", "train_your_own"}  # fmt: skip
 SETUP = """\
-# On Colab this fetches the kit; in a checkout it makes `import cll` find it; else it does nothing.
-import subprocess
+# On Colab this fetches the kit; elsewhere it only lets `import cll` find the checkout.
 import sys
-from pathlib import Path
+from subprocess import check_call
 
-if "google.colab" in sys.modules and not Path("/content/cll").exists():
-    url, branch = "{url}", "{branch}"
-    clone = ["git", "clone", "-q", "--depth", "1", "-b", branch, url, "/content/cll"]
-    subprocess.run(clone, check=True)
-    attack = "{attack}"  # all else is there
-    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", attack], check=True)
-for root in (Path("/content/cll"), Path.cwd().parent, Path.cwd()):
-    if (root / "cll" / "losses.py").exists():
-        sys.path.insert(0, str(root))"""
-OUTPUTS = 'outputs = ""'
-OUTPUTS_FORM = f'{OUTPUTS}  # @param {{type: "string"}}  # '
-OUTPUTS_FORM += 'folder; "drive": Google Drive, on Colab; "": outputs/'
+if "google.colab" in sys.modules:
+    fetch = "test -d cll || git clone -q --depth 1 -b {branch} {url} cll"
+    check_call(f"{{fetch}} && pip install -qq '{attack}'", shell=True, cwd="/content")
+sys.path[:0] = ["/content/cll", ".", ".."]"""
 
 
 def badge(name):
@@ -56,18 +42,15 @@ def setup_cell():
 def rewritten(text, name):
     """The JSON text of a notebook, brought up to date; its name without suffix.
 
-    Raises ValueError for a notebook without badge, set-up cell, or `outputs` in its parameters.
+    Raises ValueError for a notebook without badge or set-up cell.
     """
     nb = json.loads(text)
-    code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
-    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
-
-    badges = 0
+    badges, code = 0, [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
-            source, found = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
+            source, count = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
             cell["source"] = source.splitlines(keepends=True)
-            badges += found
+            badges += count
     if badges != 1:
         raise ValueError(f"{name}: {badges} Colab badges, not one")
 
@@ -77,14 +60,6 @@ def rewritten(text, name):
         raise ValueError(f"{name}: the first code cell is not the set-up cell")
     code[0]["source"] = (setup_cell() + rest).splitlines(keepends=True)
 
-    lines = "".join(tagged[0]["source"] if tagged else "").splitlines()
-    if sum(line.startswith(OUTPUTS) for line in lines) != 1:
-        raise ValueError(f'{name}: no line `outputs = ""` in its parameters cell')
-    lines = [OUTPUTS_FORM if line.startswith(OUTPUTS) else line for line in lines]
-    tagged[0]["source"] = "\n".join(lines).splitlines(keepends=True)
-
-    if name in GPU:
-        nb["metadata"]["accelerator"] = "GPU"
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
@@ -106,8 +81,6 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebooks", nargs="+", help="notebooks to rewrite")
     sys.exit(main(parser.parse_args().notebooks))

@@ -11,7 +11,6 @@ as runs on that data set, under that label, so that the notebooks find them.
 Weights above a megabyte are kept of rows of the tables alone, one seed each.
 """
 
-import argparse
 import fnmatch
 import json
 import shutil
@@ -23,7 +22,6 @@ from pathlib import Path
 import environment  # tools/ is on the path: this file is run as a script
 import numpy as np
 import pandas as pd
-import times
 
 ROOT = Path(environment.ROOT)
 sys.path.insert(0, str(ROOT))
@@ -247,13 +245,11 @@ def wall_time(runs):
     together = sorted({run["trained_together"] for run in runs})
     devices = sorted({run.get("trained", run)["device"] for run in runs})
     share = f", share of {'-'.join(map(str, together))} at once" * (together != [1])
-    return f"{times.shown(seconds)} on {', '.join(devices)}{share}"
+    return f"{environment.duration(seconds)} on {', '.join(devices)}{share}"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("results", nargs="?", type=Path, help="a profile's folder, OUT/PROFILE")
     parser.add_argument("names", nargs="*", default=[], help="patterns of run folders")
     parser.add_argument("--weights", type=int, default=1, help="seeds of a row with large weights")

@@ -1,5 +1,5 @@
-"""What the Makefile asks about a Python before it uses it. Standard library only, no torch import:
-each answer costs a few hundredths of a second, and the file parses on any Python 3.
+"""What the Makefile asks about a Python before it uses it, and what several tools share. No torch
+import: each answer costs a few hundredths of a second, and the file parses on any Python 3.
 
     python tools/environment.py missing run|test|all   # names what is missing; exit 1 if any
     python tools/environment.py profile                # "paper" with a CUDA device, else "quick"
@@ -47,16 +47,35 @@ def requirements(extra):
     return found
 
 
+def parser(text):
+    """An argument parser that shows the docstring of its tool as it stands."""
+    import argparse
+
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=text, formatter_class=raw)
+
+
+def duration(seconds):
+    """ "34 s", "2.5 min", "40 min" or "1.7 h"."""
+    size, unit = (1, "s") if seconds < 90 else (60, "min") if seconds < 5400 else (3600, "h")
+    return f"{seconds / size:.{unit != 's' and seconds < 9.95 * size:d}f} {unit}"
+
+
+def write(path, text):
+    """Write a file (a Path) whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_between(path, begin, end, text):
     """Put text between two lines of a file, which stay: where a command writes into a page."""
-    with open(path, encoding="utf-8") as file:
-        before, _, rest = file.read().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        name = os.path.basename(path)
-        raise ValueError(f"{name} has no lines {begin.strip()!r} and {end.strip()!r}")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{before}{begin}{text}{end}{after}")
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, there, after = rest.partition(end)
+    if not there:
+        raise ValueError(f"{path.name} has no lines {begin.strip()!r} and {end.strip()!r}")
+    write(path, f"{before}{begin}{text}{end}{after}")
 
 
 def module(name):
@@ -64,34 +83,25 @@ def module(name):
     return MODULES.get(name, name.replace("-", "_"))
 
 
-def numbers(version):
-    """(2, 11, 0) of "2.11.0+cu128": enough to compare with the plain lower bounds that we write."""
-    fields = []
-    for field in version.split("+")[0].split("."):
-        digits = "".join(c for c in field if c.isdigit())
-        if not digits or not field[0].isdigit():
-            break
-        fields.append(int(digits))
-        if digits != field:  # "0rc1": what follows is no release number
-            break
-    return tuple(fields)
-
-
 def missing(extra):
     """What this Python lacks for an extra: a list such as ["papermill", "torch>=2.6 (has 2.3)"]."""
     if sys.version_info < (3, 11):  # noqa: UP036 (the question is asked of any Python)
         return [f"Python>=3.11 (has {sys.version_info[0]}.{sys.version_info[1]})"]
+    try:
+        from packaging.requirements import Requirement  # matplotlib requires it
+    except ImportError:
+        return ["packaging"]
     lacking = []
-    for requirement in requirements(extra):
-        name, _, bound = requirement.partition(">=")
+    for line in requirements(extra):
+        requirement = Requirement(line)
         try:
-            version = importlib.metadata.version(name)
-            if importlib.util.find_spec(module(name)) is None:
-                lacking.append(name)
-            elif numbers(version or "") < numbers(bound):
-                lacking.append(f"{requirement} (has {version})")
+            version = importlib.metadata.version(requirement.name) or "0"
+            if importlib.util.find_spec(module(requirement.name)) is None:
+                lacking.append(requirement.name)
+            elif not requirement.specifier.contains(version, prereleases=True):
+                lacking.append(f"{line} (has {version})")
         except importlib.metadata.PackageNotFoundError:
-            lacking.append(name)
+            lacking.append(requirement.name)
     return lacking
 
 

@@ -10,7 +10,6 @@ one line on stderr that names the culprit; its traceback is in run.log and in
 exit status: 0 done; 1 failed; 130 interrupted; 143 terminated
 """
 
-import argparse
 import contextlib
 import fcntl
 import logging
@@ -19,9 +18,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import environment  # tools/ is on the path: this file is run as a script
@@ -30,6 +29,7 @@ import pages
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10  # an interrupted cell gets this long to leave its files in order
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 INTERNAL = {"run.log", "params.yaml", ".lock"}
 DEATHS = {
     -signal.SIGKILL: "killed, most likely because memory ran out: free some, or use fewer SEEDS",
@@ -93,35 +93,50 @@ def prepare_kernel_environment(jobs):
         os.environ["OMP_NUM_THREADS"] = str(jobs)
 
 
-def execute(notebook, output, parameters, log, kernels=None):
-    """Run a notebook (paths), write the executed one to `output`; returns its NotebookNode.
+def kernel_class(log=None, kernels=None, python=sys.executable):
+    """The class of a kernel on a Python. No registered kernel is consulted, so a `python3` kernel
+    of another environment in JUPYTER_PATH cannot take its place.
 
-    log: text stream for the notebook's output and, if it has a `file`, for the kernel's own
-    messages. kernels: list that receives the kernel's process (subprocess.Popen).
-    Raises papermill's exception for a cell that raises, Failure for a kernel that dies and for a
-    notebook that stops early.
+    log: if it has a `file`, the kernel's own messages go there. kernels: list that receives the
+    kernel's process (subprocess.Popen).
     """
-    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    from nbclient.exceptions import DeadKernelError
-    from papermill import execute_notebook
-    from traitlets import default
 
-    kernels = [] if kernels is None else kernels
+    launch = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
-    class ThisPython(AsyncKernelManager):
-        """The kernel runs on the Python that runs this script: no registered kernel is consulted,
-        so a `python3` kernel of another environment in JUPYTER_PATH cannot take its place."""
-
-        @default("kernel_spec_manager")
-        def _no_registered_kernels(self):
-            return KernelSpecManager(parent=self, kernel_dirs=[])
+    class Kernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=launch, display_name="Python 3", language="python")
 
         async def start_kernel(self, **options):
             file = getattr(log, "file", subprocess.DEVNULL)
             await super().start_kernel(stdout=file, stderr=file, **options)
-            kernels.append(self.provisioner.process)
+            if kernels is not None:
+                kernels.append(self.provisioner.process)
 
+    return Kernel
+
+
+def execute(notebook, output, parameters=None, log=None, kernels=None, kernel=None):
+    """Run a notebook (paths), write the executed one to `output`; returns its NotebookNode.
+
+    log: text stream for the notebook's output. kernels: as in kernel_class. kernel: a kernel class;
+    or a kernel that goes on afterwards, on which the next notebook sees no names of this one but
+    does not import its modules again.
+    Raises papermill's exception for a cell that raises, Failure for a kernel that dies and for a
+    notebook that stops early.
+    """
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+
+    kernels = [] if kernels is None else kernels
+    kernel = kernel or kernel_class(log, kernels)
+    given = {"kernel_manager_class": kernel} if isinstance(kernel, type) else {"km": kernel}
+    if getattr(kernel, "has_kernel", None) is True:
+        client = kernel.blocking_client()
+        client.start_channels()
+        client.execute("get_ipython().reset()", silent=True, reply=True, timeout=60)
+        client.stop_channels()
     try:
         nb = execute_notebook(
             Path(notebook).resolve(),
@@ -136,9 +151,9 @@ def execute(notebook, output, parameters, log, kernels=None):
             stderr_file=log,
             autosave_cell_every=60,
             start_timeout=300,
-            kernel_manager_class=ThisPython,
             extra_arguments=["--IPKernelApp.log_level=40"],  # no warning about local TCP
             coalesce_streams=True,
+            **given,
         )
     except DeadKernelError:
         code = kernels[-1].wait(timeout=10) if kernels else None
@@ -149,55 +164,66 @@ def execute(notebook, output, parameters, log, kernels=None):
     return nb
 
 
+def reproducible(nb, *folders):
+    """The text of an executed notebook without what differs from run to run: times, progress bars
+    and random ids. Raises Failure if it names the checkout, the home folder or one of `folders`."""
+    import nbformat
+
+    kept = {key: nb.metadata[key] for key in ("accelerator", "kernelspec") if key in nb.metadata}
+    nb.metadata = nbformat.from_dict(kept | {"language_info": {"name": "python"}})
+    for cell in nb.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if "injected-parameters" in (tags or ()):
+            cell.id, cell.source = "injected-parameters", cell.source.strip()
+        if "outputs" in cell:
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+    text = nbformat.writes(nb) + "\n"
+    for folder in {str(ROOT), str(Path.home()), *folders} - {"/"}:
+        if folder in text:
+            raise Failure(f"its output names the folder {folder}: print relative paths")
+    return text
+
+
+def reason(error):
+    """What went wrong, as one line."""
+    text = one_line(getattr(error, "evalue", error))
+    if isinstance(error, Failure):
+        return text
+    return f"{getattr(error, 'ename', type(error).__name__)}: {text}".rstrip(": ")
+
+
 def run_in_thread(task, kernels):
     """task() in a thread, so that Ctrl-C reaches this function and not nbclient's own handler,
     which would report an interrupted notebook as complete. Interrupts the kernel, then kills it."""
-    outcome, finished = {}, threading.Event()
-
-    def target():
-        try:
-            outcome["value"] = task()
-        except BaseException as error:
-            outcome["error"] = error
-        finished.set()
-
-    threading.Thread(target=target, daemon=True).start()
+    running = ThreadPoolExecutor(1).submit(task)
     try:
-        # not Thread.join, which Python 3.11 takes for a finished thread when it is interrupted
-        while not finished.wait(0.2):
-            pass
+        return running.result()
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
             for process in kernels:
                 process.send_signal(signal.SIGINT)
-            finished.wait(GRACE_SECONDS if kernels else 0)
+            wait([running], GRACE_SECONDS if kernels else 0)
         for process in kernels:
             if process.poll() is None:
                 process.kill()
         raise
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
 
 
 def headline(name, parameters, auto):
     """`table2: profile quick (no CUDA device found; ...), device cpu`."""
     gpu = environment.cuda_device()
-    profile = parameters.get("profile", "unknown")
+    profile, device = parameters.get("profile", "unknown"), parameters.get("device", "auto")
     why = ""
     if auto and profile == "paper":
         why = " (a CUDA device is there; PROFILE=quick takes minutes)"
     elif auto:
         why = " (no CUDA device found; PROFILE=paper runs the published schedule)"
-    device = parameters.get("device", "auto")
     if device == "auto":
         device = "cuda" if gpu else "cpu"
-    extra = "".join(
-        f", {key} {parameters[key]}"
-        for key in ("seeds", "seed", "rows", "data")
-        if parameters.get(key)
-    )
-    return f"{name}: profile {profile}{why}, device {device}{extra}"
+    more = {key: parameters.get(key) for key in ("seeds", "seed", "rows", "data")}
+    more = "".join(f", {key} {value}" for key, value in more.items() if value)
+    return f"{name}: profile {profile}{why}, device {device}{more}"
 
 
 def quiet_libraries(log_path):
@@ -248,7 +274,7 @@ def run(options):
             )
             os.replace(partial, out / f"{name}.ipynb")
             body = pages.notebook_body(nb)
-            pages.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
+            environment.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
         log.end_line()
         new = [p.name for p in sorted(out.iterdir()) if p.is_file() and p.name not in INTERNAL]
         new = [f for f in new if f != f"{name}.html" and (out / f).stat().st_mtime >= started]
@@ -263,23 +289,18 @@ def run(options):
         print("interrupted; repeat the command to resume", file=sys.stderr)
         return 130
     except Exception as error:
-        kind = getattr(error, "ename", type(error).__name__)
-        text = one_line(getattr(error, "evalue", error))
-        message = text if isinstance(error, Failure) else f"{kind}: {text}".rstrip(": ")
         where = ""
         if log:
             log.end_line()
             log.file.write(f"{ANSI.sub('', str(error))}\n")
             log.file.flush()
             where = f" (full log: {shown(out / 'run.log')}; repeat the command to resume)"
-        print(f"FAILED {name}: {message}{where}", file=sys.stderr)
+        print(f"FAILED {name}: {reason(error)}{where}", file=sys.stderr)
         return 1
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebook", help="the source notebook; never changed")
     parser.add_argument("out", help="folder for the executed notebook, the report and run.log")
     parser.add_argument("--params", help="YAML file with values for the notebook's parameters cell")

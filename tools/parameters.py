@@ -8,22 +8,28 @@ parameters cell does not declare are left out. make calls this before every note
 file means that a finished notebook is not run again.
 """
 
-import argparse
 import ast
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
+import environment  # tools/ is on the path: this file is run as a script
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"params_file": "PARAMS"}  # of make; others are in capitals there
 # without the rest of cll, which takes seconds to import
-spec = importlib.util.spec_from_file_location("parameter_file", ROOT / "cll/experiment/parameter_file.py")
+spec = importlib.util.spec_from_file_location(
+    "parameter_file", ROOT / "cll/experiment/parameter_file.py"
+)
 parameter_file = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parameter_file)
+
+
+def cells_of(notebook):
+    """The cells of a notebook (a path), as dicts."""
+    return json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
 
 
 def declared(notebook):
@@ -32,8 +38,9 @@ def declared(notebook):
     Raises ValueError unless exactly one cell is tagged `parameters` and holds only assignments of
     literals: papermill would otherwise set values that nothing reads, without an error.
     """
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    tagged = [
+        c for c in cells_of(notebook) if "parameters" in c.get("metadata", {}).get("tags", [])
+    ]
     if len(tagged) != 1:
         raise ValueError(f"{notebook}: {len(tagged)} cells are tagged 'parameters', not one")
     defaults = {}
@@ -55,10 +62,13 @@ def read_names(notebook):
 
     Code that asks for globals(), or that holds more than Python, reads all that is declared.
     """
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = [cell["source"] for cell in cells_of(notebook) if cell["cell_type"] == "code"]
     try:
-        nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+        nodes = [
+            node
+            for node in ast.walk(ast.parse("\n".join(map("".join, code))))
+            if isinstance(node, ast.Name)
+        ]
     except SyntaxError:
         return set(declared(notebook))
     names = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
@@ -120,28 +130,22 @@ def absolute_source(data):
 def write_if_changed(path, text):
     """Write text to path atomically, unless that is what the file holds already."""
     path = Path(path)
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        environment.write(path, text)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebook")
     parser.add_argument("out", help="the YAML file to write")
     parser.add_argument("--profile", required=True, help="smoke, quick or paper")
-    parser.add_argument("--seeds", default="", help="1,2,3 or 1-9; empty: those of the profile")
-    parser.add_argument(
-        "--rows", default="", help="row ids of a table, comma-separated; empty: all"
-    )
-    for name in ("device", "data", "label", "outputs"):
-        parser.add_argument(f"--{name}", default="", help="empty: as in params/<profile>.yaml")
-    parser.add_argument("--params-file", default="", help="a run's YAML file, for train.ipynb")
+    texts = {
+        "seeds": "1,2,3 or 1-9; empty: those of the profile",
+        "rows": "row ids of a table, comma-separated; empty: all",
+        "params-file": "a run's YAML file, for train.ipynb",
+    } | dict.fromkeys(("device", "data", "label", "outputs"), "empty: as in params/<profile>.yaml")
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", default="", help=text)
     parser.add_argument(
         "--asked", help="variables of make that are meant for this notebook alone; default: all"
     )

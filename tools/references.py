@@ -8,59 +8,37 @@ out: nbval does not compare them, and their bytes change with every version of m
 references of the tables hold the few rows of ROWS: make runs them whole.
 """
 
-import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import environment  # tools/ is on the path: this file is run as a script
 import execute
-import nbformat
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-STRIPPED = (
-    "metadata.papermill metadata.widgets metadata.language_info "
-    "cell.metadata.papermill cell.metadata.execution"
-)
+PICTURES = ("image/png", "image/svg+xml", "application/pdf")
 ROWS = {"table1": "T1-07,T1-09", "table2": "T2-08,T2-09,T2-11"}  # notebook: rows that nbval repeats
 
 
 def write_reference(notebook, folder):
+    parameters = {"profile": "smoke"}
+    if notebook.stem in ROWS:
+        parameters["rows"] = ROWS[notebook.stem]
     with tempfile.TemporaryDirectory() as outputs:
         os.environ["CLL_OUTPUTS"] = outputs
-        executed = Path(outputs, notebook.name)
-        parameters = {"profile": "smoke"}
-        if notebook.stem in ROWS:
-            parameters["rows"] = ROWS[notebook.stem]
-        nb = execute.execute(notebook, executed, parameters, log=None)
-    for cell in nb.cells:
-        if "outputs" in cell:  # widgets, such as progress bars, have random ids
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-        for output in cell.get("outputs", []):
-            for kind in ("image/png", "image/svg+xml", "application/pdf"):
-                output.get("data", {}).pop(kind, None)
-                output.get("metadata", {}).pop(kind, None)
-    reference = folder / notebook.name
-    nbformat.write(nb, reference)
-    # renumbers the cell ids too, which papermill draws at random for the cell that it injects
-    keep = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED]
-    subprocess.run([sys.executable, "-m", "nbstripout", *keep, reference], check=True)
-    text = reference.read_text(encoding="utf-8")
-    for path in {outputs, str(execute.ROOT), str(Path.home())} - {"/"}:
-        if path in text:
-            reference.unlink()
-            raise execute.Failure(f"its output names the folder {path}: print relative paths")
+        nb = execute.execute(notebook, Path(outputs, notebook.name), parameters)
+    for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
+        for kind in PICTURES:
+            output.get("data", {}).pop(kind, None)
+            output.get("metadata", {}).pop(kind, None)
+    environment.write(folder / notebook.name, execute.reproducible(nb, outputs))
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--into", type=Path, default=execute.ROOT / "tests" / "nb_refs")
     options = parser.parse_args(arguments)
-    options.into.mkdir(parents=True, exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # bars carry times
     execute.prepare_kernel_environment(jobs=1)
     execute.quiet_libraries(os.devnull)
@@ -68,10 +46,7 @@ def main(arguments=None):
         try:
             write_reference(notebook, options.into)
         except Exception as error:
-            text = execute.one_line(getattr(error, "evalue", error))
-            kind = getattr(error, "ename", type(error).__name__)
-            message = text if isinstance(error, execute.Failure) else f"{kind}: {text}"
-            print(f"FAILED {notebook.stem}: {message}", file=sys.stderr)
+            print(f"FAILED {notebook.stem}: {execute.reason(error)}", file=sys.stderr)
             return 1
         print(f"{notebook.stem}: wrote {execute.shown(options.into / notebook.name)}", flush=True)
     return 0

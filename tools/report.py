@@ -7,7 +7,6 @@ each notebook. No page asks another host for anything, so that the folder can be
 any web server or opened as a file.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -15,10 +14,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from string import Template
 
 import environment  # tools/ is on the path: this file is run as a script
 import nbformat
 import pages
+import pandas as pd
 from PIL import Image
 
 THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
@@ -88,31 +89,21 @@ def gallery(folder, notebooks, report):
 
 def provenance(folder):
     """What was trained, on what, with which code: one row per finished run."""
-    head = ("run", "seed", "data", "epochs", "seconds", "device", "torch", "revision", "trained")
     rows = []
     for path in sorted(folder.glob("runs/*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
-        whole = r["published_epochs"] or r["epochs"]
-        epochs = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
-        where = r["trained"]
+        whole, where = r["published_epochs"] or r["epochs"], r["trained"]
         revision, _, changes = where["git_revision"].partition(" ")
-        revision = f"{revision[:10]}{' + changes' if changes else ''}"
         rows.append(
-            (r["name"], r["seed"], r["data"], epochs, f"{r['seconds']:.0f}", where["device"],
-             r["versions"]["torch"], revision, where["date"][:10])
+            {"run": r["name"], "seed": r["seed"], "data": r["data"],
+             "epochs": f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"],
+             "seconds": f"{r['seconds']:.0f}", "device": where["device"],
+             "torch": r["versions"]["torch"],
+             "revision": f"{revision[:10]}{' + changes' if changes else ''}",
+             "trained": where["date"][:10]}
         )  # fmt: skip
-    return _table(head, rows)
-
-
-def _table(head, rows):
-    cells = "".join(f"<th scope='col'>{html.escape(text)}</th>" for text in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>\n"
-        for row in rows
-    )
-    return pages.scrolling(
-        f"<table><thead><tr>{cells}</tr></thead><tbody>\n{lines}</tbody></table>"
-    )
+    with pd.option_context("display.max_colwidth", None):
+        return pages.scrolling(pd.DataFrame(rows).to_html(border=0, index=False))
 
 
 def contents(notebooks):
@@ -121,7 +112,7 @@ def contents(notebooks):
         seconds = nb.metadata.get("papermill", {}).get("duration") or 0
         title = html.escape(pages.heading(nb, name))
         rows.append(f'<li><a href="{name}.html">{title}</a> <span class="soft">{name}, '
-                    f"{seconds:.0f} s</span></li>")  # fmt: skip
+                    f"{environment.duration(seconds)}</span></li>")  # fmt: skip
     return f"<ul>\n{chr(10).join(rows)}\n</ul>"
 
 
@@ -139,31 +130,24 @@ def build(folder):
     for name, nb in notebooks.items():
         title = pages.heading(nb, name)
         back = '<a href="index.html">All results</a>'
-        pages.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
+        environment.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
     title = f"Certified robust models with CLL: results of profile {folder.name}"
-    pages.write(report / "index.html", pages.page(title, f"""
-<h1>{title}</h1>
-<p>What this kit computed of "Certified Robust Models with Slack Control and Large Lipschitz
-Constants" (Losch, Stutz, Schiele, Fritz; GCPR 2023). Each table and figure says below or above it
-which data, schedule and network sizes it comes from.
-<a href="{environment.repository()}">Sources</a></p>
-<h2 id="notebooks">Notebooks</h2>
-{contents(notebooks)}
-{tables(folder, notebooks)}
-<h2 id="claims">What the paper claims</h2>
-{claims(folder, notebooks)}
-<h2 id="figures">Figures</h2>
-{gallery(folder, notebooks, report)}
-<h2 id="provenance">Where the numbers come from</h2>
-{provenance(folder)}
-"""))  # fmt: skip
+    front = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    body = front.substitute(
+        title=title,
+        sources=environment.repository(),
+        contents=contents(notebooks),
+        tables=tables(folder, notebooks),
+        claims=claims(folder, notebooks),
+        gallery=gallery(folder, notebooks, report),
+        provenance=provenance(folder),
+    )
+    environment.write(report / "index.html", pages.page(title, body))
     return report / "index.html"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("folder", help="OUT/<profile>, which holds a folder for each notebook")
     options = parser.parse_args()
     try:

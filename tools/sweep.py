@@ -4,14 +4,14 @@
         --gpus-per-node 1 --time 12:00:00 --slurm partition=gpu
     python tools/sweep.py params/my/run.yaml --profile quick --seeds 1-4 --parallel 2
 
-A job is the command that you would type for its run (--dry-run prints them all); submitit starts it
-(extra `cluster`). Runs that have finished, or wait or run under Slurm already, are not submitted;
-killed and failed ones are when the command is repeated, and go on from their checkpoint. Slurm puts
-a job that reaches its time limit back into the queue, three times. The notebook of the experiment
-then reads what has finished. On one machine (--cluster local) this program stays until all is done.
+A job is the command that you would type for its run (--dry-run prints them all); under Slurm,
+submitit starts it (extra `cluster`). Runs that have finished, or wait or run under Slurm already,
+are not submitted; killed and failed ones are when the command is repeated, and go on from their
+checkpoint. Slurm puts a job that reaches its time limit back into the queue, three times. The
+notebook of the experiment then reads what has finished. On one machine (--cluster local) this
+program stays until all is done.
 """
 
-import argparse
 import getpass
 import os
 import re
@@ -19,20 +19,21 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
-import environment
+import environment  # tools/ is on the path: this file is run as a script
 import parameters
 
-from cll import experiment
-from paper.tables import table_runs
-
 ROOT = parameters.ROOT
+sys.path.insert(0, str(ROOT))
+from cll import experiment  # noqa: E402
+from paper.tables import table_runs  # noqa: E402
+
 DAY = "24:00:00"
-UNLIMITED = 60 * 24 * 365  # minutes: submitit has no local job without a limit
 
 
 class Command:
@@ -76,29 +77,25 @@ def minutes(text):
 
 def planned(what, options):
     """(parameter file, run) of everything that was asked for: names of experiments and files."""
-    pass
-
     seeds = parameters.parse_seeds(options.seeds)
-    own = {"device": options.device, "data": options.data, "label": options.label}
+    given = {"device": options.device, "data": options.data, "label": options.label}
     if options.rows and what not in ("table1", "table2"):
         raise ValueError(f"--rows is for table1 and table2, not for {what}")
     if what.endswith((".yaml", ".yml")):
         for seed in seeds or [None]:
-            yield what, experiment.load_params(what, options.profile, seed=seed, **own)
+            yield what, experiment.load_params(what, options.profile, seed=seed, **given)
         return
     if what in ("table1", "table2"):
         runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
         runs = table_runs(what, runs, options.rows, options.data, options.label)
     else:
-        runs = experiment.experiment_params(what, options.profile, seeds, **own)
+        runs = experiment.experiment_params(what, options.profile, seeds, **given)
     for run in runs:
         yield f"params/{what}/{run.name}.yaml", run
 
 
 def command(file, runs, options):
     """The arguments of Python that train and certify runs of one file."""
-    pass
-
     first, path = runs[0], Path(file)
     line = ["-m", "cll"]
     if options.gpus_per_node > 1:
@@ -120,31 +117,26 @@ def command(file, runs, options):
 
 def jobs(options, root):
     """(jobs to submit, number of runs, of those finished, of those under way)."""
-    pass
-
-    groups, active, seen, done, under_way = {}, None, set(), 0, 0
+    asked = {}
     for what in options.what:
         for file, run in planned(what, options):
-            folder = experiment.run_dir(run, root)
-            if folder in seen:
-                continue
-            seen.add(folder)
-            note = folder / "slurm_job"
-            if experiment.finished([run], root):
-                done += 1
-                continue
-            if options.cluster == "slurm" and note.exists():
-                active = slurm_jobs() if active is None else active
-                if note.read_text().strip() in active:
-                    under_way += 1
-                    continue
+            asked.setdefault(experiment.run_dir(run, root), (file, run))
+    left = {
+        folder: item for folder, item in asked.items() if not experiment.finished(item[1:], root)
+    }
+    notes = [folder / "slurm_job" for folder in left] if options.cluster == "slurm" else []
+    notes = {note.parent: note.read_text().strip() for note in notes if note.exists()}
+    active = slurm_jobs() if notes else set()
+    under_way = {folder for folder, number in notes.items() if number in active}
+    groups, pending = {}, []
+    for folder, (file, run) in left.items():
+        if folder not in under_way:
             groups.setdefault(file, []).append((run, folder))
-    found = []
     for file, members in groups.items():
         for start in range(0, len(members), options.together):
             runs, folders = zip(*members[start : start + options.together], strict=True)
-            found.append(Job(runs, folders, command(file, runs, options)))
-    return found, len(seen), done, under_way
+            pending.append(Job(runs, folders, command(file, runs, options)))
+    return pending, len(asked), len(asked) - len(left), len(under_way)
 
 
 def slurm_jobs():
@@ -156,34 +148,29 @@ def slurm_jobs():
     return set(done.stdout.split())
 
 
-def executor(options, root):
-    """The submitit executor of the cluster, its logs in a new folder under <root>/jobs."""
+def log_folder(root):
+    """A new folder for what the jobs say."""
+    return root / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def submit_slurm(pending, options, root):
+    """Submit the jobs as one array and note their ids in the run folders; 0."""
     try:
         import submitit
     except ImportError:
         raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
-    logs = root / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    if options.cluster == "local":
-        made = submitit.LocalExecutor(logs)
-        made.update_parameters(timeout_min=UNLIMITED, gpus_per_node=options.gpus_per_node)
-        return made
-    made = submitit.SlurmExecutor(logs)
+    queue = submitit.SlurmExecutor(log_folder(root))
     given = {
         "gpus_per_node": options.gpus_per_node,
         "cpus_per_task": options.cpus_per_task,
         "array_parallelism": options.parallel,
     }
-    given = {key: value for key, value in given.items() if value}
-    extra = dict(pair.partition("=")[::2] for pair in options.slurm)
-    made.update_parameters(
-        job_name="cll", time=minutes(options.time), additional_parameters=extra, **given
+    queue.update_parameters(
+        job_name="cll",
+        time=minutes(options.time),
+        additional_parameters=dict(pair.partition("=")[::2] for pair in options.slurm),
+        **{key: value for key, value in given.items() if value},
     )
-    return made
-
-
-def submit_slurm(pending, options, root):
-    """Submit the jobs as one array and note their ids in the run folders; 0."""
-    queue = executor(options, root)
     with queue.batch():
         submitted = [queue.submit(Command([sys.executable, *j.arguments], ROOT)) for j in pending]
     for job, ticket in zip(pending, submitted, strict=True):
@@ -197,79 +184,70 @@ def submit_slurm(pending, options, root):
 
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
-    pass
-
-    queue, parallel = executor(options, root), options.parallel or 1
+    parallel, gpus, logs = options.parallel or 1, options.gpus_per_node, log_folder(root)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = visible.split(",") if visible else list(map(str, range(parallel * gpus)))
     # jobs beside each other share the cores
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-    gpus, waiting, running, failed = options.gpus_per_node, list(pending), {}, 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = list(map(int, visible.split(","))) if visible else list(range(parallel * gpus))
-    while waiting or running:
-        for slot in set(range(parallel)) - set(running):
-            if waiting:
-                job = waiting.pop(0)
-                queue.update_parameters(visible_gpus=visible[slot * gpus : (slot + 1) * gpus])
-                print(f"started  {job}", flush=True)
-                ticket = queue.submit(Command([sys.executable, *job.arguments], ROOT))
-                running[slot] = job, ticket
-        time.sleep(0.2)
-        for slot, (job, ticket) in list(running.items()):
-            if ticket.done():
-                del running[slot]
-                if len(experiment.finished(job.runs, root)) == len(job.runs):
-                    print(f"finished {job}", flush=True)
-                else:
-                    failed += 1
-                    print(f"FAILED   {job}\n  {reason(ticket)}", file=sys.stderr, flush=True)
-    return failed
+    logs.mkdir(parents=True)
+    free = SimpleQueue()
+    for slot in range(parallel):
+        free.put(",".join(visible[slot * gpus : (slot + 1) * gpus]))
 
+    def failed(number, job):
+        devices, path = free.get(), logs / f"{number}.log"
+        print(f"started  {job}", flush=True)
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
+        with open(path, "w") as log:
+            command = [sys.executable, *job.arguments]
+            status = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+        free.put(devices)
+        if status == 0:
+            print(f"finished {job}", flush=True)
+        else:
+            said = path.read_text().strip().splitlines() or [f"exit status {status}"]
+            why = f"signal {-status}, killed" if status < 0 else said[-1]
+            print(f"FAILED   {job}\n  {why} ({path})", file=sys.stderr, flush=True)
+        return status != 0
 
-def reason(ticket):
-    """What a failed local job said last itself, and its log; one line."""
-    path = ticket.paths.stderr
-    text = path.read_text() if path.exists() else ""
-    own = text.partition("submitit ERROR")[0].strip().splitlines() or ["killed"]
-    return f"{own[-1]} ({path})"
+    with ThreadPoolExecutor(parallel) as pool:
+        return sum(pool.map(failed, range(len(pending)), pending))
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = environment.parser(__doc__)
     parser.add_argument("what", nargs="+", help="folders of params/, or parameter files")
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
-    parser.add_argument("--seeds", default="", help="1,2,3 or 1-9; default: as in the notebook")
-    parser.add_argument("--rows", default="", help="rows of table1, table2: T2-05,T2-07")
-    for name in ("data", "label", "outputs"):
-        parser.add_argument(f"--{name}", default="", help="as for python -m cll")
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--together", type=int, default=1, help="runs of a file in one job")
     parser.add_argument("--cluster", default="local", choices=["local", "slurm"])
-    parser.add_argument(
-        "--parallel", type=int, help="jobs at a time; default: local 1, slurm as it comes"
-    )
-    parser.add_argument(
-        "--gpus-per-node", type=int, help="for a job; more than one: torchrun; default: 1, "
-        "on a machine without GPU 0"
-    )  # fmt: skip
-    parser.add_argument("--cpus-per-task", type=int, help="for a job")
+    texts = {
+        "seeds": "1,2,3 or 1-9; default: as in the notebook",
+        "rows": "rows of table1, table2: T2-05,T2-07",
+        "partition": "of Slurm",
+    } | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", default="", help=text)
+    counts = {
+        "together": "runs of a file in one job; default: 1",
+        "parallel": "jobs at a time; default: local 1, slurm as it comes",
+        "gpus-per-node": "for a job; more than one: torchrun; default: 1, on a machine without: 0",
+        "cpus-per-task": "for a job",
+    }
+    for name, text in counts.items():
+        parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--time", default=DAY, help=f"for a job under Slurm; default: {DAY}")
-    parser.add_argument("--partition", help="of Slurm")
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="NAME=VALUE", help="option of sbatch"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.set_defaults(together=1)
     options = parser.parse_args(arguments)
     if options.partition:
         options.slurm.append(f"partition={options.partition}")
     if options.gpus_per_node is None:
         options.gpus_per_node = int(options.cluster == "slurm" or environment.cuda_device())
     options.data = parameters.absolute_source(options.data)
-    sys.path.insert(0, str(ROOT))
-    pass
-
     try:
         for name in ("together", "parallel", "gpus_per_node", "cpus_per_task"):
             least = 0 if name == "gpus_per_node" else 1
@@ -283,9 +261,8 @@ def main(arguments=None):
         if options.dry_run:
             print("\n".join(map(str, pending)))
             return 0
-        if options.cluster == "slurm":
-            return submit_slurm(pending, options, root) if pending else 0
-        failed = run_local(pending, options, root) if pending else 0
+        start = submit_slurm if options.cluster == "slurm" else run_local
+        failed = start(pending, options, root) if pending else 0
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"FAILED sweep: {lines[0]}", file=sys.stderr)
@@ -294,8 +271,8 @@ def main(arguments=None):
         print("FAILED sweep: interrupted; repeat the command to resume", file=sys.stderr)
         return 1
     if failed:
-        print(f"FAILED sweep: {failed} of {len(pending)} jobs; repeat the command, they resume",
-              file=sys.stderr)  # fmt: skip
+        why = f"{failed} of {len(pending)} jobs; repeat the command, they resume"
+        print(f"FAILED sweep: {why}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -14,15 +14,18 @@ margin (``cll.rounding`` has the model of arithmetic), and rounds radii down.
 """
 
 import math
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..architectures import as_lipschitz_net
 from ..bounds.linear import PROOFS, U, exact_arithmetic
 from ..bounds.network import lipschitz_matrix
 from ..bounds.rounding import margin_error
-from .inputs import _float64, _test_split, check_images, check_targets, predict_logits
+from .inputs import as_float64, check_images, check_targets, predict_logits, test_split
 from .local import local_radius
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
@@ -41,8 +44,8 @@ def certified_radius(logits, K, error=None):
     infinite where every K_yj is 0 and the margins are positive (f_y - f_j is constant).
     Raises ValueError on wrong shapes or a negative bound.
     """
-    f = _float64(logits)
-    K = _float64(K).to(f.device)
+    f = as_float64(logits)
+    K = as_float64(K).to(f.device)
     if f.ndim != 2 or f.shape[1] < 2:
         raise ValueError(f"logits must have shape (N, C) with C >= 2, got {tuple(f.shape)}")
     N, C = f.shape
@@ -58,7 +61,7 @@ def certified_radius(logits, K, error=None):
     margin = f.gather(1, y[:, None]) - f
     if error is not None:
         # differences and a quotient: each is off by at most u of its size
-        margin = (margin * (1 - 2 * U) - _float64(error).to(f.device)) * (1 - 8 * U)
+        margin = (margin * (1 - 2 * U) - as_float64(error).to(f.device)) * (1 - 8 * U)
     # also where an error is NaN, or a difference of finite logits is no float64
     margin = torch.where((margin > 0) & margin.isfinite(), margin, 0)
     radius = torch.where(margin == 0, 0, margin / rows).masked_fill(is_y, math.inf).amin(dim=1)
@@ -98,7 +101,85 @@ def cra_curve(radius, correct, radii):
     return larger / max(len(radius), 1)
 
 
+class Certification(NamedTuple):
+    """What `evaluate` returns about N samples. logits: (N, C) float64; prediction: (N,) int64;
+    correct: (N,) bool; K: {method: (C, C) float64}; radius: {method: (N,) float64}, with the key
+    "local" for local bounds. All on the CPU."""
+
+    logits: Tensor
+    prediction: Tensor
+    correct: Tensor
+    K: dict
+    radius: dict
+
+    def cra(self, radii, method="guaranteed"):
+        """{radius: CRA} for `radii` as in `distance`."""
+        values = cra_curve(self.radius[method], self.correct, list(map(distance, radii)))
+        return dict(zip(radii, values.tolist(), strict=True))
+
+    def summary(self, radii, method="guaranteed"):
+        """clean and cra {radius: CRA}, fractions of all samples; mean_certified_radius (a wrong
+        prediction counts 0); K_f, the largest entry of K; and n."""
+        return {
+            "clean": self.correct.double().mean().item(),
+            "cra": self.cra(radii, method),
+            "mean_certified_radius": torch.where(self.correct, self.radius[method], 0)
+            .mean()
+            .item(),
+            "K_f": self.K[method].max().item(),
+            "n": len(self.correct),
+        }
+
+
+def distance(radius):
+    """A radius as a float: a number, or a string such as "36/255"."""
+    return float(Fraction(radius))
+
+
 @exact_arithmetic()
+def evaluate(
+    model,
+    images,
+    targets,
+    methods=("guaranteed",),
+    *,
+    local=None,
+    matrices=None,
+    batch_size=1000,
+    progress=False,
+):
+    """Certify images by one or more bounds K: a `Certification`, what `certify` and runs report.
+
+    Four steps: K of every method; the logits, once, in float64; for a method that proves its bound,
+    a bound of the rounding error of the margins; the radii.
+
+    model: as in `certify`; images: (N, *input_shape), uint8 or float, not normalised; targets:
+        (N,) class numbers; methods: names as in ``cll.lipschitz_matrix``.
+    local: distances at which local bounds are tried as well, see ``local.local_radius``, if not
+        None; this needs the method "guaranteed".
+    matrices: {method: K} of this model where known, e.g. `Certification.K` of other images.
+
+    Raises ValueError naming the first bad image or label.
+    """
+    model = as_lipschitz_net(model, np.shape(images)[1:])
+    images = check_images(images, model)
+    targets = check_targets(targets, len(images), model.head.out_features).cpu()
+    K = dict(matrices or {})
+    K |= {m: lipschitz_matrix(model, m, progress).cpu() for m in methods if m not in K}
+    logits = predict_logits(model, images, batch_size, progress=progress)
+    prediction, radius = logits.argmax(dim=1), {}
+    for method in methods:
+        error = margin_error(model, images, prediction, method) if method in PROOFS else None
+        radius[method] = certified_radius(logits, K[method], error)
+    correct = prediction == targets
+    if local is not None:
+        radius["local"] = radius["guaranteed"].clone()  # stays, where the prediction is wrong
+        at = images.cpu()[correct], logits[correct], radius["local"][correct]
+        known = K["guaranteed"]
+        radius["local"][correct] = local_radius(model, *at, local, known, progress)
+    return Certification(logits, prediction, correct, K, radius)
+
+
 def certify(
     model,
     dataset,
@@ -137,37 +218,20 @@ def certify(
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
-    images, targets = _test_split(dataset)
-    model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
-    targets = check_targets(targets, len(images), model.head.out_features).cpu()
-    K = lipschitz_matrix(model, method, progress).cpu()
-    logits = predict_logits(model, images, batch_size, progress=progress)
-    prediction = logits.argmax(dim=1)
-    error = margin_error(model, images, prediction, method) if method in PROOFS else None
-    radius, correct = certified_radius(logits, K, error), prediction == targets
+    images, targets = test_split(dataset)
+    result = evaluate(
+        model, images, targets, [method], local=radii if local else None, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
     import pandas as pd  # slow to import, and asked for here alone
 
-    table = pd.DataFrame(
-        {
-            "index": np.arange(len(targets)),
-            "target": targets.numpy(),
-            "prediction": prediction.numpy(),
-            "correct": correct.numpy(),
-            "radius": radius.numpy(),
-        }
-    )
-    table.attrs["summary"] = {
-        "clean": float(table["correct"].mean()),
-        "cra": dict(zip(radii, cra_curve(radius, correct, radii).tolist(), strict=True)),
-        "mean_certified_radius": float(np.where(correct, radius, 0).mean()),
-        "K_f": float(K.max()),
-        "n": len(targets),
-    }
+    columns = {"target": targets, "prediction": result.prediction, "correct": result.correct}
+    columns["radius"] = result.radius[method]
     if local:
-        at, larger = (images.cpu()[correct], logits[correct], radius[correct]), radius.clone()
-        larger[correct] = local_radius(model, *at, radii, K, progress)
-        table["radius_local"] = larger.numpy()
-        cra = cra_curve(larger, correct, radii).tolist()
-        table.attrs["summary"]["cra_local"] = dict(zip(radii, cra, strict=True))
+        columns["radius_local"] = result.radius["local"]
+    table = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
+    table.insert(0, "index", np.arange(len(table)))
+    table.attrs["summary"] = result.summary(radii, method)
+    if local:
+        table.attrs["summary"]["cra_local"] = result.cra(radii, "local")
     return table

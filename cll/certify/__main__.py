@@ -1,12 +1,12 @@
 """Write and check certificates from the command line, see cll.certify.file."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from .. import certificate
-from ..experiment import Params, load_dataset, load_model
+from ..data.sources import load
+from . import file as certificate
+from .run_folder import WEIGHTS, data_arguments, load_model, read_record
 
 EPILOG = """examples:
   python -m cll.certify write outputs/quick/runs/digits-MLP-CLL-seed1-5f893c
@@ -37,7 +37,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         if args.command == "write":
-            print(_write(args.run, args.out))
+            print(write_run(args.run, args.out))
             return 0
         content = certificate.verify(
             args.certificate,
@@ -54,29 +54,28 @@ def main(arguments=None):
         return 2
     checked = content["checked"]
     cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
-    part = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    checked_images = (
+        "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
+    )
     print(
         f"certificate holds: {len(content['bounds'])} layers, largest K "
-        f"{max(map(max, content['K'])):.6g}, {part} {checked['of']} images; clean "
+        f"{max(map(max, content['K'])):.6g}, {checked_images} {checked['of']} images; clean "
         f"{100 * checked['clean']:.2f} %, certified at {cra}"
     )
     print(f"read: weights {checked['weights']}; images {checked['data']}")
     return 0
 
 
-def _write(run, out):
-    """The certificate of a run folder, about the weights that lie there."""
-    record = json.loads((run / "result.json").read_text())
-    params = Params.model_validate(record["params"])
-    source = {"source": params.data, "input_shape": list(params.input_shape)}
-    source |= {"train_size": params.train_size, "test_size": params.test_size}
-    source |= {"seed": params.seed} if params.data == "two_moons" else {}
+def write_run(run, out=None):
+    """Write the certificate of the weights in a run folder; returns its path."""
+    record = read_record(run)
+    source = data_arguments(record["params"])
     return certificate.write(
         load_model(run),
-        load_dataset(params),
+        load(**source),
         out or run / "certificate.json",
         list(record["cra"]),
-        weights=run / "checkpoint.safetensors",
+        weights=run / WEIGHTS,
         source=source,
         progress=True,
     )

@@ -79,18 +79,19 @@ def autoattack(
     x = as_pixels(images.cpu(), torch.float64)
     y = check_targets(targets, len(x), C).cpu()
     adversarial, robust = x.clone(), predict_logits(model, images).argmax(dim=1) == y
-    attacks, aims, *usual = VERSIONS[version]
     if epsilon > 0 and robust.any():
-        found = _search(
-            library, model, x[robust], y[robust], epsilon, attacks, aims, seed, batch_size, progress
-        )
-        _keep_broken(model, adversarial, robust, y, _within(x[robust], found, epsilon))
+        net = _searched(model)
+        attack = _attack(library, net, x, epsilon, version, seed)
+        device = next(net.parameters()).device
+        moved = _search(attack, device, x[robust], y[robust], batch_size, progress)
+        _keep_broken(model, adversarial, robust, y, _within(x[robust], moved, epsilon))
     if epsilon > 0 and robust.any():
-        found, _ = pgd_attack(
-            model, x[robust], y[robust], epsilon, steps=steps or usual[0],
-            restarts=restarts or usual[1], seed=seed, batch_size=batch_size, progress=progress,
+        *_, usual_steps, usual_restarts = VERSIONS[version]
+        points, _ = pgd_attack(
+            model, x[robust], y[robust], epsilon, steps=steps or usual_steps, seed=seed,
+            restarts=restarts or usual_restarts, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        _keep_broken(model, adversarial, robust, y, found)
+        _keep_broken(model, adversarial, robust, y, points)
     return adversarial, robust
 
 
@@ -130,37 +131,41 @@ def _library():
         ) from None
 
 
-def _search(library, model, x, y, epsilon, attacks, aims, seed, batch_size, progress):
-    """Displacements (n, *input_shape) float64 of the points that the library calls broken, else ~0.
-
-    x: (n, *input_shape) float64, y: (n,), classes that the model predicts.
-    """
-    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
-    weight = next(net.parameters())
-    C = net.head.out_features
-    unfit = {"square"} if x.shape[2] < 5 else set()
+def _attack(library, net, images, epsilon, version, seed):
+    """The library's attack on a frozen network, with those of its searches that the images and the
+    number of classes allow."""
+    names, aims, *_ = VERSIONS[version]
+    weight, C = next(net.parameters()), net.head.out_features
+    unfit = {"square"} if images.shape[2] < 5 else set()
     if C < 4:
         unfit.add("apgd-t")
-        attacks = [*attacks, "apgd-dlr"] if C == 3 else attacks
-    attacks = [name for name in attacks if name not in unfit]
+        names = [*names, "apgd-dlr"] if C == 3 else names
 
     def logits(points):
         return net(points.to(weight.dtype)).float()
 
     attack = library.AutoAttack(logits, norm="L2", eps=epsilon, seed=seed, device=weight.device)
-    attack.attacks_to_run = attacks
+    attack.attacks_to_run = [name for name in names if name not in unfit]
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(aims, C - 1)
-    found = []
+    return attack
+
+
+def _search(attack, device, x, y, batch_size, progress):
+    """Displacements (n, *input_shape) float64 of the points that the library calls broken, else ~0.
+
+    x: (n, *input_shape) float64, y: (n,), classes that the model predicts.
+    """
+    points = []
     batches = list(zip(x.float().split(batch_size), y.split(batch_size), strict=True))
     with progress_bar(len(batches), "AutoAttack", "batch", progress) as bar:
-        for points, classes in batches:
-            with full_precision(weight.device), _kept_to_itself(weight.device):
+        for batch, classes in batches:
+            with full_precision(device), _kept_to_itself(device):
                 moved, _ = attack.run_standard_evaluation(
-                    points.to(weight.device), classes.to(weight.device), batch_size=batch_size
+                    batch.to(device), classes.to(device), batch_size=batch_size
                 )
-            found.append(moved.cpu().double())
+            points.append(moved.cpu().double())
             bar.update()
-    return torch.cat(found) - x
+    return torch.cat(points) - x
 
 
 @contextlib.contextmanager
@@ -175,6 +180,11 @@ def _kept_to_itself(device):
     finally:
         logger.disabled = disabled
         sys.settrace(trace)
+
+
+def _searched(model):
+    """A frozen copy of a model in its own precision, whose gradients are those of the images."""
+    return freeze(copy.deepcopy(model).eval().requires_grad_(False))
 
 
 def _keep_broken(model, adversarial, robust, y, points):
@@ -222,15 +232,12 @@ def pgd_attack(
     epsilon = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(len(x))
     if not (epsilon.isfinite().all() and (epsilon >= 0).all()):
         raise ValueError("epsilon must be finite and >= 0, a distance in input units")
-    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    net = _searched(model)
     generator = torch.Generator().manual_seed(seed)
-    batches = [part.split(batch_size) for part in (x, y, epsilon)]
-    with progress_bar(len(batches[0]) * restarts, "attack", "restart", progress) as bar:
-        found = [
-            _descend(net, *batch, steps, restarts, generator, bar)
-            for batch in zip(*batches, strict=True)
-        ]
-    adversarial = _within(x, torch.cat(found), epsilon)
+    batches = [*zip(*(values.split(batch_size) for values in (x, y, epsilon)), strict=True)]
+    with progress_bar(len(batches) * restarts, "attack", "restart", progress) as bar:
+        moved = [_descend(net, *batch, steps, restarts, generator, bar) for batch in batches]
+    adversarial = _within(x, torch.cat(moved), epsilon)
     return adversarial, predict_logits(model, adversarial).argmax(dim=1) != y
 
 
@@ -259,11 +266,11 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
             for step in range(steps + 1):
                 delta.requires_grad_()
                 f = net(x + delta)
-                own = f.gather(1, y[:, None])[:, 0]
-                margin = own - f.masked_fill(is_y, -math.inf).amax(dim=1)
+                score = f.gather(1, y[:, None])[:, 0]
+                margin = score - f.masked_fill(is_y, -math.inf).amax(dim=1)
                 aim = margin
                 if 0 < restart < C - 1:
-                    aim = own - f.gather(1, order[:, restart, None])[:, 0]
+                    aim = score - f.gather(1, order[:, restart, None])[:, 0]
                 (gradient,) = torch.autograd.grad(aim.sum(), delta)
                 delta = delta.detach()
                 better = margin.detach() < best_margin

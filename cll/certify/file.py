@@ -34,7 +34,6 @@ import math
 import os
 import stat
 import sys
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,9 +60,9 @@ from ..bounds.rounding import margin_error
 from ..bounds.trace import layer_inputs
 from ..data.sources import TESTS, load
 from ..layers.structure import Residual, freeze
-from . import RADII, certified_radius
+from . import RADII, certified_radius, cra_curve, distance
 from .description import check_fit, current, describe, rebuild, tensors_of
-from .inputs import _test_split, as_pixels, check_images, check_targets, predict_logits
+from .inputs import as_pixels, check_images, check_targets, predict_logits, test_split
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
 K_SPARE = 1e-9  # the same on K, which is a few products
@@ -203,24 +202,16 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
     if source is not None:
         source = {"source": source} if isinstance(source, str) else dict(source)
         _read(_Data, json.dumps(source), "source")
-    images, targets = _test_split(dataset)
+    images, targets = test_split(dataset)
     given = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, given).cpu()
     targets = check_targets(targets, len(images), given.head.out_features).cpu()
     architecture = describe(given)
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors_of(given).items()}
     if weights is None:
         weights = path.with_suffix(".safetensors")
+        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors_of(given).items()}
         save_file(tensors, weights)
-    tensors = {k: v for k, v in load_file(weights).items() if k in tensors}
-    net = rebuild(architecture, tensors)
-    with forgetting():
-        claims = _check_bounds(net, None, progress)
-        K = _written_K(net, claims)
-        logits = predict_logits(net, images, progress=progress)
-        predicted = logits.argmax(1)
-        error = margin_error(net, images, predicted)
-    radius = _radii(logits, error, predicted, K, ERRORS_WRITTEN)
+    tensors = {k: v for k, v in load_file(weights).items() if k in tensors_of(given)}
     certificate = {
         "format": "cll certificate 1",
         "architecture": architecture,
@@ -229,6 +220,28 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
             "tensors": {name: _tensor_record(tensor) for name, tensor in tensors.items()},
         },
         "data": source,
+        **_certified(rebuild(architecture, tensors), images, targets, progress),
+    }
+    certificate["summary"] = _summary(_Images(**certificate["images"]), names)
+    certificate["digest"] = _sign(certificate)
+    text = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
+    _read(_Certificate, text, path.name)
+    path.write_text(text)
+    return path
+
+
+def _certified(net, images, targets, progress):
+    """The entries bounds, K and images of a certificate to be written."""
+    with forgetting():
+        claims = _check_bounds(net, None, progress)
+        K = _class_bounds(net, claims) * (1 + K_SPARE)
+        for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
+            raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
+        logits = predict_logits(net, images, progress=progress)
+        predicted = logits.argmax(1)
+        error = margin_error(net, images, predicted)
+    radius = _radii(logits, error, predicted, K, ERRORS_WRITTEN)
+    return {
         "bounds": claims,
         "K": K.tolist(),
         "images": {
@@ -238,12 +251,6 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
             "radius": radius.tolist(),
         },
     }
-    certificate["summary"] = _summary(_Images(**certificate["images"]), names)
-    certificate["digest"] = _sign(certificate)
-    text = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
-    _read(_Certificate, text, path.name)
-    path.write_text(text)
-    return path
 
 
 def verify(path, *, weights=None, data=None, images=None, progress=False):
@@ -355,7 +362,7 @@ def _spared(bound):
 
 
 def _claim(name, layer, shape, claims):
-    """The bound of a layer as it is written."""
+    """The bound of a layer as it is written: what was proven, and a little to spare."""
     matrix = as_matrix(layer, shape)
     if matrix is None:
         bound, proof = _by_construction(name, layer, shape, claims), "by construction"
@@ -409,7 +416,7 @@ def _check_bound(name, layer, shape, claims):
     text = f"bounds: {name} ({as_text(layer)}): {claimed!r}"
     if (work := _work(layer, shape)) > LARGEST:
         raise Invalid(f"{text} takes {work:.0e} operations to prove, more than {LARGEST:.0e}")
-    seen = _stretch(layer, shape, claimed)
+    seen = _refutation(layer, shape, claimed)
     if seen is not None:
         raise Invalid(f"{text} is false, two inputs are moved apart {seen!r} times")
     matrix = as_matrix(layer, shape)
@@ -436,7 +443,7 @@ def _work(layer, shape):
     return work
 
 
-def _stretch(layer, shape, claimed, steps=20):
+def _refutation(layer, shape, claimed, steps=20):
     """||f(x + v) - f(x)|| / ||v|| where it refutes the claimed bound of a layer f, else None. The
     v come from power iteration on the Jacobian at a random x. Independent of all proofs: nothing
     but evaluations in float64."""
@@ -459,7 +466,7 @@ def _stretch(layer, shape, claimed, steps=20):
 
 
 def _length(x):
-    """The L2 norm of all entries, also where squares would underflow or overflow."""
+    """The L2 norm of all entries, see `bounds.linear.lengths`."""
     return lengths(x.detach().reshape(1, -1)).item()
 
 
@@ -474,13 +481,6 @@ def _class_bounds(net, claims):
     K = total * distances * (1 + 2 * gamma(W.shape[1] + 12))
     K = torch.where((distances > 0) & (K < TINY) & (total > 0), TINY, K).fill_diagonal_(0)
     return torch.maximum(K, lipschitz_matrix(net) / (1 + K_SPARE / 2))
-
-
-def _written_K(net, claims):
-    K = _class_bounds(net, claims) * (1 + K_SPARE)
-    for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
-        raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
-    return K
 
 
 def _checked_K(c, net, claims):
@@ -513,7 +513,7 @@ def _checked_data(c, net, data, count):
     read = "as given"
     if data is None or isinstance(data, str):
         data, read = _loaded(c, data, n)
-    images, targets = _test_split(data)
+    images, targets = test_split(data)
     images = check_images(images, net).cpu()
     targets = check_targets(targets, len(images), classes).tolist()
     if len(images) != n:
@@ -583,12 +583,12 @@ def _summary(images, radii):
     predictions, and only these may be correct."""
     radius, n = np.array(images.radius), len(images.radius)
     correct = (np.array(images.prediction) == np.array(images.target)) & (radius > 0)
-    certified = {name: float(Fraction(name)) for name in radii}
+    cra = cra_curve(radius, correct, [distance(name) for name in radii]).tolist()
     total = math.fsum(np.ldexp(np.where(correct, radius, 0), -64))  # of the largest floats as well
     return {
         "n": n,
         "clean": correct.mean().item(),
-        "cra": {name: (correct & (radius > r)).mean().item() for name, r in certified.items()},
+        "cra": dict(zip(radii, cra, strict=True)),
         "mean_certified_radius": math.ldexp(total / n, 64),
     }
 

@@ -55,7 +55,7 @@ def _leaves(module):
             yield from _leaves(part)
 
 
-def _float64(x):
+def as_float64(x):
     """Numbers of a list as Python holds them. MPS has no float64."""
     if torch.is_tensor(x) and x.device.type == "mps":
         x = x.cpu()
@@ -78,7 +78,7 @@ def as_pixels(images, dtype):
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
-def _test_split(dataset):
+def test_split(dataset):
     """(images, targets) of a cll Dataset, a pair or a torch Dataset, as tensors."""
     if hasattr(dataset, "test_images"):
         images, targets = dataset.test_images, dataset.test_targets

@@ -95,8 +95,8 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
             bar.update()
         with torch.no_grad():
             best_a, best_b = best_a.to(device).double(), best_b.to(device).double()
-            found = zip(best_a.split(CPU_BATCH), best_b.split(CPU_BATCH), strict=True)
-            return max(_quotient(exact, *points).max().item() for points in found)
+            batches = zip(best_a.split(CPU_BATCH), best_b.split(CPU_BATCH), strict=True)
+            return max(_quotient(exact, *points).max().item() for points in batches)
 
 
 def _quotient(net, a, b):

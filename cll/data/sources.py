@@ -173,7 +173,7 @@ def load(
         if size is not None and (isinstance(size, bool) or int(size) != size or size < 1):
             raise ValueError(f"{argument} = {size!r}: give a positive whole number or None for all")
     kind, path = _parse(source)
-    root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[1] / "data")
+    root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[2] / "data")
     root = root.expanduser().absolute()
 
     where, names, name = source, None, source
@@ -310,25 +310,7 @@ def _tiny_imagenet(root, download):
             f"CLL_DATA to the folder that has it), or use {OWN_DATA}"
         )
     wnids = sorted((folder / "wnids.txt").read_text().split())
-    number = {wnid: i for i, wnid in enumerate(wnids)}
-    files, targets = {"train": [], "test": []}, {"train": [], "test": []}
-    for wnid in wnids:
-        images = folder / "train" / wnid / "images"
-        found = sorted(images.glob("*.JPEG"))
-        if not found:
-            raise ValueError(f"no images in {images} although wnids.txt lists {wnid}: unzip again")
-        files["train"] += found
-        targets["train"] += [number[wnid]] * len(found)
-    annotations = folder / "val" / "val_annotations.txt"
-    if not annotations.exists():
-        raise ValueError(f"{annotations} is missing: unzip again")
-    for row, line in enumerate(annotations.read_text().splitlines(), 1):
-        name, wnid = (line.split("\t") + [""])[:2]
-        if wnid not in number:
-            raise ValueError(f"line {row} of {annotations} names class {wnid!r}, not in wnids.txt")
-        files["test"].append(folder / "val" / "images" / name)
-        targets["test"].append(number[wnid])
-
+    files, targets = _tiny_imagenet_files(folder, wnids)
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
     digest = hashlib.sha256((listing + repr(targets)).encode()).hexdigest()
     images = _decode_once(files, digest, folder / "decoded.npz", keep=download)
@@ -339,6 +321,29 @@ def _tiny_imagenet(root, download):
     y_train, y_test = (np.asarray(targets[split], np.int64) for split in ("train", "test"))
     arrays = (images["train"], y_train, images["test"], y_test)
     return arrays, [names.get(wnid, wnid) for wnid in wnids]
+
+
+def _tiny_imagenet_files(folder, wnids):
+    """({split: [file]}, {split: [class number]}), the test split from val/."""
+    number = {wnid: i for i, wnid in enumerate(wnids)}
+    files, targets = {"train": [], "test": []}, {"train": [], "test": []}
+    for wnid in wnids:
+        images = folder / "train" / wnid / "images"
+        pictures = sorted(images.glob("*.JPEG"))
+        if not pictures:
+            raise ValueError(f"no images in {images} although wnids.txt lists {wnid}: unzip again")
+        files["train"] += pictures
+        targets["train"] += [number[wnid]] * len(pictures)
+    annotations = folder / "val" / "val_annotations.txt"
+    if not annotations.exists():
+        raise ValueError(f"{annotations} is missing: unzip again")
+    for row, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, wnid = (line.split("\t") + [""])[:2]
+        if wnid not in number:
+            raise ValueError(f"line {row} of {annotations} names class {wnid!r}, not in wnids.txt")
+        files["test"].append(folder / "val" / "images" / name)
+        targets["test"].append(number[wnid])
+    return files, targets
 
 
 def _decode_once(files, digest, cache, keep):

@@ -7,7 +7,7 @@ from torch import nn
 from ..bounds.layer import is_linear
 from ..bounds.linear import apply_adjoint, apply_linear
 from ..bounds.network import head_rows
-from ..certify.local import ACTIVATIONS
+from ..certify.folds import ACTIVATIONS
 from ..layers.activations import ClampedMaxMin
 
 

@@ -1,5 +1,8 @@
-"""Parameter files, read as they look. YAML 1.1 takes 010 for 8, 1:30 for 90, yes for 1, and of two
-equal keys the second, all in silence: such a file is refused. Imports no PyTorch: tools/ load it.
+"""Parameter files, read as they look, each over its base. Imports no PyTorch: tools/ load it.
+
+YAML 1.1 takes 010 for 8, 1:30 for 90, yes for 1, and of two equal keys the second, all in silence:
+such a file is refused. `base: ../moons.yaml` in a file names another, relative to its own folder,
+whose values it takes where it says nothing else. A base may have a base.
 """
 
 import re
@@ -20,13 +23,66 @@ WRITTEN = {
 
 
 def read(path):
-    """The mapping of keys to values in a file of UTF-8 text.
+    """The mapping of keys to values in a file of UTF-8 text, over that of its base.
 
     Raises ValueError, in one line that names the file, the key and what to write instead, for what
     is no such mapping or would be misread; FileNotFoundError without a file.
     """
+    return _read(Path(path), ())
+
+
+def over_base(values, folder, where, above=()):
+    """A mapping over that of the file which its key `base` names, relative to `folder`.
+
+    where: how messages name the mapping. above: the files, resolved, of which this one is a base.
+    Raises ValueError, in one line, for a base that is no parameter file or leads back to one above.
+    """
+    if "base" not in values:
+        return values
+    base, where = values["base"], f"{where}: base = {values['base']!r}"
+    if not isinstance(base, str):
+        raise ValueError(f"{where} is not text: write the path of a parameter file")
+    path = Path(folder) / base
+    if not path.is_file():
+        raise ValueError(f"{where}: no file {path}: write a path relative to the folder {folder}")
+    if path.resolve() in above:
+        raise ValueError(f"{where} is a circle, {path} stands on this file: leave one base out")
+    return merge(_read(path, above), _without("base", values))
+
+
+def merge(base, over):
+    """`over` on top of `base`: mappings merge key by key, anything else is replaced, lists too.
+
+    A loss of another `name` replaces the base's whole, and what the base's profiles change in that.
+    """
+    losses = [values.get("loss") for values in (base, over)]
+    names = [loss["name"] for loss in losses if isinstance(loss, dict) and "name" in loss]
+    if len(names) == 2 and names[0] != names[1]:
+        base = _without("loss", base)
+        if isinstance(base.get("profiles"), dict):
+            blocks = base["profiles"].items()
+            base |= {"profiles": {name: _without("loss", block) for name, block in blocks}}
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _without(key, values):
+    """A mapping without a key; what is no mapping, as it is."""
+    mapping = isinstance(values, dict)
+    return {name: value for name, value in values.items() if name != key} if mapping else values
+
+
+def _read(path, above):
+    return over_base(_values(path), path.parent, path, (*above, path.resolve()))
+
+
+def _values(path):
+    """What one file holds, its `base` as it stands there."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         if re.search("[\0\x85\u2028\u2029]", text):  # the last three break lines unseen
             raise UnicodeError
         loader = yaml.SafeLoader(text)

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..data.augment import Augmentation
-from .parameter_file import read
+from .parameter_file import merge, over_base, read
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: params/ and outputs/ live here
 PROFILES = ("smoke", "quick", "paper")
@@ -372,19 +372,12 @@ def _explain(error, values, where):
     return ValueError(f"{where}: " + "; ".join(lines))
 
 
-def _merge(base, over):
-    """`over` on top of `base`; mappings merge key by key, anything else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def _read(source):
     """(mapping, name for errors) of a path or a mapping; a result.json stands for its run."""
     if not isinstance(source, str | os.PathLike):
-        return dict(source), "parameters"
+        # papermill -f FILE hands over what a file of an experiment says, not where it stands
+        folder = ROOT / "params" / "table2"
+        return over_base(dict(source), folder, "parameters"), "parameters"
     path = Path(source)
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         path = ROOT / path
@@ -400,9 +393,10 @@ def default_profile():
 def load_params(source, profile=None, **overrides):
     """Validated parameters of one run.
 
-    source: path of a YAML file, or a mapping. profile: "smoke", "quick" or "paper" picks that
-    block of `profiles:`; default: the file's own `profile`, else "paper" with a CUDA device and
-    "quick" without. overrides: any key; None and "" leave the file's value.
+    source: path of a YAML file, or a mapping, whose `base` is relative to a folder of params/, as
+    in the files there. profile: "smoke", "quick" or "paper" picks that block of `profiles:`;
+    default: the file's own `profile`, else "paper" with a CUDA device and "quick" without.
+    overrides: any key; None and "" leave the file's value, a loss of another name replaces it.
     Raises ValueError (one line) for unknown keys, with the nearest known one, and bad values.
     """
     values, where = _read(source)
@@ -426,10 +420,10 @@ def _resolve(values, where, profile, overrides):
         if name not in PROFILES:
             raise ValueError(f"{where}: unknown profile {name!r} under profiles:")
     block = {k: v for k, v in blocks.get(profile, {}).items() if k != "seeds"}
-    values = _merge(_merge(values, block), {"profile": profile})
+    values = merge(merge(values, block), {"profile": profile})
     if "label" in overrides and not overrides["label"] and overrides.get("data"):
         values.pop("label", None)  # the file's label names the file's data
-    values = _merge(values, {k: v for k, v in overrides.items() if v is not None and v != ""})
+    values = merge(values, {k: v for k, v in overrides.items() if v is not None and v != ""})
     try:
         return Params.model_validate(values)
     except ValidationError as error:

@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
 from .schema import ROOT, SCHEDULE, Params
-from .stack import build_network
 
 # Raised when certificates change: finished runs are then certified anew, from their weights.
 CERTIFIER = 2
@@ -68,23 +67,6 @@ def load_dataset(params):
     sizes = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
     seed = params.seed if params.data == "two_moons" else 0
     return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
-
-
-def load_model(out_dir):
-    """The trained network of a finished run's folder, in eval mode on the CPU."""
-    out_dir = Path(out_dir)
-    record = json.loads((out_dir / "result.json").read_text())
-    params = Params.model_validate(record["params"])
-    net = build_network(params, record["num_classes"], record["input_shape"])
-    path = out_dir / "checkpoint.safetensors"
-    try:
-        net.load_state_dict(load_file(path))
-    except Exception as error:  # safetensors and torch raise several types for a damaged file
-        reason = str(error).splitlines()[0][:100]
-        raise ValueError(
-            f"damaged weights {path} ({reason}); delete the folder to redo the run"
-        ) from None
-    return net.eval()
 
 
 def _finished(params, out_dir, ever=False):

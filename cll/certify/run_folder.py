@@ -1,0 +1,48 @@
+"""The folder of a finished run, read as plain data: its trained network, and where its images are.
+
+A certificate of a run needs nothing of ``cll.experiment``, which trained it.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ..architectures import build
+
+WEIGHTS = "checkpoint.safetensors"
+
+
+def read_record(folder):
+    """The result record of a finished run: a dict, its parameters under "params"."""
+    return json.loads((Path(folder) / "result.json").read_text())
+
+
+def load_model(out_dir):
+    """The trained network of a finished run's folder, in eval mode on the CPU.
+
+    Raises FileNotFoundError where there is no finished run, ValueError for damaged weights and for
+    parameters that this version does not know.
+    """
+    record, path = read_record(out_dir), Path(out_dir) / WEIGHTS
+    params = record["params"]
+    if params.get("variant", "sound") != "sound":  # of SLL layers: earlier versions had others
+        raise ValueError(f"variant = {params['variant']!r}: this version knows 'sound' alone")
+    options = {"head", "activation", "input_std", "input_mean"} & params.keys()
+    options = {key: params[key] for key in options} | params.get("size", {})
+    net = build(params["model"], record["num_classes"], record["input_shape"], **options)
+    try:
+        net.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise several types for a damaged file
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(
+            f"damaged weights {path} ({reason}); delete the folder to redo the run"
+        ) from None
+    return net.eval()
+
+
+def data_arguments(params):
+    """The arguments of ``data.load`` that give a run's images; params: a mapping."""
+    arguments = {"source": params["data"], "input_shape": list(params["input_shape"])}
+    arguments |= {key: params[key] for key in ("train_size", "test_size")}
+    return arguments | ({"seed": params["seed"]} if params["data"] == "two_moons" else {})
