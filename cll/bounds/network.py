@@ -79,7 +79,7 @@ def prove(model, method="guaranteed", progress=False, *, input_shape=None):
     check_method(method)
     (read,) = _READER
     net = read(model, input_shape)
-    return prove_by(lambda place: _prove_place(place, method), net, method, progress)
+    return prove_by(lambda place: prove_place(place, method), net, method, progress)
 
 
 @exact_arithmetic()
@@ -90,8 +90,8 @@ def prove_by(bound, net, method="guaranteed", progress=False):
     head = checked_head(net, features)
     std, _ = normalisation(net)
     with evaluation(net.body), evaluation(net.head):  # what computes a weight may ask for it
-        places = _places(chain, "body")
-        with progress_bar(len(opened(places)), "bounds", "layer", progress) as bar:
+        unproven = places(chain)
+        with progress_bar(len(opened(unproven)), "bounds", "layer", progress) as bar:
 
             def announced(place):
                 _announce(place, bar)
@@ -99,7 +99,7 @@ def prove_by(bound, net, method="guaranteed", progress=False):
                 bar.update()
                 return layer
 
-            body = _proven(places, announced)
+            body = _proven(unproven, announced)
         W = head_rows(float64_copy(head))
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
@@ -140,24 +140,22 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     return prove(model, method, progress, input_shape=input_shape).K
 
 
-def _places(chain, prefix):
+def places(chain, prefix="body"):
     """The layers (name, layer, input shape) of a chain as ProvenLayers of which nothing is proven
     yet, their names behind a prefix; containers are traced inside."""
-    places = []
+    unproven = []
     for name, layer, shape in chain:
         name = f"{prefix}.{name}" if name else prefix
         parts = tuple(
-            _places(layer_inputs(getattr(layer, part), shape), f"{name}.{part}")
+            places(layer_inputs(getattr(layer, part), shape), f"{name}.{part}")
             for part in record(layer).parts
         )
-        places.append(ProvenLayer(name, layer, shape, parts))
-    return tuple(places)
+        unproven.append(ProvenLayer(name, layer, shape, parts))
+    return tuple(unproven)
 
 
-def opened(layers, input_shape=None, prefix="body"):
+def opened(layers):
     """Layers in forward order, as a list: before each container those inside it."""
-    if input_shape is not None:  # until certify takes proofs as values
-        return [p[:3] for p in opened(_places(layer_inputs(layers, input_shape), prefix))]
     listed = []
     for layer in layers:
         for part in layer.parts:
@@ -166,16 +164,16 @@ def opened(layers, input_shape=None, prefix="body"):
     return listed
 
 
-def _proven(places, bound):
+def _proven(unproven, bound):
     """The layers at these places with their bounds, those inside a container first."""
     proven = []
-    for place in places:
+    for place in unproven:
         parts = tuple(_proven(part, bound) for part in place.parts)
         proven.append(bound(place._replace(parts=parts)))
     return tuple(proven)
 
 
-def _prove_place(place, method):
+def prove_place(place, method):
     """`prove_layer`, of a container from what is proven inside."""
     if not (place.parts and record(place.layer).ours):
         return prove_layer(place, method)
@@ -200,8 +198,8 @@ def product(chain, method):
 
 def prove_chain(module, input_shape, method="guaranteed"):
     """The ProvenLayers of a module alone, in forward order."""
-    places = _places(layer_inputs(module, input_shape), "chain")
-    return _proven(places, lambda place: _prove_place(place, method))
+    unproven = places(layer_inputs(module, input_shape), "chain")
+    return _proven(unproven, lambda place: prove_place(place, method))
 
 
 def _times(total, norm, method):
@@ -329,11 +327,3 @@ def checked_head(model, features=None):
             "end the body with nn.Flatten() or change the head"
         )
     return head
-
-
-def announced(places, progress):  # until certify takes proofs as values
-    with progress_bar(len(places), "bounds", "layer", progress) as bar:
-        for place in places:
-            _announce(ProvenLayer(*place), bar)
-            yield place
-            bar.update()

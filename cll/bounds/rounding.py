@@ -5,7 +5,7 @@ import math
 import torch
 
 from .linear import SAFE, SMALLEST, TINY, U, exact_arithmetic, gamma, lengths
-from .network import Proof, head_rows, normalisation, prove, prove_chain, row_distances
+from .network import head_rows, normalisation, row_distances
 from .registry import record, register_rounding
 from .trace import float64_copy
 
@@ -13,15 +13,13 @@ register = register_rounding
 
 
 @exact_arithmetic()
-def margin_error(proof, images, predicted, method="guaranteed"):
+def margin_error(proof, images, predicted):
     """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
 
     proof: of the network whose logits were computed in float64, from `network.prove`, by the method
     "guaranteed" or "tight".
     images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64.
     """
-    if not isinstance(proof, Proof):  # until certify takes proofs as values
-        proof = prove(proof, method)
     net = proof.net
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
     size = lengths(x.cpu().flatten(1)) * SAFE
@@ -101,8 +99,3 @@ def _sum_of_chains(parts):
     """All parts, and the sum of their outputs."""
     gain, shift, a, b = (sum(values) for values in zip(*map(chain, parts), strict=True))
     return a + U * (gain + a), b + U * (shift + b)
-
-
-def rounding(layer, input_shape):  # until certify takes proofs as values
-    (proven,) = prove_chain(layer, input_shape)
-    return layer_error(proven)
