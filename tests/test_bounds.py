@@ -161,7 +161,8 @@ LARGE = [  # 3x3 kernels on images so small, or so many channels, that the borde
 def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments, shape, spectrum):
     """With limits of work far below the real ones: the norms of these layers are known."""
     torch.manual_seed(0)
-    monkeypatch.setattr(bounds.linear, "CHUNK", 100_000)
+    for place in (bounds.convolution, bounds.norm):
+        monkeypatch.setattr(place, "CHUNK", 100_000)
     layer = nn.Conv2d(shape[0], 8, **arguments)
     weight = layer.weight.data
     if spectrum == "smooth":  # the norm peaks at frequency 0
@@ -173,7 +174,8 @@ def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments,
     guaranteed, tight = (operator_norm(layer, shape, method) for method in ("guaranteed", "tight"))
     assert exact <= guaranteed <= min(first, exact * 1.01)
     assert exact <= tight <= min(first, exact * 1.001)
-    monkeypatch.setattr(bounds.convolution, "LARGEST", 1e5)
+    for place in (bounds.convolution, bounds.norm):
+        monkeypatch.setattr(place, "LARGEST", 1e5)
     assert operator_norm(layer, shape) == first
     for proof in ("block Cholesky", "DFT in one direction"):  # too much work, as for `enclose`
         assert not confirm(layer, layer.weight.detach().double(), shape, 2 * first, proof)
@@ -184,7 +186,7 @@ def test_a_proof_by_parts_of_the_frequencies_holds_where_that_of_all_does(monkey
     weight, _ = scaled(layer.weight.detach().double())
     exact = matrix_norm(layer, weight, shape, "exact")
     whole = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
-    monkeypatch.setattr(bounds.linear, "CHUNK", 1)
+    monkeypatch.setattr(bounds.convolution, "CHUNK", 1)
     parts = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
     assert exact <= parts == pytest.approx(whole, rel=1e-12) and whole < 1.2 * exact
 

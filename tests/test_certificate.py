@@ -16,11 +16,11 @@ from torch import nn
 import cll
 from cll import architectures, bounds, data
 from cll.bounds.convolution import strip_norm
+from cll.bounds.layer import ProvenLayer
 from cll.bounds.network import prove
 from cll.bounds.norm import confirm, enclose
 from cll.bounds.rounding import margin_error
 from cll.certify import file as certificate
-from cll.certify import inputs
 from cll.certify.__main__ import main
 from cll.certify.file import (
     Invalid,
@@ -489,7 +489,7 @@ def test_the_class_of_another_machine_may_be_behind_by_both_errors(behind, tmp_p
             shift = errors * error[:, None] * torch.tensor([0, 1, 0])
             return predict_logits(*arguments, **options) + shift
 
-        monkeypatch.setattr(inputs, "predict_logits", logits)
+        monkeypatch.setattr(certificate, "predict_logits", logits)
 
     machine(0.5)
     path = write(net, data, tmp_path / "c.json")
@@ -765,7 +765,7 @@ def test_a_proof_that_takes_too_long_is_refused(tmp_path):
     conv = nn.Conv2d(1000, 1000, 1, bias=False)
     claims = {"body.0": {"bound": 100.0, "proof": "DFT"}}
     with pytest.raises(Invalid, match=r"body\.0 .* operations to prove"):
-        _check_bound("body.0", conv, (1000, 300, 300), claims)
+        _check_bound(ProvenLayer("body.0", conv, (1000, 300, 300)), claims)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -60,8 +60,8 @@ def local_estimate(net, images, epsilon, iterations=2):
                     state = _pre_activation(layer, h, low, high, epsilon * product)
                     inputs, (h, low, high, outputs) = live, _activate(follower, *state)
                     reached, live = outputs
-                norm = _masked_norm(layer, next(vectors), inputs, reached, iterations)
-                product = product * norm
+                v = next(vectors)
+                product = product * _masked_norm(layer, v, inputs, reached, iterations)
             elif not (isinstance(layer, ACTIVATIONS) and i and is_linear(layers[i - 1])):
                 raise TypeError(
                     f"no local estimate for {layer} here: it knows Conv2d, Linear, Flatten, and "
