@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
 import environment  # noqa: E402
 import parameters  # noqa: E402
-import references  # noqa: E402
+import redraw  # noqa: E402
 
 EXHIBITS = (ablation, choose, claims, formulas, moons, own, plane, soundness, style, sweeps, tables)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -187,7 +187,7 @@ def test_reference_is_of_this_source(path):
     nb = read(reference)
     injected = [c for c in nb.cells if "injected-parameters" in tags(c)]
     assert len(injected) == 1 and 'profile = "smoke"' in injected[0].source, REFRESH
-    subset = f'rows = "{references.ROWS[path.stem]}"' if path.stem in references.ROWS else ""
+    subset = f'rows = "{redraw.ROWS[path.stem]}"' if path.stem in redraw.ROWS else ""
     assert subset in injected[0].source and ("rows = " in injected[0].source) == bool(subset), (
         REFRESH
     )
@@ -215,8 +215,8 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     out = tmp_path / "params.yaml"
     for rows in ("", "T2-05,T2-07"):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
-        assert parameters.parameter_file.read(out).get("rows", "") == rows
-    subset = references.ROWS[name].split(",")
+        assert parameters.read(out).get("rows", "") == rows
+    subset = redraw.ROWS[name].split(",")
     table = published(name)
     assert set(subset) < set(table.index)
     runs = table_runs(name, cll.experiment.experiment_params(name, "smoke"))
