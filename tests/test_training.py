@@ -287,7 +287,7 @@ def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
         K = local_estimate(net, x[0], 0.075, 2)
         value = local_bcp_loss(f, y, K, epsilon=0.075, kappa=0.5)
     else:
-        K = net.lipschitz_matrix(5)
+        K = net.estimate_lipschitz_matrix(5)
     if loss == "GloRo":
         value = cll.gloro_loss(f, y, K, epsilon=0.15)
     if loss == "GloRo, t = 3":  # the same as a network whose logits and K are a third

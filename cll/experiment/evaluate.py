@@ -100,7 +100,7 @@ def _certificates(run, result, names, progress):
         record["cra_local"] = result.cra(names, "local")
     if params.certify_train:
         images, targets = run.dataset.train_images, run.dataset.train_targets
-        train = certified(run.net, images, targets, BOUNDS, matrices=result.K, progress=progress)
+        train = certified(run.net, images, targets, BOUNDS, proofs=result.proofs, progress=progress)
         record["train_clean"] = train.correct.double().mean().item()
         record["train_cra"] = train.cra(names)
         record["train_cra_paper_style"] = train.cra(names, "power")
