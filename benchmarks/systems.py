@@ -21,13 +21,14 @@ import torch.nn.functional as F
 
 import cll
 from cll.bounds.linear import full_precision
-from cll.experiment.fast import COMPILED_STEPS, use_compiled, use_dense
+from cll.experiment.fast import use_compiled, use_dense
 from cll.experiment.stack import Stack, build_network
 
 FILES = [f"table2/{f.stem}" for f in sorted((cll.ROOT / "params/table2").glob("cifar10-*.yaml"))]
 FILES += ["table1/tiny-8C2F-GloRo-TRADES", "table1/tiny-Sandwich-AOL"]
 CLASSES = {"two_moons": 2, "tiny-imagenet": 200, "cifar100": 100}  # all others have 10
 VARIANTS = ("eager", "tf32", "bfloat16")  # of the step, measured on a GPU
+LONG = 10**6  # steps, of a training in which each way to take them faster pays
 
 
 def load(file, device="cpu", full=True):
@@ -54,13 +55,13 @@ def random_batch(nets, batch, device="cpu"):
 def training_step(runs, nets, images, targets, fast=True):
     """The step of some runs together, as a function without arguments.
 
-    It reads `images` and `targets` anew each time. fast: as long trainings take it; else the plain
-    step.
+    It reads `images` and `targets` anew each time. fast: as long trainings take it; else one
+    operation after the other.
     """
     stack = Stack(runs, nets, images.device)
-    if fast:  # as `train` chooses
+    if fast:
         use_dense(stack)
-        use_compiled(stack, COMPILED_STEPS)
+        use_compiled(stack, LONG)
     numbers = stack.schedule(0.5)
     return lambda: stack.step(images, targets, *numbers)
 

@@ -102,8 +102,10 @@ def test_a_timed_step_trains_on_what_the_images_hold_now(file):
     loss, *_ = step()
     expected, *_ = systems.training_step([params], others, 1 - images, y, fast=False)()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    atol = 1e-5 * max(q.grad.abs().max().item() for q in others[0].parameters())
     for p, q, r in zip(*(net[0].parameters() for net in (nets, others, start)), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        # not the weights: the first step of Adam has the sign of a gradient, however small it is
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=atol)
         assert not torch.equal(p, r)
 
 

@@ -98,7 +98,7 @@ def test_parameters_cell_declares_what_make_passes(path):
         assert passed <= set(declared)
     else:
         for profile in ("smoke", "quick", "paper"):
-            passed = parameters.parameter_file.read(ROOT / "params" / f"{profile}.yaml")
+            passed = parameters.read(ROOT / "params" / f"{profile}.yaml")
             assert passed.pop("profile") == profile
             assert set(passed) | {"profile"} <= set(declared)
             defaults = {key: declared[key] for key in passed}

@@ -70,9 +70,8 @@ def main(paths):
             after = rewritten(before, path.stem)
         except ValueError as error:
             sys.exit(f"FAILED badges: {error}")
-        if after != before:
-            path.write_text(after, encoding="utf-8")
-            changed += 1
+        changed += after != before
+        path.write_text(after, encoding="utf-8")
     where = f"{environment.repository()}, branch {environment.branch()}"
     print(f"badges: {len(paths)} notebooks open from {where}; {changed} rewritten")
 

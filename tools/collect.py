@@ -33,7 +33,7 @@ from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, records
 from cll.experiment.store import CERTIFIER
 from paper.moons import display_moons, moons_table
-from paper.records import RADII, caption, data_source, markdown, shortened
+from paper.records import RADII, caption, data_source, markdown, plain_name, shortened
 from paper.tables import comparison_table, display_table
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
@@ -152,13 +152,11 @@ def named(record, source):
     kind, colon, place = params.data.partition(":")
     if not colon:
         return record
-    known = {name.replace("-", ""): name for name in ("cifar10", "cifar100", "tiny-imagenet")}
-    label = params.label.partition("(")[0].strip().lower().replace("-", "")
-    if label not in known:
-        raise ValueError(
-            f"{source.name}: its data are {params.data} and LABEL named no data set of the paper"
-        )
-    params = params.model_copy(update={"data": known[label]})
+    known = {plain_name(name): name for name in ("cifar10", "cifar100", "tiny-imagenet")}
+    name, data = known.get(plain_name(params.label)), f"its data are {params.data}"
+    if not name:
+        raise ValueError(f"{source.name}: {data} and LABEL named no data set of the paper")
+    params = params.model_copy(update={"data": name})
     changed = {"params": params.model_dump(mode="json", by_alias=True)}
     changed |= {"params_hash": params.hash(), "source": f"{kind}:{Path(place).name}"}
     return record | changed

@@ -138,13 +138,12 @@ def main(arguments=None):
     text = "variables of make that are meant for this notebook alone; default: all"
     parser.add_argument("--asked", help=text)
     options = parser.parse_args(arguments)
-    names = ("device", "data", "label", "outputs", "rows", "params_file")
-    given = {name: getattr(options, name) for name in names}
-    asked = given | {"seeds": options.seeds}
+    asked = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in texts}
+    given = {key: value for key, value in asked.items() if key != "seeds"}
+    given["data"] = absolute_source(given["data"])
     if options.asked is not None:
         known = options.asked.lower().replace("params", "params_file").split()
         asked = {name: value for name, value in asked.items() if name in known}
-    given["data"] = absolute_source(given["data"])
     try:
         seeds = parse_seeds(options.seeds)
         if lost := unread(options.notebook, asked):

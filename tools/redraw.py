@@ -88,7 +88,7 @@ def main():
     execute.prepare_kernel_environment(jobs=1)
     execute.quiet_libraries(os.devnull)
     os.chdir(NOTEBOOKS)  # once: papermill would change it under another thread
-    failures, began, kernels = 0, time.monotonic(), []
+    failures, kernels = 0, []
 
     def start():
         thread.processes = []
@@ -103,7 +103,6 @@ def main():
             process.kill()
             process.wait()
         kernel.cleanup_connection_file()
-    print(f"{len(chosen)} notebooks: {time.monotonic() - began:.0f} s")
     return 1 if failures else 0
 
 

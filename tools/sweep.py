@@ -22,7 +22,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import environment  # tools/ is on the path: this file is run as a script
 import parameters
@@ -170,22 +169,20 @@ def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
     parallel, gpus = options.parallel or 1, options.gpus_per_node
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
+    visible = visible.split(",")
+    free = [",".join(visible[i * gpus : (i + 1) * gpus]) for i in range(parallel)]
     # jobs beside each other share the cores, and their bars would overwrite each other
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
     shared = {"OMP_NUM_THREADS": str(cores), "TQDM_DISABLE": "1"} | os.environ
-    free = SimpleQueue()
-    for slot in range(parallel):
-        free.put(",".join(visible.split(",")[slot * gpus : (slot + 1) * gpus]))
 
     def failed(job):
-        devices, command = free.get(), [sys.executable, *job.arguments]
         print(f"started  {job}", flush=True)
-        env = shared | {"CUDA_VISIBLE_DEVICES": devices}
-        status = subprocess.run(command, cwd=ROOT, env=env).returncode
-        free.put(devices)
-        if status:  # a signal is negative; of an error the job has said what it is
-            print(f"FAILED   {job}: exit status {status}", file=sys.stderr, flush=True)
-        return status != 0
+        devices, command = free.pop(), [sys.executable, *job.arguments]
+        done = subprocess.run(command, cwd=ROOT, env=shared | {"CUDA_VISIBLE_DEVICES": devices})
+        free.append(devices)
+        if done.returncode:  # of an error the job has said what it is; a signal is negative
+            print(f"FAILED   {job}: status {done.returncode}", file=sys.stderr, flush=True)
+        return done.returncode != 0
 
     with ThreadPoolExecutor(parallel) as pool:
         return sum(pool.map(failed, pending))
