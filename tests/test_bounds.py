@@ -31,7 +31,7 @@ from cll.bounds.linear import (
     dense_matrix,
     output_shape,
 )
-from cll.bounds.network import product, prove_chain
+from cll.bounds.network import prove_chain
 from cll.bounds.norm import confirm, enclose, first_bound, matrix_norm, scaled
 from cll.bounds.torch_layers import MAXIMA, NORMS
 from cll.bounds.trace import layer_inputs
@@ -285,14 +285,16 @@ def test_products_and_sums_of_bounds_at_the_edges_of_float64(branch, shortcut):
     nn.init.constant_(network.head.weight, 0.5)
     network.head.weight.data[1] = -0.5
     for method in PROOFS:
-        assert fraction(product(prove_chain(parts[0], (1,), method), method)) >= product
+        assert (
+            fraction(bounds.network.product(prove_chain(parts[0], (1,), method), method)) >= product
+        )
         assert fraction(operator_norm(Residual(*parts), (1,), method)) >= product + beside
         K = lipschitz_matrix(network, method)[0, 1].item()
         assert math.isnan(K) or fraction(K) >= product
-    power = product(prove_chain(parts[0], (1,), "power"), "power")
+    power = bounds.network.product(prove_chain(parts[0], (1,), "power"), "power")
     assert power < math.inf and fraction(power) <= product
     if product == 0:
-        assert product(prove_chain(parts[0], (1,), "guaranteed"), "guaranteed") == 0
+        assert bounds.network.product(prove_chain(parts[0], (1,), "guaranteed"), "guaranteed") == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -340,7 +342,7 @@ def test_a_joined_batch_norm_at_the_edges_of_float64():
     for method in PROOFS:
         assert operator_norm(joined(1e-180, 1e-180), (1,), method) > 0
         chained = nn.Sequential(joined(1e-180, 1e-180), scalar(1e300), scalar(1e60))
-        assert product(prove_chain(chained, (1,), method), method) >= 1
+        assert bounds.network.product(prove_chain(chained, (1,), method), method) >= 1
         with pytest.raises(ValueError, match="Linear.* overflows"):
             operator_norm(joined(1e180, 1e180), (1,), method)
     with pytest.raises(ValueError, match="BatchNorm1d.* no float64"):
