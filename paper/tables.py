@@ -16,11 +16,8 @@ from .style import BLUE, GRAY, GREEN, ORANGE, RED, SKY
 
 
 def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
-    """The runs of "table1" or "table2" in the paper's order: params/<table>/*.yaml times the seeds.
-
-    seeds: None takes those of the profile. rows, data, label: as `table_runs` takes them.
-    overrides: of parameters, such as device.
-    """
+    """The runs of params/<table>/, as `table_runs` chooses them. seeds: None takes those of the
+    profile. overrides: of parameters, such as device."""
     every = experiment_params(table, profile, seeds, **overrides)
     return table_runs(table, every, rows=rows, data=data, label=label)
 
@@ -28,49 +25,37 @@ def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
 def table_runs(table, runs, rows="", data="", label=""):
     """The runs of a table's rows in the paper's order, on other data where wanted.
 
-    table: "table1" or "table2". runs: parameter records of an experiment (experiment.Params), on
-    their own data. rows: row ids, as text "T2-05,T2-07" or a list; empty: all of them.
-    data, label: a source that replaces the runs' own, and its name. Where the label names a data
-    set of the tables, as "cifar10 (recovered)" does, the other data sets' runs keep their own.
-    Raises ValueError for a row that the table has not.
+    table: "table1" or "table2". runs: experiment.Params, on their own data. rows: row ids, as text
+    "T2-05,T2-07" or a list; empty: all of them. data, label: a source that replaces the runs' own,
+    and its name. Where the label names a data set of the tables, as "cifar10 (recovered)" does,
+    the other data sets' runs keep their own. Raises ValueError for a row that the table has not.
     """
-    source = published(table)
-    wanted = rows.replace(",", " ").split() if isinstance(rows, str) else list(rows)
-    for row_id in wanted:
-        _known_row(source, table, row_id)
-    named = [
-        name for name in records.CLASSES if records.plain_name(label) == records.plain_name(name)
-    ]
-    chosen = []
-    for row_id in source.index:
-        for run in runs:
-            if run.row != row_id or (wanted and row_id not in wanted):
-                continue
-            if (data or label) and (not named or source.loc[row_id, "dataset"] in named):
-                run = run.model_copy(update={"data": data or run.data, "label": label})
-            chosen.append(run)
+    rows = rows.replace(",", " ").split() if isinstance(rows, str) else rows
+    wanted = _rows(table, rows or None).index
+    named = [s for s in records.CLASSES if records.plain_name(label) == records.plain_name(s)]
+    update, chosen = {"label": label} | ({"data": data} if data else {}), []
+    for row_id, dataset in published(table)["dataset"].items():
+        of_row = [run for run in runs if run.row == row_id and row_id in wanted]
+        if (data or label) and (not named or dataset in named):
+            of_row = [run.model_copy(update=update) for run in of_row]
+        chosen += of_row
     return chosen
 
 
-def _known_row(source, table, row_id):
-    if row_id not in source.index:
-        raise ValueError(f"no row {row_id!r} in {table}; it has: {', '.join(source.index)}")
+def _rows(table, rows=None):
+    """Those rows of a published table in that order, default all. ValueError for an unknown one."""
+    source = published(table)
+    for row_id in rows or ():
+        if row_id not in source.index:
+            raise ValueError(f"no row {row_id!r} in {table}; it has: {', '.join(source.index)}")
+    return source if rows is None else source.loc[rows]
 
 
 def _reproduces(result, row):
     """Whether a run reproduces a published row; its epsilon and p must be the row's if those are
     sure, so that a changed parameter file does not pass for the published setting."""
-    if result.get("row") != row["row_id"]:
-        return False
     sure = [k for k in ("epsilon", "p") if k not in uncertain(row) and pd.notna(row[k])]
-    return all(np.isclose(result[key], row[key]) for key in sure)
-
-
-SHOWN = {
-    "guaranteed": "here, guaranteed",
-    "paper-style": "here, paper-style",
-    "local bounds": "here, local bounds (guaranteed)",
-}
+    return result.get("row") == row["row_id"] and all(np.isclose(result[k], row[k]) for k in sure)
 
 
 def comparison_table(results, table="table2", rows=None):
@@ -78,16 +63,13 @@ def comparison_table(results, table="table2", rows=None):
 
     results: result records. rows: row ids in the order wanted, default all of the table.
     Returns one line per published row, bound ("guaranteed", "paper-style", and "local bounds" where
-    a run has them) and column, with the columns row_id, dataset, method, model, literature
-    (whether the paper took the row from elsewhere), data, profile, epochs, bound, column, n
+    a run has them) and column, with literature (whether the paper took the row from elsewhere), n
     (seeds), mean, std (ddof 1; nan for n < 2), published, uncertain, difference (ours - published;
-    nan if the cell is uncertain or not printed, or if the data are not the paper's).
-    Percentages are in percent. A row that was not run has n = 0 and nan throughout.
+    nan if the cell is uncertain or not printed, or if the data are not the paper's). Accuracies and
+    tightness in percent. A row that was not run has n = 0 and nan throughout.
     """
-    source, lines = published(table), []
-    for row_id in source.index if rows is None else rows:
-        _known_row(source, table, row_id)
-        row = source.loc[row_id]
+    lines = []
+    for _, row in _rows(table, rows).iterrows():
         runs = [result for result in results if _reproduces(result, row)]
         comparable = bool(runs) and all(records.same_data(r, row["dataset"]) for r in runs)
         about = {key: row[key] for key in ("row_id", "dataset", "method", "model")}
@@ -98,96 +80,76 @@ def comparison_table(results, table="table2", rows=None):
         for bound in BOUNDS if local else BOUNDS[:2]:
             for column in COLUMNS:
                 values = np.array([records.in_paper_unit(r, column, bound) for r in runs], float)
-                mean = values.mean() if runs else np.nan
+                mean, unsure = values.mean() if runs else np.nan, column in uncertain(row)
                 line = about | {"bound": bound, "column": column, "n": len(runs)}
                 line |= {"mean": mean, "std": records.seed_std(values), "published": row[column]}
-                line["uncertain"] = column in uncertain(row)
-                compared = comparable and not line["uncertain"]
-                line["difference"] = mean - row[column] if compared else np.nan
-                lines.append(line)
+                difference = mean - row[column] if comparable and not unsure else np.nan
+                lines.append(line | {"uncertain": unsure, "difference": difference})
     return pd.DataFrame(lines)
 
 
 def _printed(cell):
     """A published cell as text: "–" if nothing is printed, a question mark if it is uncertain."""
-    if pd.isna(cell["published"]):
-        return "?" if cell["uncertain"] else "–"
-    return f"{cell['published']:.1f}" + "?" * bool(cell["uncertain"])
+    shown = cell_text(cell["published"]) + "?" * bool(cell["uncertain"])
+    return "?" if shown == "–?" else shown
 
 
 def display_table(comparison):
     """The frame of `comparison_table` for reading: strings, three or four lines per published row.
 
     "paper" as printed (? marks an uncertain cell, "literature" a row that the paper took from
-    elsewhere), then our mean ± std over the seeds with the guaranteed and with the paper-style
-    bound, and with local bounds where there are any; in brackets the difference from the printed
-    value. A row that was not run says so in one line.
+    elsewhere), then our mean ± std over the seeds with each bound; in brackets the difference from
+    the printed value. A row that was not run says so in one line.
     """
-    lines = []
-    for row_id in comparison["row_id"].drop_duplicates():
-        row = comparison[comparison["row_id"] == row_id]
-        first = row.iloc[0]
-        about = {"row": row_id} | first[["dataset", "model", "method"]].to_dict()
-        printed = row[row["bound"] == BOUNDS[0]].to_dict("records")
-        cells = {COLUMNS[cell["column"]][0]: _printed(cell) for cell in printed}
-        origin = "paper (literature)" if first["literature"] else "paper"
-        lines.append(about | {"source": origin, "seeds": ""} | cells)
-        if not first["n"]:
-            cells = dict.fromkeys(cells, "not run")
-            lines.append(about | {"source": "here", "seeds": "0"} | cells)
-            continue
-        for bound in row["bound"].drop_duplicates():
-            cells = row[row["bound"] == bound].set_index("column")[["mean", "std", "difference"]]
-            cells = {COLUMNS[column][0]: cell_text(*cell) for column, *cell in cells.itertuples()}
-            lines.append(about | {"source": SHOWN[bound], "seeds": str(first["n"])} | cells)
-    return pd.DataFrame(lines).set_index(["row", "dataset", "model", "method", "source"])
+    lines, index = {}, ["row_id", "dataset", "model", "method"]
+    for about, row in comparison.groupby(index, sort=False):
+        bounds, n = dict(list(row.groupby("bound", sort=False))), row["n"].iloc[0]
+        source = "paper (literature)" if row["literature"].iloc[0] else "paper"
+        lines[*about, source] = ["", *map(_printed, bounds[BOUNDS[0]].to_dict("records"))]
+        if not n:
+            lines[*about, "here"] = ["0", *["not run"] * len(COLUMNS)]
+        for bound, cells in bounds.items() if n else ():
+            source = f"here, {bound}" + " (guaranteed)" * (bound == "local bounds")
+            cells = cells[["mean", "std", "difference"]].to_numpy()
+            lines[*about, source] = [str(n), *itertools.starmap(cell_text, cells)]
+    index = pd.MultiIndex.from_tuples(lines, names=["row", *index[1:], "source"])
+    return pd.DataFrame(list(lines.values()), index, ["seeds", *COLUMNS.values()])
 
 
 def seed_table(comparison, bound="guaranteed"):
     """The frame of `comparison_table`, one line per row that was run: mean ± std over its seeds
     (ddof 1), as strings; the index names the row, n counts its seeds."""
     rows = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
-    cells = [cell_text(mean, std, digits=2) for mean, std in rows[["mean", "std"]].to_numpy()]
+    rows = rows.drop(columns="dataset").rename(columns={"row_id": "row", "data": "dataset"})
+    cells = [cell_text(*pair, digits=2) for pair in rows[["mean", "std"]].to_numpy()]
     about = ["row", "dataset", "model", "method", "n"]
-    rows = rows[["row_id", "data", "model", "method", "n", "column"]].assign(cell=cells)
-    rows = rows.set_axis([*about, "column", "cell"], axis=1)
-    rows = rows.pivot(index=about, columns="column", values="cell").reset_index(about[1:])
-    rows = rows.reindex(columns=[*about[1:], *COLUMNS]).rename_axis(columns=None)
-    return rows.rename(columns={column: name for column, (name, _) in COLUMNS.items()})
+    rows = rows.assign(cell=cells).pivot(index=about, columns="column", values="cell")
+    rows = rows.reindex(columns=[*COLUMNS]).rename(columns=COLUMNS)
+    return rows.rename_axis(columns=None).reset_index(about[1:])
 
 
 def attack_table(results):
     """Certificates between attacks: a tidy frame of raw numbers, a line per run and radius.
 
-    Columns row_id, dataset, model, method, seed, images (the first of the test split, which were
-    attacked), attack (its name), radius, and of those images in percent cra, cra_local (nan
-    without local bounds), attacked (right and not broken), clean; certified: how many of them the
-    larger bound certifies; broken: how many of those the attack broke. A run that was not attacked
-    has one line, of nan and 0.
+    images: how many were attacked, the first of the test split; of these in percent cra, cra_local
+    (nan without local bounds), attacked (right and not broken), clean; certified: how many of them
+    the larger bound certifies; broken: how many of those the attack broke. A run that was not
+    attacked has one line, of nan and 0.
     """
     lines = []
-    for result in results:
-        table = f"table{result['row'][1]}" if result["row"] else None
-        about = {
-            "row_id": result["row"] or result["name"],
-            "dataset": records.data_source(result),
-            "model": result["model"],
-            "method": published(table).loc[result["row"], "method"] if table else result["method"],
-            "seed": result["seed"],
-        }
-        attack = result.get("attack")
-        if not attack:
-            none = {"attack": "", "radius": "", "images": 0, "certified": 0, "broken": 0}
-            lines.append(about | none)
-            continue
-        about |= {"attack": attack["method"], "images": attack["images"]}
-        about |= {"clean": 100 * attack["clean"], "broken": attack["broken"]}
+    missing = {"method": "", "images": 0, "clean": np.nan, "broken": 0}
+    missing |= {"accuracy": {"": np.nan}, "cra": {"": np.nan}}
+    for r in results:
+        attack, row = r.get("attack") or missing, r["row"] or r["name"]
+        method = published(f"table{row[1]}").loc[row, "method"] if r["row"] else r["method"]
+        about = [row, records.data_source(r), r["model"], method, r["seed"], attack["method"]]
         for radius, accuracy in attack["accuracy"].items():
-            line = {"radius": radius, "cra": 100 * attack["cra"][radius]}
-            line["cra_local"] = 100 * attack.get("cra_local", {}).get(radius, np.nan)
-            best = attack.get("cra_local", attack["cra"])[radius]
-            line |= {"attacked": 100 * accuracy, "certified": round(best * attack["images"])}
-            lines.append(about | line)
+            cra = attack["cra"][radius]
+            local = attack.get("cra_local", {}).get(radius, np.nan)
+            shares = [100 * share for share in (cra, local, accuracy, attack["clean"])]
+            certified = round(np.nan_to_num(cra if np.isnan(local) else local) * attack["images"])
+            counts = [certified, attack["broken"]]
+            lines.append([*about, radius, attack["images"], *shares, *counts])
     names = ["row_id", "dataset", "model", "method", "seed", "attack", "radius", "images", "cra"]
     names += ["cra_local", "attacked", "clean", "certified", "broken"]
     return pd.DataFrame(lines, columns=names)
