@@ -193,6 +193,14 @@ def summary(results, by, values):
         yield line, runs
 
 
+def accuracies(name, radii=None):
+    """{"clean": ..., "CRA 36/255": ...}: functions of a record, in percent. name: "CRA {}"."""
+    values = {"clean": lambda r: 100 * r["clean"]}
+    for radius in radii or RADII.values():
+        values[name.format(radius)] = lambda r, of=radius: 100 * r["cra"].get(of, np.nan)
+    return values
+
+
 BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")}
 CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
 

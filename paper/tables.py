@@ -156,23 +156,20 @@ def attack_table(results):
 
 
 def display_attacks(table):
-    """The frame of `attack_table` for reading: strings, a line per row, means over its seeds.
-
-    A cell reads "CRA ≤ accuracy under attack", with local bounds "CRA ≤ CRA with local bounds ≤
-    accuracy under attack", in percent of the attacked images.
-    """
+    """The frame of `attack_table` for reading: strings, a line per row, means over its seeds. A
+    cell reads "CRA ≤ [CRA with local bounds ≤] accuracy under attack", in percent."""
     index = ["row_id", "dataset", "model", "method"]
     radii, lines = [r for r in table["radius"].unique() if r], []
     for about, runs in table.groupby(index, sort=False):
         attacked = runs[runs["images"] > 0]
         line = dict(zip(index, about, strict=True)) | {"seeds": str(attacked["seed"].nunique())}
-        line["images"] = ", ".join(map(str, attacked["images"].unique())) or "not run"
+        line["images"] = ", ".join(map(str, attacked["images"].unique()))
+        means = attacked.groupby("radius")[["cra", "cra_local", "attacked"]].mean()
         for radius in radii:
-            chain = attacked.loc[attacked["radius"] == radius, ["cra", "cra_local", "attacked"]]
-            chain = chain.mean().dropna()
-            line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(cell_text, chain)) or "not run"
-        line["clean %"] = cell_text(attacked["clean"].mean()) if len(attacked) else "not run"
-        lines.append(line)
+            chain = means.loc[radius].dropna() if radius in means.index else []
+            line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(cell_text, chain))
+        line["clean %"] = cell_text(attacked["clean"].mean()) * bool(len(attacked))
+        lines.append({name: text or "not run" for name, text in line.items()})
     shown = records.display_lines(lines, index, ["seeds", "images", "clean %"])
     return shown.rename_axis(["row", *index[1:]])
 
@@ -188,7 +185,7 @@ def attack_check(table):
     ordered &= attacked["attacked"].le(attacked["clean"])
     of_run = attacked.groupby(["row_id", "seed"])["broken"].max()
     count, broken = attacked["certified"].sum(), of_run.sum()
-    verdict = "no certified image broken" if not broken else f"{broken} CERTIFIED IMAGES BROKEN"
+    verdict = f"{broken} CERTIFIED IMAGES BROKEN" if broken else "no certified image broken"
     chain = "everywhere" if ordered.all() else f"NOT in {(~ordered).sum()} places"
     return (
         f"{verdict}: {count} certificates of {len(of_run)} run{'s' * (len(of_run) > 1)} attacked "
@@ -286,9 +283,7 @@ def seeds_figure(results):
 
     results: records, a line per name of run in the order given; runs of one seed are left out.
     """
-    measures = {"clean": lambda r: 100 * r["clean"]}
-    for name in RADII.values():
-        measures[f"CRA({name})"] = lambda r, name=name: 100 * r["cra"].get(name, np.nan)
+    measures = records.accuracies("CRA({})")
     rows = records.summary(results, {"row": lambda r: r["row"] or r["name"]}, measures)
     rows = [(line, runs) for line, runs in rows if len(runs) > 1]
     if not rows:
@@ -323,25 +318,22 @@ def cra_comparison(radii, results):
     panels = _panels(radii, results)
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    alone = len(panels) == 1
-    size = (6.4, 4) if alone else (2.7 * columns + 0.4, 2.7 * lines + 0.4)
+    size = (6.4, 4) if len(panels) == 1 else (2.7 * columns + 0.4, 2.7 * lines + 0.4)
     shared = {"sharex": True, "sharey": True, "squeeze": False}
     figure, axes = style.subplots(size, lines, columns, **shared)
     axes, marked, top = axes.flatten(), False, 0
-    for ax, (dataset, runs) in itertools.zip_longest(axes, panels, fillvalue=("", None)):
-        if runs is None:
-            ax.set_axis_off()
-            continue
-        marked |= _cra_panel(ax, runs)
-        top = max(top, _finish_panel(ax, dataset, [result for _, result, _ in runs]))
-    for i, ax in enumerate(axes[: len(panels)]):
+    for i, (dataset, runs) in enumerate(panels):
+        marked |= _cra_panel(axes[i], runs)
+        top = max(top, _finish_panel(axes[i], dataset, [result for _, result, _ in runs]))
         if i + columns >= len(panels):
-            ax.set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
-            ax.xaxis.set_tick_params(labelbottom=True)
+            axes[i].set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
+            axes[i].xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
-            ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
+            axes[i].set_ylabel("certified robust accuracy (%)\nguaranteed bound")
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
     axes[0].set(ylim=(0, top), yticks=range(0, 20 * int(min(top, 100) // 20) + 1, 20))
-    note = " · open marks: the paper's values" if marked else ""
+    note = " · open marks: the paper's values" * marked
     return style.titled(figure, style.drawn_caption(results) + note)
 
 
@@ -350,9 +342,7 @@ RADIUS_GRID = np.linspace(0, 1.25 * 108 / 255, 400)
 
 def _panels(radii, results):
     """[(data set, [(arrays, record, published row or None) of each run])], one per panel."""
-    rows, panels = {}, {}
-    for table in ("table1", "table2"):
-        rows |= {row_id: row for row_id, row in published(table).iterrows()}
+    rows, panels = dict(pd.concat(map(published, ("table1", "table2"))).iterrows()), {}
     names = [result["row"] or result["name"] for result in results]
     for name, (result, arrays) in records.first_of_each(names, results, radii).items():
         row = rows.get(name)
@@ -378,10 +368,8 @@ def _finish_panel(ax, dataset, results):
 
 
 def _cra_panel(ax, runs):
-    """Curves and marks of `cra_comparison`; returns whether the paper's values are marked.
-
-    runs: (arrays, record, published row or None) each.
-    """
+    """Curves and marks of `cra_comparison`; returns whether the paper's values are marked. runs:
+    (arrays, record, published row or None) each."""
     networks = {result["model"] for _, result, _ in runs}
     ours, others = (itertools.cycle(colors) for colors in ((BLUE, SKY), (ORANGE, RED, GRAY)))
     marked = False
@@ -391,8 +379,7 @@ def _cra_panel(ax, runs):
         color = next(ours if method == "CLL" else others)
         cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], RADIUS_GRID))
         label = method if row is None else row["method"]
-        if result["params"]["loss"].get("trades"):
-            label += "-TRADES"
+        label += "-TRADES" * bool(result["params"]["loss"].get("trades"))
         if len(networks) > 1:
             label += f", {model}"
         elif method == "CLL":
