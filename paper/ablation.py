@@ -105,12 +105,9 @@ def display_ablation(table):
 
 @style.of_runs
 def ablation_figure(table, title):
-    """What choices that the paper leaves open change: the frame of `ablation_table`.
-
-    A line per choice other than the usual one; points: clean accuracy and CRA minus those of the
-    usual choice, bars: both standard deviations over the seeds together. Crosses: the paper's
-    value minus that of the usual choice, where it is printed.
-    """
+    """The frame of `ablation_table`, a line per choice other than the usual one. Points: clean
+    accuracy and CRA minus those of the usual choice, bars: both standard deviations over the seeds
+    together. Crosses: the paper's value minus that of the usual choice, where it is printed."""
     others = table[~table["base"]]
     if others.empty:
         return ablation_figure([], title)  # which says so

@@ -66,9 +66,7 @@ def temperature_claims(results):
         np.ptp(frame[column]) if len(frame) > 2 else np.nan
         for frame, column in ((gloro, "cra"), (gloro, "clean"), (cll, "cra"))
     )
-    slope = np.nan
-    if len(gloro) > 2:
-        slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0]
+    slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
     claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
     yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
     claim = "S5: nor its clean accuracy (spread within a point)"
@@ -108,12 +106,10 @@ def temperature_figure(table, title):
     temperature, with the line K(f) ∝ t."""
     figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
     cll, gloro = (table[table["method"] == method] for method in ("CLL", "GloRo"))
-    for runs, color, marker, label in [
-        (cll, BLUE, "o", f"CLL, {len(cll)} values of p"),
-        (gloro, ORANGE, "^", f"GloRo, {len(gloro)} values of t"),
-    ]:
-        look = {"fmt": marker, "ms": 5, "lw": 1, "color": color, "label": label}
-        left.errorbar(runs["K_hf"], runs["cra"], runs["cra_std"], **look)
+    for runs, name, knob, look in ((cll, "CLL", "p", "o"), (gloro, "GloRo", "t", "^")):
+        look = {"fmt": look, "ms": 5, "lw": 1, "color": BLUE if knob == "p" else ORANGE}
+        label = f"{name}, {len(runs)} values of {knob}"
+        left.errorbar(runs["K_hf"], runs["cra"], runs["cra_std"], label=label, **look)
     left.plot(cll["K_hf"], cll["cra"], color=BLUE, lw=0.8, zorder=1)  # from much slack to little
     # away from the line, which rises from its first point
     ends = cll.iloc[[0, -1][: len(cll)]].to_dict("records")

@@ -106,23 +106,18 @@ def checklist(left):
     """
     on_print = pd.concat({name: judge(name, None)["verdict"] for name in ON_PRINT})
     on_print = on_print.replace("not run", "–")
-    lines, summary = [], []
-    blank = {"paper": "", "here": "–", "verdict": "not run", "about": ""}
-    for name, claim, tests in cited():
-        of_claim = []
-        for notebook, test in tests:
-            rows = left[(left["notebook"] == notebook) & (left["claim"] == test)][list(blank)]
-            printed = on_print.get((notebook, test), "–")
-            about = {"id": name, "test": test, "notebook": notebook, "printed": printed}
-            of_claim += [about | row for row in rows.to_dict("records") or [blank]]
-        verdicts = [line["verdict"] for line in of_claim]
-        printed = [line["printed"] for line in of_claim if line["printed"] != "–"]
-        joint = _joint(verdicts), _counted(verdicts), _joint(printed) if printed else "–"
-        summary.append([name, claim, *joint])
-        lines += of_claim
-    summary = pd.DataFrame(summary, columns=["id", "claim", "verdict", "tests", "printed"])
-    columns = ["id", "test", "notebook", "paper", "here", "verdict", "printed", "about"]
-    return summary.set_index("id"), pd.DataFrame(lines)[columns].set_index("id")
+    tests = [(name, claim, *test) for name, claim, tests in cited() for test in tests]
+    tests = pd.DataFrame(tests, columns=["id", "of", "notebook", "test"])
+    tests = tests.merge(left, "left", left_on=["notebook", "test"], right_on=["notebook", "claim"])
+    tests["claim"] = tests.pop("of")
+    tests = tests.fillna({"paper": "", "here": "–", "verdict": "not run", "about": ""})
+    keys = tests[["notebook", "test"]].itertuples(index=False, name=None)
+    tests["printed"] = [on_print.get(key, "–") for key in keys]
+    groups = tests.groupby(["id", "claim"], sort=False)
+    joint = {"verdict": groups["verdict"].agg(_joint), "tests": groups["verdict"].agg(_counted)}
+    summary = pd.DataFrame(joint | {"printed": groups["printed"].agg(_joint)})
+    columns = ["test", "notebook", "paper", "here", "verdict", "printed", "about"]
+    return summary.reset_index("claim"), tests.set_index("id")[columns]
 
 
 VERDICTS = {  # how a count names them, and the colour and hatch of a bar
@@ -135,9 +130,8 @@ REST = "not run, or digits"
 
 
 def _joint(verdicts):
-    worst = ["does not hold", "does not hold so far", "not run", "holds so far", "holds"]
-    known = [verdict if verdict in VERDICTS else "not run" for verdict in verdicts]
-    return min(known, key=worst.index)
+    worst = ["does not hold", "does not hold so far", "not run", "holds so far", "holds", "–"]
+    return min((v if v in worst else "not run" for v in verdicts), key=worst.index)
 
 
 def _counted(verdicts):
@@ -160,13 +154,12 @@ def claims_figure(summary, tests, title):
         ax.barh(range(len(n)), n, 0.72, start, color=color, hatch=hatch, ec="white", lw=0.6)
         boxes.append(Patch(fc=color, hatch=hatch, ec="white", label=kind))
         start = start + n
-    marks = {"ms": 6, "mec": "none", "ls": "", "clip_on": False}
     for verdict, marker, color in (("holds", "P", BLUE), ("does not hold", "X", RED)):
         at = np.flatnonzero(summary["printed"] == verdict)
-        place = {"transform": ax.get_yaxis_transform()}
-        ax.plot([-0.02] * len(at), at, marker, color=color, **marks, **place)
-    ax.plot([], [], "P", color=BLUE, ms=6, mec="none", label="printed numbers: hold")
-    ax.plot([], [], "X", color=RED, ms=6, mec="none", label="printed numbers: do not")
+        look = {"color": color, "ms": 6, "mec": "none", "clip_on": False}
+        look |= {"transform": ax.get_yaxis_transform()}
+        label = f"printed numbers: {VERDICTS[verdict][0]}"
+        ax.plot([-0.02] * len(at), at, marker, label=label, **look)
     short = (textwrap.shorten(claim, 94, placeholder=" …") for claim in summary["claim"])
     labels = [f"{name}   {claim}" for name, claim in zip(summary.index, short, strict=True)]
     ax.set_yticks(range(len(labels)), labels)

@@ -53,10 +53,8 @@ def plain_name(name):
 
 
 def same_data(result, dataset):
-    """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)".
-
-    A part of Tiny-ImageNet with fewer classes is another task.
-    """
+    """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)". Some
+    of Tiny-ImageNet's classes are another task."""
     classes = result.get("num_classes", CLASSES.get(dataset))
     return plain_name(result["data"]) == plain_name(dataset) and classes == CLASSES.get(dataset)
 
@@ -207,8 +205,7 @@ CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
 
 def runs_beside(sweep, name, profile, **overrides):
     """The runs of another experiment with the seeds of a sweep, list of experiment.Params."""
-    seeds = sorted({run.seed for run in sweep})
-    return experiment_params(name, profile, seeds, **overrides)
+    return experiment_params(name, profile, sorted({run.seed for run in sweep}), **overrides)
 
 
 def first_of_each(keys, results, things):
@@ -217,6 +214,15 @@ def first_of_each(keys, results, things):
     for key, *pair in zip(keys, results, things, strict=True):
         first.setdefault(key, tuple(pair))
     return first
+
+
+def power_law(x, y):
+    """(exponent, factor) of y = factor * x^exponent, by least squares of the logarithms; nan with
+    fewer than two values of x."""
+    if len(set(x)) < 2:
+        return np.nan, np.nan
+    exponent, factor = np.polyfit(np.log(x), np.log(y), 1)
+    return exponent, np.exp(factor)
 
 
 def train_cra(result):
@@ -243,9 +249,21 @@ def within_a_quarter(a, b):
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-def in_all(relation, *values):
-    """Whether every (ours, rival) of the flat list of values has the relation."""
-    return all(map(relation, values[::2], values[1::2]))
+RELATIONS = {  # of numbers of ours and of rivals, in all columns or in any
+    "above": (all, operator.gt),
+    "not below": (all, operator.ge),
+    "below": (all, operator.lt),
+    "close": (all, within_a_point),
+    "similar": (all, within_a_quarter),
+    "two points above somewhere": (any, lambda ours, rival: ours - rival >= 1.95),
+    "three percent above": (all, lambda a, b: a > b and (b == 0 or round(100 * a / b, 1) >= 103)),
+}
+
+
+def shows(relation, *values):
+    """Whether (ours, rival, ours, rival, ...) of several columns has a relation of RELATIONS."""
+    of, holds = RELATIONS[relation]
+    return of(map(holds, values[::2], values[1::2]))
 
 
 def markdown(frame):

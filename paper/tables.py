@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from cll.certify import cra_curve
 from cll.experiment.schema import experiment_params
 
 from . import records, style
-from .records import BOUNDS, COLUMNS, RADII, cell_text, in_all, published, uncertain
+from .records import BOUNDS, COLUMNS, RADII, cell_text, published, uncertain
 from .style import BLUE, GRAY, GREEN, ORANGE, RED, SKY
 
 
@@ -62,11 +61,10 @@ def comparison_table(results, table="table2", rows=None):
     """Published rows beside our runs of them: a tidy frame of raw numbers.
 
     results: result records. rows: row ids in the order wanted, default all of the table.
-    Returns one line per published row, bound ("guaranteed", "paper-style", and "local bounds" where
-    a run has them) and column, with literature (whether the paper took the row from elsewhere), n
-    (seeds), mean, std (ddof 1; nan for n < 2), published, uncertain, difference (ours - published;
-    nan if the cell is uncertain or not printed, or if the data are not the paper's). Accuracies and
-    tightness in percent. A row that was not run has n = 0 and nan throughout.
+    Returns a line per published row, bound (of BOUNDS) and column, with literature (whether the
+    paper took the row from elsewhere), n (seeds), mean, std (ddof 1), published, uncertain,
+    difference (ours - published; nan if the cell is uncertain or not printed, or if the data are
+    not the paper's). Accuracies and tightness in percent. A row that was not run has n = 0.
     """
     lines = []
     for _, row in _rows(table, rows).iterrows():
@@ -129,13 +127,10 @@ def seed_table(comparison, bound="guaranteed"):
 
 
 def attack_table(results):
-    """Certificates between attacks: a tidy frame of raw numbers, a line per run and radius.
-
-    images: how many were attacked, the first of the test split; of these in percent cra, cra_local
-    (nan without local bounds), attacked (right and not broken), clean; certified: how many of them
-    the larger bound certifies; broken: how many of those the attack broke. A run that was not
-    attacked has one line, of nan and 0.
-    """
+    """Certificates between attacks, a line per run and radius. images: how many were attacked, the
+    first of the test split; of these in percent cra, cra_local (nan without local bounds), attacked
+    (right and not broken), clean; certified: how many of them the larger bound certifies; broken:
+    how many of those the attack broke. A run that was not attacked has one line, of nan and 0."""
     lines = []
     missing = {"method": "", "images": 0, "clean": np.nan, "broken": 0}
     missing |= {"accuracy": {"": np.nan}, "cra": {"": np.nan}}
@@ -193,48 +188,34 @@ def attack_check(table):
     )
 
 
-CRA = ("cra_36", "cra_72", "cra_108")
-RELATIONS = {
-    "above": operator.gt,
-    "not below": operator.ge,
-    "below": operator.lt,
-    "close": records.within_a_point,
-    "similar": records.within_a_quarter,
-}
+def _every_pair(table, frame, columns, shows):
+    """What `claims.judge` needs of a claim about all pairs of a table: a pair that lacks a number
+    leaves no verdict, unless the paper does not print it."""
+    judged = {}
+    for pair in published("pairs").query("table == @table").to_dict("records"):
+        keys = itertools.product(columns, (pair["ours"], pair["baseline"]))
+        cells = frame.loc[[(row, column) for column, row in keys]]
+        if cells["published"].notna().all() and not cells["uncertain"].any():
+            known = np.isfinite(cells["mean"]).all()
+            judged[pair["pair"]] = float(shows(*cells["mean"])) if known else np.nan
+
+    def counted(*shown):
+        failing = ", ".join(pair for pair, yes in zip(judged, shown, strict=True) if not yes)
+        return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
+
+    return "consistently", counted, list(judged.values()), lambda *shown: all(shown)
 
 
-def _gains_two_points(*values):
-    return max(a - b for a, b in zip(values[::2], values[1::2], strict=True)) >= 1.95
-
-
-# of all pairs of published/pairs.csv: id, claim, columns, whether (ours, baseline, ...) shows it
-EVERY_PAIR = [
-    ("cra", "CLL certifies more at every radius", CRA, functools.partial(in_all, operator.gt)),
-    ("two-points", "two points more CRA at some radius", CRA, _gains_two_points),
-    ("clean", "clean accuracy not below", ["clean"], operator.ge),
-    ("K_hf", "a larger K(h∘f)", ["k_hf"], operator.gt),
-    ("tightness", "a tighter bound", ["tightness"], operator.gt),
-]
-
-
-def _every_pair(table, frame):
-    """One claim a line about all pairs of a table; a pair that lacks a number leaves no verdict,
-    unless the paper does not print it."""
-    pairs = published("pairs").query("table == @table")[["pair", "ours", "baseline"]].to_numpy()
-    for name, claim, columns, shows in EVERY_PAIR:
-        judged = {}
-        for pair, ours, baseline in pairs:
-            cells = [frame.loc[(row, column)] for column in columns for row in (ours, baseline)]
-            if all(pd.notna(cell["published"]) and not cell["uncertain"] for cell in cells):
-                means = [cell["mean"] for cell in cells]
-                judged[pair] = float(shows(*means)) if np.isfinite(means).all() else np.nan
-
-        def counted(*shown, pairs=tuple(judged)):
-            failing = ", ".join(pair for pair, yes in zip(pairs, shown, strict=True) if not yes)
-            return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
-
-        values, claim = list(judged.values()), f"every pair: {claim}"
-        yield f"pairs-{name}", claim, "consistently", counted, values, lambda *shown: all(shown)
+def _row_and_rivals(frame, ours, rivals, columns, shows):
+    """What `claims.judge` needs of a claim about a row and the best of others, by column."""
+    printed, values = [], []
+    for column in columns:
+        cell, others = frame.loc[(ours, column)], frame.loc[[(row, column) for row in rivals]]
+        best = others.iloc[np.argmax(others["published"].fillna(-np.inf))]
+        printed.append(f"{_printed(cell)} vs {_printed(best)}")
+        # a rival that was not run leaves no verdict
+        values += [cell["mean"], others["mean"].max(skipna=False)]
+    return ", ".join(printed), ", ".join(["{:.1f} vs {:.1f}"] * len(columns)), values, shows
 
 
 def table_claims(table, results):
@@ -243,19 +224,14 @@ def table_claims(table, results):
     if results is None:  # the printed numbers are judged, where they are sure
         frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
-    yield from _every_pair(table, frame)
     for said in published("table_claims").query("table == @table").to_dict("records"):
-        printed, values = [], []
-        ours, columns = said["row_id"], said["columns"].split()
-        for column in columns:
-            rivals = [frame.loc[(row, column)] for row in said["rivals"].split()]
-            best = max(rivals, key=lambda cell: np.nan_to_num(cell["published"], nan=-np.inf))
-            printed.append(f"{_printed(frame.loc[(ours, column)])} vs {_printed(best)}")
-            # the maximum of an array with nan is nan: a rival that was not run leaves no verdict
-            values += [frame.loc[(ours, column), "mean"], np.max([cell["mean"] for cell in rivals])]
-        form = ", ".join(["{:.1f} vs {:.1f}"] * len(columns))
-        holds = functools.partial(in_all, RELATIONS[said["relation"]])
-        yield said["id"], said["claim"], ", ".join(printed), form, values, holds
+        columns, shows = said["columns"].split(), functools.partial(records.shows, said["relation"])
+        if said["row_id"] == "every pair":
+            judged = _every_pair(table, frame, columns, shows)
+        else:
+            rivals = said["rivals"].split()
+            judged = _row_and_rivals(frame, said["row_id"], rivals, columns, shows)
+        yield said["id"], said["claim"], *judged
     yield _sizes(results or []) if table == "table1" else _largest_gain(frame["mean"])
 
 
@@ -279,10 +255,8 @@ def _largest_gain(means):
 
 @style.styled
 def seeds_figure(results):
-    """How far the seeds of each run lie apart: clean accuracy and CRA of each minus their mean.
-
-    results: records, a line per name of run in the order given; runs of one seed are left out.
-    """
+    """How far the seeds of each row or name of run lie apart: clean accuracy and CRA of each minus
+    their mean. Runs of one seed are left out."""
     measures = records.accuracies("CRA({})")
     rows = records.summary(results, {"row": lambda r: r["row"] or r["name"]}, measures)
     rows = [(line, runs) for line, runs in rows if len(runs) > 1]
@@ -310,10 +284,9 @@ FAMILIES = {"SOC": "LipConv", "CPL": "CPL", "SLL": "SLL", "LBDN": "Sandwich"}
 def cra_comparison(radii, results):
     """Certified robust accuracy against the radius, a panel per data set and family of networks.
 
-    radii: the arrays of radii.npz (radius, correct) of each run; results: the runs' records. Of
-    several seeds the first one given is drawn. CLL is solid, GloRo or the family's own baseline
-    dashed, Local-Lip-B dotted. Open marks: the paper's values, for runs that reproduce a row of
-    its tables on its data; only where they are printed and sure.
+    radii: the arrays of radii.npz of each record in results. Of several seeds the first one given
+    is drawn. CLL is solid, GloRo or the family's own baseline dashed, Local-Lip-B dotted. Open
+    marks: the paper's values, where the run has its data and they are printed and sure.
     """
     panels = _panels(radii, results)
     columns = min(4, len(panels))
