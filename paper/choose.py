@@ -62,11 +62,9 @@ def temperature_claims(results):
     """What the paper says of temperature without calibration, see `claims.judge`."""
     table = temperature_table(results)
     gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
-    cra, clean, slack = (
-        np.ptp(frame[column]) if len(frame) > 2 else np.nan
-        for frame, column in ((gloro, "cra"), (gloro, "clean"), (cll, "cra"))
-    )
+    cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2
     slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
+    slack = np.ptp(cll["cra"]) if len(cll) > 2 else np.nan
     claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
     yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
     claim = "S5: nor its clean accuracy (spread within a point)"
@@ -115,8 +113,8 @@ def temperature_figure(table, title):
     ends = cll.iloc[[0, -1][: len(cll)]].to_dict("records")
     for end, offset, side in zip(ends, [(9, -3), (0, 7)], ["left", "center"], strict=False):
         style.note_at(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
-    left.margins(0.14)
     left.set(xscale="log", xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
+    left.margins(0.14)
     gloro = gloro.sort_values("t")
     right.loglog(gloro["t"], gloro["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
     if len(gloro):

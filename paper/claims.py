@@ -98,11 +98,10 @@ def read_claims(folder):
 def checklist(left):
     """The paper's claims and the tests of each: (summary, tests), two frames.
 
-    left: the frame of `read_claims`. tests has a line per claim and test; printed is the verdict on
-    the paper's own numbers, "–" where there are none. summary has a line per claim: verdict, tests
-    ("2 hold, 1 do not, 3 not run"), printed. A claim holds if every test of it does, does not hold
-    if any does not, and is not run otherwise; with runs on shortened schedules either is so "so
-    far". One test with several runs, as on images and on two moons, counts for each.
+    left: the frame of `read_claims`. printed: the verdict on the paper's own numbers, "–" where
+    there are none. A claim holds if every test of it does, does not hold if any does not, and is
+    not run otherwise; with runs on shortened schedules either is so "so far". One test with several
+    runs, as on images and on two moons, counts for each.
     """
     on_print = pd.concat({name: judge(name, None)["verdict"] for name in ON_PRINT})
     on_print = on_print.replace("not run", "–")

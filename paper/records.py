@@ -61,8 +61,7 @@ def same_data(result, dataset):
 
 def data_source(result):
     """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
-    classes = {plain_name(name): count for name, count in CLASSES.items()}
-    whole = classes.get(plain_name(result["data"]))
+    whole = {plain_name(name): n for name, n in CLASSES.items()}.get(plain_name(result["data"]))
     seen = result.get("num_classes", whole)
     return result["data"] + f" ({seen} of {whole} classes)" * (seen != whole and whole is not None)
 

@@ -106,8 +106,7 @@ def gain_table(table):
 
 def over_margin(table):
     """The lines of `sweep_table` over the margin, CLL's at p = 0.3, by method and epsilon."""
-    at = table["p"].isna() | np.isclose(table["p"], 0.3)
-    return table[at].set_index(["method", "epsilon"])
+    return table[table["p"].isna() | np.isclose(table["p"], 0.3)].set_index(["method", "epsilon"])
 
 
 def display_gains(gains):
@@ -161,7 +160,7 @@ def figure5(results):
     figure, axes = style.subplots((10, 3.1), 1, 4)
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], TRUE_MARGIN)]
     _accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
-    _over_margin(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
+    _margin_curves(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
     style.log_y(axes[2])
     low, high = axes[2].get_ylim()
     titles = ["slack, CLL at ε = 0.15", "certified accuracy", "K", "tightness"]
@@ -178,7 +177,7 @@ def figure5(results):
     return style.titled(figure, records.caption(results, tightness=True) + marks)
 
 
-def _over_margin(axes, table, printed):
+def _margin_curves(axes, table, printed):
     """The curves of figure 5 over the margin, and what is printed of them: rings and smaller
     squares, so that neither hides the other."""
     sweep = over_margin(table).sort_values("epsilon").reset_index()
@@ -190,12 +189,14 @@ def _over_margin(axes, table, printed):
         for ax, (column, as_printed) in zip(axes[1:], columns, strict=True):
             label = f"{method}, $K^{{(f)}}$" if column == "K_f" else method
             ax.plot(ours["epsilon"], ours[column], label=label, **curve)
-            ax.plot(paper["epsilon"], paper[as_printed], **mark)
+            if len(paper):
+                ax.plot(paper["epsilon"], paper[as_printed], **mark)
         if method == "CLL":
             at = np.linspace(0.13, 1.3, 100)
             law = [1 / float(cll_scale(float(e), 0.3)) for e in at]
             axes[2].plot(at, law, color=BLUE, ls=":", label="CLL, $K^{(h∘f)}$")
-            paper = paper.dropna(subset=["clean"])
+        paper = paper.dropna(subset=["clean", "p"])  # at the margin of the left panel, with slack
+        if len(paper):
             axes[0].plot(paper["p"], paper["clean"], **OPEN, marker="^", mec=GREEN, ms=6)
             axes[0].plot(paper["p"], paper["cra_at_eps"], **mark)
 

@@ -22,12 +22,12 @@ def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
 
 
 def table_runs(table, runs, rows="", data="", label=""):
-    """The runs of a table's rows in the paper's order, on other data where wanted.
+    """The runs (experiment.Params) of rows of "table1" or "table2" in the paper's order.
 
-    table: "table1" or "table2". runs: experiment.Params, on their own data. rows: row ids, as text
-    "T2-05,T2-07" or a list; empty: all of them. data, label: a source that replaces the runs' own,
-    and its name. Where the label names a data set of the tables, as "cifar10 (recovered)" does,
-    the other data sets' runs keep their own. Raises ValueError for a row that the table has not.
+    rows: row ids, as text "T2-05,T2-07" or a list; empty: all of them. data, label: a source that
+    replaces the runs' own, and its name. Where the label names a data set of the tables, as
+    "cifar10 (recovered)" does, the other data sets' runs keep their own. Raises ValueError for a
+    row that the table has not.
     """
     rows = rows.replace(",", " ").split() if isinstance(rows, str) else rows
     wanted = _rows(table, rows or None).index
