@@ -33,14 +33,12 @@ def temperature_table(results):
     """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
     CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
-    by = {key: operator.itemgetter(key) for key in ("method", "p")}
-    by["t"] = lambda r: r["params"]["loss"].get("temperature")
+    by = records.BY_MARGIN | {"t": lambda r: r["params"]["loss"].get("temperature")}
     values = {"clean": lambda r: 100 * r["train_clean"], "cra": records.train_cra}
     lines = [line for line, _ in records.summary(results, by, values | records.CONSTANTS)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
     table = pd.DataFrame(lines, columns=names)
-    order = ["method", "t", "p"]
-    return table.sort_values(order, ascending=[True, False, False], ignore_index=True)
+    return table.sort_values(names[:3], ascending=[True, False, False], ignore_index=True)
 
 
 def display_temperature(table):

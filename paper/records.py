@@ -218,7 +218,7 @@ def first_of_each(keys, results, things):
 def power_law(x, y):
     """(exponent, factor) of y = factor * x^exponent, by least squares of the logarithms; nan with
     fewer than two values of x."""
-    if len(set(x)) < 2:
+    if pd.Series(x).nunique() < 2:
         return np.nan, np.nan
     exponent, factor = np.polyfit(np.log(x), np.log(y), 1)
     return exponent, np.exp(factor)

@@ -68,7 +68,7 @@ def sweep_table(results):
     names += ["clean_std", "cra_std", "cra_published", "difference"]
     table = pd.DataFrame(lines, columns=names)
     table = table.astype(dict.fromkeys(names[1:4] + names[5:], float))
-    return table.sort_values(["method", "epsilon", "p", "lambda"], ignore_index=True)
+    return table.sort_values(names[:4], ignore_index=True)
 
 
 def display_sweep(table):
