@@ -36,12 +36,11 @@ def ablation_table(results):
     """Runs that differ in a choice which the paper leaves open: a tidy frame.
 
     results: records; of each network, method and p the first one given has the choice that the
-    other notebooks make. Returns one line per network, p, choice and measure (clean, and CRA at
-    each radius of the tables; of two moons the training points' CRA at the training margin): the
-    columns model ("4C3F", "4C3F, GloRo"), p (nan without), choice ("offset = one-sided", what
-    differs from the others), base (whether it is the usual one), n (seeds), measure, mean, std,
-    difference (from the usual choice; nan for itself) and published (nan where nothing is printed,
-    or on other data). In percent.
+    other notebooks make. Returns one line per model ("4C3F", "4C3F, GloRo"), p, choice ("offset =
+    one-sided", what differs from the others) and measure (clean, and CRA at each radius of the
+    tables; of two moons the training points' CRA at the training margin), with base (whether the
+    choice is the usual one), n (seeds), mean, std, difference (from the usual choice; nan for
+    itself) and published (nan where nothing is printed, or on other data). In percent.
     """
     groups, lines = {}, []
     for r in results:
@@ -60,11 +59,10 @@ def ablation_table(results):
                 for key in keys
                 if base or loss[key] != usual[key]
             )
-            about = {"model": model, "p": p, "choice": choice, "base": base, "n": line["n"]}
             for name in measures:
-                cell = {"measure": name, "mean": line[name], "std": line[f"{name}_std"]}
-                cell["difference"] = np.nan if base else line[name] - usual_line[name]
-                lines.append(about | cell | {"published": printed[name]})
+                difference = np.nan if base else line[name] - usual_line[name]
+                cell = [name, line[name], line[f"{name}_std"], difference, printed[name]]
+                lines.append([model, p, choice, base, line["n"], *cell])
     names = ["model", "p", "choice", "base", "n", "measure", "mean", "std", "difference"]
     return pd.DataFrame(lines, columns=[*names, "published"])
 
@@ -77,9 +75,7 @@ def _measures(results):
         slack = pd.to_numeric(moons["p_code"], errors="coerce")
         row = moons[np.isclose(slack, results[0]["p"])]
         return {name: records.train_cra}, {name: row["cra_printed"].iloc[0] if len(row) else np.nan}
-    measures = {"clean": lambda r: 100 * r["clean"]}
-    for radius in RADII.values():
-        measures[f"CRA {radius}"] = lambda r, radius=radius: 100 * r["cra"][radius]
+    measures = records.accuracies("CRA {}")
     rows = [r["row"] for r in results if r.get("row")]
     if not rows:
         return measures, dict.fromkeys(measures, np.nan)
@@ -90,33 +86,28 @@ def _measures(results):
 
 
 def display_ablation(table):
-    """The frame of `ablation_table` for reading: a line per choice, a column per measure, mean ±
-    std over the seeds, in brackets the difference from the usual choice; then what is printed."""
+    """The frame of `ablation_table` for reading: a line per choice, a column per measure, with the
+    difference from the usual choice in brackets; then what is printed."""
     lines = []
     for (model, p), group in table.groupby(["model", "p"], sort=False, dropna=False):
         about = {"network": model, "p": or_dash("g", p)}
         for (choice, base), cells in group.groupby(["choice", "base"], sort=False):
             line = about | {"choice": choice + " (usual)" * base, "seeds": str(cells["n"].iloc[0])}
-            for c in cells.to_dict("records"):
-                cell = cell_text(c["mean"], c["std"], c["difference"], digits=2)
-                line[f"{c['measure']} %"] = cell
+            for _, c in cells.iterrows():
+                cell = c["mean"], c["std"], c["difference"]
+                line[f"{c['measure']} %"] = cell_text(*cell, digits=2)
             lines.append(line)
-        printed = group.drop_duplicates("measure")
-        if printed["published"].notna().any():
-            cells = zip(printed["measure"], printed["published"], strict=True)
-            cells = {f"{measure} %": cell_text(value) for measure, value in cells}
-            lines.append(about | {"choice": "paper", "seeds": ""} | cells)
+        printed = dict(zip(group["measure"] + " %", group["published"].map(cell_text), strict=True))
+        if group["published"].notna().any():
+            lines.append(about | {"choice": "paper", "seeds": ""} | printed)
     return records.display_lines(lines, ["network", "p", "choice"], ["seeds"])
 
 
 @style.of_runs
 def ablation_figure(table, title):
-    """What choices that the paper leaves open change: the frame of `ablation_table`.
-
-    A line per choice other than the usual one; points: clean accuracy and CRA minus those of the
-    usual choice, bars: both standard deviations over the seeds together. Crosses: the paper's
-    value minus that of the usual choice, where it is printed.
-    """
+    """The frame of `ablation_table`, a line per choice other than the usual one. Points: clean
+    accuracy and CRA minus those of the usual choice, bars: both standard deviations over the seeds
+    together. Crosses: the paper's value minus that of the usual choice, where it is printed."""
     others = table[~table["base"]]
     if others.empty:
         return ablation_figure([], title)  # which says so

@@ -33,14 +33,12 @@ def temperature_table(results):
     """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
     CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
-    by = {"method": operator.itemgetter("method"), "p": operator.itemgetter("p")}
-    by |= {"t": lambda r: r["params"]["loss"].get("temperature")}
+    by = records.BY_MARGIN | {"t": lambda r: r["params"]["loss"].get("temperature")}
     values = {"clean": lambda r: 100 * r["train_clean"], "cra": records.train_cra}
     lines = [line for line, _ in records.summary(results, by, values | records.CONSTANTS)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
     table = pd.DataFrame(lines, columns=names)
-    order = ["method", "t", "p"]
-    return table.sort_values(order, ascending=[True, False, False], ignore_index=True)
+    return table.sort_values(names[:3], ascending=[True, False, False], ignore_index=True)
 
 
 def display_temperature(table):
@@ -62,13 +60,9 @@ def temperature_claims(results):
     """What the paper says of temperature without calibration, see `claims.judge`."""
     table = temperature_table(results)
     gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
-    cra, clean, slack = (
-        np.ptp(frame[column]) if len(frame) > 2 else np.nan
-        for frame, column in ((gloro, "cra"), (gloro, "clean"), (cll, "cra"))
-    )
-    slope = np.nan
-    if len(gloro) > 2:
-        slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0]
+    cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2
+    slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
+    slack = np.ptp(cll["cra"]) if len(cll) > 2 else np.nan
     claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
     yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
     claim = "S5: nor its clean accuracy (spread within a point)"
@@ -82,54 +76,43 @@ def temperature_claims(results):
 @style.of_runs
 def temperature_planes(results, models, dataset):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
-    slack from much to little.
-
-    results, models, dataset: records of runs at one margin, their networks, their data. Of several
-    seeds the first one given is drawn.
-    """
+    slack from much to little. results, models, dataset: records of runs at one margin, their
+    networks, their data. Of several seeds the first one given is drawn."""
     keys = [(r["method"], r["p"] or r["params"]["loss"]["temperature"]) for r in results]
     first = records.first_of_each(keys, results, models)
     lines = [sorted((key for key in first if key[0] == m), reverse=True) for m in ("GloRo", "CLL")]
     columns = max(map(len, lines))
     figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
-    for row, line, name in zip(axes, lines, "tp", strict=True):
-        for ax, key in itertools.zip_longest(row, line):
-            if key is None:
-                ax.set_visible(False)
-                continue
+    for row, line, name, method in zip(axes, lines, "tp", ("GloRo", "CLL"), strict=True):
+        for ax, key in zip(row, line, strict=False):
             result, model = first[key]
             plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key[1]:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
-    for ax, method in zip(axes[:, 0], ("GloRo", "CLL"), strict=True):
-        ax.set_ylabel(f"{method}\n$x_2$ (input units)")
+        for ax in row[len(line) :]:
+            ax.set_visible(False)
+        row[0].set_ylabel(f"{method}\n$x_2$ (input units)")
     return style.titled(figure, style.drawn_caption(results))
 
 
 @style.styled
 def temperature_figure(table, title):
-    """Certified accuracy and K over what is meant to be the slack: the frame of
-    `temperature_table`.
-
-    Left: CRA against K(h∘f). A knob that gives slack moves a system along; one that does not leaves
-    it where it is. Right: K(f) of GloRo against its temperature, with the line K(f) ∝ t.
-    """
+    """The frame of `temperature_table`. Left: CRA against K(h∘f); a knob that gives slack moves a
+    system along, one that does not leaves it where it is. Right: K(f) of GloRo against its
+    temperature, with the line K(f) ∝ t."""
     figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
     cll, gloro = (table[table["method"] == method] for method in ("CLL", "GloRo"))
-    for runs, color, marker, label in [
-        (cll, BLUE, "o", f"CLL, {len(cll)} values of p"),
-        (gloro, ORANGE, "^", f"GloRo, {len(gloro)} values of t"),
-    ]:
-        look = {"fmt": marker, "ms": 5, "lw": 1, "color": color, "label": label}
-        left.errorbar(runs["K_hf"], runs["cra"], runs["cra_std"], **look)
+    for runs, name, knob, look in ((cll, "CLL", "p", "o"), (gloro, "GloRo", "t", "^")):
+        look = {"fmt": look, "ms": 5, "lw": 1, "color": BLUE if knob == "p" else ORANGE}
+        label = f"{name}, {len(runs)} values of {knob}"
+        left.errorbar(runs["K_hf"], runs["cra"], runs["cra_std"], label=label, **look)
     left.plot(cll["K_hf"], cll["cra"], color=BLUE, lw=0.8, zorder=1)  # from much slack to little
     # away from the line, which rises from its first point
     ends = cll.iloc[[0, -1][: len(cll)]].to_dict("records")
     for end, offset, side in zip(ends, [(9, -3), (0, 7)], ["left", "center"], strict=False):
         style.note_at(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
-    left.set_xscale("log")
+    left.set(xscale="log", xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
     left.margins(0.14)
-    left.set(xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
     gloro = gloro.sort_values("t")
     right.loglog(gloro["t"], gloro["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
     if len(gloro):
@@ -144,12 +127,9 @@ def temperature_figure(table, title):
 
 @style.of_runs
 def choose_figure(results, title, evaluate=TRUE_MARGIN):
-    """Two moons over the margin and the slack of the training: three maps of test numbers.
-
-    results: records of CLL runs over epsilon and p, means over seeds. Left: clean accuracy; middle:
-    CRA at the margin that a run was trained for; right: CRA at `evaluate`, the same for all. The
-    best as printed is bold.
-    """
+    """Two moons over the margin and the slack of the training, CLL: maps of clean accuracy, of CRA
+    at the margin that a run was trained for, and of CRA at `evaluate`, the same for all, on test
+    points, means over the seeds. The best as printed is bold."""
     measures = {
         "clean %": lambda r: 100 * r["clean"],
         "CRA at the training ε, %": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"],
@@ -176,13 +156,8 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
 
 @style.of_runs
 def slack_curves(results, title):
-    """Images over slack: clean accuracy and CRA at each radius, and K(h∘f), against p.
-
-    results: records of CLL runs at one margin.
-    """
-    measures = {"clean": lambda r: 100 * r["clean"]}
-    for name in results[0]["cra"]:
-        measures[f"CRA({name})"] = lambda r, name=name: 100 * r["cra"][name]
+    """Images over slack, CLL at one margin: clean accuracy, CRA at each radius, and K(h∘f)."""
+    measures = records.accuracies("CRA({})", results[0]["cra"])
     values = measures | {"K_hf": operator.itemgetter("K_hf")}
     table = records.summary(results, {"p": operator.itemgetter("p")}, values)
     table = pd.DataFrame(line for line, _ in table).sort_values("p")
@@ -191,11 +166,9 @@ def slack_curves(results, title):
     looks = itertools.chain([(GREEN, "o-")], looks)
     for name, (color, line) in zip(measures, looks, strict=False):
         left.plot(table["p"], table[name], line, color=color, ms=4, label=name)
-    left.set_ylabel("test images, %")
     left.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
     right.plot(table["p"], table["K_hf"], "o-", color=BLUE, ms=4)
-    right.set_ylabel("$K^{(h∘f)}$")
-    for ax in (left, right):
+    for ax, label in ((left, "test images, %"), (right, "$K^{(h∘f)}$")):
+        ax.set(xlabel="slack p", ylabel=label)
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("slack p")
     return style.titled(figure, title)

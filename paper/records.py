@@ -7,6 +7,7 @@ text says of the tables. A column `uncertain` names the cells that did not survi
 Published accuracies are in percent; result records (see experiment.run) hold fractions.
 """
 
+import collections
 import operator
 import re
 from pathlib import Path
@@ -19,41 +20,31 @@ from cll.experiment.schema import experiment_params
 TRUE_MARGIN = 0.15  # two moons: arcs 0.5 apart, noise discs of radius 0.1: half of the 0.3 between
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny-ImageNet": 200}  # of the tables' data sets
 RADII = {"cra_36": "36/255", "cra_72": "72/255", "cra_108": "108/255"}
-COLUMNS = {  # of tables 1 and 2, in the paper's order: heading, factor from our unit to the paper's
-    "clean": ("clean %", 100),
-    "cra_36": ("CRA 36/255 %", 100),
-    "cra_72": ("CRA 72/255 %", 100),
-    "cra_108": ("CRA 108/255 %", 100),
-    "k_f": ("K(f)", 1),
-    "k_hf": ("K(h∘f)", 1),
-    "tightness": ("tightness %", 100),
-}
+COLUMNS = {"clean": "clean %"} | {column: f"CRA {radius} %" for column, radius in RADII.items()}
+COLUMNS |= {"k_f": "K(f)", "k_hf": "K(h∘f)", "tightness": "tightness %"}  # of tables 1 and 2
 BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it was computed
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams"; what
-    the text says of the tables, "table_claims"; "pairs": CLL beside the loss that the same network
-    was published with.
+    """published/<table>.csv as a frame: the printed numbers of "table1", "table2", "figure5" and
+    "two_moons"; "pairs": CLL beside the loss that the same network was published with;
+    "table_claims": what the text says of the tables, a row, the rows that it is compared with (the
+    best of them, column by column), the columns and the relation that must hold in each of them.
 
-    One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
-    a row, the rows that it is compared with (the best of them, column by column), the columns, the
-    relation that must hold in each of them, and the claim. Raises ValueError for another name.
+    One with row_id ("T2-05") is indexed by it. Raises ValueError for another name.
     """
-    folder = Path(__file__).parent / "published"
-    if table not in (names := sorted(path.stem for path in folder.glob("*.csv"))):
-        raise ValueError(f"no published table {table!r}; there are: {', '.join(names)}")
-    frame = pd.read_csv(folder / f"{table}.csv")
+    files = {path.stem: path for path in (Path(__file__).parent / "published").glob("*.csv")}
+    if table not in files:
+        raise ValueError(f"no published table {table!r}; there are: {', '.join(sorted(files))}")
+    frame = pd.read_csv(files[table])
     return frame.set_index("row_id", drop=False) if "row_id" in frame else frame
 
 
 def uncertain(row):
     """Names of the columns of a published row that must not be compared, as a set."""
     notes = row.get("uncertain")
-    if not isinstance(notes, str):
-        return set()
-    listed = [note.partition(":")[0] for note in notes.split(";")]
-    return {name.strip() for names in listed for name in names.split(",")}
+    listed = notes.split(";") if isinstance(notes, str) else []
+    return {name.strip() for note in listed for name in note.partition(":")[0].split(",")}
 
 
 def plain_name(name):
@@ -62,28 +53,24 @@ def plain_name(name):
 
 
 def same_data(result, dataset):
-    """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)".
-
-    A part of Tiny-ImageNet with fewer classes is another task.
-    """
+    """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)". Some
+    of Tiny-ImageNet's classes are another task."""
     classes = result.get("num_classes", CLASSES.get(dataset))
     return plain_name(result["data"]) == plain_name(dataset) and classes == CLASSES.get(dataset)
 
 
 def data_source(result):
     """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
-    classes = {plain_name(name): count for name, count in CLASSES.items()}
-    whole = classes.get(plain_name(result["data"]))
+    whole = {plain_name(name): n for name, n in CLASSES.items()}.get(plain_name(result["data"]))
     seen = result.get("num_classes", whole)
     return result["data"] + f" ({seen} of {whole} classes)" * (seen != whole and whole is not None)
 
 
 def in_paper_unit(result, column, bound):
     """Our value in the paper's unit; nan where the record has none."""
-    style = "_paper_style" if bound == "paper-style" else ""
+    style = {"paper-style": "_paper_style", "local bounds": "_local"}.get(bound, "")
     if column in RADII:
-        values = result.get("cra_local") if bound == "local bounds" else result["cra" + style]
-        value = (values or {}).get(RADII[column])
+        value = (result.get("cra" + style) or {}).get(RADII[column])
     elif column == "clean":
         value = result["clean"]
     elif bound == "local bounds":  # K differs from sample to sample
@@ -94,7 +81,8 @@ def in_paper_unit(result, column, bound):
             value = value * result["K_f" + style] / result["K_f"]
     else:
         value = result.get({"k_f": "K_f", "tightness": "tightness"}[column] + style)
-    return np.nan if value is None else COLUMNS[column][1] * value
+    unit = 100 if COLUMNS[column].endswith("%") else 1
+    return np.nan if value is None else unit * value
 
 
 def shortened(result):
@@ -113,19 +101,15 @@ def _listed(values):
 
 
 def caption(results, tightness=False):
-    """One line for a table or figure: profile, data source, number of seeds, epochs, caveats;
-    tightness: also that its search was shorter than the published one.
-
-    Says "6 of 801 epochs" where the schedule was shortened, which networks are smaller than the
-    paper's, that enlarged digits are no CIFAR-10, and "trained in bfloat16".
-    """
+    """One line for a table or figure: profile, data source, number of seeds, epochs ("6 of 801"
+    where the schedule was shortened), then which networks are smaller than the paper's, that
+    enlarged digits are no CIFAR-10, and "trained in bfloat16"; tightness: also that its search was
+    shorter than the published one."""
     results = list(results)
     if not results:
         return "no finished run"
-    seeds = {}
-    for r in results:
-        seeds.setdefault(r["name"], set()).add(r["seed"])
-    counts = [len(of_run) for of_run in seeds.values()]
+    pairs = {(r["name"], r["seed"]) for r in results}
+    counts = collections.Counter(name for name, _ in pairs).values()
     epochs = _range([r["epochs"] for r in results])
     if any(map(shortened, results)):
         epochs += f" of {_range([r['published_epochs'] or r['epochs'] for r in results])}"
@@ -135,22 +119,19 @@ def caption(results, tightness=False):
         f"{_range(counts)} seed{'s' * (max(counts) > 1)}",
         f"{epochs} epochs",
         *_caveats(results),
+        tightness_note(results) if tightness else "",
     ]
-    if tightness and (note := tightness_note(results)):
-        parts.append(note)
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
 def _caveats(results):
     """Smaller networks, enlarged digits, rounded training: what the runs have of these."""
     reduced = {}
     for r in results:
-        factors = {k: f for k, f in (r.get("size") or {}).items() if f != 1}
-        if factors:
-            size = ", ".join(f"{factor} {value:g}" for factor, value in factors.items())
-            reduced.setdefault(size, []).append(r["model"])
-    if reduced:
-        sizes = [f"{size} of {_listed(models)}" for size, models in reduced.items()]
+        size = [f"{factor} {by:g}" for factor, by in (r.get("size") or {}).items() if by != 1]
+        reduced.setdefault(", ".join(size), []).append(r["model"])
+    sizes = [f"{size} of {_listed(models)}" for size, models in reduced.items() if size]
+    if sizes:
         yield f"networks at reduced size ({'; '.join(sizes)})"
     digits = [r.get("input_shape", (3, 32, 32)) for r in results if r["data"] == "digits"]
     if digits:
@@ -165,15 +146,14 @@ def _caveats(results):
 
 def tightness_note(results):
     """How far the tightness search went, where it was shorter than the published one, else ""."""
-    searches = {
-        (t["pairs"], t["steps"]): None
+    searches = [
+        f"{t['pairs']} pairs x {t['steps']} steps"
         for t in (r["params"]["tightness"] for r in results)
         if t and t["method"] == "optimized" and (t["pairs"] < 4000 or t["steps"] < 1000)
-    }
-    if not searches:
-        return ""
-    listed = " or ".join(f"{pairs} pairs x {steps} steps" for pairs, steps in searches)
-    return f"tightness: a search of {listed}, not 4000 x 1000 as published; longer finds more"
+    ]
+    listed = " or ".join(dict.fromkeys(searches))
+    note = f"tightness: a search of {listed}, not 4000 x 1000 as published; longer finds more"
+    return note if searches else ""
 
 
 def cell_text(mean, std=np.nan, difference=np.nan, digits=1):
@@ -210,14 +190,21 @@ def summary(results, by, values):
         yield line, runs
 
 
+def accuracies(name, radii=None):
+    """{"clean": ..., "CRA 36/255": ...}: functions of a record, in percent. name: "CRA {}"."""
+    values = {"clean": lambda r: 100 * r["clean"]}
+    for radius in radii or RADII.values():
+        values[name.format(radius)] = lambda r, of=radius: 100 * r["cra"].get(of, np.nan)
+    return values
+
+
 BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")}
 CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
 
 
 def runs_beside(sweep, name, profile, **overrides):
     """The runs of another experiment with the seeds of a sweep, list of experiment.Params."""
-    seeds = sorted({run.seed for run in sweep})
-    return experiment_params(name, profile, seeds, **overrides)
+    return experiment_params(name, profile, sorted({run.seed for run in sweep}), **overrides)
 
 
 def first_of_each(keys, results, things):
@@ -226,6 +213,15 @@ def first_of_each(keys, results, things):
     for key, *pair in zip(keys, results, things, strict=True):
         first.setdefault(key, tuple(pair))
     return first
+
+
+def power_law(x, y):
+    """(exponent, factor) of y = factor * x^exponent, by least squares of the logarithms; nan with
+    fewer than two values of x."""
+    if pd.Series(x).nunique() < 2:
+        return np.nan, np.nan
+    exponent, factor = np.polyfit(np.log(x), np.log(y), 1)
+    return exponent, np.exp(factor)
 
 
 def train_cra(result):
@@ -252,9 +248,21 @@ def within_a_quarter(a, b):
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-def in_all(relation, *values):
-    """Whether every (ours, rival) of the flat list of values has the relation."""
-    return all(map(relation, values[::2], values[1::2]))
+RELATIONS = {  # of numbers of ours and of rivals, in all columns or in any
+    "above": (all, operator.gt),
+    "not below": (all, operator.ge),
+    "below": (all, operator.lt),
+    "close": (all, within_a_point),
+    "similar": (all, within_a_quarter),
+    "two points above somewhere": (any, lambda ours, rival: ours - rival >= 1.95),
+    "three percent above": (all, lambda a, b: a > b and (b == 0 or round(100 * a / b, 1) >= 103)),
+}
+
+
+def shows(relation, *values):
+    """Whether (ours, rival, ours, rival, ...) of several columns has a relation of RELATIONS."""
+    of, holds = RELATIONS[relation]
+    return of(map(holds, values[::2], values[1::2]))
 
 
 def markdown(frame):
@@ -271,10 +279,8 @@ def markdown(frame):
 
 
 def save_table(raw, shown, path, caption):
-    """Write path.csv (raw numbers) and path.md (the table as shown, with its caption).
-
-    path: without suffix; missing folders are made. Returns `shown`, for display.
-    """
+    """Write path.csv (raw numbers) and path.md (the table as shown, with its caption); missing
+    folders are made. Returns `shown`, for display."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     raw.to_csv(f"{path}.csv", index=any(raw.index.names))

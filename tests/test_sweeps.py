@@ -5,14 +5,13 @@ import pytest
 from exhibits import line, snapshots, sweep_record, texts
 
 from paper.claims import judge
-from paper.records import published
+from paper.records import power_law, published
 from paper.sweeps import (
     convergence_figure,
     display_gains,
     figure5,
     gain_table,
     lambda_figure,
-    lambda_slope,
     reached,
     sweep_table,
 )
@@ -123,7 +122,8 @@ def test_seeds_are_averaged_and_digits_are_not_compared():
 
 def test_slope_of_lambda_and_the_flat_range():
     runs = [sweep_record(lam=lam, K_f=0.7 * lam**-0.5) for lam in (1e-6, 1e-5, 1e-4, 1e-3)]
-    assert lambda_slope(sweep_table(runs)) == pytest.approx((-0.5, 0.7))
+    table = sweep_table(runs)
+    assert power_law(table["lambda"], table["K_f"]) == pytest.approx((-0.5, 0.7))
     assert set(judge("lambda_sweep", runs)["verdict"]) == {"holds"}
     runs[1] |= {"clean": 0.5}  # leaves 1e-4 to 1e-3: one decade
     claims = judge("lambda_sweep", runs)
