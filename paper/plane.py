@@ -17,7 +17,7 @@ class Plane(NamedTuple):
     """A network on the plane and its training points: enough to draw it at any margin.
 
     x, y: axes of a grid around the points. difference: f_1 - f_0 on the grid (y, x).
-    points (N, 2), targets (N,), logits (N, 2). K (2, 2): the guaranteed bound.
+    points (N, 2), targets (N,), logits (N, 2) of the network. K (2, 2): its guaranteed bound.
     """
 
     x: np.ndarray
@@ -27,6 +27,7 @@ class Plane(NamedTuple):
     targets: torch.Tensor
     logits: torch.Tensor
     K: torch.Tensor
+    network: torch.nn.Module
 
     @property
     def output(self):
@@ -50,14 +51,13 @@ def on_grid(network, dataset, resolution=201):
     f = predict_logits(network, torch.cartesian_prod(x, y))
     difference = (f[:, 1] - f[:, 0]).reshape(len(x), len(y)).T.numpy()
     targets, logits = torch.as_tensor(dataset.train_targets), predict_logits(network, points)
-    return Plane(
-        x.numpy(), y.numpy(), difference, points, targets, logits, lipschitz_matrix(network)
-    )
+    answers = points, targets, logits, lipschitz_matrix(network)
+    return Plane(x.numpy(), y.numpy(), difference, *answers, network)
 
 
 @styled
 def panel(ax, plane, epsilon):
-    """One network as the paper draws it, a `Plane` on matplotlib Axes; returns its CRA and K.
+    """One network as the paper draws it, a `Plane` on matplotlib Axes.
 
     Black: decision boundary. Grey band: where the certified radius is below epsilon. Red crosses:
     points that are wrong or not certified at epsilon. Corners: CRA(epsilon) of these points, in
@@ -82,7 +82,6 @@ def panel(ax, plane, epsilon):
     ax.text(0.02, 0.02, f"CRA {100 * cra:.2f} %", va="bottom", **corner)
     ax.text(0.02, 0.98, f"K {K:.{int(K < 100)}f}", va="top", **corner)
     ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
-    return {"cra": cra, "K": K}
 
 
 def grid(shape, size):

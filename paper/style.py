@@ -86,12 +86,6 @@ def log_y(ax):
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def radius_value(radius):
-    """0.141... from "36/255"."""
-    top, _, bottom = str(radius).partition("/")
-    return float(top) / float(bottom or 1)
-
-
 def radius_label(result):
     space = "the plane" if result["data"] == "two_moons" else "pixels in [0, 1]"
     return f"certified radius (L2 distance, {space})"

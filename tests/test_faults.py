@@ -1,7 +1,7 @@
 """The corpus of counter-examples: what published code certifies falsely, and this kit does not.
 
-Every entry of `soundness.gallery` is checked against its witness; below stand the cases that a single
-network does not show. Faults that cannot occur by construction: 11 (no code of this kit chooses a
+Every entry of `soundness.gallery` is checked against its witness; below stand the cases that a
+single network does not show. Faults that cannot occur by construction: 11 (no code of this kit chooses a
 checkpoint), 15 (radii are written k/255), 20 (all factors of K stand in `lipschitz_matrix`).
 """
 
@@ -32,10 +32,23 @@ BY_NUMBER = {fault.number: fault for fault in GALLERY}
 every_fault = pytest.mark.parametrize("fault", GALLERY, ids=lambda f: f"{f.number:02d}")
 
 
+def holds(fault, value):
+    """Whether a value of the fault's kind is a true statement; a refusal states nothing false."""
+    if isinstance(value, str):
+        return True
+    if fault.kind == "norm":
+        return value >= fault.truth * (1 - 1e-12)  # the truth was computed in float64
+    if fault.kind == "effect":
+        return abs(value - fault.truth) <= 1e-6 * fault.truth
+    if fault.kind == "accuracy":
+        return value <= fault.truth + 1e-9  # sums of ten thousand probabilities
+    return value <= fault.truth
+
+
 @every_fault
 def test_published_claim_is_false_and_ours_is_true(fault):
-    assert not fault.holds(fault.claim), "not a counter-example"
-    assert fault.holds(fault.ours), f"this kit says {fault.ours}, true is {fault.truth}"
+    assert not holds(fault, fault.claim), "not a counter-example"
+    assert holds(fault, fault.ours), f"this kit says {fault.ours}, true is {fault.truth}"
 
 
 @torch.no_grad()
@@ -116,7 +129,7 @@ def test_03_estimates_of_training_stay_out_of_certificates():
 
 
 def test_05_settled_layers_do_not_expand():
-    layers, _ = faults.convex_potential_stack(3)
+    layers = faults.convex_potential_stack(3)
     network = LipschitzNet(nn.Sequential(*layers), nn.Linear(10, 2), (10,))
     assert faults.bound(network.body, (10,)) > 1.03
     network.settle()
