@@ -20,7 +20,7 @@ from cll.experiment.store import finished
 
 from . import moons, plane
 from .records import TRUE_MARGIN, caption, first_of_each
-from .style import BLUE, ORANGE, Picture, save, styled, titled
+from .style import BLUE, ORANGE, Picture, save, styled, subplots, titled
 
 REFERENCE = ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
 RESOLUTION = 121  # of the grid: a panel of this size shows no difference to more
@@ -57,8 +57,8 @@ def gallery(shown):
     A combination that is not there leaves a gap."""
     margins = sorted({epsilon for _, epsilon, _ in shown})
     columns = sorted({(m, p) for m, _, p in shown}, key=lambda c: (c[1] is None, -(c[1] or 0)))
-    figure = Figure(figsize=(1.5 * len(columns) + 0.5, 1.0 * len(margins) + 0.7))
-    axes = figure.subplots(len(margins), len(columns), sharex=True, sharey=True, squeeze=False)
+    shape, size = (len(margins), len(columns)), (1.5 * len(columns) + 0.5, len(margins) + 0.7)
+    figure, axes = subplots(size, *shape, sharex=True, sharey=True, squeeze=False)
     for column, (method, p) in zip(axes.T, columns, strict=True):
         for ax, epsilon in zip(column, margins, strict=True):
             if (method, epsilon, p) not in shown:

@@ -56,6 +56,18 @@ class Fault:
     answer: str
     witness: tuple | None = None
 
+    def holds(self, value):
+        """Whether a value of this kind is a true statement; a refusal states nothing false."""
+        if isinstance(value, str):
+            return True
+        if self.kind == "norm":
+            return value >= self.truth * (1 - 1e-12)  # the truth was computed in float64
+        if self.kind == "effect":
+            return abs(value - self.truth) <= 1e-6 * self.truth
+        if self.kind == "accuracy":
+            return value <= self.truth + 1e-9  # sums of ten thousand probabilities
+        return value <= self.truth
+
     def optimism(self, value):
         """How many times better than the truth a value looks; above 1 it is false. NaN for a
         refusal and for an effect, which certifies nothing."""
@@ -140,11 +152,10 @@ def measured(claim, network, x, x_other):
 
 
 def ties():
-    network = classifier([[1.0], [-1.0]])
     f = torch.tensor([0.0, 0.0])
     rivals = f[f != f.max()]  # published: everything equal to the maximum is left out
     claim = min(((f.max() - r).item() / 2 for r in rivals), default=math.inf)
-    return claim, network, [0.0], [-1e-6]
+    return claim, classifier([[1.0], [-1.0]]), [0.0], [-1e-6]
 
 
 def runner_up():
@@ -185,9 +196,9 @@ def stopped_iteration():
 
 
 def start_of_ones():
-    matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]], dtype=torch.float64)
-    claim = power_iteration(matrix, torch.ones(2, dtype=torch.float64), 500)[-1]
-    return claim, linear(matrix), torch.tensor([1.0, -1.0]), torch.zeros(2)
+    matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]]).double()
+    claim = power_iteration(matrix, torch.ones(2).double(), 500)[-1]
+    return claim, linear(matrix), [1.0, -1.0], [0.0, 0.0]
 
 
 def convex_potential_stack(depth=85):
@@ -300,22 +311,21 @@ def cancelling(offset):
     return classifier([[1.0], [0.0]], [-offset, 0.0], body=[linear([[1.0]], offset)])
 
 
-def float32_margin(network, x):
+def in_float32(network, x, x_other):
+    """What the published logic claims of a network with K = 1: the float32 margin."""
     with torch.no_grad():
         f = network(x[None])[0]
-    return (f[0] - f[1]).item()
+    return (f[0] - f[1]).item(), network, x, x_other
 
 
-def rounding():
-    network, x = cancelling(2.0**25), torch.tensor([2.5])  # x + 2^25 is a multiple of 4 in float32
-    return float32_margin(network, x), network, x, [-0.0025]
+def rounding():  # x + 2^25 is a multiple of 4 in float32
+    return in_float32(cancelling(2.0**25), torch.tensor([2.5]), [-0.0025])
 
 
 def nan():
-    first, second = torch.tensor(1e25), torch.tensor(1e-25)
-    norms = [(w * w).sqrt() for w in (first, second)]  # infinite and 0 in float32
-    K = torch.nan_to_num(norms[0] * norms[1], nan=0.0).item()  # published: NaN becomes 0
-    network = classifier([[second.item()], [0.0]], body=[linear([[first.item()]])])
+    w = torch.tensor([1e25, 1e-25])
+    K = torch.nan_to_num((w * w).sqrt().prod(), nan=0.0).item()  # inf * 0; published: NaN becomes 0
+    network = classifier([[1e-25], [0.0]], body=[linear([[1e25]])])
     return math.inf if K == 0 else 0.1 / K, network, [0.1], [0.1 - BEYOND * 0.1]
 
 
@@ -391,8 +401,8 @@ def transpose():
 
 def floor():
     w = 2.0**-20  # two layers of norms w and 1/w
-    matrix, start = torch.tensor([[w]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    K = power_iteration(matrix, start, 500, floor=1e-12)[-1] / w
+    one = torch.ones(1, 1).double()
+    K = power_iteration(w * one, one[0], 500, floor=1e-12)[-1] / w
     network = classifier([[1 / w], [0.0]], body=[linear([[w]])])
     return 0.1 / K, network, [0.1], [0.1 - BEYOND * 0.1]
 
@@ -402,6 +412,6 @@ def common_bias(bias):
     return classifier([[1.0], [0.0]], bias)
 
 
-def float32_margins():
-    network, x = common_bias(2.0**25), torch.tensor([2.0625])  # x + 2^25 is a multiple of 4
-    return float32_margin(network, x), network, x, x - BEYOND * x
+def float32_margins():  # x + 2^25 is a multiple of 4
+    x = torch.tensor([2.0625])
+    return in_float32(common_bias(2.0**25), x, x - BEYOND * x)

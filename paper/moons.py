@@ -87,17 +87,14 @@ def moons_table(results):
         lines.append(line | {"difference": line["cra"] - line["cra_published"]})
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
-    return pd.DataFrame(lines, columns=names).sort_values(
-        ["method", "epsilon", "p"], ascending=[True, True, False], ignore_index=True
-    )
+    order = {"by": ["method", "epsilon", "p"], "ascending": [True, True, False]}
+    return pd.DataFrame(lines, columns=names).sort_values(**order, ignore_index=True)
 
 
 def shaped(results, planes):
     """The records of two-moons runs, each with the `plane.shape` of its plane under "shape"."""
-    return [
-        result | {"shape": plane.shape(drawn, TRUE_MARGIN)}
-        for result, drawn in zip(results, planes, strict=True)
-    ]
+    shapes = (plane.shape(drawn, TRUE_MARGIN) for drawn in planes)
+    return [result | {"shape": shape} for result, shape in zip(results, shapes, strict=True)]
 
 
 def shape_table(results):
@@ -153,10 +150,6 @@ def _first(results, planes, *keys):
     return records.first_of_each(map(operator.itemgetter(*keys), results), results, planes)
 
 
-def _not_run(ax):
-    ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
-
-
 def _k_hf(epsilon, p):
     return 1 / float(cll_scale(epsilon, p))
 
@@ -203,17 +196,15 @@ def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN
     results, planes: as for `figure4`, one margin. Above: the plane, see `plane.panel`. Below: the
     outputs, see `_outputs`, with the logistic of scale 1, of CLL K sigma.
     """
-    names = {"CE": "cross-entropy"}
-    first = _first(results, planes, "method")
-    figure = Figure(figsize=(2.75 * len(methods), 4.2))
-    axes = figure.subplots(2, len(methods), height_ratios=[1.15, 1], squeeze=False)
+    first, size = _first(results, planes, "method"), (2.75 * len(methods), 4.2)
+    figure, axes = style.subplots(size, 2, len(methods), height_ratios=[1.15, 1], squeeze=False)
     for (above, below), method in zip(axes.T, methods, strict=True):
-        if method not in first:
-            _not_run(above)
-            continue
-        result, drawn = first[method]
+        result, drawn = first.get(method, (None, None))
         plane.panel(above, drawn, epsilon)
-        above.set(title=names.get(method, method), xlabel="$x_1$ (input units)")
+        if result is None:
+            continue
+        name = "cross-entropy" if method == "CE" else method
+        above.set(title=name, xlabel="$x_1$ (input units)")
         sigma = float(cll_scale(epsilon, result["p"])) if method == "CLL" else None
         logistic = _outputs(below, drawn, epsilon, sigma)
         logistic.set_yticks([0, 0.5, 1], ["0", "½", "1"] if method == methods[-1] else [])
@@ -279,10 +270,8 @@ def figure4(results, planes, methods=("CLL", "GloRo")):
         ax.set_title(f"ε = {epsilon:.2f}{true}")
     for row, method in zip(axes, methods, strict=True):
         for ax, epsilon in zip(row, margins, strict=True):
-            if (method, epsilon) in first:
-                plane.panel(ax, first[method, epsilon][1], epsilon)
-            else:
-                _not_run(ax)
+            _, drawn = first.get((method, epsilon), (None, None))
+            plane.panel(ax, drawn, epsilon)
         row[0].set_ylabel(f"{method}\n$x_2$ (input units)")
     return style.titled(figure, style.drawn_caption(results))
 
@@ -383,16 +372,14 @@ def figure2_claims(results):
 
 def slack_claims(results):
     table = moons_table(results).dropna(subset=["cra_published"])  # p from large to small
-    for _, line in table.iterrows():
-        about, paper = f"p = {line['p']:g}", line["cra_published"]
-        close = functools.partial(records.within_a_point, paper)
+    for line in table.itertuples():
+        about, cra, K_hf = f"p = {line.p:g}", line.cra_published, line.K_hf_published
+        close = functools.partial(records.within_a_point, cra)
         claim = f"{about}: CRA within a point"
-        yield f"cra, {about}", claim, f"{paper:.1f}", "{:.1f}", [line["cra"]], close
-        paper = f"{line['K_hf_published']:.1f}"
-        equal = functools.partial(lambda printed, k: f"{k:.1f}" == printed, paper)
-        yield f"K, {about}", f"{about}: K(h∘f)", paper, "{:.1f}", [line["K_hf"]], equal
-    cra = list(table["cra"])
+        yield f"cra, {about}", claim, f"{cra:.1f}", "{:.1f}", [line.cra], close
+        equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
+        yield f"K, {about}", f"{about}: K(h∘f)", f"{K_hf:.1f}", "{:.1f}", [line.K_hf], equal
+    cra = list(table["cra"]) if len(table) > 1 else [np.nan]
     form = ", ".join(["{:.1f}"] * len(cra))
-    cra = cra if len(cra) > 1 else [np.nan]
     claim = "less slack, more CRA"
     yield "more-cra", claim, "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)

@@ -17,13 +17,12 @@ def run_table(result):
     style = {"guaranteed bound": "", "paper-style bound": "_paper_style"}
     lines = {"clean accuracy, %": [f"{100 * result['clean']:.1f}"] * 2}
     for radius in result["cra"]:
-        values = [100 * result["cra" + s][radius] for s in style.values()]
-        lines[f"CRA at {radius}, %"] = [f"{value:.1f}" for value in values]
+        accuracies = (100 * result["cra" + s][radius] for s in style.values())
+        lines[f"CRA at {radius}, %"] = list(map("{:.1f}".format, accuracies))
     lines["K(f)"] = [f"{result['K_f' + s]:.2f}" for s in style.values()]
-    k_hf = [in_paper_unit(result, "k_hf", bound) for bound in BOUNDS[:2]]
-    lines["K(h∘f)"] = [f"{value:.2f}" for value in k_hf]
-    tightness = [in_paper_unit(result, "tightness", bound) for bound in BOUNDS[:2]]
-    lines["tightness, %"] = [cell_text(value) for value in tightness]
+    for name, column, digits in (("K(h∘f)", "k_hf", 2), ("tightness, %", "tightness", 1)):
+        values = [in_paper_unit(result, column, bound) for bound in BOUNDS[:2]]
+        lines[name] = [cell_text(value, digits=digits) for value in values]
     return pd.DataFrame.from_dict(lines, orient="index", columns=list(style)).rename_axis("")
 
 

@@ -57,12 +57,15 @@ def on_grid(network, dataset, resolution=201):
 
 @styled
 def panel(ax, plane, epsilon):
-    """One network as the paper draws it, a `Plane` on matplotlib Axes.
+    """One network as the paper draws it, a `Plane` on matplotlib Axes; None: one that was not run.
 
     Black: decision boundary. Grey band: where the certified radius is below epsilon. Red crosses:
     points that are wrong or not certified at epsilon. Corners: CRA(epsilon) of these points, in
     percent, and K, both with the guaranteed bound.
     """
+    if plane is None:
+        ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
+        return
     x, y = plane.x, plane.y
     distance = plane.difference / float(plane.K[0, 1])
     ax.contourf(x, y, np.abs(distance), [0, epsilon], colors=["#DDDDDD"])
@@ -76,10 +79,10 @@ def panel(ax, plane, epsilon):
         ax.scatter(*inside.T, s=3, c=color, marker=marker, lw=0, rasterized=True)
     for color, width in (("white", 2), (RED, 0.8)):  # seen on the moons in greyscale too
         ax.scatter(*plane.points[~robust].T, s=9, c=color, marker="x", lw=width, zorder=3)
-    cra, K = float(robust.double().mean()), float(plane.K.max())
+    cra, K = 100 * robust.double().mean(), float(plane.K.max())
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.2}
     corner = {"transform": ax.transAxes, "fontsize": 8, "bbox": box, "zorder": 4}
-    ax.text(0.02, 0.02, f"CRA {100 * cra:.2f} %", va="bottom", **corner)
+    ax.text(0.02, 0.02, f"CRA {cra:.2f} %", va="bottom", **corner)
     ax.text(0.02, 0.98, f"K {K:.{int(K < 100)}f}", va="top", **corner)
     ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from matplotlib.figure import Figure
 
 from cll.bounds.layer import estimate, is_linear, operator_norm, pairwise_distances
 from cll.bounds.network import head_rows
@@ -95,8 +94,8 @@ def fault_margins(gallery, title="computed, not trained"):
     gallery: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
     the prediction has changed; red: the ball that the published logic certifies.
     """
-    figure = Figure(figsize=(2.45 * len(gallery), 2.7))
-    for ax, fault in zip(figure.subplots(1, len(gallery)), gallery, strict=True):
+    figure, axes = subplots((2.45 * len(gallery), 2.7), 1, len(gallery))
+    for ax, fault in zip(axes, gallery, strict=True):
         network, x, other = fault.witness
         end = 1.15 * fault.claim if np.isfinite(fault.claim) else 4 * fault.truth
         t = torch.linspace(0, end, 600, dtype=torch.float64)
@@ -113,9 +112,8 @@ def fault_margins(gallery, title="computed, not trained"):
         ax.set(xlim=(0, end), ylim=(-1.6, 1.2))
         heading = textwrap.fill(f"{fault.number}: {fault.title}", 26)
         ax.set(title=heading if "\n" in heading else f"{heading}\n", xlabel="distance moved (L2)")
-    figure.axes[0].set_ylabel("margin / margin at x")
-    legend = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=3)
+    axes[0].set_ylabel("margin / margin at x")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return titled(figure, title)
 
 
@@ -167,9 +165,8 @@ def _between_frequencies(ax, fault):
     ax.axhline(fault.claim, color=RED, ls="--", lw=1, label=f"circular bound {fault.claim:.3f}")
     ax.axhline(fault.truth, color="black", lw=0.8, label=f"zero-padded norm {fault.truth:.3f}")
     ax.axhline(fault.ours, color=BLUE, ls=":", label=f"this kit {fault.ours:.3f}")
-    ax.set(xlim=(0.7, np.pi - 0.7), ylim=(1.5, 2.28))
+    ax.set(xlim=(0.7, np.pi - 0.7), ylim=(1.5, 2.28), title="22: a peak between the frequencies")
     ax.set(xlabel="frequency (radians per pixel)", ylabel="gain")
-    ax.set_title("22: a peak between the frequencies")
     ax.legend(loc="upper left", ncols=1, labelspacing=0.15)
 
 

@@ -32,23 +32,10 @@ BY_NUMBER = {fault.number: fault for fault in GALLERY}
 every_fault = pytest.mark.parametrize("fault", GALLERY, ids=lambda f: f"{f.number:02d}")
 
 
-def holds(fault, value):
-    """Whether a value of the fault's kind is a true statement; a refusal states nothing false."""
-    if isinstance(value, str):
-        return True
-    if fault.kind == "norm":
-        return value >= fault.truth * (1 - 1e-12)  # the truth was computed in float64
-    if fault.kind == "effect":
-        return abs(value - fault.truth) <= 1e-6 * fault.truth
-    if fault.kind == "accuracy":
-        return value <= fault.truth + 1e-9  # sums of ten thousand probabilities
-    return value <= fault.truth
-
-
 @every_fault
 def test_published_claim_is_false_and_ours_is_true(fault):
-    assert not holds(fault, fault.claim), "not a counter-example"
-    assert holds(fault, fault.ours), f"this kit says {fault.ours}, true is {fault.truth}"
+    assert not fault.holds(fault.claim), "not a counter-example"
+    assert fault.holds(fault.ours), f"this kit says {fault.ours}, true is {fault.truth}"
 
 
 @torch.no_grad()
