@@ -43,8 +43,8 @@ def aol_claims(results):
     yield "K_hf", claim, f"{K_hf}", "{:.1f}", [mapped], lambda k: round(k, 1) == K_hf
     ours = float(table.loc["T2-17", "k_hf"])
     claim = "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"
-    form, pair = "{:.1f} vs {:.1f}", [ours, K_hf]
-    yield "similar-K", claim, f"{ours} vs {K_hf}", form, pair, within_a_quarter
+    printed, form = f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}"
+    yield "similar-K", claim, printed, form, [ours, K_hf], within_a_quarter
 
 
 def _sigma(epsilon, p):
@@ -85,10 +85,11 @@ def _claims_at_random(count=500):
     claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
     yield "tails", claim, "full control", "{:.0e}", [tails], lambda e: e < 1e-12
 
+    setting = {"epsilon": torch.tensor(epsilon), "p": torch.tensor(p), "reduction": "none"}
+
     def losses(f, K):  # of samples of class 1
-        f, constants, *setting = map(torch.from_numpy, (f, K, epsilon, p))
-        setting = dict(zip(("epsilon", "p"), setting, strict=True), reduction="none")
-        return binary_cll_loss(f, torch.ones(count), constants, **setting).numpy()
+        f, K = torch.tensor(f), torch.tensor(K)
+        return binary_cll_loss(f, torch.ones(count), K, **setting).numpy()
 
     claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
     change = np.abs(losses(1.7 * K, K) / losses(1.7 * 9 * K, 9 * K) - 1).max()

@@ -278,10 +278,8 @@ def figure4(results, planes, methods=("CLL", "GloRo")):
 
 @style.of_runs
 def slack_figure(results, planes):
-    """Two moons at one margin under falling slack p: panels with K(h o f) and the printed CRA.
-
-    results, planes: as for `figure4`; one panel per p, the largest p first.
-    """
+    """Two moons at one margin under falling slack p, a panel each, with K(h o f) and the printed
+    CRA. results, planes: as for `figure4`."""
     first = _first(results, planes, "p")
     printed = records.published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
@@ -295,7 +293,6 @@ def slack_figure(results, planes):
 
 
 # ----------------------------------------------------------------------------------------- claims
-
 
 DIGITS = {"cra": 2, "turns": 2, "tails": 2, "inside": 0}  # of a number in a claim, others 1
 

@@ -84,9 +84,7 @@ def cra_figure(radii, result):
 @styled
 def radius_histogram(radii, result):
     """How far the certificates of the test samples reach, right and wrong predictions apart.
-
-    radii: the arrays radius (guaranteed) and correct of radii.npz, each (N,); result: the record.
-    """
+    radii: the arrays radius (guaranteed) and correct of radii.npz, each (N,)."""
     radius, correct = radii["radius"], radii["correct"].astype(bool)
     figure, ax = subplots((4.8, 3))
     bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
@@ -114,10 +112,8 @@ def _stacked_radii(ax, radius, correct, bins):
 
 @styled
 def layer_bars(tables, title):
-    """What each layer can stretch: lower and upper bound per layer, on a logarithmic axis.
-
-    tables: {name of the network: frame of `cll.layer_bounds`}, one panel each. title: the caption.
-    """
+    """What each layer can stretch: lower and upper bound per layer, on a logarithmic axis. tables:
+    {name of the network: frame of `cll.layer_bounds`}, one panel each."""
     rows = max(map(len, tables.values()))
     size = (3.9 * len(tables), 0.27 * rows + 1.6)
     figure, axes = subplots(size, 1, len(tables), squeeze=False, sharex=True)
@@ -142,10 +138,7 @@ def layer_bars(tables, title):
 @styled
 def radius_comparison(certificates, title):
     """Histogram of the certified radii of several networks, right answers apart, on one
-    logarithmic axis.
-
-    certificates: {name of the network: frame of `cll.certify`}. title: the caption.
-    """
+    logarithmic axis. certificates: {name of the network: frame of `cll.certify`}."""
     size = (6, 1.35 * len(certificates) + 0.9)
     figure, axes = subplots(size, len(certificates), 1, sharex=True, squeeze=False)
     axes = axes[:, 0]
@@ -167,10 +160,8 @@ def radius_comparison(certificates, title):
 
 @styled
 def extreme_images(dataset, certificates, title, count=4):
-    """The right answers of least and of largest certified radius, a row per network.
-
-    dataset: data.Dataset of images. certificates: {name of the network: frame of `cll.certify`}.
-    """
+    """The right answers of least and of largest certified radius, a row per network. dataset:
+    data.Dataset of images. certificates: {name of the network: frame of `cll.certify`}."""
     size = (0.95 * 2 * count + 0.9, 1.45 * len(certificates) + 0.3)
     names = dataset.class_names
     figure, rows = subplots(size, len(certificates), 2 * count + 1, squeeze=False)

@@ -64,15 +64,16 @@ def fault_overview(gallery, title="computed, not trained"):
         if np.isnan(claim):
             ax.text(1.12, i, "certifies nothing false", color=GRAY, va="center", fontsize=8)
             continue
-        beyond = claim > right
-        x = right / 1.5 if beyond else claim
-        ax.plot([1, x], [i, i], color=RED, lw=1, zorder=2)
-        ax.plot(x, i, ">" if beyond else "x", color=RED, ms=5, mew=1.6, zorder=3)
+        x, marker = claim, "x"
         text = f"{claim:.4f}" if claim < 1.01 else f"{float(f'{claim:.3g}'):g}"
+        if claim > right:
+            x, marker, text = right / 1.5, ">", "any radius"
+        ax.plot([1, x], [i, i], color=RED, lw=1, zorder=2)
+        ax.plot(x, i, marker, color=RED, ms=5, mew=1.6, zorder=3)
         at = {"offset": (7, 0), "ha": "left", "va": "center"}
         if claim > 3e3:  # no room on the right
             at = {"offset": (-7, 4), "ha": "right", "va": "bottom"}
-        note_at(ax, "any radius" if beyond else text, (x, i), color=RED, **at)
+        note_at(ax, text, (x, i), color=RED, **at)
         if np.isnan(ours):
             ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
         else:
@@ -119,10 +120,8 @@ def fault_margins(gallery, title="computed, not trained"):
 
 @styled
 def fault_norms(gallery, title="computed, not trained"):
-    """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22).
-
-    gallery: the whole list of `faults.Fault`.
-    """
+    """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22), of
+    the whole `gallery`."""
     figure, axes = subplots((9.6, 3), 1, 3)
     _stopped(axes[0], gallery[2])
     _deep(axes[1], gallery[4])
@@ -136,7 +135,7 @@ def _stopped(ax, fault):
     steps = np.arange(1, len(estimates) + 1)
     ax.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
     ax.plot(steps, estimates, color=RED, ls="--", label="power iteration")
-    stop = 1 + int(np.argmin(np.abs(estimates * fault.truth - fault.claim)))
+    stop = len(faults.power_iteration(matrix, start, tolerance=1e-5))
     claim, ours = fault.claim / fault.truth, fault.ours / fault.truth
     ax.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
     ax.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
@@ -227,10 +226,8 @@ def certificate_gap(folders, pixels=(36, 72, 108)):
 
 @styled
 def gap_figure(table, title):
-    """How far each K lies below the guaranteed one, and how many test points move for it.
-
-    table: that of `certificate_gap`. title: the caption.
-    """
+    """How far each K of the table of `certificate_gap` lies below the guaranteed one, and how many
+    test points move for it."""
     runs = list(dict.fromkeys(table["run"]))
     figure, ax = subplots((7.4, 0.4 * len(runs) + 1.2))
     for by, label, color, marker, shift in [
