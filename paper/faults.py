@@ -32,16 +32,16 @@ BEYOND = 1.001  # a counter-example stands so much further than the decision bou
 class Fault:
     """One published fault.
 
-    number: its place in published/faults.yaml, from which title, where (project, file and line),
-        example (the network or input, in words) and answer (what this kit does) are.
+    number: its place in published/faults.yaml, whose words title, where (project, file and line),
+        example (the network or input) and answer (what this kit does) are.
     kind: what the numbers claim, truth and ours are:
         "radius"       a certified radius: must not exceed the distance of a changed prediction
         "norm"         a Lipschitz bound: must not be below the stretch of two points
         "lower bound"  of a Lipschitz constant: must not exceed the constant
         "accuracy"     an expected test accuracy: must not exceed the accuracy on new data
         "effect"       change of a layer's output when a parameter changes: must be the theorem's
-    claim: by the published logic. truth: shown by the witness. ours: a number, or the message with
-    which this kit refuses.
+    claim: by the published logic. truth: shown by the witness. ours: a number, or this kit's
+    refusal, a message.
     witness: (network, x, x'), of one sample each; None where the kind needs none.
     """
 
@@ -76,22 +76,6 @@ class Fault:
         return self.truth / value if self.kind == "norm" else value / self.truth
 
 
-def linear(rows, bias=0.0):
-    """nn.Linear with these weights."""
-    rows = torch.as_tensor(rows, dtype=torch.float32)
-    layer = nn.Linear(rows.shape[1], rows.shape[0])
-    with torch.no_grad():
-        layer.weight.copy_(rows)
-        layer.bias.copy_(torch.as_tensor(bias, dtype=torch.float32).expand(len(rows)))
-    return layer
-
-
-def classifier(rows, bias=0.0, body=(), std=1.0):
-    """head(body(x / std)) with an explicit head."""
-    head = linear(rows, bias)
-    return LipschitzNet(nn.Sequential(*body), head, (head.in_features,), std)
-
-
 def put(layer, **values):
     """Overwrite parameters and buffers of a layer; returns it in eval mode."""
     with torch.no_grad():
@@ -101,12 +85,28 @@ def put(layer, **values):
     return layer.eval()
 
 
+def linear(rows, bias=0.0):
+    """nn.Linear with these weights."""
+    return put(nn.Linear(len(rows[0]), len(rows)), weight=rows, bias=bias)
+
+
+def classifier(rows, bias=0.0, body=(), std=1.0):
+    """head(body(x / std)) with an explicit head."""
+    head = linear(rows, bias)
+    return LipschitzNet(nn.Sequential(*body), head, (head.in_features,), std)
+
+
 def dense(layer, input_shape):
     """The matrix (outputs, inputs) of a linear layer, float64, from its answer to the identity."""
     layer = copy.deepcopy(layer).double().eval().requires_grad_(False)
     size = math.prod(input_shape)
     identity = torch.eye(size, dtype=torch.float64).view(size, *input_shape)
     return (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1).T
+
+
+def most_stretched(layer, input_shape):
+    """The input of length 1 whose output is longest, of a linear layer."""
+    return torch.linalg.svd(dense(layer, input_shape)).Vh[0].view(input_shape)
 
 
 @torch.no_grad()
@@ -125,10 +125,8 @@ def certified(network, x):
 def bound(network, input_shape):
     """This kit's bound of a stack of layers, or the message with which it refuses."""
     try:
-        product = 1.0
-        for _, layer, shape in layer_inputs(network, input_shape):
-            product *= operator_norm(layer, shape, "guaranteed")
-        return product
+        layers = layer_inputs(network, input_shape)
+        return math.prod(operator_norm(layer, shape, "guaranteed") for _, layer, shape in layers)
     except TypeError as refusal:
         return str(refusal)
 
@@ -136,14 +134,14 @@ def bound(network, input_shape):
 def measured(claim, network, x, x_other):
     """The fields of a `Fault` that its witness shows: of a classifier a radius claimed at x, where
     x_other has another class; of a layer or a list of them a norm, which the two points refute."""
+    x, x_other = map(torch.as_tensor, (x, x_other))
     if isinstance(network, LipschitzNet):
-        x, x_other = (torch.as_tensor(p, dtype=torch.float32) for p in (x, x_other))
-        truth, ours = (x.double() - x_other.double()).norm().item(), certified(network, x)
-        kind = "radius"
+        kind, ours = "radius", certified(network, x)
+        truth = (x.double() - x_other.double()).norm().item()
     else:
         network = nn.Sequential(*network) if isinstance(network, list) else network
-        truth, ours = stretch(network, x, x_other), bound(network, tuple(x.shape))
-        kind = "norm"
+        kind, ours = "norm", bound(network, tuple(x.shape))
+        truth = stretch(network, x, x_other)
     witness = (network, x, x_other)
     return {"kind": kind, "claim": claim, "truth": truth, "ours": ours, "witness": witness}
 
@@ -154,11 +152,10 @@ def measured(claim, network, x, x_other):
 
 
 def ties():
-    network = classifier([[1.0], [-1.0]])
     f = torch.tensor([0.0, 0.0])
     rivals = f[f != f.max()]  # published: everything equal to the maximum is left out
     claim = min(((f.max() - r).item() / 2 for r in rivals), default=math.inf)
-    return claim, network, [0.0], [-1e-6]
+    return claim, classifier([[1.0], [-1.0]]), [0.0], [-1e-6]
 
 
 def runner_up():
@@ -195,39 +192,33 @@ def clustered():
 def stopped_iteration():
     layer, shape, matrix, start = clustered()
     claim = power_iteration(matrix, start, tolerance=1e-5)[-1]
-    top = torch.linalg.svd(matrix).Vh[0].view(shape)
-    return claim, layer, top, torch.zeros(shape)
+    return claim, layer, most_stretched(layer, shape), torch.zeros(shape)
 
 
 def start_of_ones():
-    matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]], dtype=torch.float64)
-    claim = power_iteration(matrix, torch.ones(2, dtype=torch.float64), 500)[-1]
-    return claim, linear(matrix), torch.tensor([1.0, -1.0]), torch.zeros(2)
+    matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]]).double()
+    claim = power_iteration(matrix, torch.ones(2).double(), 500)[-1]
+    return claim, linear(matrix), [1.0, -1.0], [0.0, 0.0]
 
 
 def convex_potential_stack(depth=85):
-    """CPL layers whose step comes from an underestimated norm: (layers, estimate of the norm 1).
+    """CPL layers whose step comes from an underestimated norm, a list; the true norm is 1.
 
     The biases keep all units active on the path of x = 0, so that each layer is the linear map
     I - 2 W^T W / (estimate^2 + 1e-4) around it.
     """
-    diagonal = torch.full((10,), 0.995, dtype=torch.float64)
-    diagonal[0] = 1.0
-    W = torch.diag(diagonal)
+    W = torch.eye(10, dtype=torch.float64) * 0.995
+    W[0, 0] = 1.0
     estimate = power_iteration(W, torch.ones(10, dtype=torch.float64), 100)[-1]
     layers, centre = [], torch.zeros(10, dtype=torch.float64)
     for _ in range(depth):
-        layer = CPLLinear(10, 10)
-        layers.append(put(layer, weight=W, bias=1 - W @ centre, norm=estimate))
+        layers.append(put(CPLLinear(10, 10), weight=W, bias=1 - W @ centre, norm=estimate))
         centre = centre - 2 * (W @ torch.ones_like(centre)) / (estimate**2 + 1e-4)
-    return layers, estimate
+    return layers
 
 
 def step_size():
-    layers, estimate = convex_potential_stack()
-    x = torch.zeros(10)
-    x[0] = 1e-3
-    return 1.0, layers, x, torch.zeros(10)
+    return 1.0, convex_potential_stack(), 1e-3 * torch.eye(10)[0], torch.zeros(10)
 
 
 class AbsoluteQ(SLLLinear):
@@ -246,37 +237,31 @@ class CancelledQ(SLLLinear):
 
 
 def small_q():
-    layer = put(AbsoluteQ(1, 1), weight=1.0, bias=1.0, q=1e-6)
-    return 1.0, layer, torch.tensor([0.1]), torch.tensor([0.0])
+    return 1.0, put(AbsoluteQ(1, 1), weight=1.0, bias=1.0, q=1e-6), [0.1], [0.0]
 
 
 def dead_q():
     """Sound, but a parameter does nothing: q and 1/q stand on the same axis and cancel."""
-    W, x = np.array([[1.0, 0.5], [0.5, 1.0]]), np.array([1.0, 1.0])
+    W, x = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double(), torch.ones(2).double()
 
     def theorem(q):
-        D = np.exp(q) / (np.abs(W @ W.T) @ np.exp(q))
-        return x - 2 * W.T @ (D * np.maximum(W @ x, 0))
+        D = q.exp() / ((W @ W.T).abs() @ q.exp())
+        return x - 2 * W.T @ (D * (W @ x).relu())
 
     def layer(kind):
-        def output(q):
-            with torch.no_grad():
-                return put(kind(2, 2), weight=W, bias=0.0, q=q).double()(torch.tensor(x)).numpy()
+        return lambda q: put(kind(2, 2).double(), weight=W, bias=0.0, q=q)(x).detach()
 
-        return output
-
-    claim, truth, ours = (
-        float(np.linalg.norm(output(np.array([0.0, 0.0])) - output(np.array([1.0, 0.0]))))
-        for output in (layer(CancelledQ), theorem, layer(SLLLinear))
-    )
-    return {"kind": "effect", "claim": claim, "truth": truth, "ours": ours}
+    q, other = torch.zeros(2).double(), torch.eye(2)[0].double()
+    outputs = {"claim": layer(CancelledQ), "truth": theorem, "ours": layer(SLLLinear)}
+    changes = {name: (output(q) - output(other)).norm().item() for name, output in outputs.items()}
+    return {"kind": "effect"} | changes
 
 
 def truncated_series():
     t = 1.25  # near where 5 terms expand most
     kernel = torch.tensor([[0.0, t], [-t, 0.0]]).view(2, 2, 1, 1)
     layers = [put(SOCConv2d(2, 2, 1, terms=(5, 5)), weight=kernel, norm=1.0) for _ in range(20)]
-    return 1.0, layers, torch.tensor([1.0, 0.0]).view(2, 1, 1), torch.zeros(2, 1, 1)
+    return 1.0, layers, [[[1.0]], [[0.0]]], torch.zeros(2, 1, 1)
 
 
 def largest_std():
@@ -312,17 +297,13 @@ def to_tf32(x):
 
 def tf32():
     step = 2.0**-10
-    W = np.array([[1 + 0.75 * step] * 4, [1 + 0.25 * step] * 4], dtype=np.float32)
-    b = np.array([-1.9 * step, 0.0], dtype=np.float32)  # biases are added in float32
-    x = np.ones(4, dtype=np.float32)
+    W = np.outer([1 + 0.75 * step, 1 + 0.25 * step], np.ones(4))
+    b = np.float32([-1.9 * step, 0.0])  # biases are added in float32
+    x, gap = np.ones(4, dtype=np.float32), W[0] - W[1]
     f = to_tf32(W) @ to_tf32(x) + b
-    claim = float((f[0] - f[1]) / np.linalg.norm(W[0] - W[1]))
-    network = classifier(W, b)
-    exact = dense(network, (4,))
-    bias = network.head.bias.double()
-    radius = ((exact[0] - exact[1]).sum() + bias[0] - bias[1]) / (exact[0] - exact[1]).norm()
-    along = BEYOND * radius.item() / 2  # of (1, 1, 1, 1) / 2
-    return claim, network, x, x - along
+    claim = float((f[0] - f[1]) / np.linalg.norm(gap))
+    radius = (gap.sum() + float(b[0])) / np.linalg.norm(gap)
+    return claim, classifier(W, b), x, x - BEYOND * float(radius) / 2  # along (1, 1, 1, 1) / 2
 
 
 def cancelling(offset):
@@ -330,22 +311,21 @@ def cancelling(offset):
     return classifier([[1.0], [0.0]], [-offset, 0.0], body=[linear([[1.0]], offset)])
 
 
-def float32_margin(network, x):
+def in_float32(network, x, x_other):
+    """What the published logic claims of a network with K = 1: the float32 margin."""
     with torch.no_grad():
         f = network(x[None])[0]
-    return (f[0] - f[1]).item()
+    return (f[0] - f[1]).item(), network, x, x_other
 
 
-def rounding():
-    network, x = cancelling(2.0**25), torch.tensor([2.5])  # x + 2^25 is a multiple of 4 in float32
-    return float32_margin(network, x), network, x, [-0.0025]
+def rounding():  # x + 2^25 is a multiple of 4 in float32
+    return in_float32(cancelling(2.0**25), torch.tensor([2.5]), [-0.0025])
 
 
 def nan():
-    first, second = torch.tensor(1e25), torch.tensor(1e-25)
-    norms = [(w * w).sqrt() for w in (first, second)]  # infinite and 0 in float32
-    K = torch.nan_to_num(norms[0] * norms[1], nan=0.0).item()  # published: NaN becomes 0
-    network = classifier([[second.item()], [0.0]], body=[linear([[first.item()]])])
+    w = torch.tensor([1e25, 1e-25])
+    K = torch.nan_to_num((w * w).sqrt().prod(), nan=0.0).item()  # inf * 0; published: NaN becomes 0
+    network = classifier([[1e-25], [0.0]], body=[linear([[1e25]])])
     return math.inf if K == 0 else 0.1 / K, network, [0.1], [0.1 - BEYOND * 0.1]
 
 
@@ -357,10 +337,9 @@ def short_radius():
 
 def unknown_layers():
     layers = [nn.MaxPool2d(3, stride=1), nn.LeakyReLU(2.0), nn.AvgPool2d(3, divisor_override=1)]
-    x = torch.full((1, 5, 5), -1.0)
-    other = x.clone()
-    other[0, 2, 2] = -0.5
-    return 1.0, layers, x, other
+    x, peak = torch.full((1, 5, 5), -1.0), torch.zeros(1, 5, 5)
+    peak[0, 2, 2] = 0.5
+    return 1.0, layers, x, x + peak
 
 
 def pooling():
@@ -393,21 +372,15 @@ def double_constant():
 
 def groups():
     layer = put(nn.Conv2d(2, 2, 1, groups=2, bias=False), weight=0.5)
-    return 0.5 * 0.5, layer, torch.tensor([1.0, 0.0]).view(2, 1, 1), torch.zeros(2, 1, 1)
-
-
-def difference_filter():
-    """(layer, input shape, circular norm on the same grid) of x[i + 1] - x[i - 1] on six pixels."""
-    layer = nn.Conv2d(1, 1, (1, 3), padding=(0, 1), bias=False)
-    put(layer, weight=torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3))
-    angles = 2 * math.pi * np.arange(6) / 6
-    return layer, (1, 1, 6), float(np.abs(2 * np.sin(angles)).max())
+    return 0.5 * 0.5, layer, [[[1.0]], [[0.0]]], torch.zeros(2, 1, 1)
 
 
 def circular_norm():
-    layer, shape, claim = difference_filter()
-    top = torch.linalg.svd(dense(layer, shape)).Vh[0].view(shape)
-    return claim, layer, top, torch.zeros(shape)
+    """Of x[i + 1] - x[i - 1] on six pixels."""
+    layer = nn.Conv2d(1, 1, (1, 3), padding=(0, 1), bias=False)
+    put(layer, weight=torch.tensor([-1.0, 0.0, 1.0]))
+    claim = float(np.abs(2 * np.sin(2 * math.pi * np.arange(6) / 6)).max())
+    return claim, layer, most_stretched(layer, (1, 1, 6)), torch.zeros(1, 1, 6)
 
 
 def half_precision_pairs():
@@ -420,19 +393,16 @@ def half_precision_pairs():
 
 
 def transpose():
-    layer = nn.Conv2d(1, 1, (1, 3), stride=(1, 2), padding=(0, 1), bias=False)
-    put(layer, weight=1.0)
-    shape = (1, 1, 4)
-    matrix = dense(layer, shape)
-    top = torch.linalg.svd(matrix).Vh[0].view(shape)
+    layer, shape = nn.Conv2d(1, 1, (1, 3), stride=(1, 2), padding=(0, 1), bias=False), (1, 1, 4)
+    matrix = dense(put(layer, weight=1.0), shape)
     claim = torch.linalg.svdvals(matrix[:, :3])[0].item()  # published: never sees the fourth pixel
-    return claim, layer, top, torch.zeros(shape)
+    return claim, layer, most_stretched(layer, shape), torch.zeros(shape)
 
 
 def floor():
     w = 2.0**-20  # two layers of norms w and 1/w
-    matrix, start = torch.tensor([[w]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    K = power_iteration(matrix, start, 500, floor=1e-12)[-1] / w
+    one = torch.ones(1, 1).double()
+    K = power_iteration(w * one, one[0], 500, floor=1e-12)[-1] / w
     network = classifier([[1 / w], [0.0]], body=[linear([[w]])])
     return 0.1 / K, network, [0.1], [0.1 - BEYOND * 0.1]
 
@@ -442,6 +412,6 @@ def common_bias(bias):
     return classifier([[1.0], [0.0]], bias)
 
 
-def float32_margins():
-    network, x = common_bias(2.0**25), torch.tensor([2.0625])  # x + 2^25 is a multiple of 4
-    return float32_margin(network, x), network, x, x - BEYOND * x
+def float32_margins():  # x + 2^25 is a multiple of 4
+    x = torch.tensor([2.0625])
+    return in_float32(common_bias(2.0**25), x, x - BEYOND * x)

@@ -19,23 +19,14 @@ def aol_check(offset, temperature, kappa, samples=512, classes=100):
     slack, of values and of gradients in the logits: (value, gradient), on random float64 logits."""
     random = torch.Generator().manual_seed(0)
     f = 3 * torch.randn(samples, classes, generator=random, dtype=torch.float64)
+    f.requires_grad_()
     y = torch.randint(classes, (samples,), generator=random)
     epsilon, p = aol_as_cll(offset, temperature, kappa)
     K = torch.full((classes, classes), kappa, dtype=torch.float64)
-    both = []
-    for loss in (
-        lambda f: aol_loss(f, y, offset=offset, temperature=temperature, reduction="none"),
-        lambda f: temperature * cll_loss(f, y, K, epsilon=epsilon, p=p, reduction="none"),
-    ):
-        logits = f.clone().requires_grad_()
-        value = loss(logits)
-        (gradient,) = torch.autograd.grad(value.sum(), logits)
-        both.append((value.detach(), gradient))
-    (value, gradient), (other, its_gradient) = both
-    return (
-        ((value - other).abs().max() / value.abs().max()).item(),
-        ((gradient - its_gradient).abs().max() / gradient.abs().max()).item(),
-    )
+    aol = aol_loss(f, y, offset=offset, temperature=temperature, reduction="none")
+    cll = temperature * cll_loss(f, y, K, epsilon=epsilon, p=p, reduction="none")
+    pairs = (aol, cll), [torch.autograd.grad(loss.sum(), f)[0] for loss in (aol, cll)]
+    return tuple(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 
 AOL_SETTINGS = {"AOL": (2**0.5, 0.25), "SLL, LBDN": (2**0.5 * 1.5, 0.25)}  # offset, temperature
@@ -48,32 +39,38 @@ def aol_claims(results):
     yield "one-K", claim, "behaves alike", "{:.0e}", [small], lambda a: a < 1e-12
     K, K_hf = table.loc["T2-16", ["k_f", "k_hf"]].astype(float)
     mapped = 1 / cll_scale(*aol_as_cll(*AOL_SETTINGS["SLL, LBDN"], K))
-    equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
     claim = "CIFAR-100, SLL-XL: K(h∘f) that follows from the printed K(f)"
-    yield "K_hf", claim, f"{K_hf}", "{:.1f}", [mapped], equal
+    yield "K_hf", claim, f"{K_hf}", "{:.1f}", [mapped], lambda k: round(k, 1) == K_hf
     ours = float(table.loc["T2-17", "k_hf"])
     claim = "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"
-    form, pair = "{:.1f} vs {:.1f}", [ours, K_hf]
-    yield "similar-K", claim, f"{ours} vs {K_hf}", form, pair, within_a_quarter
+    printed, form = f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}"
+    yield "similar-K", claim, printed, form, [ours, K_hf], within_a_quarter
+
+
+def _sigma(epsilon, p):
+    """`cll_scale` of arrays, or of an array and a number."""
+    epsilon, p = np.broadcast_arrays(epsilon, p)
+    return cll_scale(*map(torch.tensor, (epsilon, p))).numpy()
 
 
 def figure3_claims(results):
     """Algebra of the calibrated logistic, on numbers drawn at random and on those printed."""
     yield from _claims_at_random()
-    printed = printed_constants()
-    equal = [round(1 / float(cll_scale(e, q)), 1) == k for e, q, k in printed]
+    epsilon, p, K = np.transpose(printed_constants())
+    equal = (1 / _sigma(epsilon, p)).round(1) == K
     claim = "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"
-    yield "printed", claim, f"{len(equal)}", "{:.0f}", [sum(equal)], lambda n: n == len(equal)
+    yield "printed", claim, f"{len(K)}", "{:.0f}", [equal.sum()], lambda n: n == len(K)
     slack = np.geomspace(1e-6, 0.9, 60)
-    constants = np.array([1 / float(cll_scale(TRUE_MARGIN, q)) for q in slack])
-    falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
+    constants = 1 / _sigma(TRUE_MARGIN, slack)
     claim = "K(h∘f) falls as p grows"
+    falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
     yield "falls", claim, "inversely related", "{:.1f} to {:.1f}", ends, lambda *k: falls
     product = slack * constants
     claim = "K(h∘f) is inversely proportional to p, word for word (p K within a factor of 2)"
     form, factor = "factor {:.0f}", product.max() / product.min()
     yield "p-inverse", claim, "inversely proportional", form, [factor], lambda r: r <= 2
-    product = [e / float(cll_scale(e, 0.01)) for e in np.geomspace(0.01, 2, 60)]
+    margins = np.geomspace(0.01, 2, 60)
+    product = margins / _sigma(margins, 0.01)
     claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
     yield "epsilon-inverse", claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
 
@@ -82,14 +79,17 @@ def _claims_at_random(count=500):
     random = np.random.default_rng(0)
     epsilon, p = random.uniform(0.01, 2, count), random.uniform(1e-6, 0.999, count)
     K = 10.0 ** random.uniform(-3, 3, count)
-    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
+    sigma = _sigma(epsilon, p)
     ends = scipy.special.expit(-epsilon / sigma), scipy.special.expit(epsilon / sigma)
     tails = np.abs([ends[0] - p / 2, ends[1] - (1 - p / 2)]).max()
     claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
     yield "tails", claim, "full control", "{:.0e}", [tails], lambda e: e < 1e-12
 
-    def losses(f, K):
-        return np.array([_loss_at(*setting) for setting in zip(f, K, epsilon, p, strict=True)])
+    setting = {"epsilon": torch.tensor(epsilon), "p": torch.tensor(p), "reduction": "none"}
+
+    def losses(f, K):  # of samples of class 1
+        f, K = torch.tensor(f), torch.tensor(K)
+        return binary_cll_loss(f, torch.ones(count), K, **setting).numpy()
 
     claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
     change = np.abs(losses(1.7 * K, K) / losses(1.7 * 9 * K, 9 * K) - 1).max()
@@ -100,24 +100,15 @@ def _claims_at_random(count=500):
     yield "slope", claim, "1", "{:.6f} to {:.6f}", [steep.min(), steep.max()], lambda *s: one(s)
 
 
-def _loss_at(score, K, epsilon, p):
-    """Binary CLL of one sample of class 1 with score f, float64."""
-    f = torch.tensor([score], dtype=torch.float64)
-    return float(binary_cll_loss(f, torch.tensor([1]), K, epsilon=epsilon, p=p))
-
-
 def printed_constants():
     """(epsilon, p, K(h∘f)) wherever the paper prints all three."""
-    found = []
-    for table in ("table1", "table2"):
-        for row in published(table).to_dict("records"):
-            doubtful = {"epsilon", "p", "k_hf"} & uncertain(row)
-            if row["method"] == "CLL" and not doubtful:
-                found.append((row["epsilon"], row["p"], row["k_hf"]))
+    names = ["epsilon", "p", "k_hf"]
+    tables = pd.concat([published("table1"), published("table2")]).query("method == 'CLL'")
+    tables = tables[[not uncertain(row) & {*names} for _, row in tables.iterrows()]][names]
     moons = published("two_moons").query("status == 'printed'")
-    p, K = (pd.to_numeric(moons[c], errors="coerce") for c in ("p_code", "k_hf_printed"))
-    found += zip(moons["epsilon"], p, K, strict=True)
-    return [values for values in found if np.isfinite(values).all()]
+    moons = moons[["epsilon", "p_code", "k_hf_printed"]].set_axis(names, axis=1)
+    numbers = pd.concat([tables, moons]).apply(pd.to_numeric, errors="coerce").dropna()
+    return list(numbers.itertuples(index=False, name=None))
 
 
 @styled
@@ -129,6 +120,7 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
     """
     figure, axes = subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
+    margin, dots = [-epsilon, epsilon], {"color": "black", "ms": 5}
 
     def curve(ax, p, centre=0.0, sign=1, **line):
         sigma = float(cll_scale(epsilon, p))
@@ -136,38 +128,30 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
 
     calibrated, offset, lenient = axes
     curve(calibrated, p, color=BLUE, label=f"p = {p:g}, σ = {float(cll_scale(epsilon, p)):.4f}")
-    calibrated.plot([-epsilon, epsilon], [p / 2, 1 - p / 2], "o", color="black", ms=5, zorder=3)
-    for x, y, text, side in [
-        (-epsilon, p / 2, f"h(−ε) = p/2\n= {p / 2:g}", -1),
-        (epsilon, 1 - p / 2, f"h(+ε) =\n1 − p/2\n= {1 - p / 2:g}", 1),
-    ]:
-        calibrated.annotate(
-            text,
-            (x, y),
-            (side * 3.9 * epsilon, 0.3 if side < 0 else 0.5),
-            ha="left" if side < 0 else "right",
-            arrowprops={"arrowstyle": "-", "color": GRAY, "lw": 0.8},
-        )
+    calibrated.plot(margin, [p / 2, 1 - p / 2], "o", zorder=3, **dots)
+    line = {"arrowprops": {"arrowstyle": "-", "color": GRAY, "lw": 0.8}}
+    text, place = f"h(−ε) = p/2\n= {p / 2:g}", (-3.9 * epsilon, 0.3)
+    calibrated.annotate(text, (-epsilon, p / 2), place, ha="left", **line)
+    text, place = f"h(+ε) =\n1 − p/2\n= {1 - p / 2:g}", (3.9 * epsilon, 0.5)
+    calibrated.annotate(text, (epsilon, 1 - p / 2), place, ha="right", **line)
     calibrated.set_title("calibrated to the margin")
 
     curve(offset, p, epsilon, color=BLUE, label="y = +1: h((d − ε)/σ)")
     curve(offset, p, -epsilon, -1, color=ORANGE, ls="--", label="y = −1: h((−d − ε)/σ)")
-    offset.plot([-epsilon, epsilon], [0.5, 0.5], "o", color="black", ms=5, zorder=3)
+    offset.plot(margin, [0.5, 0.5], "o", zorder=3, **dots)
     offset.set_title("with the training offset ±ε")
 
     curve(lenient, p, color=BLUE, label=f"p = {p:g}: little slack")
     sigma = float(cll_scale(epsilon, slack))
     curve(lenient, slack, color=ORANGE, ls="--", label=f"p = {slack:g}: much, σ = {sigma:.4f}")
-    lenient.plot([-epsilon, epsilon], [slack / 2, 1 - slack / 2], "o", color="black", ms=5)
+    lenient.plot(margin, [slack / 2, 1 - slack / 2], "o", **dots)
     lenient.set_title("p is the slack")
 
     for ax in axes:
-        ax.fill_between([-epsilon, epsilon], -0.03, 1.03, color=GRAY, alpha=0.18, lw=0)
+        ax.fill_between(margin, -0.03, 1.03, color=GRAY, alpha=0.18, lw=0)
         ax.plot([0, 0], [-0.03, 1.03], color="black", lw=0.8, zorder=1)
-        ax.set_xticks(epsilon * np.arange(-4, 5, 2))
-        ax.set_xlabel("signed distance d = f(x)/K (input units)")
-        ax.set_ylim(-0.03, 1.24)
-        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        ax.set(xticks=epsilon * np.arange(-4, 5, 2), yticks=[0, 0.25, 0.5, 0.75, 1])
+        ax.set(ylim=(-0.03, 1.24), xlabel="signed distance d = f(x)/K (input units)")
         ax.legend(loc="upper left", borderaxespad=0.2, labelspacing=0.2)
     axes[0].set_ylabel("probability of the class y")
     return figure
@@ -191,8 +175,7 @@ def loss_curves(settings, title):
         ax.plot(d, loss, line, color=color, label=name)
         ax.plot(2 * epsilon, sigma * np.log(2), "o", color=color, mfc="white", ms=5)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_xlim(d[0], d[-1])
-    ax.set_ylim(bottom=0)
+    ax.set(xlim=(d[0], d[-1]), ylim=(0, None))
     ax.set_xlabel("certified distance $d = (f_y - f_j) / K_{yj}$ (L2, input units)")
     ax.set_ylabel("loss × σ (input units)")
     ax.legend(loc="upper right")

@@ -52,15 +52,11 @@ def runs(exhibit, profile, seeds=None, **overrides):
     ]
 
 
-def planes(results, folder):
+def planes(results, folder, resolution=201):
     """The `plane.Plane` of each finished run under folder, a profile's experiment.outputs_dir."""
-    return [
-        plane.on_grid(
-            load_model(run_dir(result, folder)),
-            load_dataset(Params.model_validate(result["params"])),
-        )
-        for result in results
-    ]
+    networks = (load_model(run_dir(result, folder)) for result in results)
+    points = (load_dataset(Params.model_validate(result["params"])) for result in results)
+    return [plane.on_grid(*pair, resolution) for pair in zip(networks, points, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -77,8 +73,7 @@ def moons_table(results):
     p_code = pd.to_numeric(printed["p_code"], errors="coerce")
 
     def method(r):  # figure 4 has the published gradient
-        exact = r["params"]["loss"].get("gradient") == "exact"
-        return r["method"] + ", exact gradient" * exact
+        return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
 
     lines = []
     values = {"cra": records.train_cra, "K_f": operator.itemgetter("K_f")}
@@ -86,23 +81,20 @@ def moons_table(results):
         epsilon, p = line["epsilon"], line["p"]
         row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
         line["cra_min"] = min(map(records.train_cra, runs))
-        line["K_hf"] = line["K_f"] if np.isnan(p) else 1 / float(cll_scale(epsilon, p))
+        line["K_hf"] = line["K_f"] if np.isnan(p) else _k_hf(epsilon, p)
         for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
             line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
         lines.append(line | {"difference": line["cra"] - line["cra_published"]})
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
-    return pd.DataFrame(lines, columns=names).sort_values(
-        ["method", "epsilon", "p"], ascending=[True, True, False], ignore_index=True
-    )
+    order = {"by": ["method", "epsilon", "p"], "ascending": [True, True, False]}
+    return pd.DataFrame(lines, columns=names).sort_values(**order, ignore_index=True)
 
 
 def shaped(results, planes):
     """The records of two-moons runs, each with the `plane.shape` of its plane under "shape"."""
-    return [
-        result | {"shape": plane.shape(drawn, TRUE_MARGIN)}
-        for result, drawn in zip(results, planes, strict=True)
-    ]
+    shapes = (plane.shape(drawn, TRUE_MARGIN) for drawn in planes)
+    return [result | {"shape": shape} for result, shape in zip(results, shapes, strict=True)]
 
 
 def shape_table(results):
@@ -112,26 +104,24 @@ def shape_table(results):
         line = {"method": r["method"], "p": r["p"], "seed": r["seed"]}
         line |= {"cra": 100 * r["train_cra"][f"{TRUE_MARGIN:g}"], "K_f": r["K_f"]}
         lines.append(line | {"K_hf": records.in_paper_unit(r, "k_hf", "guaranteed")} | r["shape"])
-    return pd.DataFrame(lines)
+    names = ["method", "p", "seed", "cra", "K_f", "K_hf", "turns", "output", "tails", "inside"]
+    return pd.DataFrame(lines, columns=names)
 
 
 def display_shapes(table):
     """The frame of `shape_table` for reading."""
-    lines = [
-        {
-            "method": row["method"],
-            "p": records.or_dash("g", row["p"]),
-            "CRA(0.15) % (train)": f"{row['cra']:.2f}",
-            "K(f)": f"{row['K_f']:.1f}",
-            "K(h∘f)": f"{row['K_hf']:.1f}",
-            "median output |f₁ − f₀|": f"{row['output']:.3g}",
-            "in the tails %": f"{100 * row['tails']:.1f}",
-            "right, not robust": str(row["inside"]),
-            "turns of the boundary": f"{row['turns']:.2f}",
-        }
-        for row in table.to_dict("records")
-    ]
-    return records.display_lines(lines, ["method", "p"], ["CRA(0.15) % (train)", "K(f)"])
+    columns = {
+        "method": table["method"],
+        "p": [records.or_dash("g", p) for p in table["p"]],
+        "CRA(0.15) % (train)": table["cra"].map("{:.2f}".format),
+        "K(f)": table["K_f"].map("{:.1f}".format),
+        "K(h∘f)": table["K_hf"].map("{:.1f}".format),
+        "median output |f₁ − f₀|": table["output"].map("{:.3g}".format),
+        "in the tails %": (100 * table["tails"]).map("{:.1f}".format),
+        "right, not robust": table["inside"].map(str),
+        "turns of the boundary": table["turns"].map("{:.2f}".format),
+    }
+    return records.display_lines(columns, ["method", "p"], columns)
 
 
 def display_moons(table):
@@ -160,10 +150,6 @@ def _first(results, planes, *keys):
     return records.first_of_each(map(operator.itemgetter(*keys), results), results, planes)
 
 
-def _not_run(ax):
-    ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
-
-
 def _k_hf(epsilon, p):
     return 1 / float(cll_scale(epsilon, p))
 
@@ -179,30 +165,27 @@ def figure1(results, planes):
     first = _first(results, planes, "p")
     order = sorted(first, reverse=True)
     epsilon = first[order[0]][0]["epsilon"]
+    K_hf = functools.partial(_k_hf, epsilon)
     figure = Figure(figsize=(6.2, 4.6))
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.1, 1.5])
-    for ax, p, name in zip(
-        top.subplots(1, 2, sharey=True), (order[0], order[-1]), ("high", "low"), strict=True
-    ):
+    ends = {"high": order[0], "low": order[-1]}
+    for ax, (name, p) in zip(top.subplots(1, 2, sharey=True), ends.items(), strict=True):
         plane.panel(ax, first[p][1], epsilon)
-        ax.set_title(f"{name} slack: p = {p:g}, $K^{{(h∘f)}}$ = {_k_hf(epsilon, p):.1f}")
+        ax.set_title(f"{name} slack: p = {p:g}, $K^{{(h∘f)}}$ = {K_hf(p):.1f}")
         ax.set_xlabel("$x_1$ (input units)")
     top.axes[0].set_ylabel("$x_2$ (input units)")
 
     ax = bottom.subplots()
     curve = 1 - np.geomspace(1e-3, 1, 400)[::-1]  # dense where p is near 0
     curve = np.append(np.geomspace(1e-16, 1e-3, 400), curve[curve > 1e-3])
-    ax.plot(curve, [_k_hf(epsilon, p) for p in curve], color=GRAY)
+    ax.plot(curve, [K_hf(p) for p in curve], color=GRAY)
+    ax.plot(order, [K_hf(p) for p in order], "o", color=BLUE, ms=5, clip_on=False, zorder=3)
     for i, p in enumerate(order):
-        place = (p, _k_hf(epsilon, p))
-        ax.plot(*place, "o", color=BLUE, ms=5, clip_on=False, zorder=3)
         at = {"ha": "left" if i == 0 else "right", "va": "bottom" if i < 2 else "center"}
         note = f"CRA {records.train_cra(first[p][0]):.2f} %"
-        style.note_at(ax, note, place, (4 if i == 0 else -7, 3), **at)
-    ax.set_xlim(1, 0)
-    ax.set_ylim(0, 1.08 * _k_hf(epsilon, order[-1]))
+        style.note_at(ax, note, (p, K_hf(p)), (4 if i == 0 else -7, 3), **at)
+    ax.set(xlim=(1, 0), ylim=(0, 1.08 * K_hf(order[-1])), ylabel="$K^{(h∘f)}$")
     ax.set_xlabel("slack p: probability mass outside the margin")
-    ax.set_ylabel("$K^{(h∘f)}$")
     return style.titled(figure, style.drawn_caption(results))
 
 
@@ -213,17 +196,15 @@ def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN
     results, planes: as for `figure4`, one margin. Above: the plane, see `plane.panel`. Below: the
     outputs, see `_outputs`, with the logistic of scale 1, of CLL K sigma.
     """
-    names = {"CE": "cross-entropy"}
-    first = _first(results, planes, "method")
-    figure = Figure(figsize=(2.75 * len(methods), 4.2))
-    axes = figure.subplots(2, len(methods), height_ratios=[1.15, 1], squeeze=False)
+    first, size = _first(results, planes, "method"), (2.75 * len(methods), 4.2)
+    figure, axes = style.subplots(size, 2, len(methods), height_ratios=[1.15, 1], squeeze=False)
     for (above, below), method in zip(axes.T, methods, strict=True):
-        if method not in first:
-            _not_run(above)
-            continue
-        result, drawn = first[method]
+        result, drawn = first.get(method, (None, None))
         plane.panel(above, drawn, epsilon)
-        above.set(title=names.get(method, method), xlabel="$x_1$ (input units)")
+        if result is None:
+            continue
+        name = "cross-entropy" if method == "CE" else method
+        above.set(title=name, xlabel="$x_1$ (input units)")
         sigma = float(cll_scale(epsilon, result["p"])) if method == "CLL" else None
         logistic = _outputs(below, drawn, epsilon, sigma)
         logistic.set_yticks([0, 0.5, 1], ["0", "½", "1"] if method == methods[-1] else [])
@@ -289,20 +270,16 @@ def figure4(results, planes, methods=("CLL", "GloRo")):
         ax.set_title(f"ε = {epsilon:.2f}{true}")
     for row, method in zip(axes, methods, strict=True):
         for ax, epsilon in zip(row, margins, strict=True):
-            if (method, epsilon) in first:
-                plane.panel(ax, first[method, epsilon][1], epsilon)
-            else:
-                _not_run(ax)
+            _, drawn = first.get((method, epsilon), (None, None))
+            plane.panel(ax, drawn, epsilon)
         row[0].set_ylabel(f"{method}\n$x_2$ (input units)")
     return style.titled(figure, style.drawn_caption(results))
 
 
 @style.of_runs
 def slack_figure(results, planes):
-    """Two moons at one margin under falling slack p: panels with K(h o f) and the printed CRA.
-
-    results, planes: as for `figure4`; one panel per p, the largest p first.
-    """
+    """Two moons at one margin under falling slack p, a panel each, with K(h o f) and the printed
+    CRA. results, planes: as for `figure4`."""
     first = _first(results, planes, "p")
     printed = records.published("two_moons").query("status == 'printed'").to_dict("records")
     printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
@@ -317,106 +294,89 @@ def slack_figure(results, planes):
 
 # ----------------------------------------------------------------------------------------- claims
 
+DIGITS = {"cra": 2, "turns": 2, "tails": 2, "inside": 0}  # of a number in a claim, others 1
 
-def _line(table, method, epsilon, column):
-    """One number of `moons_table`, nan if that was not run."""
-    rows = table[(table["method"] == method) & np.isclose(table["epsilon"], epsilon)]
-    return rows[column].iloc[0] if len(rows) else np.nan
+
+def _means(table, column, *groups):
+    """(format, numbers): of each group, {column: value} of lines of a table, the mean of a column;
+    nan where no such run is."""
+    lines = (table.loc[(table[list(g)] == pd.Series(g)).all(axis=1), column] for g in groups)
+    form = f"{{:.{DIGITS.get(column, 1)}f}}"
+    return " vs ".join([form] * len(groups)), [line.astype(float).mean() for line in lines]
+
+
+def _by_method(table, column, *methods, **where):
+    return _means(table, column, *({"method": method, **where} for method in methods))
 
 
 def true_margin_claims(results):
-    table = moons_table(results)
-    cll, gloro = (_line(table, method, TRUE_MARGIN, "cra") for method in ("CLL", "GloRo"))
+    cra = functools.partial(_by_method, moons_table(results), "cra", epsilon=TRUE_MARGIN)
     claim = "CLL keeps CRA at the true margin (99.9 or more)"
-    yield "kept", claim, "100", "{:.2f}", [cll], lambda a: a >= 99.9
+    yield "kept", claim, "100", *cra("CLL"), lambda a: a >= 99.9
     claim = "GloRo loses CRA at the true margin"
-    yield "lost", claim, "< 100", "{:.2f}", [gloro], lambda b: b < 100
-    form, claim = "{:.2f} vs {:.2f}", "CLL certifies more there"
-    yield "more", claim, "CLL > GloRo", form, [cll, gloro], operator.gt
+    yield "lost", claim, "< 100", *cra("GloRo"), lambda b: b < 100
+    yield "more", "CLL certifies more there", "CLL > GloRo", *cra("CLL", "GloRo"), operator.gt
 
 
 def figure4_claims(results):
     yield from true_margin_claims(results)
     table = moons_table(results)
     for epsilon in (0.20, 0.25):
-        pair = [_line(table, method, epsilon, "cra") for method in ("CLL", "GloRo")]
         claim = f"beyond it, at {epsilon:.2f}, CLL keeps more CRA"
-        name = f"beyond-{epsilon:.2f}"
-        yield name, claim, "CLL > GloRo", "{:.2f} vs {:.2f}", pair, operator.gt
-    K = [_line(table, "GloRo", epsilon, "K_f") for epsilon in (0.10, 0.15, 0.20, 0.25)]
-    form = ", ".join(["{:.1f}"] * len(K))
-    claim = "GloRo's K(f) falls as the margin grows"
+        pair = _by_method(table, "cra", "CLL", "GloRo", epsilon=epsilon)
+        yield f"beyond-{epsilon:.2f}", claim, "CLL > GloRo", *pair, operator.gt
+    margins = [{"method": "GloRo", "epsilon": epsilon} for epsilon in (0.10, 0.15, 0.20, 0.25)]
+    form, K = _means(table, "K_f", *margins)
+    claim, form = "GloRo's K(f) falls as the margin grows", form.replace(" vs ", ", ")
     yield "K-falls", claim, "falls", form, K, lambda *k: all(np.diff(k) < 0)
-
-
-def _mean(results, key, **where):
-    """Mean over the seeds of a column of `shape_table`, nan if there is no such run."""
-    table = shape_table(results) if results else pd.DataFrame(columns=[key, *where])
-    for column, value in where.items():
-        table = table[table[column] == value]
-    return table[key].astype(float).mean()
 
 
 def figure1_claims(results):
     printed = records.published("two_moons").set_index("item")[["cra_printed", "k_hf_printed"]]
-    cra_many, K_many = printed.loc["high slack"]
-    cra_few, K_few = printed.loc["low slack"]
-    many, few = ({"method": "CLL", "p": p} for p in (0.75, 1e-15))
-    cra, turns, K = (
-        [_mean(results, key, **where) for where in (many, few)] for key in ("cra", "turns", "K_hf")
-    )
-    for about, value, paper in (("much", cra[0], cra_many), ("little", cra[1], cra_few)):
+    papers = {"much": printed.loc["high slack"], "little": printed.loc["low slack"]}
+    table, slack = shape_table(results), [{"method": "CLL", "p": p} for p in (0.75, 1e-15)]
+    for group, (about, (paper, _)) in zip(slack, papers.items(), strict=True):
         close = functools.partial(records.within_a_point, float(paper))
         claim = f"{about} slack: CRA within a point"
-        yield f"{about}-cra", claim, f"{paper}", "{:.2f}", [value], close
-    claim = "much slack: a smoother boundary (turns)"
-    yield "smoother", claim, "overly smooth", "{:.2f} vs {:.2f}", turns, operator.lt
-    for about, value, paper in (("much", K[0], K_many), ("little", K[1], K_few)):
+        yield f"{about}-cra", claim, f"{paper}", *_means(table, "cra", group), close
+    claim, turns = "much slack: a smoother boundary (turns)", _means(table, "turns", *slack)
+    yield "smoother", claim, "overly smooth", *turns, operator.lt
+    for group, (about, (_, paper)) in zip(slack, papers.items(), strict=True):
         near = functools.partial(records.within_a_quarter, float(paper.strip("~")))
         claim = f"{about} slack: K(h∘f) within a quarter"
-        yield f"{about}-K", claim, paper, "{:.1f}", [value], near
-
-
-# id, claim, what the paper says, column of `shape_table`, format, methods, relation of their values
-FIGURE2_CLAIMS = [
-    ("CE-K", "cross-entropy: a far larger K(f) than GloRo's (tenfold)", "larger", "K_f",
-     "{:.1f} vs {:.1f}", ("CE", "GloRo"), lambda a, b: a > 10 * b),
-    ("CE-cra", "cross-entropy: certifies less than GloRo", "no margin", "cra",
-     "{:.1f} vs {:.1f}", ("CE", "GloRo"), operator.lt),
-    ("CE-turns", "cross-entropy: a less regular boundary than GloRo's (turns)", "irregular",
-     "turns", "{:.2f} vs {:.2f}", ("CE", "GloRo"), operator.gt),
-    ("CE-tails", "cross-entropy: outputs in the tails (more than half)", "tails", "tails",
-     "{:.2f}", ("CE",), lambda a: a > 0.5),
-    ("GloRo-inside", "GloRo leaves points in the margin", "more than 0", "inside",
-     "{:.0f}", ("GloRo",), lambda a: a > 0),
-    ("CLL-cra", "CLL leaves none at the same margin: CRA 100", "100", "cra",
-     "{:.2f}", ("CLL",), lambda a: round(a, 1) == 100),
-    ("CLL-output", "CLL's outputs are far larger than GloRo's (twice, median)", "larger", "output",
-     "{:.1f} vs {:.1f}", ("CLL", "GloRo"), lambda a, b: a > 2 * b),
-    ("GloRo-turns", "GloRo's boundary is smoother than CLL's (turns)", "smoother", "turns",
-     "{:.2f} vs {:.2f}", ("GloRo", "CLL"), operator.lt),
-]  # fmt: skip
+        yield f"{about}-K", claim, paper, *_means(table, "K_hf", group), near
 
 
 def figure2_claims(results):
-    for name, claim, printed, column, form, methods, holds in FIGURE2_CLAIMS:
-        values = [_mean(results, column, method=m) for m in methods]
-        yield name, claim, printed, form, values, holds
+    shape = functools.partial(_by_method, shape_table(results))
+    claim = "cross-entropy: a far larger K(f) than GloRo's (tenfold)"
+    yield "CE-K", claim, "larger", *shape("K_f", "CE", "GloRo"), lambda a, b: a > 10 * b
+    claim, form = "cross-entropy: certifies less than GloRo", "{:.1f} vs {:.1f}"
+    yield "CE-cra", claim, "no margin", form, shape("cra", "CE", "GloRo")[1], operator.lt
+    claim = "cross-entropy: a less regular boundary than GloRo's (turns)"
+    yield "CE-turns", claim, "irregular", *shape("turns", "CE", "GloRo"), operator.gt
+    claim = "cross-entropy: outputs in the tails (more than half)"
+    yield "CE-tails", claim, "tails", *shape("tails", "CE"), lambda a: a > 0.5
+    claim = "GloRo leaves points in the margin"
+    yield "GloRo-inside", claim, "more than 0", *shape("inside", "GloRo"), lambda a: a > 0
+    claim = "CLL leaves none at the same margin: CRA 100"
+    yield "CLL-cra", claim, "100", *shape("cra", "CLL"), lambda a: round(a, 1) == 100
+    claim = "CLL's outputs are far larger than GloRo's (twice, median)"
+    yield "CLL-output", claim, "larger", *shape("output", "CLL", "GloRo"), lambda a, b: a > 2 * b
+    claim = "GloRo's boundary is smoother than CLL's (turns)"
+    yield "GloRo-turns", claim, "smoother", *shape("turns", "GloRo", "CLL"), operator.lt
 
 
 def slack_claims(results):
     table = moons_table(results).dropna(subset=["cra_published"])  # p from large to small
-    for line in table.to_dict("records"):
-        about, printed = f"p = {line['p']:g}", line["cra_published"]
-        close = functools.partial(records.within_a_point, printed)
+    for line in table.itertuples():
+        about, cra, K_hf = f"p = {line.p:g}", line.cra_published, line.K_hf_published
+        close = functools.partial(records.within_a_point, cra)
         claim = f"{about}: CRA within a point"
-        yield f"cra, {about}", claim, f"{printed:.1f}", "{:.1f}", [line["cra"]], close
-        printed = line["K_hf_published"]
-        equal = functools.partial(lambda printed, k: round(k, 1) == printed, printed)
-        claim = f"{about}: K(h∘f)"
-        yield f"K, {about}", claim, f"{printed:.1f}", "{:.1f}", [line["K_hf"]], equal
-    cra = list(table["cra"])
+        yield f"cra, {about}", claim, f"{cra:.1f}", "{:.1f}", [line.cra], close
+        equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
+        yield f"K, {about}", f"{about}: K(h∘f)", f"{K_hf:.1f}", "{:.1f}", [line.K_hf], equal
+    cra = list(table["cra"]) if len(table) > 1 else [np.nan]
     form = ", ".join(["{:.1f}"] * len(cra))
-    cra = cra if len(cra) > 1 else [np.nan]
     claim = "less slack, more CRA"
     yield "more-cra", claim, "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)

@@ -17,7 +17,7 @@ class Plane(NamedTuple):
     """A network on the plane and its training points: enough to draw it at any margin.
 
     x, y: axes of a grid around the points. difference: f_1 - f_0 on the grid (y, x).
-    points (N, 2), targets (N,), logits (N, 2). K (2, 2): the guaranteed bound.
+    points (N, 2), targets (N,), logits (N, 2) of the network. K (2, 2): its guaranteed bound.
     """
 
     x: np.ndarray
@@ -27,6 +27,7 @@ class Plane(NamedTuple):
     targets: torch.Tensor
     logits: torch.Tensor
     K: torch.Tensor
+    network: torch.nn.Module
 
     @property
     def output(self):
@@ -50,19 +51,21 @@ def on_grid(network, dataset, resolution=201):
     f = predict_logits(network, torch.cartesian_prod(x, y))
     difference = (f[:, 1] - f[:, 0]).reshape(len(x), len(y)).T.numpy()
     targets, logits = torch.as_tensor(dataset.train_targets), predict_logits(network, points)
-    return Plane(
-        x.numpy(), y.numpy(), difference, points, targets, logits, lipschitz_matrix(network)
-    )
+    answers = points, targets, logits, lipschitz_matrix(network)
+    return Plane(x.numpy(), y.numpy(), difference, *answers, network)
 
 
 @styled
 def panel(ax, plane, epsilon):
-    """One network as the paper draws it, a `Plane` on matplotlib Axes; returns its CRA and K.
+    """One network as the paper draws it, a `Plane` on matplotlib Axes; None: one that was not run.
 
     Black: decision boundary. Grey band: where the certified radius is below epsilon. Red crosses:
     points that are wrong or not certified at epsilon. Corners: CRA(epsilon) of these points, in
     percent, and K, both with the guaranteed bound.
     """
+    if plane is None:
+        ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
+        return
     x, y = plane.x, plane.y
     distance = plane.difference / float(plane.K[0, 1])
     ax.contourf(x, y, np.abs(distance), [0, epsilon], colors=["#DDDDDD"])
@@ -76,13 +79,12 @@ def panel(ax, plane, epsilon):
         ax.scatter(*inside.T, s=3, c=color, marker=marker, lw=0, rasterized=True)
     for color, width in (("white", 2), (RED, 0.8)):  # seen on the moons in greyscale too
         ax.scatter(*plane.points[~robust].T, s=9, c=color, marker="x", lw=width, zorder=3)
-    cra, K = float(robust.double().mean()), float(plane.K.max())
+    cra, K = 100 * robust.double().mean(), float(plane.K.max())
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.2}
     corner = {"transform": ax.transAxes, "fontsize": 8, "bbox": box, "zorder": 4}
-    ax.text(0.02, 0.02, f"CRA {100 * cra:.2f} %", va="bottom", **corner)
+    ax.text(0.02, 0.02, f"CRA {cra:.2f} %", va="bottom", **corner)
     ax.text(0.02, 0.98, f"K {K:.{int(K < 100)}f}", va="top", **corner)
     ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
-    return {"cra": cra, "K": K}
 
 
 def grid(shape, size):

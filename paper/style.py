@@ -1,5 +1,5 @@
-"""Every figure's drawing code. Functions take numbers, networks or result records and return
-matplotlib Figures; nothing here trains, and nothing is left open in pyplot.
+"""How every picture looks and is saved. What draws takes numbers, networks or result records and
+returns matplotlib Figures; nothing trains, and nothing is left open in pyplot.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says is also
 said by lightness, line style or marker, so that a grey print loses nothing.
@@ -33,7 +33,7 @@ PUBLISHED_RADII = {"cra_36": 36 / 255, "cra_72": 72 / 255, "cra_108": 108 / 255}
 BLUE, ORANGE, SKY, RED, GRAY = "#0072B2", "#E69F00", "#56B4E9", "#C1121F", "#8C8C8C"
 GREEN = "#009E73"
 
-styled = matplotlib.rc_context(STYLE)  # decorates every function below that draws
+styled = matplotlib.rc_context(STYLE)  # decorates every function that draws
 
 
 def of_runs(function):
@@ -84,12 +84,6 @@ def log_y(ax):
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def radius_value(radius):
-    """0.141... from "36/255"."""
-    top, _, bottom = str(radius).partition("/")
-    return float(top) / float(bottom or 1)
 
 
 def radius_label(result):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from matplotlib.figure import Figure
+from exhibits import moons_record
+from matplotlib.patches import Circle
 
 from cll.bounds import lipschitz_matrix
 from cll.certify import certified_radius
 from cll.certify.inputs import predict_logits
 from cll.experiment import load_dataset
-from paper import explore, plane
+from paper import explore, plane, style
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def shown():
 def test_the_committed_runs_are_all_there(shown):
     """Of today's parameter files: a changed file must not leave the sliders without networks."""
     assert len(shown) == len(explore.runs()) == 28
-    assert {record["profile"] for record, *_ in shown.values()} == {"paper"}
+    assert {record["profile"] for record, _ in shown.values()} == {"paper"}
     dataset = load_dataset(explore.runs()[0])
-    for record, network, drawn in shown.values():  # the networks are those of the records
-        f = predict_logits(network, dataset.train_images)
-        radius = certified_radius(f, lipschitz_matrix(network))
+    for record, drawn in shown.values():  # the networks are those of the records
+        f = predict_logits(drawn.network, dataset.train_images)
+        radius = certified_radius(f, lipschitz_matrix(drawn.network))
         right = f.argmax(1) == torch.as_tensor(dataset.train_targets)
         epsilon = record["epsilon"]
         cra = float((right & (radius > epsilon)).double().mean())
@@ -55,29 +56,20 @@ def test_every_control_redraws(explorer):
     assert not explorer.inputs["p"].disabled
 
 
-def test_a_combination_that_was_not_trained_says_so(explorer, monkeypatch):
-    said = []
-    monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **options: said.append(s))
-    explorer.draw("GloRo", 0.05, 0.01, 0.15, 0.0, 0.0)
-    assert said == ["this combination was not trained"]
+def test_a_combination_that_was_not_trained_says_so(shown):
+    figure = explore.view(shown, "GloRo", 0.05, 0.01, 0.15, 0.0, 0.0)
+    assert [text.get_text() for text in figure.texts] == ["this combination was not trained"]
 
 
-def test_the_ball_of_a_point_is_certified(explorer, monkeypatch):
+def test_the_ball_of_a_point_is_certified(shown):
     """What the picture says of a point is what certified_radius says of it, not of a neighbour."""
-    said = []
-    original = explore.view
-
-    def view(drawn, epsilon, point, answer, radius, title):
-        said.append((answer, radius))
-        return original(drawn, epsilon, point, answer, radius, title)
-
-    monkeypatch.setattr(explore, "view", view)
-    explorer.draw("CLL", 0.15, 0.01, 0.15, 0.123, 0.456)
-    network = explorer.shown["CLL", 0.15, 0.01][1]
-    f = predict_logits(network, torch.tensor([[0.123, 0.456]]))
-    (answer, radius), K = said[0], lipschitz_matrix(network)
-    assert answer == int(f.argmax())
-    assert radius == pytest.approx(float((f[0, 0] - f[0, 1]).abs() / K[0, 1]), rel=1e-6)
+    ax = explore.view(shown, "CLL", 0.15, 0.01, 0.15, 0.123, 0.456).axes[0]
+    (ball,) = [patch for patch in ax.patches if isinstance(patch, Circle)]
+    network = shown["CLL", 0.15, 0.01][1].network
+    f, K = predict_logits(network, torch.tensor([[0.123, 0.456]])), lipschitz_matrix(network)
+    assert ball.center == (0.123, 0.456)
+    assert ball.radius == pytest.approx(float((f[0, 0] - f[0, 1]).abs() / K[0, 1]), rel=1e-6)
+    assert f"class {int(f.argmax())}, certified radius {ball.radius:.3f}" in ax.get_xlabel()
 
 
 def test_front_ends_without_a_kernel_get_a_picture(explorer, monkeypatch):
@@ -92,11 +84,10 @@ def test_front_ends_without_a_kernel_get_a_picture(explorer, monkeypatch):
 
 def test_the_committed_picture_is_drawn_from_the_committed_runs(shown, tmp_path):
     """Bytes differ between versions of matplotlib; panels and size do not."""
-    drawn = explore.draw_all(shown, tmp_path / "explore")
+    drawn = style.save(explore.gallery(shown), tmp_path / "explore", explore.ALT)
     committed = explore.REFERENCE / "explore.png"
     sizes = [path.read_bytes()[16:24] for path in (drawn.path, committed)]  # of the PNG header
     assert sizes[0] == sizes[1]
-    assert explore.ALT == drawn.alt
 
 
 def test_nothing_trained_says_what_to_run(tmp_path):
@@ -107,7 +98,7 @@ def test_nothing_trained_says_what_to_run(tmp_path):
 def test_gallery_has_a_row_per_margin_and_leaves_gaps(half_plane, points):
     drawn = plane.on_grid(half_plane, points, 41)
     keys = ("CLL", 0.1, 0.75), ("CLL", 0.1, 0.01), ("GloRo", 0.2, None)
-    axes = explore.gallery(dict.fromkeys(keys, drawn), "title").axes
+    axes = explore.gallery(dict.fromkeys(keys, (moons_record(), drawn))).axes
     assert [ax.get_visible() for ax in axes] == [True, True, False, False, False, True]
     titles = [axes[i].get_title() for i in (0, 1, 5)]
     assert titles == ["CLL, p = 0.75", "CLL, p = 0.01", "GloRo"]

@@ -1,7 +1,7 @@
 """The corpus of counter-examples: what published code certifies falsely, and this kit does not.
 
-Every entry of `soundness.gallery` is checked against its witness; below stand the cases that a single
-network does not show. Faults that cannot occur by construction: 11 (no code of this kit chooses a
+Every entry of `soundness.gallery` is checked against its witness; below stand the cases that a
+single network does not show. Faults that cannot occur by construction: 11 (no code of this kit chooses a
 checkpoint), 15 (radii are written k/255), 20 (all factors of K stand in `lipschitz_matrix`).
 """
 
@@ -116,7 +116,7 @@ def test_03_estimates_of_training_stay_out_of_certificates():
 
 
 def test_05_settled_layers_do_not_expand():
-    layers, _ = faults.convex_potential_stack(3)
+    layers = faults.convex_potential_stack(3)
     network = LipschitzNet(nn.Sequential(*layers), nn.Linear(10, 2), (10,))
     assert faults.bound(network.body, (10,)) > 1.03
     network.settle()
