@@ -46,15 +46,13 @@ def autoattack(
     version: "standard" is AutoAttack as published (APGD on cross-entropy, targeted APGD and FAB
         with up to 9 target classes, 5000 queries of Square) and 5 restarts of 100 PGD steps;
         "apgd" its two APGD attacks with 3 target classes and 2 x 50 steps, a tenth of the work and
-        nearly as strong where gradients are not masked; "apgd-ce" the first of them and 25 steps,
-        for a quick look.
+        nearly as strong where gradients are not masked; "apgd-ce" the first of them and 25 steps.
+        The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
+        none does. Square needs 5 rows of pixels.
     steps, restarts: of ``pgd_attack``; default: those of the version.
-    The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
-    none does. Square needs 5 rows of pixels and is left out for smaller images.
 
-    The searches run in the model's own precision; the library's stays in [0, 1] and keeps its
-    points in float32, ours may leave the cube. Points are then moved in float64 to a distance of
-    at most epsilon and judged there: what the library calls broken and no longer is has withstood.
+    The library's search stays in [0, 1] and keeps its points in float32. They are then moved in
+    float64 to a distance of at most epsilon and judged there.
 
     Returns (adversarial images, float64, on the CPU: the original where none was found; robust,
     (N,) bool: right before and after every attack). Wrong predictions are not attacked. The same
@@ -86,12 +84,14 @@ def autoattack(
         broken = robust.nonzero()[:, 0][wrong]
         adversarial[broken], robust[broken] = points[wrong], False
 
-    if epsilon > 0 and robust.any():
+    if epsilon == 0:
+        return adversarial, robust
+    if robust.any():
         attack = _library_attack(pyautoattack, model, x, epsilon, version, seed)
         device = next(model.parameters()).device
         moved = _search(attack, device, x[robust], y[robust], **options)
         keep_broken(_within(x[robust], moved, epsilon))
-    if epsilon > 0 and robust.any():
+    if robust.any():
         *_, usual_steps, usual_restarts = VERSIONS[version]
         options |= {"steps": steps or usual_steps, "restarts": restarts or usual_restarts}
         keep_broken(pgd_attack(model, x[robust], y[robust], epsilon, seed=seed, **options)[0])
@@ -166,11 +166,8 @@ def _search(attack, device, x, y, batch_size, progress):
     kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
     disabled, logger.disabled = logger.disabled, True
     try:
-        with (
-            progress_bar(len(batches), "AutoAttack", "batch", progress) as bar,
-            full_precision(device),
-            kept,
-        ):
+        bar = progress_bar(len(batches), "AutoAttack", "batch", progress)
+        with bar, full_precision(device), kept:
             for batch in batches:
                 batch = [t.to(device) for t in batch]
                 moved, _ = attack.run_standard_evaluation(*batch, batch_size=batch_size)
@@ -210,8 +207,8 @@ def pgd_attack(
         ball. The first restart lowers the margin to the best other class, restart r aims at the
         r-th best one of the image (after the last, at the best again).
 
-    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's own
-    precision. The best point of each image is then moved in float64 to a distance of at most
+    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's
+    precision; the best point of each image is then moved in float64 to a distance of at most
     epsilon, and judged there.
 
     Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).

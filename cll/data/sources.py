@@ -243,8 +243,7 @@ def _two_moons(n_train, n_test, seed):
     """
     from sklearn.datasets import make_moons
 
-    random = np.random.RandomState(seed)
-    arrays = []
+    random, arrays = np.random.RandomState(seed), []
     for n in (int(n_train), int(n_test)):
         points, targets = make_moons(n, noise=None, random_state=random)
         radius = 0.1 * np.sqrt(random.uniform(size=n))  # the root makes the density uniform in area
@@ -284,8 +283,8 @@ def _tiny_imagenet(root, download):
     """Tiny-ImageNet: wnids.txt, train/WNID/images/*, val/images/*, val/val_annotations.txt.
 
     Any number of classes; they are numbered by their sorted WordNet ids, as ImageFolder does.
-    Decoding 110,000 JPEG files takes about a minute, so the result is kept beside them in
-    decoded.npz, with a digest of the file lists that tells when it is out of date.
+    Decoding 110,000 JPEG files takes about a minute, so decoded.npz keeps the result beside them,
+    with a digest of the file lists that tells when it is out of date.
     """
     folders = root / "tiny-imagenet-200", root
     folder = next((f for f in folders if (f / "wnids.txt").exists()), None)
@@ -296,7 +295,7 @@ def _tiny_imagenet(root, download):
             f"(or set CLL_DATA to the folder that has it), or use {OWN_DATA}"
         )
     wnids = sorted((folder / "wnids.txt").read_text().split())
-    listed = {"train": _tiny_train(folder / "train", wnids), "test": _tiny_val(folder, wnids)}
+    listed = _tiny_imagenet_files(folder, wnids)
     files = {split: [file for file, _ in pairs] for split, pairs in listed.items()}
     targets = {split: [wnids.index(wnid) for _, wnid in pairs] for split, pairs in listed.items()}
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
@@ -310,29 +309,23 @@ def _tiny_imagenet(root, download):
     return arrays, [names.get(wnid, wnid) for wnid in wnids]
 
 
-def _tiny_train(folder, wnids):
-    """[(file, WordNet id)] of the training split."""
-    pairs = []
+def _tiny_imagenet_files(folder, wnids):
+    """{split: [(file, WordNet id)]}; the test split is val/."""
+    train = []
     for wnid in wnids:
-        images = folder / wnid / "images"
-        files = sorted(images.glob("*.JPEG"))
-        if not files:
+        images = folder / "train" / wnid / "images"
+        train += [(file, wnid) for file in sorted(images.glob("*.JPEG"))]
+        if not train or train[-1][1] != wnid:
             raise ValueError(f"no images in {images} although wnids.txt lists {wnid}: unzip again")
-        pairs += [(file, wnid) for file in files]
-    return pairs
-
-
-def _tiny_val(folder, wnids):
-    """[(file, WordNet id)] of the test split, which is val/."""
-    annotations = folder / "val" / "val_annotations.txt"
+    annotations, test = folder / "val" / "val_annotations.txt", []
     if not annotations.exists():
         raise ValueError(f"{annotations} is missing: unzip again")
-    lines = annotations.read_text().splitlines()
-    pairs = [(line.split("\t") + [""])[:2] for line in lines]
-    for row, (_, wnid) in enumerate(pairs, 1):
+    for row, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, wnid = (line.split("\t") + [""])[:2]
         if wnid not in wnids:
             raise ValueError(f"line {row} of {annotations} names class {wnid!r}, not in wnids.txt")
-    return [(folder / "val" / "images" / name, wnid) for name, wnid in pairs]
+        test.append((folder / "val" / "images" / name, wnid))
+    return {"train": train, "test": test}
 
 
 def _decode_once(files, digest, cache, keep):
