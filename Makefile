@@ -262,7 +262,7 @@ test-notebooks: | $(ENVIRONMENT)  ## the notebooks alone: form, and a run compar
 	@$(PYTHON) $(PYTEST) tests/test_notebooks.py $(REFERENCES)
 
 refs: | $(ENVIRONMENT)  ## rewrite tests/nb_refs after a notebook changed; review its diff
-	@$(PYTHON) tools/references.py $(NOTEBOOKS)/*.ipynb --into $(REFERENCES)
+	@$(PYTHON) tools/redraw.py --smoke
 
 badges: | $(ENVIRONMENT)  ## write the Colab badge and the set-up cell of every notebook, from pyproject.toml
 	@$(PYTHON) tools/badges.py $(NOTEBOOKS)/*.ipynb $(REFERENCES)/*.ipynb

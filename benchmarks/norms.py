@@ -3,7 +3,7 @@
     python benchmarks/norms.py                       4C3F, 6C2F, 8C2F with random weights
     python benchmarks/norms.py resnet18 --images 2   ResNet-18 at 224 x 224, minutes on two cores
     python benchmarks/norms.py outputs/quick/runs/*  networks of finished runs
-    ... --method fast                                the cheapest proofs
+    ... --method tight                               within a permille, later
     ... --images 10000                               also certify that many random images
 
 gap is upper / lower - 1, both proven: the norm lies between. ResNet-18 is torchvision's, with

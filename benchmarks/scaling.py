@@ -87,14 +87,9 @@ def measure(axis, value, device="cpu", seconds=1.0):
     parameters = sum(map(torch.numel, net.parameters()))
     ranks = settings.get("gpus", 1)
     exchange = 2 * (ranks - 1) / ranks * 4 * parameters / LINK
-    return {
-        "axis": axis,
-        "value": value,
-        "ms": 1e3 * (time + exchange),
-        "MiB": clock.peak(device, before),
-        "parameters": parameters,
-        "steps": rounds,
-    }
+    row = {"axis": axis, "value": value, "ms": 1e3 * (time + exchange)}
+    row |= {"MiB": clock.peak(device, before), "parameters": parameters}
+    return row | {"steps": rounds}
 
 
 def sweep(profile="smoke", axes=AXES, device="cpu", progress=clock.show):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import cll
 from cll.bounds.linear import full_precision
+from cll.experiment.fast import COMPILED_STEPS, use_compiled, use_dense
 from cll.experiment.stack import Stack, build_network
 
 FILES = [f"table2/{f.stem}" for f in sorted((cll.ROOT / "params/table2").glob("cifar10-*.yaml"))]
@@ -53,20 +54,15 @@ def random_batch(nets, batch, device="cpu"):
 def training_step(runs, nets, images, targets, fast=True):
     """The step of some runs together, as a function without arguments.
 
-    It reads `images` and `targets` anew each time. fast: as long trainings take it; else one
-    operation after the other.
+    It reads `images` and `targets` anew each time. fast: as long trainings take it; else the plain
+    step.
     """
     stack = Stack(runs, nets, images.device)
-    _choose(stack, images.shape[1], fast)
+    if fast:  # as `train` chooses
+        use_dense(stack)
+        use_compiled(stack, COMPILED_STEPS)
     numbers = stack.schedule(0.5)
     return lambda: stack.step(images, targets, *numbers)
-
-
-def _choose(stack, batch, fast):
-    """Which step the stack takes; the only place that knows how training makes it faster."""
-    stack.capturable &= fast
-    if fast and stack.dense is not None and stack.device.type == "cpu":
-        stack.record(batch)
 
 
 def plain_step(params, net, images, targets):

@@ -7,7 +7,7 @@ all of them, and so does the run's identity. After a lost rank the same command 
 import argparse
 import sys
 
-from .experiment import PROFILES, load_params, outputs_dir, ranks, run_all, run_dir
+from .experiment import PROFILES, load_params, outputs_dir, ranks, recertify, run_all, run_dir
 
 
 def main():
@@ -22,6 +22,11 @@ def main():
     parser.add_argument("--data", help="data source, e.g. npz:PATH or folder:PATH")
     parser.add_argument("--label", help="how results name that data")
     parser.add_argument("--outputs", default="", help="default: $CLL_OUTPUTS or outputs/")
+    parser.add_argument(
+        "--recertify",
+        action="store_true",
+        help="certify finished runs of an earlier version anew, from their weights",
+    )
     args = parser.parse_args()
     overrides = {"device": args.device, "data": args.data, "label": args.label}
     try:
@@ -32,6 +37,9 @@ def main():
         ]
         for params in runs:
             root = outputs_dir(args.outputs, params.profile)
+        if args.recertify:
+            for params in runs:
+                recertify(params, run_dir(params, root))
         records = run_all(runs, root)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}" if ranks.is_main() else 1)

@@ -9,13 +9,12 @@ Notation, used throughout:
 * ``epsilon`` is the margin in input units; ``p`` in (0, 1) is the total probability mass that the
   calibrated logistic leaves outside the margin, p/2 on each side.
 * ``reduction`` is "mean", "sum" or "none", over the samples.
-* A stack of S runs: logits (S, N, C), targets (S, N), K (S, C, C) or (S, N, C, C); numbers may be
-  tensors (S,), one per run; the result is (S,), or (S, N) without reduction.
 
 Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
 Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
-Everything works under ``torch.func.vmap`` with epsilon, p, K, logits and targets stacked, reads no
-tensor value on the host, and allocates nothing larger than (N, C) unless K itself is per sample.
+For a stack of runs map a loss with ``torch.func.vmap`` over logits, targets, K and numbers such as
+epsilon and p, which may be 0-dim tensors. No tensor value is read on the host, and nothing larger
+than (N, C) is allocated unless K itself is per sample.
 
 Source: Losch, Stutz, Schiele, Fritz, "Certified Robust Models with Slack Control and Large
 Lipschitz Constants", GCPR 2023, arXiv 2309.06166 (CLL). Equation numbers are that paper's.
@@ -73,8 +72,8 @@ def cll_loss(logits, targets, K, *, epsilon, p, offset="two-sided", reduction="m
     sigma = _as(f, cll_scale(epsilon, p))
     epsilon = _as(f, epsilon)
     is_target = _one_hot(targets, f)  # (N, C)
-    if K.ndim == f.ndim - 1:
-        distance = f / K.masked_fill(K == 0, 1).unsqueeze(-2)
+    if K.ndim == 1:
+        distance = f / K.masked_fill(K == 0, 1)
     else:
         distance = (f - _at(f, targets)) / _rows(K, targets, is_target)  # (N, C), 0 at the target
     if offset != "none":
@@ -127,18 +126,18 @@ def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
     """
     _check_epsilon(epsilon, zero=True)
     f, K = _prepare(logits, targets, K, reduction)
-    j = f.detach().argmax(dim=-1)  # (N,)
+    j = f.detach().argmax(dim=1)  # (N,)
     is_j = _one_hot(j, f)
     # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
     f_bot = f + _as(f, epsilon) * _gather_rows(K, j).masked_fill(is_j, 0)
-    f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=-1, keepdim=True)  # (N, 1)
+    f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=1, keepdim=True)  # (N, 1)
     if trades is None:
-        log_probability = torch.cat([f, f_bot], dim=-1).log_softmax(dim=-1)
+        log_probability = torch.cat([f, f_bot], dim=1).log_softmax(dim=1)
         # without its last column, so that no label can ask for the extra logit
-        values = -_at(log_probability[..., :-1], targets)[..., 0]
+        values = -_at(log_probability[:, :-1], targets)[:, 0]
     else:
         values = _cross_entropy(f, targets)
-        values = values + _as(values, trades) * _softplus(f_bot[..., 0] - f.logsumexp(dim=-1))
+        values = values + _as(values, trades) * _softplus(f_bot[:, 0] - f.logsumexp(dim=1))
     return _reduce(values, reduction)
 
 
@@ -177,7 +176,7 @@ def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean")
     f, K = _prepare(logits, targets, K, reduction)
     is_target = _one_hot(targets, f)
     distance = (_at(f, targets) - f) / _rows(K, targets, is_target)
-    radius = distance.masked_fill(is_target, math.inf).amin(dim=-1)  # (N,)
+    radius = distance.masked_fill(is_target, math.inf).amin(dim=1)  # (N,)
     return _reduce(_cross_entropy(f, targets) - _as(radius, gamma) * F.relu(radius), reduction)
 
 
@@ -194,7 +193,7 @@ def hinge_loss(logits, targets, *, margin=0.7, reduction="mean"):
         raise ValueError(f"margin = {margin} is out of range: a finite margin > 0 is needed")
     f, _ = _prepare(logits, targets, None, reduction)
     missing = F.relu(_as(f, margin) - _at(f, targets) + f)  # (N, C)
-    return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=-1), reduction)
+    return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=1), reduction)
 
 
 def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
@@ -222,11 +221,10 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
 
 def lipschitz_penalty(K, lam):
     """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
-    Of a stack with lam (S,): over the K of each run, (S,).
 
     Without it K grows without limit under ``cll_loss``, which is scale-invariant in (f, K).
     """
-    return lam * K.flatten(lam.ndim if isinstance(lam, Tensor) else 0).amax(-1) ** 2
+    return lam * K.flatten().amax(-1) ** 2
 
 
 def polynomial_schedule(start, end, power, progress):
@@ -245,15 +243,15 @@ def polynomial_schedule(start, end, power, progress):
 def _prepare(logits, targets, K, reduction, per_logit=False):
     """Check shapes (never values) and return logits and K in the type the loss is computed in."""
     _check_reduction(reduction)
-    if logits.ndim not in (2, 3) or logits.shape[-1] < 2:
+    if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"logits must have shape (N, C) with C >= 2, got {tuple(logits.shape)}; "
             "for one score per sample use binary_cll_loss"
         )
-    *runs, N, C = logits.shape
-    if targets.shape != (*runs, N) or targets.dtype != torch.int64:
+    N, C = logits.shape
+    if targets.shape != (N,) or targets.dtype != torch.int64:
         raise ValueError(
-            f"targets must be int64 of shape {(*runs, N)}, one label per row of logits, "
+            f"targets must be int64 of shape {(N,)}, one label per row of logits, "
             f"got {targets.dtype} of shape {tuple(targets.shape)}"
         )
     if not logits.is_floating_point():
@@ -261,8 +259,7 @@ def _prepare(logits, targets, K, reduction, per_logit=False):
     f = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if K is None:
         return f, None
-    shapes = [(*runs, C, C), (*runs, N, C, C)]
-    shapes = [(*runs, C), *shapes] if per_logit else shapes
+    shapes = [*([(C,)] if per_logit else []), (C, C), (N, C, C)]
     if not isinstance(K, Tensor) or tuple(K.shape) not in shapes:
         got = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
         raise ValueError(f"K must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
@@ -282,41 +279,34 @@ def _check_epsilon(epsilon, zero):
 
 
 def _as(f, value):
-    """`value` in the type of f: a stack of float64 epsilons must not turn the loss to float64. One
-    value per run is shaped so that it meets the samples of its run."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(f.dtype)
-    return value.view(*value.shape, *[1] * (f.ndim - value.ndim)) if value.ndim else value
+    """`value` in the type of f: a float64 epsilon must not turn the loss to float64."""
+    return value.to(f.dtype) if isinstance(value, Tensor) else value
 
 
 def _one_hot(index, f):
     """(N,) class indices -> (N, C) bool."""
-    return index.unsqueeze(-1) == torch.arange(f.shape[-1], device=f.device)
+    return index[:, None] == torch.arange(f.shape[1], device=f.device)
 
 
 def _at(f, targets):
     """f_y, shape (N, 1). Unlike f[arange, y] it refuses negative labels (also -100, "ignore")."""
     try:
-        return f.gather(-1, targets.unsqueeze(-1))
+        return f.gather(1, targets[:, None])
     except (IndexError, RuntimeError) as error:  # CPU only: on CUDA the check would cost a sync
         if "out of bounds" not in str(error):
             raise
-        raise ValueError(f"targets hold a label outside 0..{f.shape[-1] - 1}: {error}") from None
+        raise ValueError(f"targets hold a label outside 0..{f.shape[1] - 1}: {error}") from None
 
 
 def _cross_entropy(f, targets):
-    return -_at(f.log_softmax(dim=-1), targets)[..., 0]
+    return -_at(f.log_softmax(dim=1), targets)[:, 0]
 
 
 def _gather_rows(K, index):
     """K (C, C) or (N, C, C), index (N,) -> K[index] or K[n, index[n]], shape (N, C)."""
     if K.ndim == 2:
         return K[index]
-    if K.ndim == index.ndim + 1:  # one K per run
-        return K.gather(1, index.unsqueeze(-1).expand(-1, -1, K.shape[-1]))
-    index = index[..., None, None].expand(*index.shape, 1, K.shape[-1])
-    return K.gather(-2, index).squeeze(-2)
+    return K.gather(1, index[:, None, None].expand(-1, 1, K.shape[2])).squeeze(1)
 
 
 def _rows(K, targets, is_target):
@@ -333,4 +323,4 @@ def _softplus(x):
 def _reduce(values, reduction):
     if reduction == "none":
         return values
-    return values.mean(-1) if reduction == "mean" else values.sum(-1)
+    return values.mean() if reduction == "mean" else values.sum()

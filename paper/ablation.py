@@ -1,10 +1,35 @@
-"""The ablation of the loss: table and picture."""
+"""What the paper leaves open: runs, table and picture of the ablation of the loss."""
 
 import numpy as np
 import pandas as pd
 
-from .records import RADII, _cell, _or_dash, _shown, _std, published, same_data
-from .style import BLUE, GRAY, GREEN, ORANGE, SKY, _subplots, _title, of_runs
+from cll.experiment.schema import experiment_params, sized_as
+
+from . import records, style
+from .records import RADII, cell_text, or_dash, published
+from .style import BLUE, GRAY, GREEN, ORANGE, SKY
+
+ROWS = {  # of table 2, whose runs make the usual choice
+    ("6C2F", "CLL"): "T2-04",
+    ("4C3F", "CLL"): "T2-05",
+    ("4C3F", "GloRo"): "T2-03",
+    ("LipConvNet-20", "CLL"): "T2-07",
+}
+
+
+def runs(profile, seeds=None, data="", label="", **overrides):
+    """(images, two moons): the runs of params/ablation/, after those of the usual choice, which
+    are rows of table 2 in the same size, and the slack sweep. data, label: of the images."""
+    source = {"data": data, "label": label}
+    others = experiment_params("ablation", profile, seeds, **overrides, **source)
+    table2 = records.runs_beside(others, "table2", profile, **overrides, **source)
+    moons = [run for run in others if run.model == "MLP"]
+    images = [run for run in others if run.model != "MLP"]
+    for run in images[:]:
+        row = ROWS[run.model, run.loss.name]
+        usual = [usual for usual in table2 if (usual.row, usual.seed) == (row, run.seed)]
+        images = sized_as(run, usual) + images
+    return images, records.runs_beside(moons, "slack_sweep", profile, **overrides) + moons
 
 
 def ablation_table(results):
@@ -18,49 +43,50 @@ def ablation_table(results):
     difference (from the usual choice; nan for itself) and published (nan where nothing is printed,
     or on other data). In percent.
     """
-    groups = {}
+    groups, lines = {}, []
     for r in results:
-        own = tuple(r["params"]["loss"].items())
         network = r["model"] if r["method"] == "CLL" else f"{r['model']}, {r['method']}"
-        group = groups.setdefault((network, np.nan if r["p"] is None else r["p"]), {})
-        group.setdefault(own, []).append(r)
-    moons, lines = published("two_moons").query("status == 'printed'"), []
-    for (model, p), choices in groups.items():
-        losses = [dict(own) for own in choices]
-        keys = [key for key in losses[0] if any(own[key] != losses[0][key] for own in losses)]
-        rows = [r["row"] for runs in choices.values() for r in runs if r.get("row")]
-        usual = {}
-        for loss, runs in zip(losses, choices.values(), strict=True):
-            differ = [key for key in keys if loss is losses[0] or loss[key] != losses[0][key]]
-            if runs[0]["data"] == "two_moons":
-                radius = f"{runs[0]['epsilon']:g}"
-                row = moons[np.isclose(pd.to_numeric(moons["p_code"], errors="coerce"), p)]
-                values = {f"CRA {radius}": [r["train_cra"][radius] for r in runs]}
-                printed = dict.fromkeys(values, row["cra_printed"].iloc[0] if len(row) else np.nan)
-            else:
-                values = {"clean": [r["clean"] for r in runs]}
-                values |= {f"CRA {name}": [r["cra"][name] for r in runs] for name in RADII.values()}
-                row = published(f"table{rows[0][1]}").loc[rows[0]] if rows else {}
-                same = rows and all(same_data(r, row["dataset"]) for r in runs)
-                columns = ("clean", *RADII)
-                printed = [row[column] if same else np.nan for column in columns]
-                printed = dict(zip(values, printed, strict=True))
-            for measure, measured in values.items():
-                measured = 100 * np.array(measured)
-                mean = measured.mean()
-                choice = ", ".join(f"{key} = {_written(loss[key])}" for key in differ)
-                line = {"model": model, "p": p, "choice": choice, "base": loss is losses[0]}
-                line |= {"n": len(runs), "measure": measure, "mean": mean, "std": _std(measured)}
-                line["difference"] = mean - usual.get(measure, np.nan)
-                lines.append(line | {"published": printed[measure]})
-                usual.setdefault(measure, mean)  # the first choice is the usual one
+        groups.setdefault((network, np.nan if r["p"] is None else r["p"]), []).append(r)
+    for (model, p), group in groups.items():
+        measures, printed = _measures(group)
+        by = {"loss": lambda r: tuple(r["params"]["loss"].items())}
+        choices = [(dict(line["loss"]), line) for line, _ in records.summary(group, by, measures)]
+        usual, usual_line = choices[0]
+        keys = [key for key in usual if any(loss[key] != usual[key] for loss, _ in choices)]
+        for loss, line in choices:
+            base = loss is usual
+            choice = ", ".join(
+                f"{key} = {str(loss[key]).lower() if isinstance(loss[key], bool) else loss[key]}"
+                for key in keys
+                if base or loss[key] != usual[key]
+            )
+            about = {"model": model, "p": p, "choice": choice, "base": base, "n": line["n"]}
+            for name in measures:
+                cell = {"measure": name, "mean": line[name], "std": line[f"{name}_std"]}
+                cell["difference"] = np.nan if base else line[name] - usual_line[name]
+                lines.append(about | cell | {"published": printed[name]})
     names = ["model", "p", "choice", "base", "n", "measure", "mean", "std", "difference"]
     return pd.DataFrame(lines, columns=[*names, "published"])
 
 
-def _written(value):
-    """As in a parameter file."""
-    return str(value).lower() if isinstance(value, bool) else f"{value}"
+def _measures(results):
+    """What is measured of one network, {name: function of a record}, and what is printed of it."""
+    if results[0]["data"] == "two_moons":
+        name = f"CRA {results[0]['epsilon']:g}"
+        moons = published("two_moons").query("status == 'printed'")
+        slack = pd.to_numeric(moons["p_code"], errors="coerce")
+        row = moons[np.isclose(slack, results[0]["p"])]
+        return {name: records.train_cra}, {name: row["cra_printed"].iloc[0] if len(row) else np.nan}
+    measures = {"clean": lambda r: 100 * r["clean"]}
+    for radius in RADII.values():
+        measures[f"CRA {radius}"] = lambda r, radius=radius: 100 * r["cra"][radius]
+    rows = [r["row"] for r in results if r.get("row")]
+    if not rows:
+        return measures, dict.fromkeys(measures, np.nan)
+    row = published(f"table{rows[0][1]}").loc[rows[0]]
+    same = all(records.same_data(r, row["dataset"]) for r in results)
+    columns = ("clean", *RADII)
+    return measures, {m: row[c] if same else np.nan for m, c in zip(measures, columns, strict=True)}
 
 
 def display_ablation(table):
@@ -68,24 +94,24 @@ def display_ablation(table):
     std over the seeds, in brackets the difference from the usual choice; then what is printed."""
     lines = []
     for (model, p), group in table.groupby(["model", "p"], sort=False, dropna=False):
-        slack = _or_dash("g", p)
-        for (choice, base), own in group.groupby(["choice", "base"], sort=False):
-            line = {"network": model, "p": slack, "choice": choice + " (usual)" * base}
-            line["seeds"] = str(own["n"].iloc[0])
-            for c in own.to_dict("records"):
-                line[f"{c['measure']} %"] = _cell(c["mean"], c["std"], c["difference"], digits=2)
+        about = {"network": model, "p": or_dash("g", p)}
+        for (choice, base), cells in group.groupby(["choice", "base"], sort=False):
+            line = about | {"choice": choice + " (usual)" * base, "seeds": str(cells["n"].iloc[0])}
+            for c in cells.to_dict("records"):
+                cell = cell_text(c["mean"], c["std"], c["difference"], digits=2)
+                line[f"{c['measure']} %"] = cell
             lines.append(line)
         printed = group.drop_duplicates("measure")
         if printed["published"].notna().any():
-            line = {"network": model, "p": slack, "choice": "paper", "seeds": ""}
-            cells = {f"{c['measure']} %": _cell(c["published"]) for c in printed.to_dict("records")}
-            lines.append(line | cells)
-    return _shown(lines, ["network", "p", "choice"], ["seeds"])
+            cells = zip(printed["measure"], printed["published"], strict=True)
+            cells = {f"{measure} %": cell_text(value) for measure, value in cells}
+            lines.append(about | {"choice": "paper", "seeds": ""} | cells)
+    return records.display_lines(lines, ["network", "p", "choice"], ["seeds"])
 
 
-@of_runs
+@style.of_runs
 def ablation_figure(table, title):
-    """What choices that the paper leaves open change: the frame of `paper.ablation_table`.
+    """What choices that the paper leaves open change: the frame of `ablation_table`.
 
     A line per choice other than the usual one; points: clean accuracy and CRA minus those of the
     usual choice, bars: both standard deviations over the seeds together. Crosses: the paper's
@@ -95,27 +121,24 @@ def ablation_figure(table, title):
     if others.empty:
         return ablation_figure([], title)  # which says so
     rows = list(others.groupby(["model", "p", "choice"], sort=False, dropna=False))
-    figure, ax = _subplots((7, 0.33 * max(len(rows), 2) + 1.4))
-    colors = dict(zip(table["measure"].unique(), (GREEN, BLUE, SKY, ORANGE, GRAY), strict=False))
-    markers = dict(zip(colors, "os^vD", strict=False))
-    for i, ((model, p, _), own) in enumerate(rows):
-        same = table["p"].isna() if np.isnan(p) else table["p"] == p
-        usual = table[(table["model"] == model) & same & table["base"]].set_index("measure")
-        own = own.set_index("measure")
-        for j, measure in enumerate(own.index):
-            y = i + 0.17 * (j - (len(own) - 1) / 2)
-            spread = np.hypot(own["std"][measure], usual["std"][measure])
-            at = {"color": colors[measure], "ms": 4.5, "label": measure}
-            ax.errorbar(own["difference"][measure], y, xerr=None if np.isnan(spread) else spread,
-                        fmt=markers[measure], **at)  # fmt: skip
-            printed = own["published"][measure] - usual["mean"][measure]
-            if np.isfinite(printed):
-                ax.plot(printed, y, "x", color="black", ms=5, label="paper")
+    figure, ax = style.subplots((7, 0.33 * max(len(rows), 2) + 1.4))
+    looks = zip((GREEN, BLUE, SKY, ORANGE, GRAY), "os^vD", strict=True)
+    looks = dict(zip(table["measure"].unique(), looks, strict=False))
+    usual = table[table["base"]].set_index(["model", "p", "measure"])[["mean", "std"]]
+    for i, ((model, p, _), cells) in enumerate(rows):
+        for j, cell in enumerate(cells.to_dict("records")):
+            mean, std = usual.loc[(model, p, cell["measure"])]
+            y = i + 0.17 * (j - (len(cells) - 1) / 2)
+            spread = np.hypot(cell["std"], std)
+            color, marker = looks[cell["measure"]]
+            look = {"color": color, "ms": 4.5, "label": cell["measure"], "fmt": marker}
+            ax.errorbar(cell["difference"], y, xerr=None if np.isnan(spread) else spread, **look)
+            if np.isfinite(cell["published"]):
+                ax.plot(cell["published"] - mean, y, "x", color="black", ms=5, label="paper")
     ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{m}: {choice}" if np.isnan(p) else f"{m}, p = {p:g}: {choice}"
-             for (m, p, choice), _ in rows]  # fmt: skip
+    names = [f"{m}{'' if np.isnan(p) else f', p = {p:g}'}: {choice}" for (m, p, choice), _ in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="minus the usual choice (points)")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
-    return _title(figure, title)
+    return style.titled(figure, title)

@@ -1,36 +1,42 @@
-"""How to choose epsilon, p and the temperature: tables and pictures."""
+"""How to choose epsilon, p and the temperature: runs, tables, pictures, claims."""
 
 import itertools
+import operator
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from .moons import _moons_grid, moons_panel
-from .records import BY_MARGIN, CONSTANTS, TRUE_MARGIN, _cell, _or_dash, _summary, _train_cra
-from .style import (
-    BLUE,
-    GRAY,
-    GREEN,
-    ORANGE,
-    SKY,
-    _drawn,
-    _note,
-    _subplots,
-    _title,
-    of_runs,
-    styled,
-)
+from cll.experiment.schema import experiment_params
+
+from . import plane, records, style
+from .records import TRUE_MARGIN, cell_text, or_dash
+from .style import BLUE, GRAY, GREEN, ORANGE, SKY
+
+
+def moons_runs(profile, seeds=None, **overrides):
+    """Two moons: every margin with every slack. overrides: of parameters, such as device."""
+    sweep = experiment_params("choose_moons", profile, seeds, **overrides)
+    return sweep + records.runs_beside(sweep, "slack_sweep", profile, **overrides)
+
+
+def temperature_runs(profile, seeds=None, **overrides):
+    """Two moons at the true margin: GloRo, with its exact gradient, by temperature; CLL by p."""
+    sweep = experiment_params("temperature", profile, seeds, **overrides)
+    others = records.runs_beside(sweep, "gloro_gradient", profile, **overrides)
+    for name in ("slack_sweep", "figure4"):
+        beside = records.runs_beside(sweep, name, profile, **overrides)
+        others += [run for run in beside if run.loss.name == "CLL"]
+    return sweep + [run for run in others if run.loss.epsilon == TRUE_MARGIN]
 
 
 def temperature_table(results):
     """Two-moons runs by what is meant to be their slack: GloRo by the temperature t of its softmax,
     CLL by p. One line each, means over the seeds: method, t, p, n (seeds), clean and cra (of the
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
-    by = {"method": BY_MARGIN["method"], "p": BY_MARGIN["p"]}
+    by = {"method": operator.itemgetter("method"), "p": operator.itemgetter("p")}
     by |= {"t": lambda r: r["params"]["loss"].get("temperature")}
-    values = {"clean": lambda r: 100 * r["train_clean"], "cra": _train_cra} | CONSTANTS
-    lines = [line for line, _ in _summary(results, by, values)]
+    values = {"clean": lambda r: 100 * r["train_clean"], "cra": records.train_cra}
+    lines = [line for line, _ in records.summary(results, by, values | records.CONSTANTS)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
     table = pd.DataFrame(lines, columns=names)
     order = ["method", "t", "p"]
@@ -39,109 +45,104 @@ def temperature_table(results):
 
 def display_temperature(table):
     """The frame of `temperature_table` for reading."""
-    shown = pd.DataFrame(
-        {
-            "method": table["method"],
-            "t": [_or_dash("g", t) for t in table["t"]],
-            "p": [_or_dash("g", p) for p in table["p"]],
-            "seeds": table["n"].map(str),
-            "clean % (train)": map(_cell, table["clean"], table["clean_std"]),
-            "CRA(0.15) % (train)": map(_cell, table["cra"], table["cra_std"]),
-            "K(f)": table["K_f"].map("{:.3g}".format),
-            "K(h∘f)": table["K_hf"].map("{:.3g}".format),
-        }
-    )
-    return shown.set_index(["method", "t", "p"])
+    columns = {
+        "method": table["method"],
+        "t": [or_dash("g", t) for t in table["t"]],
+        "p": [or_dash("g", p) for p in table["p"]],
+        "seeds": table["n"].map(str),
+        "clean % (train)": map(cell_text, table["clean"], table["clean_std"]),
+        "CRA(0.15) % (train)": map(cell_text, table["cra"], table["cra_std"]),
+        "K(f)": table["K_f"].map("{:.3g}".format),
+        "K(h∘f)": table["K_hf"].map("{:.3g}".format),
+    }
+    return pd.DataFrame(columns).set_index(["method", "t", "p"])
 
 
-def _temperature_claims(results):
+def temperature_claims(results):
+    """What the paper says of temperature without calibration, see `claims.judge`."""
     table = temperature_table(results)
     gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
-
-    def spread(frame, column):
-        return np.ptp(frame[column]) if len(frame) > 2 else np.nan
-
+    cra, clean, slack = (
+        np.ptp(frame[column]) if len(frame) > 2 else np.nan
+        for frame, column in ((gloro, "cra"), (gloro, "clean"), (cll, "cra"))
+    )
     slope = np.nan
     if len(gloro) > 2:
         slope = np.polyfit(np.log(gloro["t"]), np.log(gloro["K_f"]), 1)[0]
-    for claim, printed, form, value, holds in [
-        ("temperature does not change GloRo's CRA (spread within a point)", "no slack effect",
-         "{:.2f} points", spread(gloro, "cra"), lambda a: a <= 1),
-        ("nor its clean accuracy (spread within a point)", "no slack effect",
-         "{:.2f} points", spread(gloro, "clean"), lambda a: a <= 1),
-        ("the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)", "– (derived: 1)",
-         "{:.2f}", slope, lambda a: abs(a - 1) <= 0.1),
-        ("with calibration p does change CRA (spread above 5 points)", "slack",
-         "{:.2f} points", spread(cll, "cra"), lambda a: a > 5),
-    ]:  # fmt: skip
-        yield f"S5: {claim}", printed, form, [value], holds
+    claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
+    yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
+    claim = "S5: nor its clean accuracy (spread within a point)"
+    yield "clean", claim, "no slack effect", "{:.2f} points", [clean], lambda a: a <= 1
+    claim = "S5: the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)"
+    yield "undone", claim, "– (derived: 1)", "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1
+    claim = "S5: with calibration p does change CRA (spread above 5 points)"
+    yield "slack", claim, "slack", "{:.2f} points", [slack], lambda a: a > 5
 
 
-@of_runs
+@style.of_runs
 def temperature_planes(results, models, dataset):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
     slack from much to little.
 
-    results, models, dataset: as for `figure4`, one margin. Of several seeds the first is drawn.
+    results, models, dataset: records of runs at one margin, their networks, their data. Of several
+    seeds the first one given is drawn.
     """
-    first = {"GloRo": {}, "CLL": {}}
-    for result, model in zip(results, models, strict=True):
-        loss = result["params"]["loss"]
-        key = loss["temperature"] if result["method"] == "GloRo" else result["p"]
-        first[result["method"]].setdefault(key, (result, model))
-    columns = max(map(len, first.values()))
-    figure, axes = _moons_grid((2, columns), (2.0 * columns + 0.4, 3.3))
-    for line, (method, found) in zip(axes, first.items(), strict=True):
-        name = "t" if method == "GloRo" else "p"
-        for ax, key in itertools.zip_longest(line, sorted(found, reverse=True)):
+    keys = [(r["method"], r["p"] or r["params"]["loss"]["temperature"]) for r in results]
+    first = records.first_of_each(keys, results, models)
+    lines = [sorted((key for key in first if key[0] == m), reverse=True) for m in ("GloRo", "CLL")]
+    columns = max(map(len, lines))
+    figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
+    for row, line, name in zip(axes, lines, "tp", strict=True):
+        for ax, key in itertools.zip_longest(row, line):
             if key is None:
                 ax.set_visible(False)
                 continue
-            result, model = found[key]
-            points, targets = dataset.train_images, dataset.train_targets
-            moons_panel(ax, model, points, targets, result["epsilon"])
+            result, model = first[key]
+            plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
             K_hf = result["K_hf"]
-            ax.set_title(f"{name} = {key:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
-        line[0].set_ylabel(f"{method}\n$x_2$ (input units)")
-    return _title(figure, _drawn(results))
+            ax.set_title(f"{name} = {key[1]:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
+    for ax, method in zip(axes[:, 0], ("GloRo", "CLL"), strict=True):
+        ax.set_ylabel(f"{method}\n$x_2$ (input units)")
+    return style.titled(figure, style.drawn_caption(results))
 
 
-@styled
+@style.styled
 def temperature_figure(table, title):
     """Certified accuracy and K over what is meant to be the slack: the frame of
-    `paper.temperature_table`.
+    `temperature_table`.
 
     Left: CRA against K(h∘f). A knob that gives slack moves a system along; one that does not leaves
     it where it is. Right: K(f) of GloRo against its temperature, with the line K(f) ∝ t.
     """
-    figure, (left, right) = _subplots((6.4, 2.9), 1, 2)
-    for method, color, marker in [("CLL", BLUE, "o"), ("GloRo", ORANGE, "^")]:
-        own = table[table["method"] == method]
-        label = f"{method}, {len(own)} values of {'p' if method == 'CLL' else 't'}"
-        left.errorbar(own["K_hf"], own["cra"], own["cra_std"], fmt=marker, ms=5, lw=1,
-                      color=color, label=label)  # fmt: skip
-    own = table[table["method"] == "CLL"]  # from much slack to little
-    left.plot(own["K_hf"], own["cra"], color=BLUE, lw=0.8, zorder=1)
+    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
+    cll, gloro = (table[table["method"] == method] for method in ("CLL", "GloRo"))
+    for runs, color, marker, label in [
+        (cll, BLUE, "o", f"CLL, {len(cll)} values of p"),
+        (gloro, ORANGE, "^", f"GloRo, {len(gloro)} values of t"),
+    ]:
+        look = {"fmt": marker, "ms": 5, "lw": 1, "color": color, "label": label}
+        left.errorbar(runs["K_hf"], runs["cra"], runs["cra_std"], **look)
+    left.plot(cll["K_hf"], cll["cra"], color=BLUE, lw=0.8, zorder=1)  # from much slack to little
     # away from the line, which rises from its first point
-    ends = own.iloc[[0, -1][: len(own)]].to_dict("records")
+    ends = cll.iloc[[0, -1][: len(cll)]].to_dict("records")
     for end, offset, side in zip(ends, [(9, -3), (0, 7)], ["left", "center"], strict=False):
-        _note(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
+        style.note_at(left, f"p = {end['p']:g}", (end["K_hf"], end["cra"]), offset, ha=side)
     left.set_xscale("log")
     left.margins(0.14)
     left.set(xlabel="$K^{(h∘f)}$", ylabel=f"CRA({TRUE_MARGIN:g}) %, training points")
-    own = table[table["method"] == "GloRo"].sort_values("t")
-    right.loglog(own["t"], own["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
-    if len(own):
-        middle = own.iloc[(np.log(own["t"]).abs()).argmin()]  # temperature 1, or next to it
-        line = middle["K_f"] / middle["t"] * own["t"]
-        right.loglog(own["t"], line, "--", color=GRAY, lw=1, label="$K^{(f)}$ ∝ t")
+    gloro = gloro.sort_values("t")
+    right.loglog(gloro["t"], gloro["K_f"], "^", color=ORANGE, ms=5, label="GloRo")
+    if len(gloro):
+        middle = gloro.iloc[(np.log(gloro["t"]).abs()).argmin()]  # temperature 1, or next to it
+        line = middle["K_f"] / middle["t"] * gloro["t"]
+        right.loglog(gloro["t"], line, "--", color=GRAY, lw=1, label="$K^{(f)}$ ∝ t")
     right.set(xlabel="temperature t of the softmax", ylabel="$K^{(f)}$ of GloRo")
     handles = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0][-1:]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return _title(figure, title)
+    return style.titled(figure, title)
 
 
-@of_runs
+@style.of_runs
 def choose_figure(results, title, evaluate=TRUE_MARGIN):
     """Two moons over the margin and the slack of the training: three maps of test numbers.
 
@@ -149,54 +150,52 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
     CRA at the margin that a run was trained for; right: CRA at `evaluate`, the same for all. The
     best as printed is bold.
     """
-    groups = {}
-    for r in results:
-        cra = [100 * r["cra"][f"{radius:g}"] for radius in (r["epsilon"], evaluate)]
-        groups.setdefault((r["epsilon"], r["p"]), []).append([100 * r["clean"], *cra])
-    margins, slacks = (sorted({key[i] for key in groups}) for i in (0, 1))
-    maps = np.full((3, len(margins), len(slacks)), np.nan)
-    for (epsilon, p), values in groups.items():
-        maps[:, margins.index(epsilon), slacks.index(p)] = np.mean(values, axis=0)
-    figure = Figure(figsize=(8.6, 0.38 * len(margins) + 1.3))
-    names = ("clean %", "CRA at the training ε, %", f"CRA at {evaluate:g}, %")
-    for ax, values, name in zip(figure.subplots(1, 3, sharey=True), maps, names, strict=True):
-        low, high = np.nanmin(values), np.nanmax(values)
+    measures = {
+        "clean %": lambda r: 100 * r["clean"],
+        "CRA at the training ε, %": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"],
+        f"CRA at {evaluate:g}, %": lambda r: 100 * r["cra"][f"{evaluate:g}"],
+    }
+    table = pd.DataFrame(line for line, _ in records.summary(results, records.BY_MARGIN, measures))
+    figure, axes = style.subplots((8.6, 0.38 * table["epsilon"].nunique() + 1.3), 1, 3, sharey=True)
+    for ax, name in zip(axes, measures, strict=True):
+        values = table.pivot(index="epsilon", columns="p", values=name)
+        low, high = table[name].min(), table[name].max()
         ax.imshow(values, cmap="Blues", vmin=low, vmax=high + 0.7 * (high - low), aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            text = "–" if np.isnan(value) else f"{value:.1f}"
+            text = or_dash(".1f", value)
             best = {"fontweight": "bold"} if text == f"{high:.1f}" else {}
             ax.text(j, i, text, ha="center", va="center", fontsize=8, **best)
-        ax.set_xticks(range(len(slacks)), [f"{p:g}" for p in slacks])
-        ax.set_yticks(range(len(margins)), [f"{epsilon:.2f}" for epsilon in margins])
+        ax.set_xticks(range(values.shape[1]), [f"{p:g}" for p in values.columns])
+        ax.set_yticks(range(len(values)), [f"{epsilon:.2f}" for epsilon in values.index])
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
         ax.set(xlabel="slack p of the training", title=name)
-    figure.axes[0].set_ylabel("margin ε of the training")
-    return _title(figure, f"{title} · test points")
+    axes[0].set_ylabel("margin ε of the training")
+    return style.titled(figure, f"{title} · test points")
 
 
-@of_runs
+@style.of_runs
 def slack_curves(results, title):
     """Images over slack: clean accuracy and CRA at each radius, and K(h∘f), against p.
 
     results: records of CLL runs at one margin.
     """
-    figure, (left, right) = _subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
-    slacks = sorted({r["p"] for r in results})
-    own = [[r for r in results if r["p"] == p] for p in slacks]
-    clean = [100 * np.mean([r["clean"] for r in runs]) for runs in own]
-    radii = list(results[0]["cra"])
-    left.plot(slacks, clean, "o-", color=GREEN, ms=4, label="clean")
-    styles = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
-    for name, (color, line) in zip(radii, styles, strict=False):
-        cra = [100 * np.mean([r["cra"][name] for r in runs]) for runs in own]
-        left.plot(slacks, cra, line, color=color, ms=4, label=f"CRA({name})")
-    left.set_ylim(bottom=0)
+    measures = {"clean": lambda r: 100 * r["clean"]}
+    for name in results[0]["cra"]:
+        measures[f"CRA({name})"] = lambda r, name=name: 100 * r["cra"][name]
+    values = measures | {"K_hf": operator.itemgetter("K_hf")}
+    table = records.summary(results, {"p": operator.itemgetter("p")}, values)
+    table = pd.DataFrame(line for line, _ in table).sort_values("p")
+    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
+    looks = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
+    looks = itertools.chain([(GREEN, "o-")], looks)
+    for name, (color, line) in zip(measures, looks, strict=False):
+        left.plot(table["p"], table[name], line, color=color, ms=4, label=name)
     left.set_ylabel("test images, %")
     left.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
-    right.plot(slacks, [runs[0]["K_hf"] for runs in own], "o-", color=BLUE, ms=4)
+    right.plot(table["p"], table["K_hf"], "o-", color=BLUE, ms=4)
     right.set_ylabel("$K^{(h∘f)}$")
-    right.set_ylim(bottom=0)
     for ax in (left, right):
+        ax.set_ylim(bottom=0)
         ax.set_xlabel("slack p")
-    return _title(figure, title)
+    return style.titled(figure, title)

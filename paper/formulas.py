@@ -10,8 +10,8 @@ import torch
 
 from cll.losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
-from .records import TRUE_MARGIN, _similar, published, uncertain
-from .style import BLUE, GRAY, ORANGE, RED, SKY, _subplots, _title, styled
+from .records import TRUE_MARGIN, published, uncertain, within_a_quarter
+from .style import BLUE, GRAY, ORANGE, RED, SKY, styled, subplots, titled
 
 
 def aol_check(offset, temperature, kappa, samples=512, classes=100):
@@ -41,63 +41,63 @@ def aol_check(offset, temperature, kappa, samples=512, classes=100):
 AOL_SETTINGS = {"AOL": (2**0.5, 0.25), "SLL, LBDN": (2**0.5 * 1.5, 0.25)}  # offset, temperature
 
 
-def _aol_claims(results):
+def aol_claims(results):
     table = published("table2").set_index("row_id")
     small = max(max(aol_check(*setting, 2**0.5)) for setting in AOL_SETTINGS.values())
     claim = "the AOL loss is CLL where all pairs have one K (largest relative difference)"
-    yield claim, "behaves alike", "{:.0e}", [small], lambda a: a < 1e-12
+    yield "one-K", claim, "behaves alike", "{:.0e}", [small], lambda a: a < 1e-12
     K, K_hf = table.loc["T2-16", ["k_f", "k_hf"]].astype(float)
     mapped = 1 / cll_scale(*aol_as_cll(*AOL_SETTINGS["SLL, LBDN"], K))
     equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
     claim = "CIFAR-100, SLL-XL: K(h∘f) that follows from the printed K(f)"
-    yield claim, f"{K_hf}", "{:.1f}", [mapped], equal
+    yield "K_hf", claim, f"{K_hf}", "{:.1f}", [mapped], equal
     ours = float(table.loc["T2-17", "k_hf"])
     claim = "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"
-    yield claim, f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}", [ours, K_hf], _similar
+    form, pair = "{:.1f} vs {:.1f}", [ours, K_hf]
+    yield "similar-K", claim, f"{ours} vs {K_hf}", form, pair, within_a_quarter
 
 
-def _figure3_claims(results):
+def figure3_claims(results):
     """Algebra of the calibrated logistic, on numbers drawn at random and on those printed."""
-    random = np.random.default_rng(0)
-    epsilon, p, K = (
-        random.uniform(0.01, 2, 500),
-        random.uniform(1e-6, 0.999, 500),
-        10.0 ** random.uniform(-3, 3, 500),
-    )
-    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
-    tails = [
-        scipy.special.expit(-epsilon / sigma) - p / 2,
-        scipy.special.expit(epsilon / sigma) - (1 - p / 2),
-    ]
-    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
-    yield claim, "full control", "{:.0e}", [np.abs(tails).max()], lambda e: e < 1e-12
-    loss = [_loss_at(1.7 * k, k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
-    other = [_loss_at(1.7 * 9 * k, 9 * k, e, q) for e, q, k in zip(epsilon, p, K, strict=True)]
-    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
-    yield claim, "any K", "{:.0e}", [np.abs(np.divide(loss, other) - 1).max()], lambda e: e < 1e-12
-    steep = [
-        _loss_at(-61 * w * k, k, e, q) - _loss_at(-60 * w * k, k, e, q)
-        for e, q, k, w in zip(epsilon, p, K, sigma, strict=True)
-    ]
-    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
-    one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
-    yield claim, "1", "{:.6f} to {:.6f}", [min(steep), max(steep)], lambda *s: one(s)
-    printed = _printed_constants()
+    yield from _claims_at_random()
+    printed = printed_constants()
     equal = [round(1 / float(cll_scale(e, q)), 1) == k for e, q, k in printed]
     claim = "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"
-    yield claim, f"{len(equal)}", "{:.0f}", [sum(equal)], lambda n: n == len(equal)
+    yield "printed", claim, f"{len(equal)}", "{:.0f}", [sum(equal)], lambda n: n == len(equal)
     slack = np.geomspace(1e-6, 0.9, 60)
     constants = np.array([1 / float(cll_scale(TRUE_MARGIN, q)) for q in slack])
     falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
     claim = "K(h∘f) falls as p grows"
-    yield claim, "inversely related", "{:.1f} to {:.1f}", ends, lambda *k: falls
+    yield "falls", claim, "inversely related", "{:.1f} to {:.1f}", ends, lambda *k: falls
     product = slack * constants
     claim = "K(h∘f) is inversely proportional to p, word for word (p K within a factor of 2)"
-    factor = product.max() / product.min()
-    yield claim, "inversely proportional", "factor {:.0f}", [factor], lambda r: r <= 2
+    form, factor = "factor {:.0f}", product.max() / product.min()
+    yield "p-inverse", claim, "inversely proportional", form, [factor], lambda r: r <= 2
     product = [e / float(cll_scale(e, 0.01)) for e in np.geomspace(0.01, 2, 60)]
     claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
-    yield claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
+    yield "epsilon-inverse", claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
+
+
+def _claims_at_random(count=500):
+    random = np.random.default_rng(0)
+    epsilon, p = random.uniform(0.01, 2, count), random.uniform(1e-6, 0.999, count)
+    K = 10.0 ** random.uniform(-3, 3, count)
+    sigma = np.array([float(cll_scale(*pair)) for pair in zip(epsilon, p, strict=True)])
+    ends = scipy.special.expit(-epsilon / sigma), scipy.special.expit(epsilon / sigma)
+    tails = np.abs([ends[0] - p / 2, ends[1] - (1 - p / 2)]).max()
+    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
+    yield "tails", claim, "full control", "{:.0e}", [tails], lambda e: e < 1e-12
+
+    def losses(f, K):
+        return np.array([_loss_at(*setting) for setting in zip(f, K, epsilon, p, strict=True)])
+
+    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
+    change = np.abs(losses(1.7 * K, K) / losses(1.7 * 9 * K, 9 * K) - 1).max()
+    yield "any-K", claim, "any K", "{:.0e}", [change], lambda e: e < 1e-12
+    steep = losses(-61 * sigma * K, K) - losses(-60 * sigma * K, K)
+    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
+    one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
+    yield "slope", claim, "1", "{:.6f} to {:.6f}", [steep.min(), steep.max()], lambda *s: one(s)
 
 
 def _loss_at(score, K, epsilon, p):
@@ -106,7 +106,7 @@ def _loss_at(score, K, epsilon, p):
     return float(binary_cll_loss(f, torch.tensor([1]), K, epsilon=epsilon, p=p))
 
 
-def _printed_constants():
+def printed_constants():
     """(epsilon, p, K(h∘f)) wherever the paper prints all three."""
     found = []
     for table in ("table1", "table2"):
@@ -127,7 +127,7 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
     epsilon: margin in input space. p, slack: total mass outside the margin of the strict and of
     the lenient curve. The abscissa is the signed distance d = f(x)/K. No training involved.
     """
-    figure, axes = _subplots((9, 3), 1, 3, sharey=True)
+    figure, axes = subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
 
     def curve(ax, p, centre=0.0, sign=1, **line):
@@ -181,7 +181,7 @@ def loss_curves(settings, title):
     sigma, which makes all slopes 1 far inside the wrong class: what is left are place and width of
     the bend. Circles: d = 2 epsilon, where the probability is one half.
     """
-    figure, ax = _subplots((5.6, 3.1))
+    figure, ax = subplots((5.6, 3.1))
     d = np.linspace(-0.5, 3, 701)
     styles = itertools.cycle([(ORANGE, "-"), (RED, "-"), (BLUE, "--"), (SKY, "-.")])
     for (label, (epsilon, p)), (color, line) in zip(settings.items(), styles, strict=False):
@@ -196,4 +196,4 @@ def loss_curves(settings, title):
     ax.set_xlabel("certified distance $d = (f_y - f_j) / K_{yj}$ (L2, input units)")
     ax.set_ylabel("loss × σ (input units)")
     ax.legend(loc="upper right")
-    return _title(figure, title)
+    return titled(figure, title)

@@ -1,4 +1,4 @@
-"""Pictures of one run: training curves, CRA, radii, images, layers."""
+"""One run, or a few networks side by side: curves, certificates, radii, images, layers."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from cll.certify import cra_curve
 
-from .records import BOUNDS, _cell, _measured, caption
-from .style import BLUE, ORANGE, _note, _number, _radius_label, _subplots, _title, styled
+from .records import BOUNDS, caption, cell_text, in_paper_unit
+from .style import BLUE, ORANGE, note_at, radius_label, radius_value, styled, subplots, titled
 
 
 def run_table(result):
@@ -20,11 +20,22 @@ def run_table(result):
         values = [100 * result["cra" + s][radius] for s in style.values()]
         lines[f"CRA at {radius}, %"] = [f"{value:.1f}" for value in values]
     lines["K(f)"] = [f"{result['K_f' + s]:.2f}" for s in style.values()]
-    k_hf = [_measured(result, "k_hf", bound) for bound in BOUNDS[:2]]
+    k_hf = [in_paper_unit(result, "k_hf", bound) for bound in BOUNDS[:2]]
     lines["K(h∘f)"] = [f"{value:.2f}" for value in k_hf]
-    tightness = [_measured(result, "tightness", bound) for bound in BOUNDS[:2]]
-    lines["tightness, %"] = [_cell(value) for value in tightness]
+    tightness = [in_paper_unit(result, "tightness", bound) for bound in BOUNDS[:2]]
+    lines["tightness, %"] = [cell_text(value) for value in tightness]
     return pd.DataFrame.from_dict(lines, orient="index", columns=list(style)).rename_axis("")
+
+
+def network_table(certificates):
+    """Accuracy, K, median certified radius of the right answers, and CRA at 36/255 of several
+    networks, unrounded. certificates: {name of the network: frame of `cll.certify`}."""
+    lines = {}
+    for name, table in certificates.items():
+        summary, radius = table.attrs["summary"], table.loc[table["correct"], "radius"]
+        line = {"accuracy": summary["clean"], "K": summary["K_f"], "median radius": radius.median()}
+        lines[name] = line | {"CRA 36/255": summary["cra"][36 / 255]}
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("network")
 
 
 @styled
@@ -45,7 +56,7 @@ def training_curves(curve, result=None):
         ax.plot(curve["epoch"], factor * curve[column], color=BLUE, marker=marker, ms=3)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    return _title(figure, f"{result['name']} · {caption([result])}") if result else figure
+    return titled(figure, f"{result['name']} · {caption([result])}") if result else figure
 
 
 @styled
@@ -57,22 +68,22 @@ def cra_figure(radii, result):
     """
     radius, estimated, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
     grid = np.linspace(0, np.quantile(estimated, 0.995) + 1e-9, 400)
-    figure, ax = _subplots((4.8, 3))
+    figure, ax = subplots((4.8, 3))
     guaranteed, other = (100 * cra_curve(r, correct, grid) for r in (radius, estimated))
     ax.plot(grid, guaranteed, color=BLUE, label="guaranteed bound")
     ax.plot(grid, other, color=ORANGE, ls="--", label="paper-style bound (power iteration)")
     # The training margin 0.15 of the image runs is no radius of the tables and next to 36/255.
     fractions = any("/" in name for name in result["cra"])
-    marks = {_number(n): (n, v) for n, v in result["cra"].items() if "/" in n or not fractions}
+    marks = {radius_value(n): (n, v) for n, v in result["cra"].items() if "/" in n or not fractions}
     for (r, (name, value)), marker in zip(marks.items(), itertools.cycle("osD^v"), strict=False):
         label = f"{name}: {100 * value:.1f} %"
         ax.plot(r, 100 * value, marker, color="black", ms=5, zorder=3, label=label)
-    ax.set_xlabel(_radius_label(result))
+    ax.set_xlabel(radius_label(result))
     ax.set_ylabel("certified robust accuracy (%)")
     ax.set_ylim(0, 100)
     ax.set_xlim(0, grid[-1])
     ax.legend(loc="best")
-    return _title(figure, f"{result['name']} · {caption([result])}")
+    return titled(figure, f"{result['name']} · {caption([result])}")
 
 
 @styled
@@ -82,13 +93,13 @@ def radius_histogram(radii, result):
     radii: the arrays radius (guaranteed) and correct of radii.npz, each (N,); result: the record.
     """
     radius, correct = radii["radius"], radii["correct"].astype(bool)
-    figure, ax = _subplots((4.8, 3))
+    figure, ax = subplots((4.8, 3))
     bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
     _stacked_radii(ax, radius, correct, bins)
-    ax.set(xlabel=_radius_label(result), ylabel="test samples per bin", xlim=(0, bins[-1]))
+    ax.set(xlabel=radius_label(result), ylabel="test samples per bin", xlim=(0, bins[-1]))
     ax.margins(y=0.3)  # room for the legend
     ax.legend(loc="upper right")
-    return _title(figure, f"{result['name']} · {caption([result])}")
+    return titled(figure, f"{result['name']} · {caption([result])}")
 
 
 def _stacked_radii(ax, radius, correct, bins):
@@ -104,21 +115,6 @@ def _stacked_radii(ax, radius, correct, bins):
     )
     for patch in ax.containers[1]:
         patch.set_hatch("////")
-
-
-@styled
-def certified_images(dataset, certificates, result, count=8):
-    """Test images from the smallest to the largest certified radius of a right answer.
-
-    dataset: data.Dataset of images. certificates: the frame of `cll.certify` for it. result: the
-    run's record, for the title.
-    """
-    right = certificates[certificates["correct"]].sort_values("radius")
-    rows = right.iloc[np.linspace(0, len(right) - 1, count).round().astype(int)]
-    figure = Figure(figsize=(1.15 * count, 1.9))
-    for ax, row in zip(figure.subplots(1, count), rows.to_dict("records"), strict=True):
-        _image(ax, dataset, row, ".3f")
-    return _title(figure, caption([result]))
 
 
 def _image(ax, dataset, row, form):
@@ -149,7 +145,7 @@ def layer_bars(tables, title):
         ax.plot(lower, at, "d", color="black", mfc=ORANGE, ms=6, ls="", label="lower, shown")
         for y, high in zip(at, upper, strict=True):
             offset, side = ((6, 0), "left") if high >= 1 else ((-6, 0), "right")
-            _note(ax, f"{high:.3g}", (high, y), offset, ha=side, va="center")
+            note_at(ax, f"{high:.3g}", (high, y), offset, ha=side, va="center")
         ax.axvline(1, color="black", lw=0.8)
         ax.set_yticks(at, [label.removeprefix("body.") for label in table["layer"]])
         ax.set_ylim(len(table) - 0.4, -0.6)
@@ -159,7 +155,7 @@ def layer_bars(tables, title):
     ends = [v for table in tables.values() for v in (*table["lower"], *table["upper"]) if v > 0]
     axes[0].set_xlim(min(0.3, min(ends) / 2), 4 * max(ends))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -182,9 +178,9 @@ def radius_comparison(certificates, title):
         ax.set_title(name, loc="left")
         ax.legend(loc="upper left")
     at = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
-    _note(axes[0], "36/255 ", (36 / 255, 1), (-2, -2), **at)
+    note_at(axes[0], "36/255 ", (36 / 255, 1), (-2, -2), **at)
     axes[-1].set_xlabel("certified radius (L2 distance, pixels in [0, 1])")
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
@@ -207,4 +203,4 @@ def extreme_images(dataset, certificates, title, count=4):
                 _image(ax, dataset, row, ".2g")
         at = {"ha": "right", "va": "center", "transform": line[0].transAxes}
         line[0].text(-0.12, 0.5, name, rotation=90, **at)
-    return _title(figure, title)
+    return titled(figure, title)

@@ -1,11 +1,10 @@
-"""The paper's published numbers, and tables and verdicts that put ours beside them.
+"""What every exhibit needs: the paper's numbers, a record as a row, captions, tables on disk.
 
-The numbers are data: cll/published/*.csv, one file per table or figure, and one of what the text
-says of the tables. A column `uncertain` names the cells that did not survive in the sources
+The paper's numbers are data: published/*.csv, one file per table or figure, and one of what the
+text says of the tables. A column `uncertain` names the cells that did not survive in the sources
 ("k_hf:placement inferred"); such a cell is shown with a question mark and never compared.
 
 Published accuracies are in percent; result records (see experiment.run) hold fractions.
-Everything below takes lists of such records and returns DataFrames.
 """
 
 import operator
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from cll.experiment.schema import experiment_params
 
 TRUE_MARGIN = 0.15  # two moons: arcs 0.5 apart, noise discs of radius 0.1: half of the 0.3 between
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny-ImageNet": 200}  # of the tables' data sets
@@ -31,8 +32,9 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 
 
 def published(table):
-    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams", or what
-    the text and the tables say of them, "table_claims".
+    """The published numbers of "table1", "table2", "figure5", "two_moons" or "hyperparams"; what
+    the text says of the tables, "table_claims"; "pairs": CLL beside the loss that the same network
+    was published with.
 
     One row per printed row; tables 1 and 2 are indexed by row_id ("T2-05"), and so are the claims:
     a row, the rows that it is compared with (the best of them, column by column), the columns, the
@@ -50,11 +52,11 @@ def uncertain(row):
     notes = row.get("uncertain")
     if not isinstance(notes, str):
         return set()
-    names = [note.partition(":")[0] for note in notes.split(";")]
-    return {name.strip() for part in names for name in part.split(",")}
+    listed = [note.partition(":")[0] for note in notes.split(";")]
+    return {name.strip() for names in listed for name in names.split(",")}
 
 
-def _plain(name):
+def plain_name(name):
     """ "cifar10" of "CIFAR-10 (recovered)"."""
     return re.sub(r"[^a-z0-9]", "", name.partition("(")[0].lower())
 
@@ -65,18 +67,18 @@ def same_data(result, dataset):
     A part of Tiny-ImageNet with fewer classes is another task.
     """
     classes = result.get("num_classes", CLASSES.get(dataset))
-    return _plain(result["data"]) == _plain(dataset) and classes == CLASSES.get(dataset)
+    return plain_name(result["data"]) == plain_name(dataset) and classes == CLASSES.get(dataset)
 
 
 def data_source(result):
     """How the run's data are named: the label, and "20 of 200 classes" where it saw a part."""
-    whole = {_plain(name): count for name, count in CLASSES.items()}.get(_plain(result["data"]))
+    classes = {plain_name(name): count for name, count in CLASSES.items()}
+    whole = classes.get(plain_name(result["data"]))
     seen = result.get("num_classes", whole)
-    part = f"{seen} of {whole} classes"
-    return result["data"] if whole is None or seen == whole else f"{result['data']} ({part})"
+    return result["data"] + f" ({seen} of {whole} classes)" * (seen != whole and whole is not None)
 
 
-def _measured(result, column, bound):
+def in_paper_unit(result, column, bound):
     """Our value in the paper's unit; nan where the record has none."""
     style = "_paper_style" if bound == "paper-style" else ""
     if column in RADII:
@@ -95,15 +97,19 @@ def _measured(result, column, bound):
     return np.nan if value is None else COLUMNS[column][1] * value
 
 
+def shortened(result):
+    """Whether the run trained for fewer epochs than the published one (800 of 801 pass)."""
+    return result["epochs"] < 0.99 * (result["published_epochs"] or result["epochs"])
+
+
 def _range(numbers):
     """ "5" or "5 to 9"."""
     low, high = min(numbers), max(numbers)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def shortened(result):
-    """Whether the run trained for fewer epochs than the published one (800 of 801 pass)."""
-    return result["epochs"] < 0.99 * (result["published_epochs"] or result["epochs"])
+def _listed(values):
+    return ", ".join(sorted(dict.fromkeys(map(str, values))))
 
 
 def caption(results, tightness=False):
@@ -116,24 +122,27 @@ def caption(results, tightness=False):
     results = list(results)
     if not results:
         return "no finished run"
-
-    def listed(values):
-        return ", ".join(sorted(dict.fromkeys(map(str, values))))
-
     seeds = {}
     for r in results:
         seeds.setdefault(r["name"], set()).add(r["seed"])
-    counts = [len(own) for own in seeds.values()]
-    done, whole = (
-        [r[key] or r["epochs"] for r in results] for key in ("epochs", "published_epochs")
-    )
-    short = any(map(shortened, results))
+    counts = [len(of_run) for of_run in seeds.values()]
+    epochs = _range([r["epochs"] for r in results])
+    if any(map(shortened, results)):
+        epochs += f" of {_range([r['published_epochs'] or r['epochs'] for r in results])}"
     parts = [
-        f"profile {listed(r['profile'] for r in results)}",
-        f"data {listed(map(data_source, results))}",
+        f"profile {_listed(r['profile'] for r in results)}",
+        f"data {_listed(map(data_source, results))}",
         f"{_range(counts)} seed{'s' * (max(counts) > 1)}",
-        f"{_range(done)}{f' of {_range(whole)}' * short} epochs",
+        f"{epochs} epochs",
+        *_caveats(results),
     ]
+    if tightness and (note := tightness_note(results)):
+        parts.append(note)
+    return " · ".join(parts)
+
+
+def _caveats(results):
+    """Smaller networks, enlarged digits, rounded training: what the runs have of these."""
     reduced = {}
     for r in results:
         factors = {k: f for k, f in (r.get("size") or {}).items() if f != 1}
@@ -141,22 +150,17 @@ def caption(results, tightness=False):
             size = ", ".join(f"{factor} {value:g}" for factor, value in factors.items())
             reduced.setdefault(size, []).append(r["model"])
     if reduced:
-        sizes = [f"{size} of {listed(models)}" for size, models in reduced.items()]
-        parts.append(f"networks at reduced size ({'; '.join(sizes)})")
-    sides = listed("x".join(map(str, r.get("input_shape", (3, 32, 32))[1:])) for r in results
-                   if r["data"] == "digits")  # fmt: skip
-    if sides:
-        parts.append(
-            f"digits enlarged to {sides}, a mechanics check, not comparable with the paper"
-        )
+        sizes = [f"{size} of {_listed(models)}" for size, models in reduced.items()]
+        yield f"networks at reduced size ({'; '.join(sizes)})"
+    digits = [r.get("input_shape", (3, 32, 32)) for r in results if r["data"] == "digits"]
+    if digits:
+        sides = _listed("x".join(map(str, shape[1:])) for shape in digits)
+        yield f"digits enlarged to {sides}, a mechanics check, not comparable with the paper"
     precisions = [r.get("params", {}).get("precision", "float32") for r in results]
     for precision in sorted(set(precisions) - {"float32"}):  # in which the published runs train
         count = precisions.count(precision)
         some = f"{count} of {len(results)} runs " * (count < len(results))
-        parts.append(f"{some}trained in {precision}")
-    if tightness and (note := tightness_note(results)):
-        parts.append(note)
-    return " · ".join(parts)
+        yield f"{some}trained in {precision}"
 
 
 def tightness_note(results):
@@ -172,7 +176,7 @@ def tightness_note(results):
     return f"tightness: a search of {listed}, not 4000 x 1000 as published; longer finds more"
 
 
-def _cell(mean, std=np.nan, difference=np.nan, digits=1):
+def cell_text(mean, std=np.nan, difference=np.nan, digits=1):
     """ "61.2 ± 0.3 (-0.2)"; a dash for what is not there."""
     if pd.isna(mean):
         return "–"
@@ -181,16 +185,16 @@ def _cell(mean, std=np.nan, difference=np.nan, digits=1):
     return f"{mean:.{digits}f}{spread}{signed}"
 
 
-def _or_dash(form, value):
+def or_dash(form, value):
     return "–" if pd.isna(value) else format(value, form)
 
 
-def _std(values):
+def seed_std(values):
     """Standard deviation over the seeds, ddof 1; nan for one."""
     return np.std(values, ddof=1) if len(values) > 1 else np.nan
 
 
-def _summary(results, by, values):
+def summary(results, by, values):
     """(line, runs) of the runs that agree in `by`, in the order in which these come: the line has
     the columns of `by` (None as nan), n (the seeds), and of each of `values` the mean and, as
     name_std, the standard deviation. by, values: {column: its value in a record, a function}."""
@@ -202,7 +206,7 @@ def _summary(results, by, values):
         line["n"] = len(runs)
         for name, of in values.items():
             measured = np.array([of(r) for r in runs], float)
-            line |= {name: measured.mean(), f"{name}_std": _std(measured)}
+            line |= {name: measured.mean(), f"{name}_std": seed_std(measured)}
         yield line, runs
 
 
@@ -210,49 +214,47 @@ BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")
 CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
 
 
-def _train_cra(result):
+def runs_beside(sweep, name, profile, **overrides):
+    """The runs of another experiment with the seeds of a sweep, list of experiment.Params."""
+    seeds = sorted({run.seed for run in sweep})
+    return experiment_params(name, profile, seeds, **overrides)
+
+
+def first_of_each(keys, results, things):
+    """{key: (record, thing)}: of several runs with one key, as of several seeds, the first."""
+    first = {}
+    for key, *pair in zip(keys, results, things, strict=True):
+        first.setdefault(key, tuple(pair))
+    return first
+
+
+def train_cra(result):
     """CRA of the training points at the training margin in percent, guaranteed bound."""
     return 100 * result["train_cra"][f"{result['epsilon']:g}"]
 
 
-def _shown(lines, index, more):
-    """Lines of strings (dicts) as a frame with that index; without any, one that says "not run" in
-    those columns and the columns `more`."""
-    return pd.DataFrame(lines or [dict.fromkeys([*index, *more], "not run")]).set_index(index)
+def display_lines(lines, index, more):
+    """Lines of strings as a frame with that index; without any, one that says "not run" in those
+    columns and the columns `more`. lines: dicts, or a dict of columns."""
+    frame = pd.DataFrame(lines)
+    if frame.empty:
+        frame = pd.DataFrame([dict.fromkeys([*index, *more], "not run")])
+    return frame.set_index(index)
 
 
-CRA = ("cra_36", "cra_72", "cra_108")
-ABOVE, NOT_BELOW, BELOW = operator.gt, operator.ge, operator.lt
-
-
-def _close(a, b):
+def within_a_point(a, b):
     """Within a point (of accuracies and tightness in percent)."""
     return abs(a - b) <= 1
 
 
-def _similar(a, b):
+def within_a_quarter(a, b):
     """Within a quarter of the larger (of two Lipschitz constants)."""
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-RELATIONS = {
-    "above": ABOVE,
-    "not below": NOT_BELOW,
-    "below": BELOW,
-    "close": _close,
-    "similar": _similar,
-}
-
-
-def _in_all(relation, *values):
+def in_all(relation, *values):
     """Whether every (ours, rival) of the flat list of values has the relation."""
     return all(map(relation, values[::2], values[1::2]))
-
-
-def _line(table, method, epsilon, column):
-    """One number of `moons_table`, nan if that was not run."""
-    found = table[(table["method"] == method) & np.isclose(table["epsilon"], epsilon)]
-    return found[column].iloc[0] if len(found) else np.nan
 
 
 def markdown(frame):
@@ -260,7 +262,7 @@ def markdown(frame):
 
     def text(value):
         if isinstance(value, float):
-            return _or_dash(".4g", value)
+            return or_dash(".4g", value)
         return str(value).replace("|", "\\|")
 
     frame = frame.reset_index() if any(frame.index.names) else frame

@@ -1,4 +1,4 @@
-"""The gallery of faults as a table and pictures; what stopped power iteration certifies."""
+"""The faults of published certificates as a table and pictures; what proofs cost finished runs."""
 
 import copy
 import json
@@ -20,22 +20,50 @@ from cll.certify.inputs import predict_logits
 from cll.experiment.schema import PLAIN
 from cll.experiment.store import load_model
 
-from .faults import FAULTS, Fault, bound, clustered, convex_potential_stack, power_iteration
-from .style import BLUE, GRAY, RED, SKY, _note, _subplots, _title, styled
+from . import faults
+from .faults import Fault
+from .style import BLUE, GRAY, RED, SKY, note_at, styled, subplots, titled
+
+
+def gallery():
+    """All faults in the order of published/faults.yaml, a list of `Fault`: the words from there,
+    the numbers from the function that it names. Takes seconds; leaves random state alone."""
+    path = Path(__file__).parent / "published" / "faults.yaml"
+    entries, shown = yaml.safe_load(path.read_text(encoding="utf-8")), []
+    with torch.random.fork_rng(devices=[]):
+        for number, entry in enumerate(entries, 1):
+            numbers = getattr(faults, entry.pop("name"))()
+            if not isinstance(numbers, dict):
+                numbers = faults.measured(*numbers)
+            shown.append(Fault(number, **entry, **numbers))
+    return shown
+
+
+COLUMNS = {"number": "", "title": "fault", "where": "published in", "example": "example"}
+COLUMNS |= {"kind": "of", "claim": "claim", "truth": "truth", "ours": "this kit"}
+COLUMNS |= {"answer": "because"}
+
+
+def table(gallery):
+    """DataFrame of a list of faults for display, numbers to four digits, a refusal as "refused"."""
+    shown = pd.DataFrame([{key: getattr(f, key) for key in COLUMNS} for f in gallery])
+    for key in ("claim", "truth", "ours"):
+        shown[key] = ["refused" if isinstance(v, str) else f"{v:.4g}" for v in shown[key]]
+    return shown.rename(columns=COLUMNS).set_index("")
 
 
 @styled
-def fault_overview(faults, title="computed, not trained"):
+def fault_overview(gallery, title="computed, not trained"):
     """How many times better than the truth each claim looks, published and ours, on a log scale.
 
-    faults: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
+    gallery: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
     of any radius, and our radius 0.
     """
-    figure, ax = _subplots((7.4, 0.235 * len(faults) + 0.9))
+    figure, ax = subplots((7.4, 0.235 * len(gallery) + 0.9))
     left, right = 0.2, 3e4
     ax.axvspan(1, right, color=RED, alpha=0.07, lw=0)
     ax.axvline(1, color="black", lw=0.8)
-    for i, fault in enumerate(faults):
+    for i, fault in enumerate(gallery):
         claim, ours = fault.optimism(fault.claim), fault.optimism(fault.ours)
         if np.isnan(claim):
             ax.text(1.12, i, "certifies nothing false", color=GRAY, va="center", fontsize=8)
@@ -49,30 +77,30 @@ def fault_overview(faults, title="computed, not trained"):
         if claim > 3e3:  # no room on the right
             offset, side, height = (-7, 4), "right", "bottom"
         text = "any radius" if beyond else text
-        _note(ax, text, (x, i), offset, ha=side, va=height, color=RED)
+        note_at(ax, text, (x, i), offset, ha=side, va=height, color=RED)
         if np.isnan(ours):
             ax.text(0.9, i, "refused", ha="right", va="center", fontsize=8, color=BLUE)
         else:
             ax.plot(max(ours, 0.25), i, "<" if ours < 0.25 else "o", color=BLUE, ms=4, zorder=4)
     ax.plot([], [], "x", color=RED, mew=1.6, label="published logic")
     ax.plot([], [], "o", color=BLUE, ms=4, label="this kit")
-    ax.set_yticks(range(len(faults)), [f"{f.title}  {f.number:2d}" for f in faults])
-    ax.set(ylim=(len(faults) - 0.4, -1), xscale="log", xlim=(left, right))
+    ax.set_yticks(range(len(gallery)), [f"{f.title}  {f.number:2d}" for f in gallery])
+    ax.set(ylim=(len(gallery) - 0.4, -1), xscale="log", xlim=(left, right))
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
     ax.legend(loc="lower right", frameon=True, edgecolor="none")
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
-def fault_margins(faults, title="computed, not trained"):
+def fault_margins(gallery, title="computed, not trained"):
     """The margin of the predicted class on the way from a point to its counter-example.
 
-    faults: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
+    gallery: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
     the prediction has changed; red: the ball that the published logic certifies.
     """
-    figure = Figure(figsize=(2.45 * len(faults), 2.7))
-    for ax, fault in zip(figure.subplots(1, len(faults)), faults, strict=True):
+    figure = Figure(figsize=(2.45 * len(gallery), 2.7))
+    for ax, fault in zip(figure.subplots(1, len(gallery)), gallery, strict=True):
         network, x, other = fault.witness
         end = 1.15 * fault.claim if np.isfinite(fault.claim) else 4 * fault.truth
         t = torch.linspace(0, end, 600, dtype=torch.float64)
@@ -95,126 +123,65 @@ def fault_margins(faults, title="computed, not trained"):
     figure.axes[0].set_ylabel("margin / margin at x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return _title(figure, title)
+    return titled(figure, title)
 
 
 @styled
-def fault_norms(faults, title="computed, not trained"):
+def fault_norms(gallery, title="computed, not trained"):
     """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22).
 
-    faults: the whole list of `faults.Fault`.
+    gallery: the whole list of `faults.Fault`.
     """
-    by_number = {fault.number: fault for fault in faults}
-    figure, (stopped, deep, grid) = _subplots((9.6, 3), 1, 3)
+    figure, axes = subplots((9.6, 3), 1, 3)
+    _stopped(axes[0], gallery[2])
+    _deep(axes[1], gallery[4])
+    _between_frequencies(axes[2], gallery[21])
+    return titled(figure, title)
 
-    fault = by_number[3]
-    _, _, matrix, start = clustered()
-    estimates = np.array(power_iteration(matrix, start, 1000)) / fault.truth
+
+def _stopped(ax, fault):
+    _, _, matrix, start = faults.clustered()
+    estimates = np.array(faults.power_iteration(matrix, start, 1000)) / fault.truth
     steps = np.arange(1, len(estimates) + 1)
-    stopped.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
-    stopped.plot(steps, estimates, color=RED, ls="--", label="power iteration")
+    ax.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
+    ax.plot(steps, estimates, color=RED, ls="--", label="power iteration")
     stop = 1 + int(np.argmin(np.abs(estimates * fault.truth - fault.claim)))
     claim, ours = fault.claim / fault.truth, fault.ours / fault.truth
-    stopped.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
-    stopped.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
-    stopped.set_xscale("log")
-    stopped.set_ylim(0.97, 1.004)
-    stopped.set_xlabel("iterations")
-    stopped.set_ylabel("norm / true norm")
-    stopped.set_title("3: always from below")
-    stopped.legend(loc="lower right")
+    ax.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
+    ax.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
+    ax.set(xscale="log", ylim=(0.97, 1.004), xlabel="iterations", ylabel="norm / true norm")
+    ax.set_title("3: always from below")
+    ax.legend(loc="lower right")
 
-    layers, _ = convex_potential_stack()
-    network, x, other = by_number[5].witness
+
+def _deep(ax, fault):
+    network, x, other = fault.witness
     with torch.no_grad():
         a, b, norms = x.double(), other.double(), []
         for layer in copy.deepcopy(network).double():
             a, b = layer(a[None])[0], layer(b[None])[0]
             norms.append(((a - b).norm() / (x - other).norm()).item())
-    proven = np.cumprod([bound(torch.nn.Sequential(layer), (10,)) for layer in layers])
+    proven = np.cumprod([faults.bound(torch.nn.Sequential(layer), (10,)) for layer in network])
     depth = np.arange(1, len(norms) + 1)
-    deep.plot(depth, np.ones_like(norms), color=RED, ls="--", label="published: 1 at any depth")
-    deep.plot(depth, norms, color="black", lw=3, label="stretch of two points")
-    deep.plot(depth, proven, color=SKY, ls=":", label="this kit: proven bound")
-    deep.set_xlabel("CPL layers")
-    deep.set_ylabel("Lipschitz constant")
-    deep.set_title("5: a little above 1, 85 times")
-    deep.legend(loc="upper left")
+    ax.plot(depth, np.ones_like(norms), color=RED, ls="--", label="published: 1 at any depth")
+    ax.plot(depth, norms, color="black", lw=3, label="stretch of two points")
+    ax.plot(depth, proven, color=SKY, ls=":", label="this kit: proven bound")
+    ax.set(xlabel="CPL layers", ylabel="Lipschitz constant", title="5: a little above 1, 85 times")
+    ax.legend(loc="upper left")
 
-    fault = by_number[22]
+
+def _between_frequencies(ax, fault):
     angle = np.linspace(0, np.pi, 400)
-    grid.plot(angle, 2 * np.sin(angle), color=GRAY, label="response of the filter")
+    ax.plot(angle, 2 * np.sin(angle), color=GRAY, label="response of the filter")
     seen = 2 * np.pi * np.arange(4) / 6
-    grid.plot(seen, np.abs(2 * np.sin(seen)), "x", color=RED, mew=1.8, label="what 6 pixels see")
-    grid.axhline(fault.claim, color=RED, ls="--", lw=1, label=f"circular bound {fault.claim:.3f}")
-    grid.axhline(fault.truth, color="black", lw=0.8, label=f"zero-padded norm {fault.truth:.3f}")
-    grid.axhline(fault.ours, color=BLUE, ls=":", label=f"this kit {fault.ours:.3f}")
-    grid.set_ylim(1.5, 2.28)
-    grid.set_xlim(0.7, np.pi - 0.7)
-    grid.set_xlabel("frequency (radians per pixel)")
-    grid.set_ylabel("gain")
-    grid.set_title("22: a peak between the frequencies")
-    grid.legend(loc="upper left", ncols=1, labelspacing=0.15)
-    return _title(figure, title)
-
-
-@styled
-def gap_figure(table, title):
-    """How far each K lies below the guaranteed one, and how many test points move for it.
-
-    table: that of `faults.certificate_gap`. title: the caption.
-    """
-    runs = list(dict.fromkeys(table["run"]))
-    figure, ax = _subplots((7.4, 0.4 * len(runs) + 1.2))
-    for by, label, color, marker, shift in [
-        ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
-        ("converged", "converged (paper-style)", BLUE, "o", 0.14),
-    ]:
-        rows = table[table["by"] == by]
-        lower = rows["lower"].clip(lower=1e-13).to_numpy()
-        at = np.array([runs.index(run) for run in rows["run"]]) + shift
-        ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
-        for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
-            _note(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
-    ax.set_yticks(range(len(runs)), runs)
-    ax.set_ylim(len(runs) - 0.5, -0.5)
-    ax.set_xscale("log")
-    ax.set_xlim(3e-14, 1)
-    ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
-    figure.legend(loc="outside lower center", ncols=2)
-    return _title(figure, title)
-
-
-def gallery():
-    """All faults in the order of published/faults.yaml, a list of `Fault`; what is measured comes
-    from the function of the same number. Takes a few seconds; leaves random state alone."""
-    path = Path(__file__).parent / "published" / "faults.yaml"
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    with torch.random.fork_rng(devices=[]):
-        return [Fault(**entry, **FAULTS[entry["number"]]()) for entry in entries]
-
-
-def table(faults):
-    """DataFrame of a list of faults for display, numbers to four digits, a refusal as "refused"."""
-
-    def shown(value):
-        return "refused" if isinstance(value, str) else f"{value:.4g}"
-
-    rows = [
-        {
-            "": f.number,
-            "fault": f.title,
-            "published in": f.where,
-            "example": f.example,
-            "of": f.kind,
-            "claim": shown(f.claim),
-            "truth": shown(f.truth),
-            "this kit": shown(f.ours),
-            "because": f.answer,
-        }
-        for f in faults
-    ]
-    return pd.DataFrame(rows).set_index("")
+    ax.plot(seen, np.abs(2 * np.sin(seen)), "x", color=RED, mew=1.8, label="what 6 pixels see")
+    ax.axhline(fault.claim, color=RED, ls="--", lw=1, label=f"circular bound {fault.claim:.3f}")
+    ax.axhline(fault.truth, color="black", lw=0.8, label=f"zero-padded norm {fault.truth:.3f}")
+    ax.axhline(fault.ours, color=BLUE, ls=":", label=f"this kit {fault.ours:.3f}")
+    ax.set(xlim=(0.7, np.pi - 0.7), ylim=(1.5, 2.28))
+    ax.set(xlabel="frequency (radians per pixel)", ylabel="gain")
+    ax.set_title("22: a peak between the frequencies")
+    ax.legend(loc="upper left", ncols=1, labelspacing=0.15)
 
 
 @torch.no_grad()
@@ -272,3 +239,30 @@ def certificate_gap(folders, pixels=(36, 72, 108)):
             row |= {f"{k}/255": moved[k - 1] for k in pixels}
             rows.append(row | {"most": moved.max()})
     return pd.DataFrame(rows)
+
+
+@styled
+def gap_figure(table, title):
+    """How far each K lies below the guaranteed one, and how many test points move for it.
+
+    table: that of `certificate_gap`. title: the caption.
+    """
+    runs = list(dict.fromkeys(table["run"]))
+    figure, ax = subplots((7.4, 0.4 * len(runs) + 1.2))
+    for by, label, color, marker, shift in [
+        ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
+        ("converged", "converged (paper-style)", BLUE, "o", 0.14),
+    ]:
+        rows = table[table["by"] == by]
+        lower = rows["lower"].clip(lower=1e-13).to_numpy()
+        at = np.array([runs.index(run) for run in rows["run"]]) + shift
+        ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
+        for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
+            note_at(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
+    ax.set_yticks(range(len(runs)), runs)
+    ax.set_ylim(len(runs) - 0.5, -0.5)
+    ax.set_xscale("log")
+    ax.set_xlim(3e-14, 1)
+    ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
+    figure.legend(loc="outside lower center", ncols=2)
+    return titled(figure, title)

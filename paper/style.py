@@ -42,30 +42,30 @@ def of_runs(function):
     @styled
     @functools.wraps(function)
     def drawn(runs, *more, **options):
-        return function(runs, *more, **options) if len(runs) else _not_run(caption([]))
+        return function(runs, *more, **options) if len(runs) else not_run_figure(caption([]))
 
     return drawn
 
 
-def _not_run(title):
+def not_run_figure(title):
     figure = Figure(figsize=(6.4, 1.2))
     figure.text(0.5, 0.4, "not run", ha="center")
-    return _title(figure, title)
+    return titled(figure, title)
 
 
-def _drawn(results):
+def drawn_caption(results):
     """The caption, and which of several seeds the panels draw: the first one given."""
     seeds = list(dict.fromkeys(result["seed"] for result in results))
     return caption(results) + (f" · drawn: seed {seeds[0]}" if len(seeds) > 1 else "")
 
 
-def _subplots(size, *shape, **options):
+def subplots(size, *shape, **options):
     """A figure of this size in inches and its Axes, as pyplot.subplots, which would keep both."""
     figure = Figure(figsize=size)
     return figure, figure.subplots(*shape, **options)
 
 
-def _title(figure, text):
+def titled(figure, text):
     """The figure, titled at 9 points in lines that end with a dot or comma as its width asks."""
     text = text.replace(" ", "\u00a0").replace("·\u00a0", "· ").replace(",\u00a0", ", ")
     lines = textwrap.wrap(text, int(15 * figure.get_figwidth()))
@@ -73,12 +73,12 @@ def _title(figure, text):
     return figure
 
 
-def _note(ax, text, place, offset, **style):
+def note_at(ax, text, place, offset, **style):
     """Small text, so many points away from a place in the data."""
     ax.annotate(text, place, offset, textcoords="offset points", **({"fontsize": 8} | style))
 
 
-def _log_y(ax):
+def log_y(ax):
     """A logarithmic ordinate with plain numbers at 1, 2 and 5 times the powers of ten."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -86,13 +86,13 @@ def _log_y(ax):
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def _number(radius):
+def radius_value(radius):
     """0.141... from "36/255"."""
     top, _, bottom = str(radius).partition("/")
     return float(top) / float(bottom or 1)
 
 
-def _radius_label(result):
+def radius_label(result):
     space = "the plane" if result["data"] == "two_moons" else "pixels in [0, 1]"
     return f"certified radius (L2 distance, {space})"
 

@@ -2,55 +2,27 @@
 
 import functools
 import itertools
+import operator
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from cll.certify import cra_curve
+from cll.experiment.schema import experiment_params
 
-from .records import (
-    ABOVE,
-    BOUNDS,
-    CLASSES,
-    COLUMNS,
-    CRA,
-    RADII,
-    RELATIONS,
-    _cell,
-    _in_all,
-    _measured,
-    _plain,
-    _shown,
-    _std,
-    caption,
-    data_source,
-    published,
-    same_data,
-    uncertain,
-)
-from .style import (
-    BLUE,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PUBLISHED_RADII,
-    RED,
-    SKY,
-    _drawn,
-    _not_run,
-    _radius_label,
-    _subplots,
-    _title,
-    of_runs,
-    styled,
-)
+from . import records, style
+from .records import BOUNDS, COLUMNS, RADII, cell_text, in_all, published, uncertain
+from .style import BLUE, GRAY, GREEN, ORANGE, RED, SKY
 
-SHOWN = {
-    "guaranteed": "here, guaranteed",
-    "paper-style": "here, paper-style",
-    "local bounds": "here, local bounds (guaranteed)",
-}
+
+def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
+    """The runs of "table1" or "table2" in the paper's order: params/<table>/*.yaml times the seeds.
+
+    seeds: None takes those of the profile. rows, data, label: as `table_runs` takes them.
+    overrides: of parameters, such as device.
+    """
+    every = experiment_params(table, profile, seeds, **overrides)
+    return table_runs(table, every, rows=rows, data=data, label=label)
 
 
 def table_runs(table, runs, rows="", data="", label=""):
@@ -66,7 +38,9 @@ def table_runs(table, runs, rows="", data="", label=""):
     wanted = rows.replace(",", " ").split() if isinstance(rows, str) else list(rows)
     for row_id in wanted:
         _known_row(source, table, row_id)
-    named = [name for name in CLASSES if _plain(label) == _plain(name)]
+    named = [
+        name for name in records.CLASSES if records.plain_name(label) == records.plain_name(name)
+    ]
     chosen = []
     for row_id in source.index:
         for run in runs:
@@ -92,6 +66,13 @@ def _reproduces(result, row):
     return all(np.isclose(result[key], row[key]) for key in sure)
 
 
+SHOWN = {
+    "guaranteed": "here, guaranteed",
+    "paper-style": "here, paper-style",
+    "local bounds": "here, local bounds (guaranteed)",
+}
+
+
 def comparison_table(results, table="table2", rows=None):
     """Published rows beside our runs of them: a tidy frame of raw numbers.
 
@@ -108,7 +89,7 @@ def comparison_table(results, table="table2", rows=None):
         _known_row(source, table, row_id)
         row = source.loc[row_id]
         runs = [result for result in results if _reproduces(result, row)]
-        comparable = bool(runs) and all(same_data(r, row["dataset"]) for r in runs)
+        comparable = bool(runs) and all(records.same_data(r, row["dataset"]) for r in runs)
         about = {key: row[key] for key in ("row_id", "dataset", "method", "model")}
         about["literature"] = "literature" in str(row["note"])
         for key in ("data", "profile", "epochs"):
@@ -116,10 +97,10 @@ def comparison_table(results, table="table2", rows=None):
         local = any(r.get("cra_local") for r in runs)
         for bound in BOUNDS if local else BOUNDS[:2]:
             for column in COLUMNS:
-                values = np.array([_measured(r, column, bound) for r in runs], float)
+                values = np.array([records.in_paper_unit(r, column, bound) for r in runs], float)
                 mean = values.mean() if runs else np.nan
                 line = about | {"bound": bound, "column": column, "n": len(runs)}
-                line |= {"mean": mean, "std": _std(values), "published": row[column]}
+                line |= {"mean": mean, "std": records.seed_std(values), "published": row[column]}
                 line["uncertain"] = column in uncertain(row)
                 compared = comparable and not line["uncertain"]
                 line["difference"] = mean - row[column] if compared else np.nan
@@ -156,29 +137,23 @@ def display_table(comparison):
             lines.append(about | {"source": "here", "seeds": "0"} | cells)
             continue
         for bound in row["bound"].drop_duplicates():
-            part = row[row["bound"] == bound].to_dict("records")
-            cells = {
-                COLUMNS[c["column"]][0]: _cell(c["mean"], c["std"], c["difference"]) for c in part
-            }
-            seeds = str(part[0]["n"])
-            lines.append(about | {"source": SHOWN[bound], "seeds": seeds} | cells)
+            cells = row[row["bound"] == bound].set_index("column")[["mean", "std", "difference"]]
+            cells = {COLUMNS[column][0]: cell_text(*cell) for column, *cell in cells.itertuples()}
+            lines.append(about | {"source": SHOWN[bound], "seeds": str(first["n"])} | cells)
     return pd.DataFrame(lines).set_index(["row", "dataset", "model", "method", "source"])
 
 
 def seed_table(comparison, bound="guaranteed"):
     """The frame of `comparison_table`, one line per row that was run: mean ± std over its seeds
     (ddof 1), as strings; the index names the row, n counts its seeds."""
-    lines = []
-    own = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
-    for row_id, row in own.groupby("row_id", sort=False):
-        first = row.iloc[0]
-        line = {"row": row_id, "dataset": first["data"]}
-        line |= first[["model", "method", "n"]].to_dict()
-        for c in row.to_dict("records"):
-            line[COLUMNS[c["column"]][0]] = _cell(c["mean"], c["std"], digits=2)
-        lines.append(line)
-    names = ["row", "dataset", "model", "method", "n", *(name for name, _ in COLUMNS.values())]
-    return pd.DataFrame(lines, columns=names).set_index("row")
+    rows = comparison[(comparison["bound"] == bound) & (comparison["n"] > 0)]
+    cells = [cell_text(mean, std, digits=2) for mean, std in rows[["mean", "std"]].to_numpy()]
+    about = ["row", "dataset", "model", "method", "n"]
+    rows = rows[["row_id", "data", "model", "method", "n", "column"]].assign(cell=cells)
+    rows = rows.set_axis([*about, "column", "cell"], axis=1)
+    rows = rows.pivot(index=about, columns="column", values="cell").reset_index(about[1:])
+    rows = rows.reindex(columns=[*about[1:], *COLUMNS]).rename_axis(columns=None)
+    return rows.rename(columns={column: name for column, (name, _) in COLUMNS.items()})
 
 
 def attack_table(results):
@@ -195,7 +170,7 @@ def attack_table(results):
         table = f"table{result['row'][1]}" if result["row"] else None
         about = {
             "row_id": result["row"] or result["name"],
-            "dataset": data_source(result),
+            "dataset": records.data_source(result),
             "model": result["model"],
             "method": published(table).loc[result["row"], "method"] if table else result["method"],
             "seed": result["seed"],
@@ -231,12 +206,12 @@ def display_attacks(table):
         line = dict(zip(index, about, strict=True)) | {"seeds": str(attacked["seed"].nunique())}
         line["images"] = ", ".join(map(str, attacked["images"].unique())) or "not run"
         for radius in radii:
-            part = attacked[attacked["radius"] == radius]
-            chain = part[["cra", "cra_local", "attacked"]].mean().dropna()
-            line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(_cell, chain)) or "not run"
-        line["clean %"] = _cell(attacked["clean"].mean()) if len(attacked) else "not run"
+            chain = attacked.loc[attacked["radius"] == radius, ["cra", "cra_local", "attacked"]]
+            chain = chain.mean().dropna()
+            line[f"CRA ≤ attacked at {radius}, %"] = " ≤ ".join(map(cell_text, chain)) or "not run"
+        line["clean %"] = cell_text(attacked["clean"].mean()) if len(attacked) else "not run"
         lines.append(line)
-    shown = _shown(lines, index, ["seeds", "images", "clean %"])
+    shown = records.display_lines(lines, index, ["seeds", "images", "clean %"])
     return shown.rename_axis(["row", *index[1:]])
 
 
@@ -259,122 +234,122 @@ def attack_check(table):
     )
 
 
-# CLL beside the loss that the same network was published with: name, row of CLL, its baseline
-PAIRS = {
-    "table1": [("8C2F", "T1-04", "T1-02"), ("LipConv-20", "T1-07", "T1-06")],
-    "table2": [
-        ("6C2F", "T2-04", "T2-02"),
-        ("4C3F", "T2-05", "T2-03"),
-        ("LipConv-20", "T2-07", "T2-06"),
-        ("CPL-XL", "T2-09", "T2-08"),
-        ("SLL-XL", "T2-11", "T2-10"),
-        ("LipConv-20 on CIFAR-100", "T2-13", "T2-12"),
-        ("CPL-XL on CIFAR-100", "T2-15", "T2-14"),
-        ("SLL-XL on CIFAR-100", "T2-17", "T2-16"),
-    ],
+CRA = ("cra_36", "cra_72", "cra_108")
+RELATIONS = {
+    "above": operator.gt,
+    "not below": operator.ge,
+    "below": operator.lt,
+    "close": records.within_a_point,
+    "similar": records.within_a_quarter,
 }
-# what the abstract says of all pairs alike: claim, columns, whether (ours, baseline, ...) shows it
+
+
+def _gains_two_points(*values):
+    return max(a - b for a, b in zip(values[::2], values[1::2], strict=True)) >= 1.95
+
+
+# of all pairs of published/pairs.csv: id, claim, columns, whether (ours, baseline, ...) shows it
 EVERY_PAIR = [
-    ("every pair: CLL certifies more at every radius", CRA,
-     lambda *v: _in_all(ABOVE, *v)),
-    ("every pair: two points more CRA at some radius", CRA,
-     lambda *v: max(a - b for a, b in zip(v[::2], v[1::2], strict=True)) >= 1.95),
-    ("every pair: clean accuracy not below", ["clean"], lambda a, b: a >= b),
-    ("every pair: a larger K(h∘f)", ["k_hf"], lambda a, b: a > b),
-    ("every pair: a tighter bound", ["tightness"], lambda a, b: a > b),
-]  # fmt: skip
+    ("cra", "CLL certifies more at every radius", CRA, functools.partial(in_all, operator.gt)),
+    ("two-points", "two points more CRA at some radius", CRA, _gains_two_points),
+    ("clean", "clean accuracy not below", ["clean"], operator.ge),
+    ("K_hf", "a larger K(h∘f)", ["k_hf"], operator.gt),
+    ("tightness", "a tighter bound", ["tightness"], operator.gt),
+]
 
 
 def _every_pair(table, frame):
     """One claim a line about all pairs of a table; a pair that lacks a number leaves no verdict,
     unless the paper does not print it."""
-    for claim, columns, shows in EVERY_PAIR:
+    pairs = published("pairs").query("table == @table")[["pair", "ours", "baseline"]].to_numpy()
+    for name, claim, columns, shows in EVERY_PAIR:
         judged = {}
-        for name, ours, baseline in PAIRS[table]:
+        for pair, ours, baseline in pairs:
             cells = [frame.loc[(row, column)] for column in columns for row in (ours, baseline)]
             if all(pd.notna(cell["published"]) and not cell["uncertain"] for cell in cells):
                 means = [cell["mean"] for cell in cells]
-                judged[name] = float(shows(*means)) if np.isfinite(means).all() else np.nan
+                judged[pair] = float(shows(*means)) if np.isfinite(means).all() else np.nan
 
-        def counted(*shown, names=tuple(judged)):
-            failing = ", ".join(name for name, yes in zip(names, shown, strict=True) if not yes)
+        def counted(*shown, pairs=tuple(judged)):
+            failing = ", ".join(pair for pair, yes in zip(pairs, shown, strict=True) if not yes)
             return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
 
-        yield claim, "consistently", counted, list(judged.values()), lambda *shown: all(shown)
+        values, claim = list(judged.values()), f"every pair: {claim}"
+        yield f"pairs-{name}", claim, "consistently", counted, values, lambda *shown: all(shown)
 
 
-def _table_claims(table, results):
+def table_claims(table, results):
+    """What the paper says of "table1" or "table2", see `claims.judge`."""
     frame = comparison_table(results or [], table)
     if results is None:  # the printed numbers are judged, where they are sure
         frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
     yield from _every_pair(table, frame)
-    for claim in published("table_claims").query("table == @table").to_dict("records"):
+    for said in published("table_claims").query("table == @table").to_dict("records"):
         printed, values = [], []
-        ours, columns = claim["row_id"], claim["columns"].split()
+        ours, columns = said["row_id"], said["columns"].split()
         for column in columns:
-            rivals = [frame.loc[(row, column)] for row in claim["rivals"].split()]
+            rivals = [frame.loc[(row, column)] for row in said["rivals"].split()]
             best = max(rivals, key=lambda cell: np.nan_to_num(cell["published"], nan=-np.inf))
             printed.append(f"{_printed(frame.loc[(ours, column)])} vs {_printed(best)}")
             # the maximum of an array with nan is nan: a rival that was not run leaves no verdict
             values += [frame.loc[(ours, column), "mean"], np.max([cell["mean"] for cell in rivals])]
         form = ", ".join(["{:.1f} vs {:.1f}"] * len(columns))
-        holds = functools.partial(_in_all, RELATIONS[claim["relation"]])
-        yield claim["claim"], ", ".join(printed), form, values, holds
-    if table == "table1":
-        sizes = []
-        for row_id in ("T1-10", "T1-09", "T1-08"):
-            runs = [r for r in results or [] if r.get("row") == row_id]
-            sizes.append(np.mean([r["parameters"] for r in runs]) / 1e6 if runs else np.nan)
-        claim = "fewer parameters: 8C2F < Sandwich < SLL-XL"
-        form = "{:.2f} M < {:.1f} M < {:.0f} M"
-        yield claim, "4.3 M < 39 M < 1100 M", form, sizes, lambda *n: all(np.diff(n) > 0)
-    if table == "table2":
-        cra = frame["mean"].xs("cra_108", level="column")
-        pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
-        gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
-        claim = "CIFAR-100: the largest gain at 108/255 is CPL's (CPL, SOC, SLL)"
-        form = "{:+.1f}, {:+.1f}, {:+.1f}"
-        yield claim, "+8.9, +2.5, +0.1", form, gains, lambda *g: g[0] == max(g)
+        holds = functools.partial(in_all, RELATIONS[said["relation"]])
+        yield said["id"], said["claim"], ", ".join(printed), form, values, holds
+    yield _sizes(results or []) if table == "table1" else _largest_gain(frame["mean"])
 
 
-@styled
+def _sizes(results):
+    sizes = []
+    for row_id in ("T1-10", "T1-09", "T1-08"):
+        counts = [r["parameters"] for r in results if r.get("row") == row_id]
+        sizes.append(np.mean(counts) / 1e6 if counts else np.nan)
+    claim, form = "fewer parameters: 8C2F < Sandwich < SLL-XL", "{:.2f} M < {:.1f} M < {:.0f} M"
+    return "sizes", claim, "4.3 M < 39 M < 1100 M", form, sizes, lambda *n: all(np.diff(n) > 0)
+
+
+def _largest_gain(means):
+    cra = means.xs("cra_108", level="column")
+    pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
+    gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
+    claim = "CIFAR-100: the largest gain at 108/255 is CPL's (CPL, SOC, SLL)"
+    form, printed = "{:+.1f}, {:+.1f}, {:+.1f}", "+8.9, +2.5, +0.1"
+    return "largest-gain", claim, printed, form, gains, lambda *g: g[0] == max(g)
+
+
+@style.styled
 def seeds_figure(results):
     """How far the seeds of each run lie apart: clean accuracy and CRA of each minus their mean.
 
     results: records, a line per name of run in the order given; runs of one seed are left out.
     """
-    groups = {}
-    for r in results:
-        groups.setdefault(r["row"] or r["name"], []).append(r)
-    groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
-    if not groups:
-        return _not_run("no row has run with more than one seed")
-    figure, ax = _subplots((6.4, 0.3 * len(groups) + 1.6))
-    styles = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
-    for j, (radius, (color, marker)) in enumerate(
-        zip([None, *RADII.values()], styles, strict=True)
-    ):
-        label, x, y = f"CRA({radius})" if radius else "clean", [], []
-        for i, runs in enumerate(groups.values()):
-            measured = [r["cra"].get(radius) if radius else r["clean"] for r in runs]
-            values = np.array(measured, float)
-            x += list(100 * (values - values.mean()))
-            y += [i + 0.17 * (j - 1.5)] * len(runs)
+    measures = {"clean": lambda r: 100 * r["clean"]}
+    for name in RADII.values():
+        measures[f"CRA({name})"] = lambda r, name=name: 100 * r["cra"].get(name, np.nan)
+    rows = records.summary(results, {"row": lambda r: r["row"] or r["name"]}, measures)
+    rows = [(line, runs) for line, runs in rows if len(runs) > 1]
+    if not rows:
+        return style.not_run_figure("no row has run with more than one seed")
+    figure, ax = style.subplots((6.4, 0.3 * len(rows) + 1.6))
+    looks = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
+    for j, ((label, of), (color, marker)) in enumerate(zip(measures.items(), looks, strict=True)):
+        x = [of(r) - line[label] for line, runs in rows for r in runs]
+        y = [i + 0.17 * (j - 1.5) for i, (_, runs) in enumerate(rows) for _ in runs]
         ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
     ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{name} ({len(runs)} seeds)" for name, runs in groups.items()]
+    names = [f"{line['row']} ({line['n']} seeds)" for line, _ in rows]
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="seed − mean of the seeds (points)")
     figure.legend(loc="outside lower center", ncols=4)
-    return _title(figure, caption([r for runs in groups.values() for r in runs]))
+    return style.titled(figure, records.caption([r for _, runs in rows for r in runs]))
 
 
 # the panels of tables 1 and 2: the first letters of a network's name
 FAMILIES = {"SOC": "LipConv", "CPL": "CPL", "SLL": "SLL", "LBDN": "Sandwich"}
 
 
-@of_runs
+@style.of_runs
 def cra_comparison(radii, results):
     """Certified robust accuracy against the radius, a panel per data set and family of networks.
 
@@ -383,49 +358,65 @@ def cra_comparison(radii, results):
     dashed, Local-Lip-B dotted. Open marks: the paper's values, for runs that reproduce a row of
     its tables on its data; only where they are printed and sure.
     """
-    panels, rows = {}, {}
-    for table in ("table1", "table2"):
-        rows |= {row_id: row for row_id, row in published(table).iterrows()}
-    for arrays, result in zip(radii, results, strict=True):
-        row = rows.get(result.get("row"))
-        family = [f for f, start in FAMILIES.items() if result["model"].startswith(start)]
-        key = result["data"] if row is None else row["dataset"], *(family or [""])
-        run = (result["row"] or result["name"]), (arrays, result, row)
-        panels.setdefault(key, {}).setdefault(*run)
+    panels = _panels(radii, results)
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    width = 6.4 if len(panels) == 1 else 2.7 * columns + 0.4
-    figure = Figure(figsize=(width, 4 if len(panels) == 1 else 2.7 * lines + 0.4))
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    end, marked, top = 1.25 * 108 / 255, False, 0
-    for ax, (key, runs) in zip(axes, panels.items(), strict=False):
-        marked |= _cra_panel(ax, runs.values(), np.linspace(0, end, 400))
-        networks = dict.fromkeys(result["model"] for _, result, _ in runs.values())
-        own = all(same_data(result, key[0]) for _, result, _ in runs.values())
-        seen = data_source(next(iter(runs.values()))[1])
-        ax.set_title(f"{key[0] if own else f'rows of {key[0]}, on {seen}'}\n{', '.join(networks)}")
-        curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
-        # the legend fills the right half from above, a twelfth of the height for each line
-        free = 0.95 - len(curves) / 12
-        top = max(top, *(y.max() + 5 for y in curves), *(y[160] / free for y in curves))
-        ax.set_xlim(0, end)
-        ax.set_xticks([0, *PUBLISHED_RADII.values()], ["0", "36/255", "72/255", "108/255"])
-        ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
+    alone = len(panels) == 1
+    size = (6.4, 4) if alone else (2.7 * columns + 0.4, 2.7 * lines + 0.4)
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = style.subplots(size, lines, columns, **shared)
+    axes, marked, top = axes.flatten(), False, 0
+    for ax, (dataset, runs) in itertools.zip_longest(axes, panels, fillvalue=("", None)):
+        if runs is None:
+            ax.set_axis_off()
+            continue
+        marked |= _cra_panel(ax, runs)
+        top = max(top, _finish_panel(ax, dataset, [result for _, result, _ in runs]))
     for i, ax in enumerate(axes[: len(panels)]):
         if i + columns >= len(panels):
-            ax.set_xlabel(_radius_label(results[0]).replace(" (", "\n("))
+            ax.set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
             ax.xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
             ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
     axes[0].set(ylim=(0, top), yticks=range(0, 20 * int(min(top, 100) // 20) + 1, 20))
     note = " · open marks: the paper's values" if marked else ""
-    return _title(figure, _drawn(results) + note)
+    return style.titled(figure, style.drawn_caption(results) + note)
 
 
-def _cra_panel(ax, runs, grid):
-    """One panel of `cra_comparison`; returns whether the paper's values are marked in it.
+RADIUS_GRID = np.linspace(0, 1.25 * 108 / 255, 400)
+
+
+def _panels(radii, results):
+    """[(data set, [(arrays, record, published row or None) of each run])], one per panel."""
+    rows, panels = {}, {}
+    for table in ("table1", "table2"):
+        rows |= {row_id: row for row_id, row in published(table).iterrows()}
+    names = [result["row"] or result["name"] for result in results]
+    for name, (result, arrays) in records.first_of_each(names, results, radii).items():
+        row = rows.get(name)
+        family = [f for f, start in FAMILIES.items() if result["model"].startswith(start)]
+        key = result["data"] if row is None else row["dataset"], *family
+        panels.setdefault(key, []).append((arrays, result, row))
+    return [(dataset, runs) for (dataset, *_), runs in panels.items()]
+
+
+def _finish_panel(ax, dataset, results):
+    """Title, legend and axis of a panel of `cra_comparison`; returns how high it must reach."""
+    papers = all(records.same_data(result, dataset) for result in results)
+    shown = dataset if papers else f"rows of {dataset}, on {records.data_source(results[0])}"
+    networks = dict.fromkeys(result["model"] for result in results)
+    ax.set_title(f"{shown}\n{', '.join(networks)}")
+    ax.set_xlim(0, RADIUS_GRID[-1])
+    ax.set_xticks([0, *style.PUBLISHED_RADII.values()], ["0", *RADII.values()])
+    ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
+    curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
+    # the legend fills the right half from above, a twelfth of the height for each line
+    free = 0.95 - len(curves) / 12
+    return max(*(y.max() + 5 for y in curves), *(y[160] / free for y in curves))
+
+
+def _cra_panel(ax, runs):
+    """Curves and marks of `cra_comparison`; returns whether the paper's values are marked.
 
     runs: (arrays, record, published row or None) each.
     """
@@ -436,7 +427,7 @@ def _cra_panel(ax, runs, grid):
         model, method = result["model"], result["method"]
         line, marker = {"CLL": ("-", "o"), "Local-Lip-B": (":", "D")}.get(method, ("--", "s"))
         color = next(ours if method == "CLL" else others)
-        cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], grid))
+        cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], RADIUS_GRID))
         label = method if row is None else row["method"]
         if result["params"]["loss"].get("trades"):
             label += "-TRADES"
@@ -444,10 +435,11 @@ def _cra_panel(ax, runs, grid):
             label += f", {model}"
         elif method == "CLL":
             label += f", ε = {result['epsilon']:g}"
-        ax.plot(grid, cra, label=label, color=color, ls=line)
-        if row is not None and same_data(result, row["dataset"]):
-            sure = [k for k in PUBLISHED_RADII if k not in uncertain(row) and not np.isnan(row[k])]
+        ax.plot(RADIUS_GRID, cra, label=label, color=color, ls=line)
+        if row is not None and records.same_data(result, row["dataset"]):
+            sure = [k for k in RADII if k not in uncertain(row) and not np.isnan(row[k])]
+            at = [style.PUBLISHED_RADII[k] for k in sure]
             marks = {"ls": "", "marker": marker, "mfc": "white", "mec": color, "clip_on": False}
-            ax.plot([PUBLISHED_RADII[k] for k in sure], row[sure].astype(float), **marks)
+            ax.plot(at, row[sure].astype(float), **marks)
             marked |= bool(sure)
     return marked

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -28,12 +29,18 @@ os.environ["CLL_OUTPUTS"] = tempfile.mkdtemp(prefix="cll-tests-")
 atexit.register(shutil.rmtree, os.environ["CLL_OUTPUTS"], ignore_errors=True)
 
 
+# after the lines above, which they read
+import torch  # noqa: E402
+
+import cll  # noqa: E402
+from cll.experiment.stack import Stack  # noqa: E402
+from paper import plane  # noqa: E402
+
+
 @pytest.fixture
 def interrupt(monkeypatch):
     """interrupt(n): Ctrl-C in the n-th step of training from now on; the list returned grows by one
     with each step, this one and later ones included."""
-
-    from cll.experiment.stack import Stack  # imports torch
 
     def at(n):
         pass
@@ -55,3 +62,27 @@ def interrupt(monkeypatch):
 # A busy machine must not fail a property test.
 settings.register_profile("cll", deadline=None)
 settings.load_profile("cll")
+
+
+@pytest.fixture(scope="session")
+def half_plane():
+    """A network that answers 1 to the right of x = 0 and knows its distance exactly: K = 2."""
+    net = cll.LipschitzNet(torch.nn.Sequential(torch.nn.Identity()), torch.nn.Linear(2, 2), (2,))
+    with torch.no_grad():
+        net.head.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+        net.head.bias.zero_()
+    return net
+
+
+@pytest.fixture(scope="session")
+def points():
+    """Five points of the plane; one is near the boundary of `half_plane`, one on its wrong side."""
+    x = torch.tensor([[-1.0, 0.3], [-0.1, 0.0], [0.2, -0.4], [0.5, 0.2], [0.9, 0.1]])
+    targets = torch.tensor([0, 0, 1, 1, 0])
+    return SimpleNamespace(train_images=x, train_targets=targets)
+
+
+@pytest.fixture(scope="session")
+def flat(half_plane, points):
+    """The picture of both."""
+    return plane.on_grid(half_plane, points)

@@ -63,7 +63,7 @@ def test_a_training_step_of_a_full_size_network(name):
     torch.manual_seed(0)
     net = cll.build(name)
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
-    K = net.lipschitz_matrix(1)
+    K = net.estimate_lipschitz_matrix(1)
     constant = K.detach()
     loss = cll.cll_loss(net(x), y, constant, epsilon=0.25, p=0.05)
     (loss + cll.lipschitz_penalty(K, 1e-3)).backward()
@@ -90,7 +90,7 @@ def test_every_network_at_a_small_size(name, head):
     torch.manual_seed(1)
     shape, options = SMALL[name]
     net = cll.build(name, 3, shape, input_std=0.25, input_mean=0.5, head=head, **options)
-    K = net.lipschitz_matrix(2)
+    K = net.estimate_lipschitz_matrix(2)
     (net(torch.rand(8, *shape)).square().sum() + K.sum()).backward()
     missing = [
         n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()
@@ -114,7 +114,7 @@ def test_attack_breaks_no_certificate(name):
     torch.manual_seed(2)
     shape, options = SMALL[name]
     net = cll.build(name, 3, shape, **options)
-    net.lipschitz_matrix(20)
+    net.estimate_lipschitz_matrix(20)
     net.eval().settle()
     images, targets = torch.rand(24, *shape), torch.zeros(24, dtype=torch.int64)
     radius = torch.from_numpy(cll.certify(net, (images, targets))["radius"].to_numpy(copy=True))
@@ -167,16 +167,16 @@ def small_net(**kwargs):
 def test_training_estimate_converges_to_the_exact_K_from_below():
     net = small_net(input_std=(0.5, 0.25)).double()
     exact = cll.lipschitz_matrix(net, "exact")
-    estimate = net.lipschitz_matrix(2000)
+    estimate = net.estimate_lipschitz_matrix(2000)
     assert torch.allclose(estimate, exact, rtol=1e-6)
     assert (estimate <= exact * (1 + 1e-12)).all()
-    again = net.lipschitz_matrix(0)  # re-uses the converged vectors
+    again = net.estimate_lipschitz_matrix(0)  # re-uses the converged vectors
     assert torch.allclose(estimate, again, rtol=1e-12)
 
 
 def test_estimate_differentiates_in_every_weight():
     net = small_net()
-    net.lipschitz_matrix(5).max().backward()
+    net.estimate_lipschitz_matrix(5).max().backward()
     missing = [n for n, p in net.named_parameters() if "weight" in n and not p.grad.any()]
     assert missing == []
 
@@ -220,6 +220,6 @@ def test_bad_arguments_name_the_culprit(build, message):
 def test_unknown_layer_never_counts_as_one():
     body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten())
     net = cll.LipschitzNet(body, nn.Linear(8, 2), (1, 4, 4))
-    for attempt in (net.lipschitz_matrix, lambda: cll.lipschitz_matrix(net)):
+    for attempt in (net.estimate_lipschitz_matrix, lambda: cll.lipschitz_matrix(net)):
         with pytest.raises(TypeError, match="no Lipschitz bound known for GroupNorm"):
             attempt()

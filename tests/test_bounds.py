@@ -20,7 +20,7 @@ import cll
 from cll import bounds, build
 from cll.bounds import estimate, layer_bounds, lipschitz_matrix, operator_norm
 from cll.bounds.convolution import rows_norm, strip_norm, torus_norm
-from cll.bounds.dense import exact_norm, lower_bound, proven_norm, proven_square
+from cll.bounds.dense import lower_bound, proven_norm, proven_square
 from cll.bounds.layer import is_linear, layer_lipschitz, pairwise_distances
 from cll.bounds.linear import (
     METHODS,
@@ -31,8 +31,8 @@ from cll.bounds.linear import (
     dense_matrix,
     output_shape,
 )
-from cll.bounds.network import chain_norm
-from cll.bounds.norm import _scaled, confirm, enclose
+from cll.bounds.network import product, prove_chain
+from cll.bounds.norm import confirm, enclose, first_bound, matrix_norm, scaled
 from cll.bounds.torch_layers import MAXIMA, NORMS
 from cll.bounds.trace import layer_inputs
 from cll.layers import BatchNormalized, MaxMin, Residual
@@ -125,10 +125,10 @@ def test_strip_and_block_proofs_on_random_convolutions(case):
     """The proofs of large layers, all orientations: above the norm, and the last one tight."""
     layer, shape = case
     layer.padding_mode = "zeros"
-    weight, _ = _scaled(layer.weight.detach().double())
+    weight, _ = scaled(layer.weight.detach().double())
     if weight is None or min(output_shape(layer, shape)) < 1:
         return
-    exact = exact_norm(layer, weight, shape)
+    exact = matrix_norm(layer, weight, shape, "exact")
     lower = lower_bound(layer, weight, shape)
     torus = torus_norm(layer, weight, shape) * (1 + 1e-12)
     for flip, other in itertools.product((False, True), repeat=2):
@@ -141,8 +141,8 @@ def test_strip_and_block_proofs_on_random_convolutions(case):
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_block_proof_refuses_a_hair_less_than_the_norm(adjoint):
     layer, shape = convolution("stride 2, even")
-    weight, _ = _scaled(layer.weight.detach().double())
-    exact = exact_norm(layer, weight, shape)
+    weight, _ = scaled(layer.weight.detach().double())
+    exact = matrix_norm(layer, weight, shape, "exact")
     low, high = exact * (1 - 1e-9), exact * 1.5
     found = rows_norm(layer, weight, shape, False, adjoint, low, high)
     assert exact <= found <= exact * (1 + 1e-6) * (1 + 1e-9)
@@ -161,51 +161,62 @@ LARGE = [  # 3x3 kernels on images so small, or so many channels, that the borde
 def test_large_layers_are_within_a_percent_or_a_permille(monkeypatch, arguments, shape, spectrum):
     """With limits of work far below the real ones: the norms of these layers are known."""
     torch.manual_seed(0)
-    monkeypatch.setattr(bounds.linear, "CHUNK", 100_000)
+    for place in (bounds.convolution, bounds.norm):
+        monkeypatch.setattr(place, "CHUNK", 100_000)
     layer = nn.Conv2d(shape[0], 8, **arguments)
     weight = layer.weight.data
     if spectrum == "smooth":  # the norm peaks at frequency 0
         weight += 0.1 * torch.randn(8, shape[0], 1, 1) * torch.tensor([[1.0, 2, 1]]).T
     if spectrum == "low rank":
         weight += 0.1 * (torch.randn(8, 2) @ torch.randn(2, weight[0].numel())).view_as(weight)
-    exact, fast = (operator_norm(layer, shape, method) for method in ("exact", "fast"))
+    exact, first = operator_norm(layer, shape, "exact"), first_bound(layer, weight.double(), shape)
     monkeypatch.setattr(bounds.norm, "CHEAP", 1e6)
-    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     guaranteed, tight = (operator_norm(layer, shape, method) for method in ("guaranteed", "tight"))
-    assert exact <= guaranteed <= min(fast, exact * 1.01)
-    assert exact <= tight <= min(fast, exact * 1.001)
-    monkeypatch.setattr(bounds.convolution, "LARGEST", 1e5)
-    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
-    assert operator_norm(layer, shape) == fast
+    assert exact <= guaranteed <= min(first, exact * 1.01)
+    assert exact <= tight <= min(first, exact * 1.001)
+    for place in (bounds.convolution, bounds.norm):
+        monkeypatch.setattr(place, "LARGEST", 1e5)
+    assert operator_norm(layer, shape) == first
     for proof in ("block Cholesky", "DFT in one direction"):  # too much work, as for `enclose`
-        assert not confirm(layer, layer.weight.detach().double(), shape, 2 * fast, proof)
+        assert not confirm(layer, layer.weight.detach().double(), shape, 2 * first, proof)
 
 
 def test_a_proof_by_parts_of_the_frequencies_holds_where_that_of_all_does(monkeypatch):
     layer, shape = convolution("3x3")
-    weight, _ = _scaled(layer.weight.detach().double())
-    exact = exact_norm(layer, weight, shape)
+    weight, _ = scaled(layer.weight.detach().double())
+    exact = matrix_norm(layer, weight, shape, "exact")
     whole = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
-    monkeypatch.setattr(bounds.linear, "CHUNK", 1)
+    monkeypatch.setattr(bounds.convolution, "CHUNK", 1)
     parts = strip_norm(layer, weight, shape, False, True, exact, 2 * exact)
     assert exact <= parts == pytest.approx(whole, rel=1e-12) and whole < 1.2 * exact
 
 
-def test_norms_are_proven_once(monkeypatch):
+def test_a_network_is_traced_once_and_each_norm_is_proven_once(monkeypatch):
+    """Also for the margins' rounding, the table, local bounds."""
     torch.manual_seed(0)
-    counted = []
-    first = bounds.norm._fast
-    monkeypatch.setattr(bounds.norm, "_fast", lambda *a: counted.append(a) or first(*a))
-    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
+    net = cll.build("4C3F", width=0.2)
+    images, targets = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    proven, traced = [], []
+    prove, trace = bounds.norm._prove, bounds.network.trace
+    monkeypatch.setattr(bounds.norm, "_prove", lambda *a: proven.append(a) or prove(*a))
+    monkeypatch.setattr(bounds.network, "trace", lambda *a: traced.append(a) or trace(*a))
+    cll.certify(net, (images, targets), local=True, progress=False)
+    assert len(proven) == 6 and len(traced) == 1
+    layer_bounds(net, False)
+    assert len(proven) == 6 + 7 and len(traced) == 2  # with the head
+
+
+def test_a_norm_inside_a_residual_is_proven_once(monkeypatch):
+    torch.manual_seed(0)
+    proven, prove = [], bounds.norm._prove
+    monkeypatch.setattr(bounds.norm, "_prove", lambda *a: proven.append(a) or prove(*a))
     block = Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()))
     net = nn.Sequential(block, nn.Flatten(), nn.Linear(48, 2)).eval()
     images = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
     for method in PROOFS:
-        counted.clear()
+        proven.clear()
         cll.certify(net, images, method=method, progress=False)
-        assert len(counted) == 1
-        cll.certify(net, images, method=method, progress=False)
-        assert len(counted) == 1
+        assert len(proven) == 1
 
 
 def test_layer_bounds_show_the_layers_inside_a_residual():
@@ -234,9 +245,8 @@ def test_layer_bounds_show_the_layers_inside_a_residual():
 def test_the_bar_names_the_layer_at_work(monkeypatch, capsys):
     monkeypatch.setenv("CLL_HEADLESS", "1")
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(
-        bounds.layer, "operator_norm", lambda *_: 1.0
-    )  # no work, only its announcement
+    # no work, only its announcement
+    monkeypatch.setattr(bounds.norm, "_prove", lambda *_: (1.0, 1.0, "DFT"))
     branch = nn.Conv2d(512, 512, 3, padding=1)
     body = nn.Sequential(Residual(nn.Sequential(branch)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     lipschitz_matrix(model(body, nn.Linear(512, 2), (512, 7, 7)), progress=True)
@@ -275,14 +285,14 @@ def test_products_and_sums_of_bounds_at_the_edges_of_float64(branch, shortcut):
     nn.init.constant_(network.head.weight, 0.5)
     network.head.weight.data[1] = -0.5
     for method in PROOFS:
-        assert fraction(chain_norm(parts[0], (1,), method)) >= product
+        assert fraction(product(prove_chain(parts[0], (1,), method), method)) >= product
         assert fraction(operator_norm(Residual(*parts), (1,), method)) >= product + beside
         K = lipschitz_matrix(network, method)[0, 1].item()
         assert math.isnan(K) or fraction(K) >= product
-    power = chain_norm(parts[0], (1,), "power")
+    power = product(prove_chain(parts[0], (1,), "power"), "power")
     assert power < math.inf and fraction(power) <= product
     if product == 0:
-        assert chain_norm(parts[0], (1,), "guaranteed") == 0
+        assert product(prove_chain(parts[0], (1,), "guaranteed"), "guaranteed") == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -330,7 +340,7 @@ def test_a_joined_batch_norm_at_the_edges_of_float64():
     for method in PROOFS:
         assert operator_norm(joined(1e-180, 1e-180), (1,), method) > 0
         chained = nn.Sequential(joined(1e-180, 1e-180), scalar(1e300), scalar(1e60))
-        assert chain_norm(chained, (1,), method) >= 1
+        assert product(prove_chain(chained, (1,), method), method) >= 1
         with pytest.raises(ValueError, match="Linear.* overflows"):
             operator_norm(joined(1e180, 1e180), (1,), method)
     with pytest.raises(ValueError, match="BatchNorm1d.* no float64"):
@@ -799,11 +809,9 @@ def test_transposed_and_one_dimensional_convolutions_have_the_norm_of_their_matr
     matrix = double(one).flatten(1).detach()
     size = matrix.abs().max().item() or 1.0
     reference = torch.linalg.matrix_norm(matrix / size, 2).item() * size
-    guaranteed, fast, power = (
-        operator_norm(layer, shape, m) for m in ("guaranteed", "fast", "power")
-    )
+    guaranteed, power = (operator_norm(layer, shape, m) for m in ("guaranteed", "power"))
     assert black.shape[1] == layer.out_channels
-    assert reference <= guaranteed <= fast * (1 + 1e-12)
+    assert reference <= guaranteed
     assert guaranteed <= reference * (1 + 1e-4) + 1e-290
     assert reference * (1 - 1e-6) <= power <= reference * (1 + 1e-15)
     assert operator_norm(layer, shape, "exact") == pytest.approx(reference, rel=1e-12)

@@ -16,10 +16,11 @@ from torch import nn
 import cll
 from cll import architectures, bounds, data
 from cll.bounds.convolution import strip_norm
+from cll.bounds.layer import ProvenLayer
+from cll.bounds.network import prove
 from cll.bounds.norm import confirm, enclose
 from cll.bounds.rounding import margin_error
 from cll.certify import file as certificate
-from cll.certify import inputs
 from cll.certify.__main__ import main
 from cll.certify.file import (
     Invalid,
@@ -114,7 +115,6 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
         raise AssertionError("verify searched for a bound that the certificate gives")
 
     monkeypatch.setattr(bounds.norm, "_prove", search)
-    monkeypatch.setattr(bounds.norm, "_PROVEN", {})
     content = verify(path, data=data)
     monkeypatch.undo()
     table = cll.certify(model, data)
@@ -172,19 +172,6 @@ def test_proofs_of_zero_padding_prove_nothing_of_another_map():
     assert not confirm(layer, weight, (1, 3, 3), 8.9, "DFT")
     for proof in ("block Cholesky", "DFT in one direction", "DFT"):
         assert not confirm(nn.Linear(4, 4), torch.eye(4).double(), (4,), 1.1, proof)
-
-
-def test_what_a_certificate_claims_is_not_kept_as_a_proof(tmp_path):
-    """True but loose: later bounds of the process must not become loose with it."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    data = images((4,), 3)
-    path = write(net, data, tmp_path / "certificate.json", RADII)
-    bounds.norm._PROVEN.clear()
-    verify(path, data=data)
-    assert not bounds.norm._PROVEN
-    table = cll.layer_bounds(cll.as_lipschitz_net(net, (4,)))
-    assert table["lower"].iloc[0] > 0.999 * table["upper"].iloc[0]
 
 
 # ------------------------------------------------------------------------------------- tampering
@@ -495,14 +482,14 @@ def test_the_class_of_another_machine_may_be_behind_by_both_errors(behind, tmp_p
     rows = torch.randn(1, 4).double().repeat(3, 1)
     net, x = nn.Sequential(linear(torch.eye(4)), linear(rows, [0, 0, -1])), torch.rand(8, 4)
     data = x, torch.ones(8, dtype=torch.int64)
-    error = margin_error(cll.as_lipschitz_net(net, (4,)), x, torch.zeros_like(data[1]))[:, 1]
+    error = margin_error(prove(net, input_shape=(4,)), x, torch.zeros_like(data[1]))[:, 1]
 
     def machine(errors):
         def logits(*arguments, **options):
             shift = errors * error[:, None] * torch.tensor([0, 1, 0])
             return predict_logits(*arguments, **options) + shift
 
-        monkeypatch.setattr(inputs, "predict_logits", logits)
+        monkeypatch.setattr(certificate, "predict_logits", logits)
 
     machine(0.5)
     path = write(net, data, tmp_path / "c.json")
@@ -561,7 +548,6 @@ def test_honest_certificates_hold_at_the_edges_of_float64(name, tmp_path, monkey
     net = EXTREME[name]()
     data = torch.randn(9, 4).double(), torch.arange(9) % 4
     path = write(net, data, tmp_path / "c.json")
-    monkeypatch.setattr(bounds.norm, "_PROVEN", {})  # as in another process
     radius = verify(path, data=data)["images"]["radius"]
     assert all(0 <= r <= sys.float_info.max for r in radius)
 
@@ -779,7 +765,7 @@ def test_a_proof_that_takes_too_long_is_refused(tmp_path):
     conv = nn.Conv2d(1000, 1000, 1, bias=False)
     claims = {"body.0": {"bound": 100.0, "proof": "DFT"}}
     with pytest.raises(Invalid, match=r"body\.0 .* operations to prove"):
-        _check_bound("body.0", conv, (1000, 300, 300), claims)
+        _check_bound(ProvenLayer("body.0", conv, (1000, 300, 300)), claims)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -113,7 +113,7 @@ def test_a_killed_rank_resumes_to_the_same_result(tmp_path):
 def test_ranks_leave_without_shutting_the_interpreter_down(tmp_path):
     """Worker threads of gloo that live on would abort a rank in its shutdown, once in a while."""
     (tmp_path / "leave.py").write_text(
-        "import atexit, sys\nfrom cll import ranks\nranks.connect('cpu')\n"
+        "import atexit, sys\nfrom cll.experiment import ranks\nranks.connect('cpu')\n"
         "atexit.register(print, 'shut down', file=sys.stderr)\nprint('written')\nranks.close()\n"
     )
     done = launch([str(tmp_path / "leave.py")])

@@ -13,8 +13,7 @@ import yaml
 from test_training import DIGITS, MOONS
 
 import cll
-from cll import ROOT, bounds, experiment
-from cll.certify import attack
+from cll import ROOT, experiment
 from cll.experiment import experiment_params, load_model, parameter_file, run_dir
 from cll.experiment.schema import RETIRED
 from cll.experiment.store import CERTIFIER
@@ -349,7 +348,7 @@ def test_an_attack_is_no_part_of_the_identity_and_completes_finished_runs(tmp_pa
     first = cll.run(plain, folder, progress=False)
     assert "attack" not in first
     weights = (folder / "checkpoint.safetensors").read_bytes()
-    monkeypatch.setattr(experiment.train, "train", None)  # nothing is trained from here on
+    monkeypatch.setattr(experiment.runs, "train", None)  # nothing is trained from here on
     asked = cll.load_params(ATTACKED | {"attack": {"images": 30, "version": "apgd-ce"}})
     assert asked.hash() == plain.hash()
     (record,) = cll.experiment.run_all([asked], tmp_path, progress=False)
@@ -366,7 +365,7 @@ def test_an_attack_is_no_part_of_the_identity_and_completes_finished_runs(tmp_pa
         assert attack["cra"][name] <= attack["cra_local"][name] <= attack["accuracy"][name]
         assert attack["accuracy"][name] <= attack["clean"]
     assert 0 < attack["cra"]["36/255"] and attack["accuracy"]["108/255"] < attack["clean"]
-    monkeypatch.setattr(attack, "autoattack_curve", None)  # nothing is attacked again
+    monkeypatch.setattr(experiment.evaluate, "autoattack_curve", None)  # nothing is attacked again
     for params in (asked, plain):
         assert cll.run(params, folder, progress=False)["attack"] == attack
 
@@ -375,14 +374,14 @@ def test_a_broken_certificate_is_an_error_and_no_result(tmp_path, monkeypatch):
     def all_broken(model, images, targets, radii, **options):
         return torch.zeros(len(radii), len(images), dtype=torch.bool)
 
-    monkeypatch.setattr(attack, "autoattack_curve", all_broken)
+    monkeypatch.setattr(experiment.evaluate, "autoattack_curve", all_broken)
     params = cll.load_params(ATTACKED | {"attack": {"images": 40}})
     with pytest.raises(RuntimeError, match="broke .* certificates, first that of test image [0-9]"):
         cll.run(params, tmp_path, progress=False)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "radii.npz").exists()
     monkeypatch.undo()
     finished = cll.run(cll.load_params(ATTACKED), tmp_path, progress=False)
-    monkeypatch.setattr(attack, "autoattack_curve", all_broken)
+    monkeypatch.setattr(experiment.evaluate, "autoattack_curve", all_broken)
     with pytest.raises(RuntimeError, match="please report this bug"):
         cll.run(params, tmp_path, progress=False)
     assert json.loads((tmp_path / "result.json").read_text()) == finished
@@ -472,6 +471,8 @@ def test_run_all_puts_each_parameter_set_in_its_own_folder(tmp_path):
         [cll.load_params(SHORT, seed=1, label="my moons")], tmp_path, progress=False
     )[0]
     assert relabelled["data"] == "my moons" and relabelled["date"] == records[0]["date"]
+    on_disk = json.loads((run_dir(runs[0], tmp_path) / "result.json").read_text())
+    assert on_disk == records[0]  # to read is not to write
 
 
 def test_damaged_weights_and_results_are_named(tmp_path):
@@ -529,28 +530,38 @@ def test_threads_do_not_change_a_certificate(tmp_path):
     assert np.allclose(one, two, rtol=1e-10)
 
 
-def test_finished_runs_are_certified_anew_by_a_new_certifier(tmp_path, monkeypatch):
-    """From their weights, without training; where and when they were trained stays on record."""
+def test_a_run_of_an_earlier_certifier_is_certified_anew_when_asked(tmp_path, monkeypatch):
+    """From its weights, without training; where and when it was trained stays on record."""
     params = cll.load_params(SHORT)
-    first = cll.run(params, tmp_path, progress=False)
-    path = tmp_path / "result.json"
+    folder = run_dir(params, tmp_path)
+    first = cll.run(params, folder, progress=False)
+    path = folder / "result.json"
     old = json.loads(path.read_text()) | {"certifier": 1, "K_f": 1.0, "device": "a GPU"}
     del old["trained"]
     path.write_text(json.dumps(old))
-    monkeypatch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trained again"))
-    again = cll.run(params, tmp_path, progress=False)
+    monkeypatch.setattr(experiment.runs, "train", lambda *a, **k: pytest.fail("trained again"))
+    for read in (
+        lambda: cll.run(params, folder, progress=False),
+        lambda: cll.run_all([params], tmp_path, progress=False),
+    ):
+        with pytest.raises(ValueError, match="by an earlier version .* --recertify"):
+            read()
+    assert json.loads(path.read_text()) == old
+    again = experiment.recertify(params, folder, progress=False)
     assert (again["K_f"], again["cra"]) == (first["K_f"], first["cra"])
     assert again["certifier"] == CERTIFIER and again["device"] == first["device"]
     assert again["trained"]["device"] == "a GPU"
-    assert json.loads(path.read_text()) == again
+    assert json.loads(path.read_text()) == again == cll.run(params, folder, progress=False)
+    with pytest.raises(FileNotFoundError, match="no finished run of moons"):
+        experiment.recertify(params, tmp_path / "nowhere")
 
 
 def test_a_run_certified_elsewhere_says_where_it_trained(tmp_path, monkeypatch):
     """Trained on a GPU, and certified from its last checkpoint on a CPU."""
     params = cll.load_params(SHORT)
     with monkeypatch.context() as m:
-        m.setattr(experiment.store, "device_name", lambda device: "a GPU")
-        m.setattr(experiment.evaluate, "_evaluate", lambda *a: 1 / 0)
+        m.setattr(experiment.checkpoints, "device_name", lambda device: "a GPU")
+        m.setattr(experiment.runs, "evaluate", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cll.run(params, tmp_path, progress=False)
     record = cll.run(params, tmp_path, progress=False)
@@ -632,8 +643,13 @@ def test_outputs_on_google_drive(tmp_path, monkeypatch):
 
 
 def test_a_K_that_two_inputs_refute_stops_the_run(tmp_path, monkeypatch):
-    real = bounds.lipschitz_matrix
-    monkeypatch.setattr(bounds.network, "lipschitz_matrix", lambda *a, **k: 1e-3 * real(*a, **k))
+    real = experiment.evaluate.certified
+
+    def false(*arguments, **options):
+        result = real(*arguments, **options)
+        return result._replace(K={method: 1e-3 * K for method, K in result.K.items()})
+
+    monkeypatch.setattr(experiment.evaluate, "certified", false)
     with pytest.raises(RuntimeError, match="moved apart .* times, but the guaranteed K"):
         cll.run(SHORT, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "result.json").exists()

@@ -1,16 +1,14 @@
 """The sliders: every control redraws, what was not trained says so, no kernel means a picture."""
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-import paper.moons
 from cll.bounds import lipschitz_matrix
 from cll.certify import certified_radius
 from cll.certify.inputs import predict_logits
-from paper.explore import ALT, REFERENCE, Explorer, draw_all, load, runs
-from paper.moons import moons_panel
+from cll.experiment import load_dataset
+from paper import explore, plane
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +16,27 @@ def explorer():
     pytest.importorskip("ipywidgets")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CLL_HEADLESS", raising=False)
-        yield Explorer()
+        yield explore.Explorer()
 
 
-def test_the_committed_runs_are_all_there():
+@pytest.fixture(scope="module")
+def shown():
+    return explore.load()
+
+
+def test_the_committed_runs_are_all_there(shown):
     """Of today's parameter files: a changed file must not leave the sliders without networks."""
-    found, dataset = load()
-    assert len(found) == len(runs()) == 28
-    assert {record["profile"] for record, _ in found.values()} == {"paper"}
-    for record, network in found.values():  # the networks are those of the records
+    assert len(shown) == len(explore.runs()) == 28
+    assert {record["profile"] for record, *_ in shown.values()} == {"paper"}
+    dataset = load_dataset(explore.runs()[0])
+    for record, network, drawn in shown.values():  # the networks are those of the records
         f = predict_logits(network, dataset.train_images)
         radius = certified_radius(f, lipschitz_matrix(network))
         right = f.argmax(1) == torch.as_tensor(dataset.train_targets)
         epsilon = record["epsilon"]
         cra = float((right & (radius > epsilon)).double().mean())
         assert cra == pytest.approx(record["train_cra"][f"{epsilon:g}"], abs=1e-3)
+        assert cra == float(drawn.robust(epsilon).double().mean())
 
 
 def test_every_control_redraws(explorer):
@@ -60,18 +64,18 @@ def test_a_combination_that_was_not_trained_says_so(explorer, monkeypatch):
 
 def test_the_ball_of_a_point_is_certified(explorer, monkeypatch):
     """What the picture says of a point is what certified_radius says of it, not of a neighbour."""
-    shown = []
-    original = paper.moons.moons_view
+    said = []
+    original = explore.view
 
-    def view(plane, dataset, epsilon, point, answer, radius, title):
-        shown.append((answer, radius))
-        return original(plane, dataset, epsilon, point, answer, radius, title)
+    def view(drawn, epsilon, point, answer, radius, title):
+        said.append((answer, radius))
+        return original(drawn, epsilon, point, answer, radius, title)
 
-    monkeypatch.setattr(paper.moons, "moons_view", view)
+    monkeypatch.setattr(explore, "view", view)
     explorer.draw("CLL", 0.15, 0.01, 0.15, 0.123, 0.456)
-    network = explorer.runs["CLL", 0.15, 0.01][1]
+    network = explorer.shown["CLL", 0.15, 0.01][1]
     f = predict_logits(network, torch.tensor([[0.123, 0.456]]))
-    (answer, radius), K = shown[0], lipschitz_matrix(network)
+    (answer, radius), K = said[0], lipschitz_matrix(network)
     assert answer == int(f.argmax())
     assert radius == pytest.approx(float((f[0, 0] - f[0, 1]).abs() / K[0, 1]), rel=1e-6)
 
@@ -81,33 +85,29 @@ def test_front_ends_without_a_kernel_get_a_picture(explorer, monkeypatch):
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(data)
     assert "small multiples" in metadata["image/png"]["alt"]
     monkeypatch.setenv("CLL_HEADLESS", "1")
-    headless = Explorer()
+    headless = explore.Explorer()
     assert headless.widget is None
     assert set(headless._repr_mimebundle_()[0]) == {"image/png"}
 
 
-def test_the_committed_picture_is_drawn_from_the_committed_runs(tmp_path):
+def test_the_committed_picture_is_drawn_from_the_committed_runs(shown, tmp_path):
     """Bytes differ between versions of matplotlib; panels and size do not."""
-    found, dataset = load()
-    drawn = draw_all(found, dataset, tmp_path / "explore")
-    committed = REFERENCE / "explore.png"
+    drawn = explore.draw_all(shown, tmp_path / "explore")
+    committed = explore.REFERENCE / "explore.png"
     sizes = [path.read_bytes()[16:24] for path in (drawn.path, committed)]  # of the PNG header
     assert sizes[0] == sizes[1]
-    assert ALT == drawn.alt
+    assert explore.ALT == drawn.alt
 
 
 def test_nothing_trained_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m cll\.explore"):
-        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"python -m paper\.explore"):
+        explore.load(tmp_path)
 
 
-def test_plane_redraws_without_the_network():
-    found, dataset = load()
-    network = found["CLL", 0.15, 0.01][1]
-    known = paper.moons.plane(network, dataset.train_images, 61)
-    drawn = []
-    for given in (network, known):
-        ax = Figure().subplots()
-        drawn.append(moons_panel(ax, given, dataset.train_images, dataset.train_targets, 0.15))
-    assert drawn[0] == drawn[1]
-    assert np.isfinite(known.difference).all()
+def test_gallery_has_a_row_per_margin_and_leaves_gaps(half_plane, points):
+    drawn = plane.on_grid(half_plane, points, 41)
+    keys = ("CLL", 0.1, 0.75), ("CLL", 0.1, 0.01), ("GloRo", 0.2, None)
+    axes = explore.gallery(dict.fromkeys(keys, drawn), "title").axes
+    assert [ax.get_visible() for ax in axes] == [True, True, False, False, False, True]
+    titles = [axes[i].get_title() for i in (0, 1, 5)]
+    assert titles == ["CLL, p = 0.75", "CLL, p = 0.01", "GloRo"]

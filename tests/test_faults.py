@@ -1,6 +1,6 @@
 """The corpus of counter-examples: what published code certifies falsely, and this kit does not.
 
-Every entry of `faults.gallery` is checked against its witness; below stand the cases that a single
+Every entry of `soundness.gallery` is checked against its witness; below stand the cases that a single
 network does not show. Faults that cannot occur by construction: 11 (no code of this kit chooses a
 checkpoint), 15 (radii are written k/255), 20 (all factors of K stand in `lipschitz_matrix`).
 """
@@ -17,32 +17,16 @@ import pytest
 import torch
 from torch import nn
 
-import paper.faults
 from cll import experiment
 from cll.architectures import LipschitzNet
 from cll.bounds import estimate, layer_bounds, lipschitz_matrix, operator_norm
 from cll.certify import RADII, certified_accuracy, certified_radius, certify
 from cll.layers import NormalizedLinear, SLLConv2d, SLLLinear
 from cll.layers.soc import taylor_gain
-from paper.faults import (
-    AbsoluteQ,
-    CancelledQ,
-    _classifier,
-    _linear,
-    _set,
-    cancelling,
-    certified,
-    common_bias,
-    convex_potential_stack,
-    dense,
-    expected_best,
-    power_iteration,
-    predictions,
-    to_tf32,
-)
-from paper.soundness import fault_margins, fault_norms, fault_overview, gallery, stopped_constant
+from paper import faults, soundness
+from paper.faults import dense
 
-GALLERY = gallery()
+GALLERY = soundness.gallery()
 BY_NUMBER = {fault.number: fault for fault in GALLERY}
 
 every_fault = pytest.mark.parametrize("fault", GALLERY, ids=lambda f: f"{f.number:02d}")
@@ -52,6 +36,13 @@ every_fault = pytest.mark.parametrize("fault", GALLERY, ids=lambda f: f"{f.numbe
 def test_published_claim_is_false_and_ours_is_true(fault):
     assert not fault.holds(fault.claim), "not a counter-example"
     assert fault.holds(fault.ours), f"this kit says {fault.ours}, true is {fault.truth}"
+
+
+@torch.no_grad()
+def predictions(network, *points):
+    """Classes that a float64 copy of the network gives to single samples."""
+    network = copy.deepcopy(network).double().eval()
+    return [network(x[None].double()).argmax().item() for x in points]
 
 
 @every_fault
@@ -66,7 +57,7 @@ def test_truth_is_shown_by_the_witness(fault):
         distance = (x.double() - other.double()).norm().item()
         assert distance == fault.truth < fault.claim
     else:
-        assert paper.faults.stretch(network, x, other) == fault.truth > fault.claim
+        assert faults.stretch(network, x, other) == fault.truth > fault.claim
 
 
 def test_the_gallery_is_whole():
@@ -108,8 +99,8 @@ def test_03_published_stops_lie_below_the_norm_and_ours_never():
         norm = torch.linalg.svdvals(matrix)[0].item()
         start = torch.randn(128, generator=random, dtype=torch.float64)
         for steps in (5, 100):
-            assert power_iteration(matrix, start, steps)[-1] <= norm * (1 + 1e-14)
-        assert power_iteration(matrix, start, 5)[-1] < 0.995 * norm
+            assert faults.power_iteration(matrix, start, steps)[-1] <= norm * (1 + 1e-14)
+        assert faults.power_iteration(matrix, start, 5)[-1] < 0.995 * norm
         assert norm * (1 - 1e-14) <= operator_norm(layer, (2, 8, 8)) <= norm * 1.001
 
 
@@ -125,20 +116,20 @@ def test_03_estimates_of_training_stay_out_of_certificates():
 
 
 def test_05_settled_layers_do_not_expand():
-    layers, _ = convex_potential_stack(3)
+    layers, _ = faults.convex_potential_stack(3)
     network = LipschitzNet(nn.Sequential(*layers), nn.Linear(10, 2), (10,))
-    assert paper.faults.bound(network.body, (10,)) > 1.03
+    assert faults.bound(network.body, (10,)) > 1.03
     network.settle()
-    assert paper.faults.bound(network.body, (10,)) == pytest.approx(1, abs=1e-6)
+    assert faults.bound(network.body, (10,)) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("q", [1e-4, 1e-5, 1e-6])
 def test_06_small_q_expands_the_published_form_only(q):
     def pair(kind, value):
-        layer = _set(kind(1, 1), weight=1.0, bias=1.0, q=value)
-        return layer, paper.faults.stretch(layer, torch.tensor([0.1]), torch.tensor([0.0]))
+        layer = faults.put(kind(1, 1), weight=1.0, bias=1.0, q=value)
+        return layer, faults.stretch(layer, torch.tensor([0.1]), torch.tensor([0.0]))
 
-    published, stretch = pair(AbsoluteQ, q)
+    published, stretch = pair(faults.AbsoluteQ, q)
     assert stretch == pytest.approx(1 + 2e-6 / q, rel=1e-5)
     with pytest.raises(TypeError, match="no Lipschitz bound known for AbsoluteQ"):
         operator_norm(published, (1,))
@@ -148,7 +139,7 @@ def test_06_small_q_expands_the_published_form_only(q):
 
 def test_07_q_is_alive():
     for layer, shape, alive in [
-        (CancelledQ(6, 9), (6,), False),
+        (faults.CancelledQ(6, 9), (6,), False),
         (SLLLinear(6, 9), (6,), True),
         (SLLConv2d(3, 4, 3), (3, 6, 6), True),
     ]:
@@ -176,29 +167,29 @@ def test_10_networks_in_half_precision_are_certified_in_double(dtype):
     network, x, other = BY_NUMBER[10].witness
     half = copy.deepcopy(network).to(dtype)
     exact = copy.deepcopy(half).double()  # the same weights
-    assert certified(half, x) == certified(exact, x)
-    assert certified(half, x) < (x - other).norm()
+    assert faults.certified(half, x) == faults.certified(exact, x)
+    assert faults.certified(half, x) < (x - other).norm()
 
 
 def test_11_selection_inflates_and_a_fixed_epoch_does_not():
-    accuracy = [expected_best(m, 10_000, 0.6) for m in (1, 10, 200)]
+    accuracy = [faults.expected_best(m, 10_000, 0.6) for m in (1, 10, 200)]
     assert accuracy[0] == pytest.approx(0.6, abs=1e-9)
     assert 0.605 < accuracy[1] < accuracy[2]
 
 
 def test_12_tf32_keeps_ten_bits():
     x = np.array([1 + 2.0**-10, 1 + 2.0**-12, -1 - 0.75 * 2.0**-10], dtype=np.float32)
-    assert to_tf32(x).tolist() == [1 + 2.0**-10, 1.0, -1 - 2.0**-10]
+    assert faults.to_tf32(x).tolist() == [1 + 2.0**-10, 1.0, -1 - 2.0**-10]
 
 
 def test_12_switches_of_the_user_do_not_reach_the_certificate():
     network, x, _ = BY_NUMBER[12].witness
-    reference = certified(network, x)
+    reference = faults.certified(network, x)
     former = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert certified(network, x) == reference
+            assert faults.certified(network, x) == reference
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(former)
@@ -208,8 +199,8 @@ def test_12_switches_of_the_user_do_not_reach_the_certificate():
 def test_13_float64_cancels_too(exponent):
     """(x + 2^e) - 2^e at x = 2.5 is at distance 2.5 from the boundary; from e = 53 on float64
     cannot say so, and with it the certificate has to go."""
-    network, x = cancelling(2.0**exponent), torch.tensor([2.5])
-    radius = certified(network, x)
+    network, x = faults.cancelling(2.0**exponent), torch.tensor([2.5])
+    radius = faults.certified(network, x)
     assert 0 <= radius <= 2.5
     if exponent <= 40:
         assert radius > 2.4
@@ -230,7 +221,7 @@ def test_13_radii_hold_in_exact_arithmetic(near):
         x = torch.randn(8, features, generator=random, dtype=torch.float64)
         if near:
             b = b[0] - (W - W[0]) @ x[0] + 1e-16 * b
-        _set(network.head, weight=W, bias=b)
+        faults.put(network.head, weight=W, bias=b)
         table = certify(network, (x, torch.zeros(8, dtype=torch.int64)))
         W, b, points = ([[Fraction(v) for v in row] for row in t.tolist()] for t in (W, b[None], x))
         for point, y, radius in zip(points, table["prediction"], table["radius"], strict=True):
@@ -249,10 +240,10 @@ def test_14_what_is_not_a_number_certifies_nothing():
     for value in (math.nan, math.inf):
         assert certified_radius(f, torch.full((2, 2), value)).item() == 0
         assert certified_radius(torch.tensor([[value, 1.0]]), K).item() == 0
-    network = _classifier([[1.0], [0.0]])
+    network = faults.classifier([[1.0], [0.0]])
     network.head.weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match="NaN"):
-        certified(network, torch.tensor([0.1]))
+        faults.certified(network, torch.tensor([0.1]))
 
 
 def test_15_radii_are_exact():
@@ -355,7 +346,7 @@ def test_19_certifying_leaves_the_network_as_it_was():
     network, x, _ = BY_NUMBER[19].witness
     network = copy.deepcopy(network).train()
     before = copy.deepcopy(network.state_dict())
-    radii = {certified(network, x) for _ in range(3)}
+    radii = {faults.certified(network, x) for _ in range(3)}
     layer_bounds(network)
     assert len(radii) == 1 and network.training
     for key, value in network.state_dict().items():
@@ -366,7 +357,7 @@ def test_19_certifying_leaves_the_network_as_it_was():
 def test_21_groups_and_even_circular_kernels(kernel, size):
     random = torch.Generator().manual_seed(kernel)
     layer = nn.Conv2d(4, 4, kernel, padding="same", padding_mode="circular", groups=2, bias=False)
-    _set(layer, weight=0.1 * torch.randn(layer.weight.shape, generator=random))
+    faults.put(layer, weight=0.1 * torch.randn(layer.weight.shape, generator=random))
     try:
         norm = torch.linalg.svdvals(dense(layer, (4, size, size)))[0].item()
     except RuntimeError:  # torch pads no more than once around
@@ -378,7 +369,7 @@ def test_22_zero_padding_on_small_grids():
     for seed in range(10):
         layer = nn.Conv2d(1, 1, 3, padding=1, bias=False)
         random = torch.Generator().manual_seed(seed)
-        _set(layer, weight=torch.randn(1, 1, 3, 3, generator=random))
+        faults.put(layer, weight=torch.randn(1, 1, 3, 3, generator=random))
         for size in (1, 2, 3, 5):
             norm = torch.linalg.svdvals(dense(layer, (1, size, size)))[0].item()
             assert norm * (1 - 1e-14) <= operator_norm(layer, (1, size, size))
@@ -387,7 +378,7 @@ def test_22_zero_padding_on_small_grids():
 def test_24_strides_that_skip_the_border():
     for size in (4, 5, 6):
         layer = nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False)
-        _set(layer, weight=1.0)
+        faults.put(layer, weight=1.0)
         norm = torch.linalg.svdvals(dense(layer, (2, size, size)))[0].item()
         assert operator_norm(layer, (2, size, size), "power") == pytest.approx(norm, rel=1e-6)
         assert norm * (1 - 1e-14) <= operator_norm(layer, (2, size, size))
@@ -406,21 +397,21 @@ def test_25_floors_shrink_small_norms_and_ours_stay(exponent):
         other = W @ u / ((W @ u).norm() + 1e-12)
         u = W.T @ other / ((W.T @ other).norm() + 1e-12)
     norm, below = 2.0**exponent, 0.9 * 2.0**exponent
-    assert power_iteration(W, start, 501, floor=1e-12)[-1] == (W @ v).norm()
+    assert faults.power_iteration(W, start, 501, floor=1e-12)[-1] == (W @ v).norm()
     assert ((W @ v).norm() < below) == (exponent <= -20)
     assert ((W @ u) @ other < below) == (exponent <= -40)
     layer = nn.Linear(2, 2, bias=False).double()
-    assert norm <= operator_norm(_set(layer, weight=W), (2,)) <= norm * (1 + 1e-6)
+    assert norm <= operator_norm(faults.put(layer, weight=W), (2,)) <= norm * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exponent", [0, 10, 25, 26, 40, 52, 60, 100])
 def test_26_a_common_bias_leaves_what_is_true(exponent, dtype):
     """The margin is x whatever the bias; no rounding may make more of it, or choose the class."""
-    network = common_bias(2.0**exponent).to(dtype)
+    network = faults.common_bias(2.0**exponent).to(dtype)
     for x in (2.0625, 1e-3, 0.0, -1.0):
         x = torch.tensor([x], dtype=dtype)
-        radius, exact = certified(network, x), Fraction(x.item())
+        radius, exact = faults.certified(network, x), Fraction(x.item())
         assert radius == 0 or Fraction(radius) <= abs(exact)
         if exponent <= 40:
             assert radius > 0.9 * abs(float(exact)) - 1e-2
@@ -434,7 +425,7 @@ def test_26_a_common_bias_leaves_what_is_true(exponent, dtype):
 def _hidden(change):
     """A classifier with the margin 2 x - 0.5 at x = 0.5, after `change` made it 20 x - 0.5 by some
     way that its layers do not show. The radius there is 0.475; the layers alone promise 4.75."""
-    network = _classifier([[1.0], [-1.0]], [0.0, 0.5], body=[_linear([[1.0]])])
+    network = faults.classifier([[1.0], [-1.0]], [0.0, 0.5], body=[faults.linear([[1.0]])])
     return change(network) or network
 
 
@@ -483,7 +474,7 @@ def test_what_the_layers_do_not_show_is_refused_or_counted(way):
     """Forward hooks and forward methods of one's own change what the layers compute."""
     network = _hidden(HIDDEN[way])
     try:
-        radius = certified(network, torch.tensor([0.5]))
+        radius = faults.certified(network, torch.tensor([0.5]))
     except (TypeError, ValueError):
         return
     assert radius <= 0.475
@@ -493,15 +484,15 @@ def test_what_the_layers_do_not_show_is_refused_or_counted(way):
 def test_the_std_in_use_counts(dtype):
     """Converting a network rounds the std that it divides by; K must follow."""
     for std in np.linspace(0.2, 0.26, 25):
-        network = _classifier([[1.0], [-1.0]], std=float(std)).to(dtype)
-        assert certified(network, torch.tensor([0.5])) <= 0.5
+        network = faults.classifier([[1.0], [-1.0]], std=float(std)).to(dtype)
+        assert faults.certified(network, torch.tensor([0.5])) <= 0.5
 
 
 def test_weights_that_are_computed_are_bounded_as_they_are_applied():
     """Logits come from a float64 copy, in which a parametrisation computes other digits."""
     for seed in range(20):
         a, b = torch.randn(2, generator=torch.Generator().manual_seed(seed)).tolist()
-        layer = nn.utils.parametrizations.weight_norm(_linear([[a, b], [-b, a]]))
+        layer = nn.utils.parametrizations.weight_norm(faults.linear([[a, b], [-b, a]]))
         norm = torch.linalg.svdvals(copy.deepcopy(layer).double().weight.detach())[0].item()
         try:
             assert norm * (1 - 1e-15) <= operator_norm(layer, (2,))
@@ -529,7 +520,7 @@ def test_rows_that_are_normalised_may_be_close_together(dtype):
         other = row.clone()
         other[seed % 3] = torch.nextafter(row[seed % 3], 2 * row[seed % 3])
         network = LipschitzNet(nn.Sequential(), NormalizedLinear(3, 2), (3,)).to(dtype)
-        _set(network.head, weight=torch.stack([row, other]), bias=[1000.0, 0.0])
+        faults.put(network.head, weight=torch.stack([row, other]), bias=[1000.0, 0.0])
         exact = []
         for values in (row.tolist(), other.tolist()):
             values = [decimal.Decimal(v) for v in values]
@@ -538,7 +529,7 @@ def test_rows_that_are_normalised_may_be_close_together(dtype):
         gaps = [digits.subtract(a, b) for a, b in zip(*exact, strict=True)]
         square = functools.reduce(digits.add, [digits.multiply(v, v) for v in gaps])
         true = digits.divide(decimal.Decimal(1000), digits.sqrt(square))
-        assert decimal.Decimal(certified(network, torch.zeros(3))) <= true
+        assert decimal.Decimal(faults.certified(network, torch.zeros(3))) <= true
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex")
@@ -550,7 +541,7 @@ def test_complex_weights_are_refused():
 def test_a_remembered_proof_belongs_to_its_geometry():
     for padding, norm in [(0, 3.0), (1, 3 + 2 * math.sqrt(2)), (0, 3.0)]:
         layer = nn.Conv2d(1, 1, 3, padding=padding, bias=False)
-        _set(layer, weight=1.0)
+        faults.put(layer, weight=1.0)
         assert norm * (1 - 1e-14) <= operator_norm(layer, (1, 3, 3)) <= norm * 1.001
 
 
@@ -564,13 +555,13 @@ def test_stopped_constant_is_below_the_guaranteed_one():
     )
     network = LipschitzNet(body, nn.Linear(64, 3), (1, 8, 8), 0.5)
     K = lipschitz_matrix(network).max().item()
-    assert 0.9 * K < stopped_constant(network) < K
-    assert stopped_constant(network, 1e-9) == pytest.approx(K, rel=1e-2)
+    assert 0.9 * K < soundness.stopped_constant(network) < K
+    assert soundness.stopped_constant(network, 1e-9) == pytest.approx(K, rel=1e-2)
 
 
 def test_figures_draw():
-    drawn = fault_overview(GALLERY)
+    drawn = soundness.fault_overview(GALLERY)
     assert len(drawn.axes[0].get_yticklabels()) == len(GALLERY)
     chosen = [BY_NUMBER[n] for n in (1, 2, 14)]
-    assert len(fault_margins(chosen).axes) == 3
-    assert len(fault_norms(GALLERY).axes) == 3
+    assert len(soundness.fault_margins(chosen).axes) == 3
+    assert len(soundness.fault_norms(GALLERY).axes) == 3

@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 import cll
 from cll import layers
 from cll.architectures import as_lipschitz_net
-from cll.bounds import operator_norm
-from cll.bounds.norm import _PROVEN
+from cll.bounds import operator_norm, prove
 from cll.bounds.rounding import margin_error
 from cll.certify.file import write
 from cll.certify.inputs import predict_logits
@@ -41,7 +40,7 @@ def refusals(model, shape):
         lambda: cll.layer_bounds(model),
         lambda: predict_logits(model, x),
         lambda: local_lipschitz(model, x, 0.1),
-        lambda: margin_error(model, x, y),
+        lambda: margin_error(prove(model), x, y),
         lambda: write(model, (x, y), "never-written.json"),
     ]
     for call in calls:
@@ -330,7 +329,6 @@ def test_modes_of_the_process_change_no_bound():
     x, y = torch.rand(5, 3, 32, 32), labels(5, 10)
     expected = cll.certify(net, (x, y), local=True, progress=False)
     for dtype in (torch.float64, torch.bfloat16):
-        _PROVEN.clear()
         torch.set_default_dtype(dtype)
         try:
             with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):

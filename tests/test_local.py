@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from cll.architectures import LipschitzNet, as_lipschitz_net, build
-from cll.bounds import lipschitz_matrix, operator_norm, register
+from cll.bounds import lipschitz_matrix, operator_norm, prove, register
 from cll.bounds.linear import lengths, shift
 from cll.certify import RADII, certified_radius, certify
 from cll.certify.attack import pgd_attack
@@ -143,7 +143,7 @@ def test_local_bound_is_never_below_a_gradient_in_the_ball(kind, seed, rho, size
 def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed, rho, size):
     net = dense(kind, seed) if size is None else conv(kind, seed, size)
     exact, x = net.double(), images_of(net, 4, seed)
-    known = prepare(exact)
+    known = prepare(prove(exact))
     unit = 2.0 ** known.units[-1]
     with torch.no_grad():
         f = exact(x)
@@ -198,7 +198,7 @@ def test_extreme_weights(extreme, make, kind):
         assert (bound <= K).all()
         for y in in_ball(x, rho, 10):
             assert (gradient_norms(net, y) <= bound * (1 + 1e-12) + 1e-30).all()
-        radius = local_radius(net, x, logits, torch.zeros(4), [rho])
+        radius = local_radius(prove(net), x, logits, torch.zeros(4), [rho])
         assert not radius.isnan().any()
         assert (radius >= (certified_radius(logits, K) * (1 - 1e-6)).clamp(max=rho)).all()
         if not radius.isinf().any():
@@ -248,7 +248,7 @@ def test_the_knapsack_is_not_below_the_best_that_exhaustion_finds(rule):
 def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
     """Against dense matrices; and not much less, or another layer's norm was taken."""
     net = conv(kind, seed).double()
-    known = prepare(net)
+    known = prepare(prove(net))
     for i, (below, step) in enumerate(itertools.pairwise(known.layers)):
         unit = 2.0 ** (known.units[i + 1] - known.units[i])
         if below.rows is None or isinstance(step.layer, nn.Flatten):
@@ -315,7 +315,7 @@ def test_a_model_that_does_something_else_before_its_body_is_refused():
     for look in (
         lambda: local_lipschitz(net, x, 0.1),
         lambda: predict_logits(net, x),
-        lambda: local_radius(net, x, net(x).detach().double(), torch.zeros(5), [0.1]),
+        lambda: local_radius(prove(net), x, net(x).detach().double(), torch.zeros(5), [0.1]),
     ):
         with pytest.raises(TypeError, match="Shifted, which replaces forward"):
             look()
@@ -393,29 +393,31 @@ def test_linear_models_have_nothing_to_gain():
     net = LipschitzNet(nn.Sequential(), nn.Linear(5, 4), (5,))
     x = torch.randn(30, 5, dtype=torch.float64)
     logits = predict_logits(net, x)
-    K = lipschitz_matrix(net)
-    radius = certified_radius(logits, K)
-    raised = local_radius(net, x, logits, radius, RADII, K)
+    proof = prove(net)
+    radius = certified_radius(logits, proof.K)
+    raised = local_radius(proof, x, logits, radius, RADII)
     torch.testing.assert_close(raised, radius, rtol=1e-8, atol=1e-10)
 
 
 def test_nan_certifies_nothing():
     net = dense(seed=3)
     x = images_of(net, 20)
-    logits, K = predict_logits(net, x), lipschitz_matrix(net)
+    logits, proof = predict_logits(net, x), prove(net)
+    K = proof.K
     radius = certified_radius(logits, K)
     holes = logits.clone()
     holes[::2, 1] = math.nan
     lost = certified_radius(holes, K)
-    raised = local_radius(net, x, holes, lost, (0.01, 0.1), K)
+    raised = local_radius(proof, x, holes, lost, (0.01, 0.1))
     assert (raised[::2] == 0).all() and (raised[1::2] > lost[1::2]).any()
-    no_bound = torch.full_like(K, math.nan)
-    nothing = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), no_bound)
+    no_bound = proof._replace(K=torch.full_like(K, math.nan))
+    nothing = local_radius(no_bound, x, logits, torch.zeros(20), (0.01, 0.1))
     assert (nothing == 0).all()
     one = K.clone()
     one[:, 2] = math.nan
     y = logits.argmax(dim=1)
-    raised = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), one)
+    one = proof._replace(K=one)
+    raised = local_radius(one, x, logits, torch.zeros(20), (0.01, 0.1))
     assert (raised[y != 2] == 0).all() and (radius[y != 2] > 0).all()
 
 
@@ -426,10 +428,10 @@ def test_a_bound_that_came_out_nan_certifies_nothing(monkeypatch):
 
     net = dense(seed=3)
     x = images_of(net, 20)
-    logits, K = predict_logits(net, x), lipschitz_matrix(net)
+    logits, proof = predict_logits(net, x), prove(net)
     monkeypatch.setattr(local, "fall", poisoned)
-    raised = local_radius(net, x, logits, torch.zeros(20), (0.01, 0.1), K)
-    ratio = certified_radius(logits, K)
+    raised = local_radius(proof, x, logits, torch.zeros(20), (0.01, 0.1))
+    ratio = certified_radius(logits, proof.K)
     # beyond the radius of the global bound nothing is certified; classes it decides need no other
     assert ((raised == 0) | (ratio >= 0.01)).all()
 
@@ -440,11 +442,11 @@ def test_ties_stay_at_zero():
         net.head.weight[1] = net.head.weight[0]
         net.head.bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
     x = images_of(net, 20)
-    logits, K = predict_logits(net, x), lipschitz_matrix(net)
-    radius = certified_radius(logits, K)
+    logits, proof = predict_logits(net, x), prove(net)
+    radius = certified_radius(logits, proof.K)
     tied = logits[:, 0] == logits[:, 1]
     assert tied.any() and (radius[tied] == 0).all()
-    assert (local_radius(net, x, logits, radius, (0.01, 0.1), K)[tied] == 0).all()
+    assert (local_radius(proof, x, logits, radius, (0.01, 0.1))[tied] == 0).all()
 
 
 def test_local_bounds_with_the_power_method_are_refused():
@@ -460,7 +462,7 @@ def test_local_bounds_with_the_power_method_are_refused():
 def test_estimate_is_the_global_one_where_nothing_is_constant(kind):
     net = dense("MaxMin" if kind == "MaxMin" else kind)
     for _ in range(50):
-        K = net.lipschitz_matrix(5)
+        K = net.estimate_lipschitz_matrix(5)
     local_K = local_estimate(net, images_of(net, 5).float(), 1e6, 5)
     assert local_K.shape == (5, 4, 4) and local_K.dtype == torch.float32
     torch.testing.assert_close(local_K, K.expand(5, 4, 4), rtol=1e-4, atol=1e-5)

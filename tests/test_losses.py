@@ -366,24 +366,11 @@ def test_vmap_over_runs_equals_a_loop(name):
         torch.testing.assert_close(a, b)
 
 
-@every_loss
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_a_stack_of_runs_equals_a_loop(name, reduction, per_sample):
-    if name in ("binary", "cll per-logit"):  # which make their own inputs of these
-        return
-    runs = [batch(seed=seed, per_sample=per_sample) for seed in range(3)]
-    f, y, K = (torch.stack(parts) for parts in zip(*runs, strict=True))
-    stacked = LOSSES[name](f, y, K, reduction=reduction)
-    looped = [LOSSES[name](f[r], y[r], K[r], reduction=reduction) for r in range(3)]
-    torch.testing.assert_close(stacked, torch.stack(looped))
-
-
 def sum_of_losses(f, y, K, epsilon, p):
-    """The sum of all losses but the binary one; of one run or of a stack of runs."""
+    """The sum of all losses but the binary one."""
     return (
         cll_loss(f, y, K, epsilon=epsilon, p=p, offset="one-sided")
-        + cll_loss(f, y, K[..., 0, :] + 1, epsilon=epsilon, p=p)
+        + cll_loss(f, y, K[0] + 1, epsilon=epsilon, p=p)
         + gloro_loss(f, y, K, epsilon=epsilon)
         + gloro_loss(f, y, K, epsilon=epsilon, trades=p)
         + certificate_regularized_loss(f, y, K, gamma=p)
@@ -392,14 +379,6 @@ def sum_of_losses(f, y, K, epsilon, p):
         + local_bcp_loss(f, y, K, epsilon=epsilon, kappa=p)
         + lipschitz_penalty(K, p)
     )
-
-
-def test_a_stack_with_one_number_per_run_equals_a_loop():
-    f, y, K = (torch.stack([part] * 3) for part in batch())
-    epsilon = torch.tensor([0.1, 0.15, 1.0], dtype=torch.float64)
-    p = torch.tensor([0.3, 1e-15, 0.9], dtype=torch.float64)
-    looped = [sum_of_losses(f[r], y[r], K[r], epsilon[r], p[r]) for r in range(3)]
-    torch.testing.assert_close(sum_of_losses(f, y, K, epsilon, p), torch.stack(looped))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

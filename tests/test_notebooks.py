@@ -23,11 +23,24 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 import cll
-import paper.explore
 from cll import experiment
 from cll.experiment.stack import build_network
 from cll.experiment.store import CERTIFIER
-from paper.claims import CHECKLIST
+from paper import (
+    ablation,
+    choose,
+    claims,
+    explore,
+    formulas,
+    moons,
+    own,
+    plane,
+    soundness,
+    style,
+    sweeps,
+    tables,
+)
+from paper.claims import cited
 from paper.records import published
 from paper.tables import table_runs
 
@@ -35,8 +48,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
 import environment  # noqa: E402
 import parameters  # noqa: E402
-import references  # noqa: E402
+import redraw  # noqa: E402
 
+EXHIBITS = (ablation, choose, claims, formulas, moons, own, plane, soundness, style, sweeps, tables)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REFERENCES = ROOT / "tests" / "nb_refs"
 REFRESH = "run `make refs` and review its diff"
@@ -173,7 +187,7 @@ def test_reference_is_of_this_source(path):
     nb = read(reference)
     injected = [c for c in nb.cells if "injected-parameters" in tags(c)]
     assert len(injected) == 1 and 'profile = "smoke"' in injected[0].source, REFRESH
-    subset = f'rows = "{references.ROWS[path.stem]}"' if path.stem in references.ROWS else ""
+    subset = f'rows = "{redraw.ROWS[path.stem]}"' if path.stem in redraw.ROWS else ""
     assert subset in injected[0].source and ("rows = " in injected[0].source) == bool(subset), (
         REFRESH
     )
@@ -201,8 +215,8 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     out = tmp_path / "params.yaml"
     for rows in ("", "T2-05,T2-07"):
         assert parameters.main([str(path), str(out), "--profile", "smoke", "--rows", rows]) == 0
-        assert parameters.parameter_file.read(out).get("rows", "") == rows
-    subset = references.ROWS[name].split(",")
+        assert parameters.read(out).get("rows", "") == rows
+    subset = redraw.ROWS[name].split(",")
     table = published(name)
     assert set(subset) < set(table.index)
     runs = table_runs(name, cll.experiment.experiment_params(name, "smoke"))
@@ -260,11 +274,10 @@ def finish(params, folder):
     return record
 
 
-class Pictures:
-    """In the place of cll.plots: draws nothing."""
-
-    def __getattr__(self, name):
-        return lambda *arguments, **options: None
+def drawings(module):
+    """The names of the functions that style.styled decorates."""
+    held = {n: getattr(value, "__closure__", None) or () for n, value in vars(module).items()}
+    return [n for n, cells in held.items() if any(c.cell_contents is style.styled for c in cells)]
 
 
 @pytest.fixture(scope="module")
@@ -298,18 +311,18 @@ def printed(tmp_path_factory):
             patch.setenv("CLL_OUTPUTS", str(root))
             patch.setattr(experiment.store, "provenance", lambda device="cpu": now)
             patch.setenv("CLL_ONLY_FINISHED", "" if complete else "1")
-            patch.setattr(experiment.train.train, "train", lambda *a, **k: pytest.fail("trains"))
-            patch.setattr(experiment.store, "load_dataset", few)
+            patch.setattr(experiment.train, "train", lambda *a, **k: pytest.fail("trains"))
+            patch.setattr(experiment, "load_dataset", few)
             patch.setattr(
                 experiment.runs, "_run_together",
                 lambda runs, folders, progress: list(map(finish, runs, folders)),
             )  # fmt: skip
-            patch.setattr(cll, "plots", Pictures())
-            patch.setattr(paper.explore, "Explorer", lambda: None)
+            for module in EXHIBITS:
+                for drawing in drawings(module):
+                    patch.setattr(module, drawing, lambda *arguments, **options: None)
+            patch.setattr(explore, "Explorer", lambda: None)
             for cell in code_cells(read(ROOT / "notebooks" / f"{name}.ipynb")):
                 exec(cell.source, space)
-                if "train" in space:  # of a network of the notebook's own
-                    space["train"] = lambda model, **options: model.eval()
         done[name, complete] = out.getvalue().splitlines()
         return done[name, complete]
 
@@ -334,7 +347,7 @@ def test_summary_lines_say_what_has_finished(path, complete, printed):
         assert not line.endswith(":") or following.startswith("  "), f"{line!r} announces nothing"
     assert all(0 <= float(share) <= 100 for share in re.findall(r"(\d+(?:\.\d+)?) %", text))
     if path.stem == "claims":
-        missing = sorted({name for *_, tests in CHECKLIST for name, _ in tests})
+        missing = sorted({name for *_, tests in cited() for name, _ in tests})
         missing = ["nothing"] if complete else [f"make {name}" for name in missing]
         assert lines[-1] == "  ".join(["to run:", *missing])
     elif path.stem not in ("aol_mapping", "figure3"):  # which draw formulas

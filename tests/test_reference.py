@@ -43,9 +43,9 @@ def test_only_results_that_say_what_they_are():
 
 
 def test_tables_are_in_step_with_the_files():
-    for page, table in ((collect.README, collect.rows()), (collect.LISTING, collect.listing())):
+    for page, tables in collect.pages().items():
         text = page.read_text(encoding="utf-8")
-        assert text.partition(collect.BEGIN)[2].partition(collect.END)[0] == table, REFRESH
+        assert text.partition(collect.BEGIN)[2].partition(collect.END)[0] == tables, REFRESH
 
 
 def images_of(record):
@@ -195,15 +195,18 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     own = {"row": "T2-05", "data": "npz:/home/me/c10.npz", "label": "cifar10 (recovered)"}
     change(source, row="T2-05", p=0.3, model="4C3F", cra_local=None)
     collect.collect(rename(source, **own), root)
-    rows = collect.rows(root).splitlines()
-    head = next(line.split(" | ") for line in rows if line.startswith("| row"))
-    paper, *here = [dict(zip(head, line.split(" | "), strict=True)) for line in rows[3:6]]
-    assert paper["epochs"] == "1001" and paper["CRA 36/255 %"] == "61.4"
+    assert "data cifar10 (recovered) · 1 seed · " in collect.rows(root)
+    assert re.search(r"· \d+ of 1001 epochs", collect.rows(root))
+    head, _, paper, *here = (line.split(" | ") for line in collect.rows(root).splitlines()[1:6])
+    paper, *here = (dict(zip(head, line, strict=True)) for line in (paper, *here))
+    assert paper["CRA 36/255 %"] == "61.4"
     assert [line["source"] for line in here] == ["here, guaranteed", "here, paper-style"]
-    for line in here:
-        assert line["dataset"].startswith("cifar10 (recovered)") and line["seeds"] == "1"
-        assert line["epochs"].endswith(" of 1001") and line["clean %"] != "–"
-    assert re.fullmatch(r"\d+ s on cpu.*", here[0]["training time |"].strip(" |"))
+    assert all(line["seeds"] == "1" and line["clean %"] != "–" for line in here)
+    *_, line = collect.summary(root).strip().splitlines()
+    what, epochs, seeds, ours, printed = line.strip("| ").split(" | ")
+    assert what.startswith("4C3F on cifar10 (recovered), CLL ε = 0.15 (T2-05): clean / CRA 36/255")
+    assert epochs.endswith(" of 1001") and seeds == "1" and printed.split(" / ")[1] == "61.4"
+    assert ours.split(" / ")[0] == here[0]["clean %"]
     listing = collect.listing(root)
     assert "| cifar10 (recovered) " in listing and " of 1001 | yes |" in listing
     assert "--data npz:c10.npz --label 'cifar10 (recovered)'" in listing

@@ -15,16 +15,15 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cll
 from cll import experiment
 from cll.bounds.linear import full_precision
 from cll.experiment import load_dataset, run_dir
-from cll.experiment.checkpoints import WRITER, _Saver, _write_checkpoints, load_checkpoints
-from cll.experiment.fast import DenseStack
+from cll.experiment.checkpoints import WRITER, Saver, _write_checkpoints, load_checkpoints
+from cll.experiment.fast import use_compiled, use_dense
 from cll.experiment.local_lip_b import local_estimate
-from cll.experiment.stack import Stack, _learning_rate, _schedules, build_network
+from cll.experiment.stack import Stack, build_network
 from cll.experiment.train import train
 from cll.losses import local_bcp_loss
 
@@ -136,8 +135,9 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 KILLED = """
-import sys, json, cll, cll.training
-cll.experiment.checkpoints.CHECKPOINT_SECONDS, cll.experiment.stack.RECORDED_STEPS = 0.0, 100
+import sys, json, cll
+from cll.experiment import checkpoints
+checkpoints.CHECKPOINT_SECONDS = 0.0
 base = json.loads(sys.argv[1])
 runs = [cll.load_params(base, seed=s) for s in (1, 2)]
 cll.experiment.run_all(runs, sys.argv[2], progress=False, stack=2)
@@ -175,9 +175,9 @@ def test_killed_at_random_moments_ends_in_the_same_bits(base, tmp_path):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_dense_stack_recorded_or_not_is_the_networks_step_by_step(alone, monkeypatch):
-    """MLPs of several kinds of losses: plain matrix products, the same as a recording, and each
-    network by itself under autograd."""
+def test_a_dense_stack_is_the_networks_step_by_step(alone):
+    """MLPs of several kinds of losses: plain matrix products, the networks mapped over a stack, and
+    each network by itself under autograd."""
     losses = ["CLL", "CLL, K not detached", "GloRo", "GloRo-TRADES", "CE", "SOC"]
     configs = [LOSSES[name] for name in losses] + [LOSSES["CLL"] | {"form": "per-logit"}]
     configs += [LOSSES["GloRo"] | {"gradient": "published"}]
@@ -186,23 +186,20 @@ def test_a_dense_stack_recorded_or_not_is_the_networks_step_by_step(alone, monke
         torch.manual_seed(0)
         nets = [build_network(p, 2, (2,)) for p in runs]
         x, y = torch.randn(5, len(runs), 50, 2), torch.randint(0, 2, (5, len(runs), 50))
-        dense, recorded = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
-        assert dense.dense is not None
-        recorded.record(50)
-        with monkeypatch.context() as m:
-            m.setattr(DenseStack, "fits", lambda net: False)
-            single = [
-                Stack([p], [copy.deepcopy(net)], "cpu") for p, net in zip(runs, nets, strict=True)
-            ]
+        dense, mapped = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
+        assert use_dense(dense)
+        single = [
+            Stack([p], [copy.deepcopy(net)], "cpu") for p, net in zip(runs, nets, strict=True)
+        ]
         for i in range(5):
             schedule = dense.schedule(0.2 * i)
-            results = [s.step(x[i], y[i], *schedule) for s in (dense, recorded)]
+            results = [s.step(x[i], y[i], *schedule) for s in (dense, mapped)]
             for s, stack in enumerate(single):
                 own = stack.step(x[i, s : s + 1], y[i, s : s + 1], *stack.schedule(0.2 * i))
                 for result in results:
                     for a, b in zip(result, own, strict=True):
                         torch.testing.assert_close(a[s : s + 1], b, rtol=1e-4, atol=1e-5)
-        for a in (dense, recorded):
+        for a in (dense, mapped):
             for net, stack in zip(a.networks(), single, strict=True):
                 for p, q in zip(net.parameters(), stack.nets[0].parameters(), strict=True):
                     torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
@@ -216,6 +213,7 @@ def test_a_dense_stack_of_zero_weights_stands_still():
         net.body[2].weight.zero_()
     before = net.v2.clone()
     stack = Stack([p], [net], "cpu")
+    assert use_dense(stack)
     x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
     _, _, K = stack.step(x, y, *stack.schedule(0.0))
     assert torch.equal(K, torch.zeros(1, 2, 2))
@@ -289,7 +287,7 @@ def test_a_step_has_the_loss_and_gradient_written_out(loss, form):
         K = local_estimate(net, x[0], 0.075, 2)
         value = local_bcp_loss(f, y, K, epsilon=0.075, kappa=0.5)
     else:
-        K = net.lipschitz_matrix(5)
+        K = net.estimate_lipschitz_matrix(5)
     if loss == "GloRo":
         value = cll.gloro_loss(f, y, K, epsilon=0.15)
     if loss == "GloRo, t = 3":  # the same as a network whose logits and K are a third
@@ -389,7 +387,8 @@ def test_bfloat16_reaches_the_network_and_spares_K_and_the_loss(kind):
     for precision in ("float32", "bfloat16"):
         p, net, x, y = image_run(kind, "GloRo", precision=precision)
         stack = Stack([p], [net], "cpu")
-        logits, K, *_ = stack.forward(x, 5, None)
+        logits, bound = stack.forward(x)
+        K = bound.K
         outputs.append((logits.detach(), K.detach()))
         assert logits.dtype == K.dtype == torch.float32
         value, *_ = stack.step(x, y, *stack.schedule(0.5))
@@ -401,74 +400,74 @@ def test_bfloat16_reaches_the_network_and_spares_K_and_the_loss(kind):
     assert torch.allclose(f, f16, rtol=0.1, atol=0.05 * f.abs().max().item())
 
 
-def rehearsed(work):
-    """What a CUDA graph does, as far as a CPU can: one piece of work, always the same results."""
-    results = work()
-
-    def replay():
-        for own, value in zip(results, work(), strict=True):
-            own.copy_(value)
-
-    return replay, results
+@pytest.fixture
+def compiled_on_cpu(monkeypatch):
+    """As on CUDA, by a compiler that needs no C++: it traces and differentiates, and keeps the
+    operations of PyTorch."""
+    monkeypatch.setattr(experiment.fast, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(experiment.fast, "COMPILER", {"backend": "aot_eager"})
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD"])
-@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"], DIGITS | IMAGES["clamped"]])
-def test_a_captured_step_is_the_step(base, optimizer, monkeypatch):
-    """Bit for bit, over batches, schedules and learning rates that change, through a checkpoint;
-    the state stays where it was. test_cuda.py has the same with a graph."""
+@pytest.mark.parametrize(
+    "base, stacked, precision",
+    [
+        (MOONS, False, "float32"),
+        (DIGITS | IMAGES["clamped"], True, "float32"),
+        (DIGITS | IMAGES["clamped"], False, "bfloat16"),
+    ],
+    ids=["moons", "a stack", "bfloat16"],
+)
+def test_a_compiled_step_is_the_step(base, stacked, precision, compiled_on_cpu):
+    """Over batches, schedules and learning rates that change, through a checkpoint; and it is one
+    graph. test_cuda.py has the same on a GPU."""
     configs = [LOSSES["CLL"] | {"p_start": 0.5}, LOSSES["GloRo-TRADES"], LOSSES["SOC"]]
-    settings = {"name": optimizer, "lr": 1e-4, "weight_decay": 1e-3}
-    runs = [cll.load_params(base | {"loss": c, "optimizer": settings}) for c in configs]
+    configs = configs if stacked else configs[:1]
+    runs = [cll.load_params(base | {"loss": c, "precision": precision}) for c in configs]
     torch.manual_seed(0)
     classes = 2 if base is MOONS else 10
     nets = [build_network(p, classes, p.input_shape) for p in runs]
-    x = torch.rand(6, len(runs), 8, *runs[0].input_shape)
-    y = torch.randint(0, classes, (6, len(runs), 8))
-    plain = Stack(runs, copy.deepcopy(nets), "cpu")
-    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(experiment.fast, "_graph", rehearsed)
-    captured, resumed = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
-    assert captured.capturable and plain.rate is None
-    captured.rate, resumed.rate = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-
-    def steps(stack, which):
-        for i in which:
-            stack.set_rate(torch.tensor(1e-4 / (i + 1), dtype=torch.float64))
-            yield [t.clone() for t in stack.step(x[i], y[i], *stack.schedule(0.2 * i))]
-
-    for a, b in zip(steps(plain, range(3)), steps(captured, range(3)), strict=True):
-        assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
-    places = [t.data_ptr() for t in captured._changing()]
-    states = [plain.state(s) for s in range(len(runs))]
-    list(steps(captured, [4]))  # somewhere else, and back
-    captured.load(states)
-    resumed.load(states)
-    for a, b, c in zip(*(steps(s, [3, 4, 5]) for s in (plain, captured, resumed)), strict=True):
-        assert all(torch.equal(t, u) and torch.equal(t, v) for t, u, v in zip(a, b, c, strict=True))
-    assert [t.data_ptr() for t in captured._changing()] == places
-    assert captured.replay is not None
-    small = [t[:, :4] for t in (x[0], y[0])]  # another size of batch: without the graph
-    for a, b in zip(*(s.step(*small, *s.schedule(0.5)) for s in (plain, captured)), strict=True):
-        assert torch.equal(a, b)
-    assert len(captured.networks()) == 3 and captured.replay is None
+    x = torch.rand(5, len(runs), 8, *runs[0].input_shape)
+    y = torch.randint(0, classes, (5, len(runs), 8))
+    plain, compiled = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
+    losses = compiled.losses
+    use_compiled(compiled, 10**6)
+    assert compiled.losses != losses
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="training of")
+        for i in range(5):
+            if i == 3:  # back to where the other one is, bit for bit
+                compiled.load([plain.state(s) for s in range(len(runs))])
+            found = []
+            for stack in (plain, compiled):
+                stack.set_rate(1e-4 / (i + 1))
+                found.append(stack.step(x[i], y[i], *stack.schedule(0.2 * i)))
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(compiled.networks()) == len(runs)
 
 
 @pytest.mark.parametrize("fault", ["raises", "differs"])
-def test_without_a_graph_training_goes_on_as_before(fault, monkeypatch):
-    def faulty(work):
-        if fault == "raises":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return lambda: None, work()  # a replay that does nothing
+def test_where_compiling_fails_training_goes_on_as_before(fault, compiled_on_cpu, monkeypatch):
+    """To the same bits, with one warning."""
+
+    def faulty(losses, **options):
+        def compiled(*batch):
+            if fault == "raises":
+                raise RuntimeError("no C++ compiler was found")
+            loss, correct, K = losses(*batch)
+            return 1.1 * loss, correct, K
+
+        return compiled
 
     p, net, x, y = image_run("4C3F")
-    plain = Stack([p], [copy.deepcopy(net)], "cpu")
-    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(experiment.fast, "_graph", faulty)
-    stack = Stack([p], [net], "cpu")
-    stack.rate = torch.tensor(p.optimizer.lr, dtype=torch.float64)
-    reason = "not permitted" if fault == "raises" else "off by"
-    with pytest.warns(UserWarning, match=f"no CUDA graph for 4C3F .*{reason}.*the same result"):
+    plain, stack = (Stack([p], [copy.deepcopy(net)], "cpu") for _ in range(2))
+    monkeypatch.setattr(torch, "compile", faulty)
+    use_compiled(stack, 10**6)
+    reason = "no C.. compiler" if fault == "raises" else "off by"
+    with pytest.warns(UserWarning, match=f"training of 4C3F is not compiled .*{reason}"):
         first = stack.step(x, y, *stack.schedule(0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
@@ -478,64 +477,25 @@ def test_without_a_graph_training_goes_on_as_before(fault, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(result, own, strict=True))
 
 
-def test_only_steps_that_a_graph_can_hold_are_captured(monkeypatch):
-    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
-
-    def capturable(kind, loss="CLL", **settings):
+def test_only_long_trainings_of_plain_networks_are_compiled(compiled_on_cpu):
+    def compiles(kind, loss="CLL", steps=10**6, **settings):
         p, net, *_ = image_run(kind, loss, **settings)
-        return Stack([p], [net], "cpu").capturable
+        stack = Stack([p], [net], "cpu")
+        before = stack.losses
+        use_compiled(stack, steps)
+        return stack.losses != before
 
-    assert capturable("4C3F") and capturable("clamped") and capturable("4C3F", "SOC")
-    assert capturable("4C3F", precision="bfloat16") and capturable("4C3F", precision="tf32")
-    assert not capturable("4C3F", "Local-Lip-B")
-    assert not any(capturable(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
-
-
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"], DIGITS | IMAGES["clamped"]])
-def test_a_captured_step_asks_for_no_value(base, precision):
-    """With tensors that have shapes and no values: .item(), a mask as an index or a decision in
-    Python would be an error."""
-    losses = [c for name, c in LOSSES.items() if name != "Local-Lip-B"]
-    runs = [cll.load_params(base | {"loss": c, "precision": precision}) for c in losses]
-    nets = [build_network(p, 2 if base is MOONS else 10, p.input_shape) for p in runs]
-    stack = Stack(runs, nets, "cpu")
-    batch = torch.rand(len(runs), 8, *runs[0].input_shape), torch.zeros(len(runs), 8).long()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        stack.parameters = {
-            k: mode.from_tensor(t.detach()).requires_grad_() for k, t in stack.parameters.items()
-        }
-        stack.buffers = {k: mode.from_tensor(t) for k, t in stack.buffers.items()}
-        loss, correct, K = stack.losses(*map(mode.from_tensor, (*batch, *stack.schedule(0.5))))
-        torch.autograd.grad(loss.sum(), list(stack.parameters.values()))
-        with pytest.raises(DataDependentOutputException):
-            loss.sum().item()
-
-
-@pytest.mark.parametrize("base", [MOONS, DIGITS | IMAGES["4C3F"]])
-def test_training_with_a_rehearsed_graph_is_training(base, tmp_path, monkeypatch):
-    """The loop with the learning rate in a tensor, and checkpoints written aside."""
-    p = cll.load_params(base | {"train_size": 64, "test_size": 8, "batch_size": 16, "epochs": 4})
-    p = p.model_copy(update={"optimizer": p.optimizer.model_copy(update={"milestones": (6, 11)})})
-    data, (plain, graph) = load_dataset(p), (tmp_path / "plain", tmp_path / "graph")
-    for folder in (plain, graph):
-        folder.mkdir()
-    (expected,), _ = train([p], [data], [plain], progress=False)
-    monkeypatch.setattr(experiment.stack, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(experiment.fast, "_graph", rehearsed)
-    monkeypatch.setattr(experiment.checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    (net,), _ = train([p], [data], [graph], progress=False)
-    for a, b in zip(net.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rates are float32 in a graph
-    frames = [pd.read_csv(f / "curve.csv").drop(columns="seconds") for f in (plain, graph)]
-    pd.testing.assert_frame_equal(*frames, rtol=1e-4)
+    assert compiles("4C3F") and compiles("clamped") and compiles("4C3F", "SOC")
+    assert compiles("4C3F", precision="bfloat16") and not compiles("4C3F", precision="tf32")
+    assert not compiles("4C3F", "Local-Lip-B") and not compiles("4C3F", steps=100)
+    assert not any(compiles(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
 
 
 def test_checkpoints_are_written_aside(tmp_path, monkeypatch):
     """As they were when asked for; what went wrong is raised in time, and the last one is kept."""
     p, net, x, y = image_run("4C3F")
     stack = Stack([p], [net], "cpu")
-    saver = _Saver(stack, [tmp_path])
+    saver = Saver(stack, [tmp_path])
     assert saver.aside is None
     saver.aside = WRITER
     write, go = _write_checkpoints, threading.Event()
@@ -563,7 +523,7 @@ def test_tf32_is_on_where_asked_and_for_the_network_alone(precision, monkeypatch
     p, net, x, y = image_run("4C3F", "GloRo", precision=precision)
     stack = Stack([p], [net], "cpu")
     monkeypatch.setattr(  # as on CUDA
-        stack, "_products", lambda: full_precision(torch.device("cpu"), stack.program.tf32)
+        stack, "products", lambda: full_precision(torch.device("cpu"), stack.program.tf32)
     )
     seen, K = {}, net.body_lipschitz
 
@@ -621,31 +581,29 @@ def optimizer(**settings):
 
 def test_learning_rate_schedules():
     steps = optimizer(lr=1.0, milestones=[40, 70], gamma=0.1)
-    assert [_learning_rate(steps, i, 100) for i in (0, 39, 40, 70)] == pytest.approx(
-        [1, 1, 0.1, 0.01]
-    )
+    assert [steps.rate(i, 100) for i in (0, 39, 40, 70)] == pytest.approx([1, 1, 0.1, 0.01])
     triangle = optimizer(name="Adam", lr=1.0, schedule="triangular")
-    rates = [_learning_rate(triangle, i, 1000) for i in range(1000)]
+    rates = [triangle.rate(i, 1000) for i in range(1000)]
     assert min(rates) > 0 and max(rates) == pytest.approx(1, rel=2e-3)
     assert rates.index(max(rates)) in (399, 400)
     assert rates[800] == pytest.approx(1 / 20, rel=2e-2)
     assert rates[199] == pytest.approx(0.5, abs=2e-3) and rates[0] == pytest.approx(0.5 / 400)
     decay = optimizer(lr=1e-3, schedule="exponential", decay_from=0.5, final_lr=1e-6)
-    rates = [_learning_rate(decay, i, 1000) for i in (0, 500, 750, 1000)]
+    rates = [decay.rate(i, 1000) for i in (0, 500, 750, 1000)]
     assert rates == pytest.approx([1e-3, 1e-3, 10**-4.5, 1e-6])
 
 
 def test_loss_schedules():
-    """(epsilon, p, factor on K, weight) over training."""
+    """The numbers of a loss over training."""
     trades = {"name": "GloRo", "epsilon": 0.2, "trades": 20, "trades_start": 0.5}
     config = cll.load_params(MOONS | {"loss": trades | {"trades_until": 0.5}}).loss
-    weights = [_schedules(config, t)[3] for t in (0, 0.25, 0.5, 1)]
+    weights = [config.values(t)["trades"] for t in (0, 0.25, 0.5, 1)]
     assert weights == pytest.approx([0.5, 10.25, 20, 20])
     local = {"name": "Local-Lip-B", "epsilon": 0.2, "warmup": 0.1, "rampup": 0.5}
     config = cll.load_params(MOONS | {"loss": local}).loss
     for t, risen in ((0, 0), (0.1, 0), (0.3, 0.5), (0.5, 1), (1, 1)):
-        epsilon, _, _, kappa = _schedules(config, t)
-        assert (epsilon, kappa) == pytest.approx((0.2 * risen, 1 - risen))
+        values = config.values(t)
+        assert values == pytest.approx({"epsilon": 0.2 * risen, "kappa": 1 - risen})
 
 
 def test_settled_network_is_the_one_that_is_saved(tmp_path):
@@ -686,11 +644,11 @@ def test_factor_on_K_warms_up_and_scales_the_distances():
     loss = MOONS["loss"] | {"K_warmup": 0.01}
     config = cll.load_params(MOONS | {"loss": loss}).loss
     for t in (0.0, 0.3, 1.0):
-        assert _schedules(config, t)[2] == pytest.approx(1 - 0.99 * (1 - t) ** 10)
+        assert config.values(t)["K_factor"] == pytest.approx(1 - 0.99 * (1 - t) ** 10)
     torch.manual_seed(0)
     stack = Stack([cll.load_params(MOONS | {"loss": loss})], [cll.build("MLP", 2, (2,))], "cpu")
     x, y = torch.randn(1, 50, 2), torch.randint(0, 2, (1, 50))
-    logits = stack.forward(x, 5)[0][0].detach()
+    logits = stack.forward(x)[0][0].detach()
     value, _, K = stack.step(x, y, *stack.schedule(0.0))
     K = 0.01 * K[0]
     expected = cll.cll_loss(logits, y[0], K, epsilon=0.15, p=0.01, offset="one-sided")

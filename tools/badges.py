@@ -8,6 +8,7 @@ the one library that is missing there.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ if "google.colab" in sys.modules:
     fetch = "test -d cll || git clone -q --depth 1 -b {branch} {url} cll"
     check_call(f"{{fetch}} && pip install -qq '{attack}'", shell=True, cwd="/content")
 sys.path[:0] = ["/content/cll", ".", ".."]"""
+FIRST, *_, LAST = map(re.escape, SETUP.splitlines())
+HEAD = re.compile(f"^{FIRST}.*?{LAST}", re.DOTALL)  # of the cell, whatever it fetches
 
 
 def badge(name):
@@ -45,21 +48,17 @@ def rewritten(text, name):
     Raises ValueError for a notebook without badge or set-up cell.
     """
     nb = json.loads(text)
-    badges, code = 0, [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
-    for cell in nb["cells"]:
-        if cell["cell_type"] == "markdown":
-            source, count = pages.BADGE.subn(lambda _: badge(name), "".join(cell["source"]))
+    prose, code = ([c for c in nb["cells"] if c["cell_type"] == k] for k in ("markdown", "code"))
+    wanted = (("Colab badges", prose, pages.BADGE, badge(name)),
+              ("set-up cells in front", code[:1], HEAD, setup_cell()))  # fmt: skip
+    for what, cells, pattern, new in wanted:
+        count = 0
+        for cell in cells:
+            source, times = pattern.subn(lambda _, new=new: new, "".join(cell["source"]))
             cell["source"] = source.splitlines(keepends=True)
-            badges += count
-    if badges != 1:
-        raise ValueError(f"{name}: {badges} Colab badges, not one")
-
-    first, last = SETUP.splitlines()[0], SETUP.splitlines()[-1]
-    head, end, rest = "".join(code[0]["source"]).partition(last)
-    if not end or not head.startswith(first):
-        raise ValueError(f"{name}: the first code cell is not the set-up cell")
-    code[0]["source"] = (setup_cell() + rest).splitlines(keepends=True)
-
+            count += times
+        if count != 1:
+            raise ValueError(f"{name}: {count} {what}, not one")
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
@@ -70,17 +69,15 @@ def main(paths):
         try:
             after = rewritten(before, path.stem)
         except ValueError as error:
-            print(f"FAILED badges: {error}", file=sys.stderr)
-            return 1
+            sys.exit(f"FAILED badges: {error}")
         if after != before:
             path.write_text(after, encoding="utf-8")
             changed += 1
     where = f"{environment.repository()}, branch {environment.branch()}"
     print(f"badges: {len(paths)} notebooks open from {where}; {changed} rewritten")
-    return 0
 
 
 if __name__ == "__main__":
     parser = environment.parser(__doc__)
     parser.add_argument("notebooks", nargs="+", help="notebooks to rewrite")
-    sys.exit(main(parser.parse_args().notebooks))
+    main(parser.parse_args().notebooks)

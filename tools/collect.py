@@ -1,4 +1,5 @@
-"""Copy finished runs into outputs/reference, check all there, and write the tables about them.
+"""Copy finished runs into outputs/reference, check all there, and write the tables about them: a
+short one in README.md, and in outputs/reference/README.md all columns and the list of the runs.
 
     python tools/collect.py outputs/paper              # all finished runs of that folder
     python tools/collect.py outputs/paper '*4C3F*'     # those whose names match
@@ -26,31 +27,27 @@ import pandas as pd
 ROOT = Path(environment.ROOT)
 sys.path.insert(0, str(ROOT))
 
-import cll  # noqa: E402
+import cll
 from cll import experiment
 from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, records
 from cll.experiment.store import CERTIFIER
 from paper.moons import display_moons, moons_table
-from paper.records import data_source, markdown, shortened
+from paper.records import RADII, caption, data_source, markdown, shortened
 from paper.tables import comparison_table, display_table
-
-# noqa: E402
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
 README, LISTING = ROOT / "README.md", REFERENCE / "README.md"
 BEGIN, END = "<!-- written by make collect -->\n", "<!-- end of runs -->\n"
+EXACT = {"cifar10-4C3F-GloRo-exact": "T2-03"}  # trained as that row, but for the gradient
 
 
 def size(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def collect(source, root=REFERENCE, seeds=1):
-    """Copy one finished run's folder; returns the new folder. ValueError says why it is refused.
-
-    seeds: how many seeds of a table row keep weights above SMALL.
-    """
+def collect(source, root=REFERENCE):
+    """Copy one finished run's folder; returns the new folder. ValueError says why it is refused."""
     record = json.loads((source / "result.json").read_text())
     if record["profile"] == "smoke":
         raise ValueError(f"{source.name}: a smoke run is no reference")
@@ -61,8 +58,7 @@ def collect(source, root=REFERENCE, seeds=1):
         raise ValueError(f"{source.name}: without published_epochs nobody sees a short schedule")
     record = named(record, source)
     weights = source / WEIGHTS
-    bytes_, row = weights.stat().st_size, record["row"] and record["seed"] <= seeds
-    keep = bytes_ <= SMALL or (row and bytes_ <= WEIGHTS_LIMIT)
+    most = WEIGHTS_LIMIT if record["row"] and record["seed"] == 1 else SMALL
     runs = experiment.run_dir(record, root / record["profile"])
     with tempfile.TemporaryDirectory(dir=root) as new:
         new = Path(new) / runs.name
@@ -73,7 +69,7 @@ def collect(source, root=REFERENCE, seeds=1):
         (new / "result.json").write_text(json.dumps(record, indent=1))
         curve = pd.read_csv(source / "curve.csv")
         curve.to_csv(new / "curve.csv", index=False, float_format="%.6g")
-        if keep:
+        if weights.stat().st_size <= most:
             shutil.copyfile(weights, new / WEIGHTS)
         check(new)
         total = size(root) - (size(runs) if runs.exists() else 0)
@@ -116,9 +112,8 @@ def check(folder):
     record = json.loads((folder / "result.json").read_text())
     params = experiment.Params.model_validate(record["params"])
     insist(params.hash() == record["params_hash"], "its parameters are not those of its hash")
-    insist(
-        folder.name == experiment.run_dir(record, "").name, "the folder has not the name of its run"
-    )
+    name = experiment.run_dir(record, "").name
+    insist(folder.name == name, "the folder has not the name of its run")
     with np.load(folder / "radii.npz") as arrays:
         radii = dict(arrays)
     correct = radii["correct"]
@@ -134,10 +129,7 @@ def check(folder):
             insist(cra == list(record[key].values()), f"{key} is not that of radii.npz")
     if (folder / WEIGHTS).exists() and np.isfinite(record["K_f"]):
         K = cll.lipschitz_matrix(experiment.load_model(folder), "guaranteed").max().item()
-        insist(
-            np.isclose(K, record["K_f"], rtol=1e-6, atol=0),
-            "K of the weights is not that of the run",
-        )
+        insist(np.isclose(K, record["K_f"], 1e-6, 0), "K of the weights is not that of the run")
 
 
 def command(folder, record):
@@ -174,31 +166,23 @@ def named(record, source):
 
 def listing(root=REFERENCE):
     """Every committed run as Markdown: what it is, the command that makes it, where it was made."""
-    head = ("run", "data", "epochs", "weights", "command", "seconds", "machine", "torch")
-    head += ("revision", "date")
-    lines = [head, ("---",) * len(head)]
+    lines = []
     for folder, record in records(root).items():
-        trained = record.get("trained", record)
+        trained, together = record.get("trained", record), record["trained_together"]
         revision, _, changes = trained["git_revision"].partition(" ")
-        together = record["trained_together"]
         threads = f", {record['threads']} thread{'s' * (record['threads'] != 1)}"
-        lines.append(
-            (
-                f"{record['profile']}/{folder.name}",
-                data_source(record),
-                epochs(record),
-                "yes" if (folder / WEIGHTS).exists() else "–",
-                f"`{command(folder, record)}`",
-                f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1),
-                trained["device"] + threads * trained["device"].startswith("cpu"),
-                record["versions"]["torch"],
-                revision[:10] + "+" * bool(changes),
-                trained["date"][:10],
-            )
-        )
+        line = {"run": f"{record['profile']}/{folder.name}", "data": data_source(record)}
+        line |= {"epochs": epochs(record)}
+        line |= {"weights": "yes" if (folder / WEIGHTS).exists() else "–"}
+        line |= {"command": f"`{command(folder, record)}`"}
+        line |= {"seconds": f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1)}
+        line |= {"machine": trained["device"] + threads * trained["device"].startswith("cpu")}
+        line |= {"torch": record["versions"]["torch"]}
+        line |= {"revision": revision[:10] + "+" * bool(changes), "date": trained["date"][:10]}
+        lines.append(line)
     used = sum(map(size, records(root)))  # not the pictures, which git does not keep
-    total = f"\n{len(lines) - 2} runs, {used / 1e6:.1f} of at most {LIMIT / 1e6:.0f} MB.\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + total
+    total = f"\n{len(lines)} runs, {used / 1e6:.1f} of at most {LIMIT / 1e6:.0f} MB.\n"
+    return markdown(pd.DataFrame(lines)) + total
 
 
 def epochs(record):
@@ -207,67 +191,83 @@ def epochs(record):
     return f"{record['epochs']}{whole}"
 
 
-def rows(root=REFERENCE):
-    """Published numbers, ours and the difference of every row of the tables with committed runs,
-    and of the paper's two-moons panel, as Markdown for README.md."""
+def row_runs(root, more=()):
+    """Pairs (committed runs of a table row that differ in the seed alone, their comparison_table).
+    more: {name of other runs: the row with which they go}."""
     groups = {}
     for record in records(root).values():
-        if record["row"]:
-            own = [record[key] for key in ("row", "profile", "epochs", "data")]
-            groups.setdefault(json.dumps([*own, record.get("size")]), []).append(record)
-    frames = []
+        if row := record["row"] or dict(more).get(record["name"]):
+            same = [record.get(key) for key in ("name", "profile", "epochs", "data", "size")]
+            groups.setdefault(json.dumps([row, *same]), []).append(record | {"row": row})
     for _, runs in sorted(groups.items()):
         row = runs[0]["row"]
-        comparison = comparison_table(runs, f"table{row[1]}", [row])
-        shown = display_table(comparison).reset_index()
-        shown["dataset"] = ["", *[data_source(runs[0])] * (len(shown) - 1)]
-        reduced = ", reduced size" * ("size" in runs[0])
-        cells = [runs[0]["published_epochs"], *[epochs(runs[0]) + reduced] * (len(shown) - 1)]
-        shown.insert(6, "epochs", [str(cell) for cell in cells])
-        shown["training time"] = ["", wall_time(runs), *[""] * (len(shown) - 2)]
-        frames.append(shown.drop(columns=["K(h∘f)", "tightness %"]))
-    parts = ["No run of a row of tables 1 and 2 is committed yet.\n"]
-    if frames:
-        parts = [markdown(pd.concat(frames).set_index("row"))]
-    moons = experiment.experiment_params("slack_sweep", "paper", list(range(1, 33)))
-    moons = experiment.finished(moons, root / "paper")
-    if moons:
-        table = display_moons(moons_table(moons))
-        parts += ["Two moons, the slack panel of the paper (training points; in brackets the "
-                  f"difference; {epochs(moons[0])} epochs; a run trains {wall_time(moons)}):\n",
-                  markdown(table)]  # fmt: skip
+        yield runs, comparison_table(runs, f"table{row[1]}", [row])
+
+
+def slack_runs(root):
+    """The committed runs of the paper's two-moons panel."""
+    runs = experiment.experiment_params("slack_sweep", "paper", list(range(1, 33)))
+    return experiment.finished(runs, root / "paper")
+
+
+def rows(root=REFERENCE):
+    """Every row of the tables with committed runs, and the paper's two-moons panel, as Markdown
+    with all columns: printed, ours, in brackets the difference."""
+    parts = []
+    for runs, table in row_runs(root):
+        parts += [markdown(display_table(table)), caption(runs, tightness=True) + "\n"]
+    if moons := slack_runs(root):
+        about = "two moons, the slack panel of the paper, training points"
+        parts += [markdown(display_moons(moons_table(moons))), f"{about} · {caption(moons)}\n"]
     return "\n" + "\n".join(parts) + "\n"
 
 
-def wall_time(runs):
-    """Mean training time of a run and where it was; of runs trained together, each one's share."""
-    seconds = np.mean([run["seconds"] for run in runs])
-    together = sorted({run["trained_together"] for run in runs})
-    devices = sorted({run.get("trained", run)["device"] for run in runs})
-    share = f", share of {'-'.join(map(str, together))} at once" * (together != [1])
-    return f"{environment.duration(seconds)} on {', '.join(devices)}{share}"
+def summary(root=REFERENCE):
+    """A line for each row of the tables and each slack of two moons with committed runs: ours, by
+    the guaranteed bound, beside the printed numbers."""
+    lines, radii = [], list(RADII.values())
+    for runs, table in row_runs(root, EXACT):
+        first, exact = runs[0], runs[0]["name"] in EXACT
+        shown = display_table(table.assign(difference=np.nan))
+        shown = shown[["clean %", *map("CRA {} %".format, radii)]].agg(" / ".join, axis=1)
+        what = f"{first['model']} on {data_source(first)}" + ", reduced size" * ("size" in first)
+        what += f", {first['method']} ε = {first['epsilon']:g}"
+        what += " with the exact gradient" if exact else f" ({first['row']})"
+        what += f": clean / CRA {' / '.join(radii)} %"
+        paper = "–" if exact else shown.iloc[0]  # the first line, above ours
+        lines.append((what, epochs(first), len(runs), shown.iloc[1], paper))
+    if moons := slack_runs(root):
+        shown = display_moons(moons_table(moons).assign(difference=np.nan)).reset_index()
+        for slack in shown.to_dict("records"):
+            what = f"two moons, {slack['method']} ε = {slack['ε']}, p = {slack['p']}"
+            what, ours = f"{what}: CRA of the training points %", slack["CRA % (train)"]
+            lines.append((what, epochs(moons[0]), slack["seeds"], ours, slack["paper"]))
+    frame = pd.DataFrame(lines, columns=["run", "epochs", "seeds", "ours", "paper"])
+    return f"\n{markdown(frame)}\n"
+
+
+def pages(root=REFERENCE):
+    """{page: the text between its marks}."""
+    return {README: summary(root), LISTING: rows(root) + listing(root)}
 
 
 def main():
     parser = environment.parser(__doc__)
     parser.add_argument("results", nargs="?", type=Path, help="a profile's folder, OUT/PROFILE")
-    parser.add_argument("names", nargs="*", default=[], help="patterns of run folders")
-    parser.add_argument("--weights", type=int, default=1, help="seeds of a row with large weights")
-    options = parser.parse_args()
-    found = sorted(path.parent for path in options.results.glob("runs/*/result.json")
-                   ) if options.results else []  # fmt: skip
-    patterns, refused = options.names or ["*"], 0
-    for folder in found:
-        if any(fnmatch.fnmatch(folder.name, pattern) for pattern in patterns):
+    parser.add_argument("names", nargs="*", default=["*"], help="patterns of run folders")
+    options, refused = parser.parse_args(), 0
+    results = sorted(options.results.glob("runs/*/result.json")) if options.results else []
+    for folder in (path.parent for path in results):
+        if any(fnmatch.fnmatch(folder.name, pattern) for pattern in options.names):
             try:
-                print("collect:", collect(folder, seeds=options.weights).relative_to(ROOT))
+                print("collect:", collect(folder).relative_to(ROOT))
             except (OSError, ValueError) as error:
                 refused += 1
                 print(f"FAILED collect: {error}", file=sys.stderr)
     for folder in records():
         check(folder)
-    environment.write_between(LISTING, BEGIN, END, listing())
-    environment.write_between(README, BEGIN, END, rows())
+    for page, text in pages().items():
+        environment.write_between(page, BEGIN, END, text)
     print(f"collect: {len(records())} runs checked; wrote the tables of README.md and "
           f"{LISTING.relative_to(ROOT)}")  # fmt: skip
     return 1 if refused else 0

@@ -8,7 +8,9 @@ import: each answer costs a few hundredths of a second, and the file parses on a
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Distributions whose module has another name.
@@ -112,13 +114,10 @@ def cuda_device():
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin:
-        try:
-            with open(os.path.join(os.path.dirname(spec.origin), "version.py")) as file:
-                build = [line for line in file if line.startswith("cuda")]
-            if build and build[0].rstrip().endswith("None"):
-                return False
-        except OSError:
-            pass  # a build from source may lay its files out differently: the driver decides
+        version = Path(spec.origin).with_name("version.py")
+        # a build from source may lay its files out differently: then the driver decides
+        if version.exists() and re.search(r"^cuda.*None\s*$", version.read_text(), re.MULTILINE):
+            return False
     import ctypes
 
     try:

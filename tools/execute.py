@@ -25,6 +25,7 @@ from pathlib import Path
 
 import environment  # tools/ is on the path: this file is run as a script
 import pages
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10  # an interrupted cell gets this long to leave its files in order
@@ -193,10 +194,12 @@ def reason(error):
     return f"{getattr(error, 'ename', type(error).__name__)}: {text}".rstrip(": ")
 
 
-def run_in_thread(task, kernels):
-    """task() in a thread, so that Ctrl-C reaches this function and not nbclient's own handler,
-    which would report an interrupted notebook as complete. Interrupts the kernel, then kills it."""
-    running = ThreadPoolExecutor(1).submit(task)
+def interruptible(task, *given):
+    """task(*given, kernels) in a thread, so that Ctrl-C reaches this function and not nbclient's
+    handler, which would report an interrupted notebook as complete. Interrupts the kernel, then
+    kills it."""
+    kernels = []
+    running = ThreadPoolExecutor(1).submit(task, *given, kernels)
     try:
         return running.result()
     except KeyboardInterrupt:
@@ -212,15 +215,13 @@ def run_in_thread(task, kernels):
 
 def headline(name, parameters, auto):
     """`table2: profile quick (no CUDA device found; ...), device cpu`."""
-    gpu = environment.cuda_device()
     profile, device = parameters.get("profile", "unknown"), parameters.get("device", "auto")
-    why = ""
-    if auto and profile == "paper":
-        why = " (a CUDA device is there; PROFILE=quick takes minutes)"
-    elif auto:
-        why = " (no CUDA device found; PROFILE=paper runs the published schedule)"
+    why = "a CUDA device is there; PROFILE=quick takes minutes"
+    if profile != "paper":
+        why = "no CUDA device found; PROFILE=paper runs the published schedule"
+    why = f" ({why})" * auto
     if device == "auto":
-        device = "cuda" if gpu else "cpu"
+        device = "cuda" if environment.cuda_device() else "cpu"
     more = {key: parameters.get(key) for key in ("seeds", "seed", "rows", "data")}
     more = "".join(f", {key} {value}" for key, value in more.items() if value)
     return f"{name}: profile {profile}{why}, device {device}{more}"
@@ -229,9 +230,7 @@ def headline(name, parameters, auto):
 def quiet_libraries(log_path):
     """papermill, nbclient and nbconvert log to run.log; nothing of theirs reaches the terminal."""
     warnings.simplefilter("ignore")
-    logging.basicConfig(
-        filename=log_path, level=logging.WARNING, format="%(name)s: %(message)s", force=True
-    )
+    logging.basicConfig(filename=log_path, format="%(name)s: %(message)s", force=True)
     logging.captureWarnings(True)
 
 
@@ -242,36 +241,28 @@ def locked(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Failure(
-                f"another process is writing {shown(folder)}; wait for it, or choose OUT=FOLDER"
-            ) from None
+            why = f"another process is writing {shown(folder)}; wait for it, or choose OUT=FOLDER"
+            raise Failure(why) from None
         yield
 
 
 def run(options):
     """Execute and export one notebook; returns the exit status."""
-    started = time.time()
-    notebook, out = Path(options.notebook), Path(options.out)
-    name = notebook.stem
-    log = None
+    started, notebook, out = time.time(), Path(options.notebook), Path(options.out)
+    name, log = notebook.stem, None
     try:
         if options.jobs and not (options.jobs.isdigit() and int(options.jobs) > 0):
             raise Failure(f"JOBS={options.jobs}: write a number of CPU threads, such as 4")
-        parameters = {}
-        if options.params:
-            import yaml
-
-            parameters = yaml.safe_load(Path(options.params).read_text(encoding="utf-8")) or {}
+        text = Path(options.params).read_text(encoding="utf-8") if options.params else ""
+        parameters = yaml.safe_load(text) or {}
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             log = Log(out / "run.log")
             log.write(headline(name, parameters, options.auto) + "\n")
             quiet_libraries(out / "run.log")
             prepare_kernel_environment(options.jobs)
-            partial, kernels = out / f"{name}.partial.ipynb", []
-            nb = run_in_thread(
-                lambda: execute(notebook, partial, parameters, log, kernels), kernels
-            )
+            partial = out / f"{name}.partial.ipynb"
+            nb = interruptible(execute, notebook, partial, parameters, log)
             os.replace(partial, out / f"{name}.ipynb")
             body = pages.notebook_body(nb)
             environment.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))

@@ -9,8 +9,8 @@ file means that a finished notebook is not run again.
 """
 
 import ast
-import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,11 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"params_file": "PARAMS"}  # of make; others are in capitals there
 # without the rest of cll, which takes seconds to import
-spec = importlib.util.spec_from_file_location(
-    "parameter_file", ROOT / "cll/experiment/parameter_file.py"
-)
-parameter_file = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(parameter_file)
+read = runpy.run_path(str(ROOT / "cll/experiment/parameter_file.py"))["read"]
 
 
 def cells_of(notebook):
@@ -38,22 +34,20 @@ def declared(notebook):
     Raises ValueError unless exactly one cell is tagged `parameters` and holds only assignments of
     literals: papermill would otherwise set values that nothing reads, without an error.
     """
-    tagged = [
-        c for c in cells_of(notebook) if "parameters" in c.get("metadata", {}).get("tags", [])
-    ]
+    cells = cells_of(notebook)
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{notebook}: {len(tagged)} cells are tagged 'parameters', not one")
     defaults = {}
     for statement in ast.parse("".join(tagged[0]["source"])).body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        line = f"{notebook}: parameters cell: {ast.unparse(statement)!r}"
         if not isinstance(target, ast.Name) or len(statement.targets) > 1:
-            line = ast.unparse(statement)
-            raise ValueError(f"{notebook}: parameters cell: {line!r} is not `name = literal`")
+            raise ValueError(f"{line} is not `name = literal`")
         try:
             defaults[target.id] = ast.literal_eval(statement.value)
         except ValueError:
-            line = ast.unparse(statement)
-            raise ValueError(f"{notebook}: parameters cell: {line!r} is not a literal") from None
+            raise ValueError(f"{line} is not a literal") from None
     return defaults
 
 
@@ -64,13 +58,10 @@ def read_names(notebook):
     """
     code = [cell["source"] for cell in cells_of(notebook) if cell["cell_type"] == "code"]
     try:
-        nodes = [
-            node
-            for node in ast.walk(ast.parse("\n".join(map("".join, code))))
-            if isinstance(node, ast.Name)
-        ]
+        tree = ast.parse("\n".join(map("".join, code)))
     except SyntaxError:
         return set(declared(notebook))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     names = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
     return set(declared(notebook)) if "globals" in names else names
 
@@ -86,18 +77,16 @@ def unread(notebook, given):
 
 def parse_seeds(text):
     """[1, 2, 3, 7] of "1-3,7"; None of "" (the seeds of the profile)."""
-    seeds = []
+    seeds, limits = [], f"at most 1000 of them, below {2**32}"
     try:
-        for part in filter(None, text.replace(" ", ",").split(",")):
-            first, dash, last = part.partition("-")
+        for word in text.replace(",", " ").split():
+            first, dash, last = word.partition("-")
             several = range(int(first), int(last if dash else first) + 1)
             if len(several) > 1000 or several.stop > 2**32:
                 raise ValueError
             seeds += several
     except (ValueError, OverflowError):
-        raise ValueError(
-            f"SEEDS={text}: write 1,2,3 or 1-9, at most 1000 of them, below {2**32}"
-        ) from None
+        raise ValueError(f"SEEDS={text}: write 1,2,3 or 1-9, {limits}") from None
     if text.strip() and not seeds:
         raise ValueError(f"SEEDS={text}: names no seed; write 1,2,3 or 1-9")
     return list(dict.fromkeys(seeds)) or None
@@ -107,7 +96,7 @@ def resolve(notebook, profile, given, seeds=None):
     """The parameters to pass to a notebook (a path): {name: value}, all of them declared there.
     seeds: a list of them, or None."""
     names = declared(notebook)
-    values = parameter_file.read(ROOT / "params" / f"{profile}.yaml")
+    values = read(ROOT / "params" / f"{profile}.yaml")
     values |= {"profile": profile} | {key: value for key, value in given.items() if value}
     if seeds and "seeds" in names:
         values["seeds"] = seeds
@@ -146,9 +135,8 @@ def main(arguments=None):
     } | dict.fromkeys(("device", "data", "label", "outputs"), "empty: as in params/<profile>.yaml")
     for name, text in texts.items():
         parser.add_argument(f"--{name}", default="", help=text)
-    parser.add_argument(
-        "--asked", help="variables of make that are meant for this notebook alone; default: all"
-    )
+    text = "variables of make that are meant for this notebook alone; default: all"
+    parser.add_argument("--asked", help=text)
     options = parser.parse_args(arguments)
     names = ("device", "data", "label", "outputs", "rows", "params_file")
     given = {name: getattr(options, name) for name in names}

@@ -1,12 +1,17 @@
-"""Redraw tables and figures from the committed runs (`make reference`); nothing is trained.
+"""Run the notebooks whose outputs are committed. Equal results are equal files: they carry no times
+and no paths.
 
-    python tools/redraw.py             # all of them
-    python tools/redraw.py figure4     # one
+    python tools/redraw.py             # tables and figures from the committed runs: make reference
+    python tools/redraw.py figure4     # one of them
+    python tools/redraw.py --smoke     # what the notebook tests compare with: make refs
 
-Leaves the executed notebooks, pictures and tables under outputs/reference/paper/. A run that is not
-there is left out and reads "not run". There is one kernel per core, so that PyTorch is loaded once
-there and not once per notebook. The files carry no times and no paths: equal results are equal
-files.
+The first write to outputs/reference/paper. Nothing is trained; a run that is not there is left out
+and reads "not run". There is one kernel per core, so that PyTorch is loaded once there and not once
+per notebook.
+
+The last writes to tests/nb_refs, each notebook from an empty outputs folder on one CPU thread.
+Pictures are left out: nbval does not compare them, and their bytes change with every version of
+matplotlib.
 """
 
 import os
@@ -20,63 +25,86 @@ from pathlib import Path
 import environment  # tools/ is on the path: this file is run as a script
 import execute
 
+NOTEBOOKS, SMOKE = execute.ROOT / "notebooks", execute.ROOT / "tests" / "nb_refs"
 REFERENCE = execute.ROOT / "outputs" / "reference"
 # they train what no run is committed of, or the reader's own
 OTHERS = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
-SETTINGS = {"CLL_ONLY_FINISHED": "1", "TQDM_DISABLE": "1"}
+PICTURES = ("image/png", "image/svg+xml", "application/pdf")
+# notebook: the few rows that nbval repeats; make runs them whole
+ROWS = {"table1": "T1-07,T1-09", "table2": "T2-08,T2-09,T2-11"}
 thread = threading.local()  # each has a kernel, and a list of its process
 
 
-def names():
-    """The notebooks that draw from runs, or from nothing."""
-    notebooks = (path.stem for path in (execute.ROOT / "notebooks").glob("*.ipynb"))
-    return sorted(set(notebooks) - OTHERS)
+def names(others=OTHERS):
+    """The notebooks that draw from runs, or from nothing; others: what is left out."""
+    return sorted({path.stem for path in NOTEBOOKS.glob("*.ipynb")} - set(others))
 
 
 def redraw(name):
-    """Run one notebook on the committed runs and write it; returns (seconds, what went wrong)."""
-    began, source = time.monotonic(), execute.ROOT / "notebooks" / f"{name}.ipynb"
+    """Run one notebook on the committed runs and write it."""
+    file, given = f"{name}.ipynb", ({"profile": "paper"}, None, thread.processes, thread.kernel)
+    with tempfile.TemporaryDirectory() as scratch:
+        nb = execute.execute(NOTEBOOKS / file, Path(scratch, file), *given)
+    environment.write(REFERENCE / "paper" / name / file, execute.reproducible(nb))
+
+
+def smoke(name):
+    """Write the smoke reference of one notebook."""
+    file, given = f"{name}.ipynb", {"profile": "smoke"}
+    given |= {"rows": ROWS[name]} if name in ROWS else {}
+    with tempfile.TemporaryDirectory() as outputs:
+        os.environ["CLL_OUTPUTS"] = outputs
+        nb = execute.execute(NOTEBOOKS / file, Path(outputs, file), given)
+    for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
+        for kind in PICTURES:
+            output.get("data", {}).pop(kind, None)
+            output.get("metadata", {}).pop(kind, None)
+    environment.write(SMOKE / file, execute.reproducible(nb, outputs))
+
+
+def failed(work, name):
+    """Do work(name) and say how long it took or what went wrong; whether it failed."""
+    began = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            given = {"profile": "paper"}, None, thread.processes, thread.kernel
-            text = execute.reproducible(execute.execute(source, Path(scratch, name), *given))
-        environment.write(REFERENCE / "paper" / name / f"{name}.ipynb", text)
+        work(name)
     except Exception as error:
-        return time.monotonic() - began, execute.reason(error)
-    return time.monotonic() - began, ""
+        print(f"FAILED {name}: {execute.reason(error)}", file=sys.stderr)
+        return True
+    print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    return False
 
 
 def main():
     parser = environment.parser(__doc__)
     parser.add_argument("names", nargs="*", help="notebooks, without suffix; default: all")
-    chosen = parser.parse_args().names or names()
-    os.environ |= SETTINGS | {"CLL_OUTPUTS": str(REFERENCE)}
+    parser.add_argument("--smoke", action="store_true", help="write the references of the tests")
+    options = parser.parse_args()
+    chosen = options.names or names(() if options.smoke else OTHERS)
+    work, count = (smoke, 1) if options.smoke else (redraw, min(os.cpu_count(), len(chosen)))
+    os.environ["TQDM_DISABLE"] = "1"  # bars carry times
+    if not options.smoke:
+        os.environ |= {"CLL_ONLY_FINISHED": "1", "CLL_OUTPUTS": str(REFERENCE)}
     execute.prepare_kernel_environment(jobs=1)
     execute.quiet_libraries(os.devnull)
-    os.chdir(execute.ROOT / "notebooks")  # once: papermill would change it under another thread
-    failed, began, kernels = 0, time.monotonic(), []
+    os.chdir(NOTEBOOKS)  # once: papermill would change it under another thread
+    failures, began, kernels = 0, time.monotonic(), []
 
     def start():
         thread.processes = []
         thread.kernel = execute.kernel_class(kernels=thread.processes)(kernel_name="python3")
         kernels.append((thread.kernel, thread.processes))
 
-    with ThreadPoolExecutor(min(os.cpu_count(), len(chosen)), initializer=start) as pool:
+    with ThreadPoolExecutor(count, initializer=start) as pool:
         for group in ([n for n in chosen if n != LAST], [n for n in chosen if n == LAST]):
-            for name, (seconds, trouble) in zip(group, pool.map(redraw, group), strict=True):
-                failed += bool(trouble)
-                if trouble:
-                    print(f"FAILED {name}: {trouble}", file=sys.stderr)
-                else:
-                    print(f"{name}: {seconds:.1f} s", flush=True)
+            failures += sum(pool.map(failed, [work] * len(group), group))
     for kernel, processes in kernels:
         for process in processes:
             process.kill()
             process.wait()
         kernel.cleanup_connection_file()
-    print(f"reference: {time.monotonic() - began:.0f} s, outputs/reference/paper")
-    return 1 if failed else 0
+    print(f"{len(chosen)} notebooks: {time.monotonic() - began:.0f} s")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ any web server or opened as a file.
 
 import base64
 import html
-import io
 import json
 import shutil
 import sys
@@ -27,29 +26,25 @@ THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
 
 def finished(folder):
     """{name: executed notebook}, of those that ran to the end, in the order of their names."""
-    found = {}
-    for path in sorted(folder.glob("*/*.ipynb")):
-        if path.stem == path.parent.name:
-            found[path.stem] = nbformat.read(path, 4)
-    return found
+    paths = sorted(path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name)
+    return {path.stem: nbformat.read(path, 4) for path in paths}
 
 
-def markdown_table(path):
-    """(HTML of the table, HTML of the lines below it) of a file by paper.save_table."""
+def section(heading, path):
+    """A heading, and as HTML the table and the lines below it of a file by paper.save_table."""
     import mistune
 
     table, _, notes = path.read_text(encoding="utf-8").partition("\n\n")
     render = mistune.create_markdown(plugins=["table"])
-    return pages.scrolling(render(table)), render(notes.replace("\n", "\n\n"))
+    notes = notes.replace("\n", "\n\n")
+    return f"{heading}\n{pages.scrolling(render(table))}\n{render(notes)}"
 
 
 def tables(folder, notebooks):
     """The tables of the paper."""
-    parts = []
-    for name in sorted(notebooks.keys() & {"table1", "table2"}):
-        table, notes = markdown_table(folder / name / f"{name}.md")
-        parts.append(f'<h2 id="{name}">Table {name[-1]}</h2>\n{table}\n{notes}')
-    return "\n".join(parts)
+    names = sorted(notebooks.keys() & {"table1", "table2"})
+    headings = [f'<h2 id="{name}">Table {name[-1]}</h2>' for name in names]
+    return "\n".join(map(section, headings, (folder / n / f"{n}.md" for n in names)))
 
 
 def claims(folder, notebooks):
@@ -58,8 +53,7 @@ def claims(folder, notebooks):
     for name in notebooks:
         for path in sorted((folder / name).glob("claims*.md")):
             about = f"{name}{path.stem.removeprefix('claims').replace('_', ', ')}"
-            table, notes = markdown_table(path)
-            parts.append(f'<h3><a href="{name}.html">{about}</a></h3>\n{table}\n{notes}')
+            parts.append(section(f'<h3><a href="{name}.html">{about}</a></h3>', path))
     return "\n".join(parts)
 
 
@@ -67,23 +61,22 @@ def gallery(folder, notebooks, report):
     """Thumbnails of the figures that the notebooks show, with their alt texts."""
     parts = []
     for name, nb in notebooks.items():
-        names = {path.read_bytes(): path.stem for path in (folder / name).glob("*.png")}
+        saved = {path.read_bytes(): path for path in (folder / name).glob("*.png")}
         for output in (out for cell in nb.cells for out in cell.get("outputs", [])):
-            if "image/png" not in output.get("data", {}):
+            png = base64.b64decode(output.get("data", {}).get("image/png", ""))
+            if png not in saved:
                 continue
-            png = base64.b64decode(output["data"]["image/png"])
-            if png not in names:  # not a saved figure
-                continue
-            alt = output["metadata"].get("image/png", {}).get("alt", names[png])
-            file = f"{name}-{names[png]}.png"
-            with Image.open(io.BytesIO(png)) as picture:
+            title = saved[png].stem
+            alt, file = (
+                output["metadata"].get("image/png", {}).get("alt", title),
+                f"{name}-{title}.png",
+            )
+            with Image.open(saved[png]) as picture:
                 picture.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
                 picture.convert("RGB").quantize(128).save(report / file, optimize=True)
-            parts.append(
-                f'<figure><a href="{name}.html"><img src="{file}" loading="lazy" '
-                f'alt="{html.escape(alt)}"></a>'
-                f"<figcaption>{name}: {names[png]}</figcaption></figure>"
-            )
+            image = f'<img src="{file}" loading="lazy" alt="{html.escape(alt)}">'
+            caption = f"<figcaption>{name}: {title}</figcaption>"
+            parts.append(f'<figure><a href="{name}.html">{image}</a>{caption}</figure>')
     return f'<div class="gallery">{"".join(parts)}</div>'
 
 
@@ -93,15 +86,13 @@ def provenance(folder):
     for path in sorted(folder.glob("runs/*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         whole, where = r["published_epochs"] or r["epochs"], r["trained"]
+        row = {"run": r["name"], "seed": r["seed"], "data": r["data"]}
+        row["epochs"] = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
+        row |= {"seconds": f"{r['seconds']:.0f}", "device": where["device"]}
         revision, _, changes = where["git_revision"].partition(" ")
-        rows.append(
-            {"run": r["name"], "seed": r["seed"], "data": r["data"],
-             "epochs": f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"],
-             "seconds": f"{r['seconds']:.0f}", "device": where["device"],
-             "torch": r["versions"]["torch"],
-             "revision": f"{revision[:10]}{' + changes' if changes else ''}",
-             "trained": where["date"][:10]}
-        )  # fmt: skip
+        row |= {"torch": r["versions"]["torch"]}
+        row |= {"revision": revision[:10] + " + changes" * bool(changes)}
+        rows.append(row | {"trained": where["date"][:10]})
     with pd.option_context("display.max_colwidth", None):
         return pages.scrolling(pd.DataFrame(rows).to_html(border=0, index=False))
 

@@ -12,6 +12,7 @@ notebook of the experiment then reads what has finished. On one machine (--clust
 program stays until all is done.
 """
 
+import dataclasses
 import getpass
 import os
 import re
@@ -20,10 +21,8 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
 
 import environment  # tools/ is on the path: this file is run as a script
 import parameters
@@ -36,34 +35,29 @@ from paper.tables import table_runs  # noqa: E402
 DAY = "24:00:00"
 
 
-class Command:
-    """A command line in the form of a submitit job that may be queued again, and then resumes."""
+@dataclasses.dataclass
+class Job:
+    """Runs of one parameter file that train together, as one command: arguments of Python. For
+    submitit it is a function that may be queued again, and then resumes."""
 
-    def __init__(self, line, cwd):
-        self.line, self.cwd = line, cwd
-
-    def __call__(self):
-        def deaf():  # Slurm's warnings are for submitit, which ends the command and queues it again
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-        subprocess.run(self.line, check=True, cwd=self.cwd, preexec_fn=deaf)
-
-    def checkpoint(self):
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-
-class Job(NamedTuple):
-    """Runs of one parameter file that train together, as one command: arguments of Python."""
-
-    runs: list
     folders: list
     arguments: list
 
     def __str__(self):
         return shlex.join(["python", *self.arguments])
+
+    def __call__(self):
+        def deaf():  # Slurm's warnings are for submitit, which ends the command and queues it again
+            for warning in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(warning, signal.SIG_IGN)
+
+        command = [sys.executable, *self.arguments]
+        subprocess.run(command, check=True, cwd=ROOT, preexec_fn=deaf)
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 def minutes(text):
@@ -97,10 +91,8 @@ def planned(what, options):
 def command(file, runs, options):
     """The arguments of Python that train and certify runs of one file."""
     first, path = runs[0], Path(file)
-    line = ["-m", "cll"]
-    if options.gpus_per_node > 1:
-        count = ["--standalone", "--nproc-per-node", options.gpus_per_node]
-        line = ["-m", "torch.distributed.run", *count, *line]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", options.gpus_per_node]
+    line = ["-m", *(several + ["-m"]) * (options.gpus_per_node > 1), "cll"]
     # jobs start in the checkout
     line += [file if (ROOT / path).exists() else path.resolve(), "--profile", options.profile]
     line += ["--seeds", *(run.seed for run in runs)]
@@ -108,9 +100,8 @@ def command(file, runs, options):
     given = {"device": options.device}
     if (first.data, first.label) != (plain.data, plain.label):
         given |= {"data": first.data, "label": first.label}
-    given["outputs"] = options.outputs or os.environ.get("CLL_OUTPUTS", "")
-    if given["outputs"]:
-        given["outputs"] = Path(given["outputs"]).expanduser().resolve()
+    if outputs := options.outputs or os.environ.get("CLL_OUTPUTS"):
+        given["outputs"] = Path(outputs).expanduser().resolve()
     line += [part for key, value in given.items() if value for part in (f"--{key}", value)]
     return list(map(str, line))
 
@@ -121,9 +112,7 @@ def jobs(options, root):
     for what in options.what:
         for file, run in planned(what, options):
             asked.setdefault(experiment.run_dir(run, root), (file, run))
-    left = {
-        folder: item for folder, item in asked.items() if not experiment.finished(item[1:], root)
-    }
+    left = {f: item for f, item in asked.items() if not experiment.finished(item[1:], root)}
     notes = [folder / "slurm_job" for folder in left] if options.cluster == "slurm" else []
     notes = {note.parent: note.read_text().strip() for note in notes if note.exists()}
     active = slurm_jobs() if notes else set()
@@ -135,7 +124,7 @@ def jobs(options, root):
     for file, members in groups.items():
         for start in range(0, len(members), options.together):
             runs, folders = zip(*members[start : start + options.together], strict=True)
-            pending.append(Job(runs, folders, command(file, runs, options)))
+            pending.append(Job(folders, command(file, runs, options)))
     return pending, len(asked), len(asked) - len(left), len(under_way)
 
 
@@ -148,18 +137,13 @@ def slurm_jobs():
     return set(done.stdout.split())
 
 
-def log_folder(root):
-    """A new folder for what the jobs say."""
-    return root / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-
-
 def submit_slurm(pending, options, root):
     """Submit the jobs as one array and note their ids in the run folders; 0."""
     try:
         import submitit
     except ImportError:
         raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
-    queue = submitit.SlurmExecutor(log_folder(root))
+    queue = submitit.SlurmExecutor(root / "jobs")
     given = {
         "gpus_per_node": options.gpus_per_node,
         "cpus_per_task": options.cpus_per_task,
@@ -172,7 +156,7 @@ def submit_slurm(pending, options, root):
         **{key: value for key, value in given.items() if value},
     )
     with queue.batch():
-        submitted = [queue.submit(Command([sys.executable, *j.arguments], ROOT)) for j in pending]
+        submitted = list(map(queue.submit, pending))
     for job, ticket in zip(pending, submitted, strict=True):
         for folder in job.folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -184,38 +168,39 @@ def submit_slurm(pending, options, root):
 
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
-    parallel, gpus, logs = options.parallel or 1, options.gpus_per_node, log_folder(root)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    visible = visible.split(",") if visible else list(map(str, range(parallel * gpus)))
-    # jobs beside each other share the cores
+    parallel, gpus = options.parallel or 1, options.gpus_per_node
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
+    # jobs beside each other share the cores, and their bars would overwrite each other
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-    logs.mkdir(parents=True)
+    shared = {"OMP_NUM_THREADS": str(cores), "TQDM_DISABLE": "1"} | os.environ
     free = SimpleQueue()
     for slot in range(parallel):
-        free.put(",".join(visible[slot * gpus : (slot + 1) * gpus]))
+        free.put(",".join(visible.split(",")[slot * gpus : (slot + 1) * gpus]))
 
-    def failed(number, job):
-        devices, path = free.get(), logs / f"{number}.log"
+    def failed(job):
+        devices, command = free.get(), [sys.executable, *job.arguments]
         print(f"started  {job}", flush=True)
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
-        with open(path, "w") as log:
-            command = [sys.executable, *job.arguments]
-            status = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+        env = shared | {"CUDA_VISIBLE_DEVICES": devices}
+        status = subprocess.run(command, cwd=ROOT, env=env).returncode
         free.put(devices)
-        if status == 0:
-            print(f"finished {job}", flush=True)
-        else:
-            said = path.read_text().strip().splitlines() or [f"exit status {status}"]
-            why = f"signal {-status}, killed" if status < 0 else said[-1]
-            print(f"FAILED   {job}\n  {why} ({path})", file=sys.stderr, flush=True)
+        if status:  # a signal is negative; of an error the job has said what it is
+            print(f"FAILED   {job}: exit status {status}", file=sys.stderr, flush=True)
         return status != 0
 
     with ThreadPoolExecutor(parallel) as pool:
-        return sum(pool.map(failed, range(len(pending)), pending))
+        return sum(pool.map(failed, pending))
 
 
-def main(arguments=None):
+COUNTS = {  # option: (least, help)
+    "together": (1, "runs of a file in one job; default: 1"),
+    "parallel": (1, "jobs at a time; default: local 1, slurm as it comes"),
+    "gpus-per-node": (0, "for a job; more than one: torchrun; default: 1, on a machine without: 0"),
+    "cpus-per-task": (1, "for a job"),
+}
+
+
+def parsed(arguments):
+    """The options of the command line; ValueError for numbers that make no sense."""
     parser = environment.parser(__doc__)
     parser.add_argument("what", nargs="+", help="folders of params/, or parameter files")
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
@@ -224,36 +209,32 @@ def main(arguments=None):
     texts = {
         "seeds": "1,2,3 or 1-9; default: as in the notebook",
         "rows": "rows of table1, table2: T2-05,T2-07",
-        "partition": "of Slurm",
     } | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
     for name, text in texts.items():
         parser.add_argument(f"--{name}", default="", help=text)
-    counts = {
-        "together": "runs of a file in one job; default: 1",
-        "parallel": "jobs at a time; default: local 1, slurm as it comes",
-        "gpus-per-node": "for a job; more than one: torchrun; default: 1, on a machine without: 0",
-        "cpus-per-task": "for a job",
-    }
-    for name, text in counts.items():
+    parser.add_argument("--partition", action="append", dest="slurm", type="partition={}".format)
+    for name, (_, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--time", default=DAY, help=f"for a job under Slurm; default: {DAY}")
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="NAME=VALUE", help="option of sbatch"
-    )
+    parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE",
+                        help="option of sbatch")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.set_defaults(together=1)
     options = parser.parse_args(arguments)
-    if options.partition:
-        options.slurm.append(f"partition={options.partition}")
+    for name, (least, _) in COUNTS.items():
+        count = getattr(options, name.replace("-", "_"))
+        if count is not None and count < least:
+            raise ValueError(f"--{name} must be {least} or more")
+    minutes(options.time)
     if options.gpus_per_node is None:
         options.gpus_per_node = int(options.cluster == "slurm" or environment.cuda_device())
     options.data = parameters.absolute_source(options.data)
+    return options
+
+
+def main(arguments=None):
     try:
-        for name in ("together", "parallel", "gpus_per_node", "cpus_per_task"):
-            least = 0 if name == "gpus_per_node" else 1
-            if getattr(options, name) is not None and getattr(options, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
-        minutes(options.time)
+        options = parsed(arguments)
         root = experiment.outputs_dir(options.outputs, options.profile)
         pending, total, done, under_way = jobs(options, root)
         queued = f"; under way: {under_way}" if under_way else ""
@@ -262,18 +243,15 @@ def main(arguments=None):
             print("\n".join(map(str, pending)))
             return 0
         start = submit_slurm if options.cluster == "slurm" else run_local
-        failed = start(pending, options, root) if pending else 0
+        count = start(pending, options, root) if pending else 0
+        trouble = f"{count} of {len(pending)} jobs; repeat the command, they resume" * bool(count)
     except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"FAILED sweep: {lines[0]}", file=sys.stderr)
-        return 1
+        trouble = (str(error).strip().splitlines() or [type(error).__name__])[0]
     except KeyboardInterrupt:
-        print("FAILED sweep: interrupted; repeat the command to resume", file=sys.stderr)
-        return 1
-    if failed:
-        why = f"{failed} of {len(pending)} jobs; repeat the command, they resume"
-        print(f"FAILED sweep: {why}", file=sys.stderr)
-    return 1 if failed else 0
+        trouble = "interrupted; repeat the command to resume"
+    if trouble:
+        print(f"FAILED sweep: {trouble}", file=sys.stderr)
+    return 1 if trouble else 0
 
 
 if __name__ == "__main__":

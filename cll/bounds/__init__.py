@@ -14,5 +14,5 @@ from . import (
     trace,
 )
 from .layer import estimate, operator_norm
-from .network import layer_bounds, lipschitz_matrix
+from .network import layer_bounds, lipschitz_matrix, prove
 from .registry import register

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .dense import lanczos, proven_square
-from .linear import CHUNK, TINY, U, _geometry, gamma, output_shape, padding, round_up
+from .linear import CHUNK, TINY, U, gamma, geometry, output_shape, padding, round_up
 
 LARGEST = 3e13  # flops above which no proof is tried but the first
 
@@ -42,18 +42,28 @@ def torus_norm(layer, weight, input_shape, extra=0):
     gamma(T), so an entry of a block by sqrt(2) (32 u + gamma(T + 1)) sum_a |w[a]|. The Frobenius
     norm of that is added to the proven norm of the blocks as computed.
     """
-    groups, circular = layer.groups, layer.padding_mode == "circular"
-    repeats = 1
-    if circular:
-        for axis in _axes(layer, input_shape):
-            repeats *= -(-axis.m * math.gcd(axis.s, axis.n) // axis.n)
-    axes = [_polyphase(axis, circular, extra) for axis in _axes(layer, input_shape)]
-    if None in axes:
+    circular, axes = layer.padding_mode == "circular", _axes(layer, input_shape)
+    split = [_polyphase(axis, circular, extra) for axis in axes]
+    if None in split:
         return 0.0
-    (rows, q_h, r_h, M_h), (columns, q_w, r_w, M_w) = axes
-    weight = weight[:, :, rows][:, :, :, columns].unflatten(0, (groups, -1))  # (G, O/G, C/G, k, k)
+    phases, kernels, mass = _components(weight, layer.groups, *split)
+    (rows, *_, M_h), (columns, *_, M_w) = split
+    rounding = math.sqrt(2) * (32 * U + gamma(rows.numel() * columns.numel() + 1))
+    entry_error = 1.01 * rounding * mass.square().sum((-2, -1)).max().sqrt().item()
+    square = _largest_square(phases, kernels, mass.shape, M_h, M_w)
+    repeats = 1
+    for axis in axes if circular else ():
+        repeats *= -(-axis.m * math.gcd(axis.s, axis.n) // axis.n)
+    return round_up(math.sqrt(repeats) * (math.sqrt(square) + entry_error + TINY))
 
-    phases, kernels, mass = [], [], []  # one entry per pair of polyphase components that is read
+
+def _components(weight, groups, vertical, horizontal):
+    """(phases, kernels, mass) of a kernel: one entry per pair of polyphase components that is read.
+    phases: (T, 2), in units of 1 / (M_h M_w); kernels: (T, G * O/G * C/G); mass: the sums of
+    |weight|, (G, O/G, C/G * components)."""
+    (rows, q_h, r_h, M_h), (columns, q_w, r_w, M_w) = vertical, horizontal
+    weight = weight[:, :, rows][:, :, :, columns].unflatten(0, (groups, -1))  # (G, O/G, C/G, k, k)
+    phases, kernels, mass = [], [], []
     for r in r_h.unique():
         for t in r_w.unique():
             a, b = (r_h == r).nonzero()[:, 0], (r_w == t).nonzero()[:, 0]
@@ -61,26 +71,29 @@ def torus_norm(layer, weight, input_shape, extra=0):
             phases.append(torch.cartesian_prod(q_h[a] * M_w, q_w[b] * M_h))  # (T, 2)
             kernels.append(kernel.movedim(-1, 0).flatten(1))  # (T, G * O/G * C/G)
             mass.append(kernel.abs().sum(-1))
-    rounding = math.sqrt(2) * (32 * U + gamma(rows.numel() * columns.numel() + 1))
-    mass = torch.cat(mass, -1)  # (G, O/G, C/G * components)
-    entry_error = 1.01 * rounding * mass.square().sum((-2, -1)).max().sqrt().item()
+    return phases, kernels, torch.cat(mass, -1)
 
-    period = M_h * M_w
-    frequencies = torch.cartesian_prod(torch.arange(M_h), torch.arange(M_w // 2 + 1))
-    short, long = sorted(mass.shape[1:])
+
+def _largest_square(phases, kernels, shape, M_h, M_w):
+    """Upper bound of the squared norms of the blocks of all frequencies, as computed. shape: of the
+    mass of `_components`."""
+    groups, outputs, inputs = shape
+    short, long = sorted((outputs, inputs))
     chunk = max(1, CHUNK // (groups * short * max(4 * short, long)))
-    square, t = 0.0, 0.0
+    period, square, t = M_h * M_w, 0.0, 0.0
+    frequencies = torch.cartesian_prod(torch.arange(M_h), torch.arange(M_w // 2 + 1))
     for f in frequencies.split(chunk):
         real, imag = [], []
         for phase, kernel in zip(phases, kernels, strict=True):
             turns = f @ phase.T % period  # (F, T), exact integers
             turns = torch.where(2 * turns > period, turns - period, turns)
             angle = turns.double() * (2 * math.pi) / period
-            for part, function in ((real, torch.cos), (imag, torch.sin)):
-                part.append((function(angle) @ kernel).view(-1, *weight.shape[1:3]))
+            for blocks, function in ((real, torch.cos), (imag, torch.sin)):
+                entries = (function(angle) @ kernel).view(-1, outputs, inputs // len(kernels))
+                blocks.append(entries)
         bound, t = proven_square(torch.cat(real, -1), torch.cat(imag, -1), t)
         square = max(square, bound)
-    return round_up(math.sqrt(repeats) * (math.sqrt(square) + entry_error + TINY))
+    return square
 
 
 class _Axis(NamedTuple):
@@ -109,7 +122,7 @@ class _Axis(NamedTuple):
 def _axes(layer, input_shape):
     before = [a for a, _ in padding(layer)]
     sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
-    return [_Axis(*values) for values in zip(*sizes, *_geometry(layer), before, strict=True)]
+    return [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
 
 
 def _polyphase(axis, circular, extra=0):
@@ -130,7 +143,7 @@ def _polyphase(axis, circular, extra=0):
     return taps, offsets // step, offsets % step, -(-size // step)
 
 
-def _cheapest(layer, weight, input_shape):
+def cheapest(layer, weight, input_shape):
     """(flops, flip, adjoint) of the cheapest way to take `rows_norm`: blocks are image rows, or
     columns if `flip`; of the outputs, or of the inputs if `adjoint`."""
     plans = []
@@ -146,7 +159,7 @@ def _cheapest(layer, weight, input_shape):
     return min(plans)
 
 
-def _strip_plans(layer, weight, input_shape):
+def strip_plans(layer, weight, input_shape):
     """The (flip, half) of `strip_proof` that LARGEST allows: between the frequencies of the first
     proof first, which has found too large a norm there."""
     allowed = [f for f in (False, True) if _strip_cost(layer, weight, input_shape, f) <= LARGEST]
@@ -299,38 +312,48 @@ def _banded_proof(taps, reads):
     sums = [taps.abs().sum(axis).amax(-1).sum(0).max().item() for axis in (-2, -1)]
     error = 1.01 * gamma(q + k + 1) * math.prod(sums) + TINY
 
-    def gram(taps, u, v, blocks):
-        meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
-        pairs = tuple(map(tuple, meet.nonzero().tolist()))
-        if pairs not in blocks:
-            total = taps.new_zeros(taps.shape[1], p, p)
-            blocks[pairs] = sum((taps[a] @ taps[b].mT for a, b in pairs), total)
-        return blocks[pairs]
-
-    def succeeds(taps, t):
-        R, blocks = {}, {}
-        for u in range(len(reads)):
-            above = range(max(0, u - reach), u)
-            S = -gram(taps, u, u, blocks)
-            S.diagonal(dim1=-2, dim2=-1).add_(t)
-            for w in above:
-                S -= R[w, u].mT @ R[w, u]
-            L, info = torch.linalg.cholesky_ex(S)
-            if info.any() or not L.diagonal(dim1=-2, dim2=-1).isfinite().all():
-                return False
-            for v in range(u + 1, min(u + reach + 1, len(reads))):
-                B = -gram(taps, u, v, blocks)
-                for w in above:
-                    if (w, v) in R:
-                        B -= R[w, u].mT @ R[w, v]
-                R[u, v] = torch.linalg.solve_triangular(L, B, upper=False)
-            R = {(w, v): block for (w, v), block in R.items() if w > u - reach}
-        return True
-
     def prove(s):
         some = taps.split(max(1, CHUNK // p**2), 1)  # what fits into memory
-        if not all(succeeds(taps, s * s) for taps in some):
+        if not all(_factorises(taps, reads, reach, s * s) for taps in some):
             return None
         return round_up(math.sqrt((s * s * (1 + factor) + error) * (1 + 8 * U)))
 
     return prove
+
+
+def _factorises(taps, reads, reach, t):
+    """Whether the factorisation of t I - G of `_banded_proof` runs to completion. The blocks of the
+    factor R that no later row needs are dropped."""
+    gram, R = _gram_blocks(taps, reads), {}
+    for u in range(len(reads)):
+        above = range(max(0, u - reach), u)
+        S = -gram(u, u)
+        S.diagonal(dim1=-2, dim2=-1).add_(t)
+        for w in above:
+            S -= R[w, u].mT @ R[w, u]
+        L, info = torch.linalg.cholesky_ex(S)
+        if info.any() or not L.diagonal(dim1=-2, dim2=-1).isfinite().all():
+            return False
+        for v in range(u + 1, min(u + reach + 1, len(reads))):
+            B = -gram(u, v)
+            for w in above:
+                if (w, v) in R:
+                    B -= R[w, u].mT @ R[w, v]
+            R[u, v] = torch.linalg.solve_triangular(L, B, upper=False)
+        R = {(w, v): block for (w, v), block in R.items() if w > u - reach}
+    return True
+
+
+def _gram_blocks(taps, reads):
+    """A function (u, v) -> the block G[u, v] of `_banded_proof`; equal ones are computed once."""
+    blocks = {}
+
+    def block(u, v):
+        meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
+        pairs = tuple(map(tuple, meet.nonzero().tolist()))
+        if pairs not in blocks:
+            total = taps.new_zeros(taps.shape[1], *[taps.shape[2]] * 2)
+            blocks[pairs] = sum((taps[a] @ taps[b].mT for a, b in pairs), total)
+        return blocks[pairs]
+
+    return block

@@ -2,7 +2,6 @@
 
 import math
 
-import scipy.linalg
 import torch
 from torch import nn
 
@@ -12,23 +11,23 @@ from .linear import (
     U,
     apply_adjoint,
     apply_linear,
-    as_text,
     dense_matrix,
     gamma,
-    output_shape,
     round_down,
     round_up,
 )
 
 
-def exact_norm(layer, weight, input_shape):
-    entries = math.prod(input_shape) * math.prod(output_shape(layer, input_shape))
+def exact_norm(linear, input_shape, outputs, name):
+    """Largest singular value of a linear map of batches (N, *input_shape) -> (N, ...) with so many
+    outputs, decomposed as a dense matrix. Raises ValueError, with the name, for a large one."""
+    entries = math.prod(input_shape) * outputs
     if entries > DENSE_ENTRIES:
         raise ValueError(
-            f'method "exact" would decompose {entries:.1e} matrix entries for {as_text(layer)} on '
+            f'method "exact" would decompose {entries:.1e} matrix entries for {name} on '
             f'{input_shape}, limit {DENSE_ENTRIES:.0e}: use "guaranteed" or "power"'
         )
-    return torch.linalg.svdvals(dense_matrix(layer, weight, input_shape))[0].item()
+    return torch.linalg.svdvals(dense_matrix(linear, input_shape))[0].item()
 
 
 @torch.autocast("cpu", enabled=False)  # which would round the search below float32
@@ -77,6 +76,8 @@ def lanczos(gram, v, tolerance, steps=1000):
 
     Without reorthogonalisation: what it would prevent, copies of values that have converged, does
     no harm to the first one. A basis of 256 MB or more is replaced by the vector found so far."""
+    from scipy.linalg import eigh_tridiagonal  # slow to import, and asked for here alone
+
     longest = max(8, min(steps, 2**28 // (len(v) * v.element_size())))
     for _ in range(0, steps, longest):
         v = v / v.norm()
@@ -91,7 +92,7 @@ def lanczos(gram, v, tolerance, steps=1000):
             k, last = len(diagonal), len(diagonal) == longest or not beside[-1]
             if k % 8 == 0 or last:
                 pair = (max(0, k - 2), k - 1)
-                values, vectors = scipy.linalg.eigh_tridiagonal(
+                values, vectors = eigh_tridiagonal(
                     diagonal, beside[:-1], select="i", select_range=pair
                 )
                 top, residual = values[-1], beside[-1] * abs(vectors[-1, -1])

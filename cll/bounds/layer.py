@@ -1,6 +1,7 @@
 """The Lipschitz bound of one layer: `operator_norm`; `estimate` for training."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .linear import (
-    DENSE_ENTRIES,
     METHODS,
     PROOFS,
     apply_adjoint,
@@ -18,10 +18,32 @@ from .linear import (
     padding,
     pair,
     power,
+    round_down,
+    round_up,
 )
-from .norm import matrix_norm
-from .registry import BOUNDS, MATRICES, SEVERAL, _mend, is_bounded_as, kind_of, refuse_overridden
-from .trace import _evaluation_copy, body_output_shape, float64_copy
+from .norm import enclose, matrix_norm
+from .registry import mend, record, refuse_overridden
+from .trace import body_output_shape, evaluation_copy, float64_copy
+
+
+class ProvenLayer(NamedTuple):
+    """A layer at its place in a network, and what is proven of its Lipschitz constant.
+
+    name: of its place, "body.0", or "body.2.branch.0" inside a Residual. shape: of one input.
+    parts: of a container, for each of its parts the ProvenLayers inside. upper: the bound of the
+    method; lower: what is proven from below, 0 where nothing is. proof: how `upper` was proven, see
+    `norm`; "by construction" of a layer that is no matrix. inner: of a layer whose rounding needs
+    it, the proven norm of the map inside.
+    """
+
+    name: str
+    layer: nn.Module
+    shape: tuple
+    parts: tuple = ()
+    lower: float = 0.0
+    upper: float = math.inf
+    proof: str = ""
+    inner: float = math.inf
 
 
 @exact_arithmetic()
@@ -32,9 +54,8 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     layer        nn.Linear, nn.Conv2d or any layer known to `layer_lipschitz`
     input_shape  shape of one sample: (C, H, W) or (features,)
     method       "guaranteed": never below the true norm, rounding included; seconds for a large
-                 convolution, within 1 % of it where that proof is affordable, see `norms`
+                 convolution, within 1 % of it where that proof is affordable, see `norm`
                  "tight": as "guaranteed", by a permille at most, minutes for a large convolution
-                 "fast": as "guaranteed", by the cheapest proof, some permille larger
                  "power": the number that the paper's power iteration converges to (computed by
                  Lanczos from a fixed start), rounded down so that it is never above the true norm;
                  1 for SOC, CPL, SLL and Sandwich layers, as published
@@ -45,22 +66,49 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     Raises TypeError for a layer without a known bound (it never counts as 1), ValueError for a
     wrong shape or method, a matrix too large for "exact", and weights that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    check_method(method)
     shape = sample_shape(input_shape)
-    refuse_overridden(layer)
-    if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
-        layer = _evaluation_copy(layer)
     if start is not None:
+        refuse_overridden(layer)
         if not (is_linear(layer) and method == "power"):
             raise ValueError('start is the start vector of method "power" of Linear and Conv2d')
-        return matrix_norm(layer, _weight(layer, shape), shape, method, start)
-    if method in PROOFS and kind_of(layer) not in SEVERAL:  # other layers know one proof only
+        return matrix_norm(layer, float64_weight(layer, shape), shape, method, start)
+    return prove_layer(ProvenLayer("", layer, shape), method).upper
+
+
+def check_method(method):
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+
+
+def prove_layer(place, method):
+    """The ProvenLayer of a layer that stands at this place, by one search for a proof."""
+    layer, shape = place.layer, place.shape
+    refuse_overridden(layer)
+    if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
+        layer = evaluation_copy(layer)
+    matrix = as_matrix(layer, shape)
+    if matrix is not None:
+        return place._replace(**_prove_matrix(*matrix, shape, method))
+    if method in PROOFS and not record(layer).several:  # other layers know one proof only
         method = "guaranteed"
-    bound = float(layer_lipschitz(layer, shape, method))
-    if not bound >= 0:
-        raise ValueError(f"the bound registered for {as_text(layer)} returned {bound}")
-    return bound
+    answer = _ask(layer, shape, method)
+    upper = float(answer.upper if isinstance(answer, WithInner) else answer)
+    if not upper >= 0:
+        raise ValueError(f"the bound registered for {as_text(layer)} returned {upper}")
+    inner = answer.inner if isinstance(answer, WithInner) else math.inf
+    return place._replace(upper=upper, proof="by construction", inner=inner)
+
+
+def _prove_matrix(linear, weight, error, input_shape, method):
+    """The interval of a layer whose norm is within `error` of that of a matrix, see `as_matrix`."""
+    if method not in PROOFS:
+        norm = matrix_norm(linear, weight, input_shape, method)
+        return {"lower": norm, "upper": norm, "proof": method}
+    lower, upper, proof = enclose(linear, weight, input_shape, method)
+    if error:
+        lower, upper = max(0.0, round_down(lower - error)), round_up(upper + error)
+    return {"lower": lower, "upper": upper, "proof": proof}
 
 
 def sample_shape(given):
@@ -83,18 +131,28 @@ def layer_lipschitz(layer, input_shape, method):
     A handler returns a float: for "guaranteed" never below the Lipschitz constant of the layer in
     evaluation mode, for "power" the value that papers report.
     """
-    bound = BOUNDS.get(kind_of(layer))
+    answer = _ask(layer, input_shape, method)
+    return answer.upper if isinstance(answer, WithInner) else answer
+
+
+class WithInner(NamedTuple):
+    """What a bound may return in place of a float: the norm of the map inside the layer as well."""
+
+    upper: float
+    inner: float
+
+
+def _ask(layer, input_shape, method):
+    bound = record(layer).bound
     if bound is None:
-        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {_mend(type(layer))}")
+        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {mend(type(layer))}")
     return bound(layer, input_shape, method)
 
 
 def as_matrix(layer, input_shape):
-    """(layer, weight, error) of a layer that is one matrix up to biases: its norm is within `error`
-    of that of a layer like this with this float64 weight; else None."""
-    if is_linear(layer):
-        return layer, _weight(layer, input_shape), 0.0
-    matrix = MATRICES.get(kind_of(layer))
+    """(linear layer, weight, error) of a layer that is one matrix up to biases: its norm is within
+    `error` of that of the linear layer with this float64 weight; else None."""
+    matrix = record(layer).matrix
     return matrix and matrix(layer, input_shape)
 
 
@@ -123,7 +181,7 @@ def as_conv2d(layer, input_shape):
     that gives outputs of the shape of its inputs: output_padding < stride. (torch allows more where
     dilation > stride.)
     """
-    weight, transposed = _weight(layer, input_shape), isinstance(layer, TRANSPOSED)
+    weight, transposed = float64_weight(layer, input_shape), isinstance(layer, TRANSPOSED)
     if isinstance(layer, nn.Linear | nn.Conv2d):
         return layer, weight, input_shape
     shape, d = tuple(input_shape), len(input_shape) - 1
@@ -145,7 +203,7 @@ def as_conv2d(layer, input_shape):
     return nn.Conv2d(inputs * layer.groups, outputs, *settings, False, device="meta"), weight, shape
 
 
-def _check_attributes(layer):
+def check_attributes(layer):
     """torch computes with the weight, whatever channels and sizes a layer says to have."""
     if isinstance(layer, nn.Linear):
         said, sizes = (layer.out_features, layer.in_features), ()
@@ -165,10 +223,10 @@ def _check_attributes(layer):
         )
 
 
-def _weight(layer, input_shape):
+def float64_weight(layer, input_shape):
     """The weight of a Linear or convolution in float64 on the CPU, checked."""
-    _check_attributes(layer)
-    _check_shape(layer, input_shape)
+    check_attributes(layer)
+    check_shape(layer, input_shape)
     modes = ("zeros", "circular") if isinstance(layer, nn.Conv2d) else ("zeros",)
     if getattr(layer, "padding_mode", "zeros") not in modes:
         raise TypeError(
@@ -185,23 +243,12 @@ def _weight(layer, input_shape):
     return weight
 
 
-def _plain(weight):
+def without_weight(weight):
     """The nn.Linear or zero-padded nn.Conv2d with a weight of this shape, without the weight."""
     if weight.ndim == 2:
         return nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     outputs, inputs, k, _ = weight.shape
     return nn.Conv2d(inputs, outputs, k, padding=k // 2, bias=False, device="meta")
-
-
-@torch.no_grad()
-def _exact_linear(layer, input_shape):
-    """Largest singular value of an affine layer from its answer to the identity."""
-    size = math.prod(input_shape)
-    if size**2 > DENSE_ENTRIES:
-        raise ValueError(f'method "exact" is for small inputs, got {input_shape}: use "guaranteed"')
-    identity = torch.eye(size, dtype=torch.float64).view(-1, *input_shape)
-    matrix = (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1)
-    return torch.linalg.svdvals(matrix)[0].item()
 
 
 def is_linear(layer):
@@ -210,7 +257,7 @@ def is_linear(layer):
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return False
     refuse_overridden(layer)
-    return is_bounded_as(layer, nn.Linear)
+    return record(layer).matrix is not None
 
 
 def estimate(layer, v, iterations=5, through=False):
@@ -237,11 +284,16 @@ def estimate(layer, v, iterations=5, through=False):
             if iterations == 0:
                 v = v / torch.linalg.vector_norm(v)
             for _ in range(iterations):
-                square = apply_adjoint(layer, weight, apply_linear(layer, weight, v), v.shape)
-                # A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero
-                square = torch.add(square, v, alpha=1e-16)
-                v = square / torch.linalg.vector_norm(square)
+                y = apply_linear(layer, weight, v)
+                v = power_step(apply_adjoint(layer, weight, y, v.shape), v)
         return torch.linalg.vector_norm(apply_linear(layer, layer.weight, v)), v.detach()
+
+
+def power_step(square, v):
+    """The unit vector that power iteration goes on from, v (a unit vector) being moved to `square`
+    = A^T A v. A^T A + 1e-16 has the same eigenvectors and keeps v alive where A is zero."""
+    square = torch.add(square, v, alpha=1e-16)
+    return square / torch.linalg.vector_norm(square)
 
 
 def pairwise_distances(W):
@@ -250,7 +302,7 @@ def pairwise_distances(W):
     return torch.cdist(W, W, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _check_shape(layer, shape):
+def check_shape(layer, shape):
     if isinstance(layer, nn.Linear):
         fits, wanted = shape[-1] == layer.in_features, f"({layer.in_features},)"
     else:

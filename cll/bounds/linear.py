@@ -15,6 +15,9 @@ SMALLEST = 5e-324  # added to what may underflow, it rounds up
 TINY = 1e-280  # after scaling to largest weight 1, more than all underflows of a norm together
 DENSE_ENTRIES = 60_000_000  # largest matrix that "exact" decomposes
 CHUNK = 4_000_000  # float64 numbers per temporary of the DFT proofs (32 MB)
+SAFE = 1 + 1e-6  # for the roundings of a bound of roundings itself
+PROOFS = ("guaranteed", "tight")  # upper bounds by construction
+METHODS = (*PROOFS, "power", "exact")
 
 
 def gamma(n):
@@ -71,10 +74,6 @@ def full_precision(device, tf32=False):
             write(former)
 
 
-PROOFS = ("guaranteed", "tight", "fast")  # upper bounds by construction
-METHODS = (*PROOFS, "power", "exact")
-
-
 def apply_linear(layer, weight, x):
     """A x, the layer without its bias; x is one sample, (features,) or (C, H, W), or a batch."""
     if isinstance(layer, nn.Linear):
@@ -93,7 +92,7 @@ def apply_adjoint(layer, weight, y, input_shape):
     live on a smaller image, whose norm is smaller (a fault of the published code)."""
     if isinstance(layer, nn.Linear):
         return y @ weight
-    (kernel, stride, dilation), groups, sides = _geometry(layer), layer.groups, padding(layer)
+    (kernel, stride, dilation), groups, sides = geometry(layer), layer.groups, padding(layer)
     symmetric = layer.padding_mode == "zeros" and all(a == b for a, b in sides)
     inside = [a if symmetric else 0 for a, _ in sides]
     whole = [
@@ -121,7 +120,7 @@ def _place(x, axis, first, n):
     return F.pad(x, ends if axis == -1 else (0, 0, *ends))
 
 
-def _geometry(layer):
+def geometry(layer):
     """(kernel_size, stride, dilation), two numbers each, also where one was set later."""
     return pair(layer.kernel_size), pair(layer.stride), pair(layer.dilation)
 
@@ -131,7 +130,7 @@ def padding(layer):
     if layer.padding == "valid":
         return ((0, 0), (0, 0))
     if layer.padding == "same":
-        kernel, _, dilation = _geometry(layer)
+        kernel, _, dilation = geometry(layer)
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
     return tuple((p, p) for p in pair(layer.padding))
@@ -140,7 +139,7 @@ def padding(layer):
 def output_shape(layer, input_shape):
     if isinstance(layer, nn.Linear):
         return (*input_shape[:-1], layer.out_features)
-    sides = input_shape[-2:], padding(layer), *_geometry(layer)
+    sides = input_shape[-2:], padding(layer), *geometry(layer)
     sizes = [
         (n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, s, d in zip(*sides, strict=True)
     ]
@@ -151,16 +150,15 @@ def output_shape(layer, input_shape):
     return (layer.out_channels, *sizes)
 
 
-def dense_matrix(layer, weight, input_shape):
-    """The matrix (inputs, outputs) of the layer: its answer to the identity. float64."""
-    size = math.prod(input_shape)
-    matrix = torch.empty(size, math.prod(output_shape(layer, input_shape)), dtype=torch.float64)
+def dense_matrix(linear, input_shape):
+    """The matrix (inputs, outputs) of a linear map of batches: its answer to the identity, in
+    float64."""
+    size, answers = math.prod(input_shape), []
     for first in range(0, size, 256):
         rows = torch.zeros(min(256, size - first), size, dtype=torch.float64)
         rows[:, first:].fill_diagonal_(1)
-        rows = rows.view(-1, *input_shape)
-        matrix[first : first + len(rows)] = apply_linear(layer, weight, rows).flatten(1)
-    return matrix
+        answers.append(linear(rows.view(-1, *input_shape)).flatten(1))
+    return torch.cat(answers)
 
 
 def as_text(layer):

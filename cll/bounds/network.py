@@ -1,18 +1,21 @@
-"""K of a whole model: the bound of every difference of two logits."""
+"""What is proven about a whole network: each layer's bound, and K, that of every difference of two
+logits."""
 
 import math
 import sys
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..progress import progress_bar
 from .layer import (
-    _check_attributes,
-    as_matrix,
+    ProvenLayer,
+    check_attributes,
+    check_method,
     is_linear,
-    operator_norm,
     pairwise_distances,
+    prove_layer,
 )
 from .linear import (
     PROOFS,
@@ -23,28 +26,180 @@ from .linear import (
     gamma,
     lengths,
     power,
-    round_down,
     round_up,
     shift,
 )
-from .norm import enclose, matrix_norm
-from .registry import CONTAINERS, HEADS, _mend, kind_of, refuse_foreign, refuse_overridden
+from .registry import TABLE, is_head, mend, record, refuse_foreign, refuse_overridden
 from .trace import (
-    _evaluation,
-    _evaluation_copy,
-    _trace,
-    body_output_shape,
+    evaluation,
+    evaluation_copy,
     float64_copy,
     layer_inputs,
+    trace,
 )
 
+LIKE_ONE = 1e-9  # bounds that near to 1 are not listed, of layers without weights
 
-def chain_norm(module, input_shape, method):
-    """Product of the bounds of the leaves of a module."""
+
+class Proof(NamedTuple):
+    """What is proven about a network, for the weights that it had.
+
+    net: the LipschitzNet; method; body: its ProvenLayers in forward order, those inside a container
+    in its `parts`; K: see `lipschitz_matrix`.
+    """
+
+    net: nn.Module
+    method: str
+    body: tuple
+    K: Tensor
+
+    @property
+    def layers(self):
+        """All ProvenLayers in forward order, containers opened: before each stand those inside."""
+        return opened(self.body)
+
+
+_READER = []
+
+
+def reader(read):
+    """Decorator of the function (model, input_shape) by which proofs read any model as a
+    LipschitzNet. It takes layers to build one, and they stand on the proofs."""
+    _READER[:] = [read]
+    return read
+
+
+def prove(model, method="guaranteed", progress=False, *, input_shape=None):
+    """The Proof of a model, by one trace and one search for a proof in each layer.
+
+    model, input_shape, method, progress: as in `lipschitz_matrix`. `rounding.margin_error`, local
+    bounds, tables and certificates take what it returns: nothing is proven a second time. Change
+    the weights, and it is a proof of nothing.
+    """
+    check_method(method)
+    (read,) = _READER
+    net = read(model, input_shape)
+    return prove_by(lambda place: prove_place(place, method), net, method, progress)
+
+
+@exact_arithmetic()
+def prove_by(bound, net, method="guaranteed", progress=False):
+    """`prove` of a LipschitzNet with the bounds that are given: bound(place) is the ProvenLayer of
+    a layer at its place; the `parts` of a container are proven already."""
+    chain, features = trace(net.body, net.input_shape)
+    head = checked_head(net, features)
+    std, _ = normalisation(net)
+    with evaluation(net.body), evaluation(net.head):  # what computes a weight may ask for it
+        unproven = places(chain)
+        with progress_bar(len(opened(unproven)), "bounds", "layer", progress) as bar:
+
+            def announced(place):
+                _announce(place, bar)
+                layer = bound(place)
+                bar.update()
+                return layer
+
+            body = _proven(unproven, announced)
+        W = head_rows(float64_copy(head))
+    if not W.isfinite().all():
+        raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
+    return Proof(net, method, body, _matrix(body, std, row_distances(head, W), W.shape[1], method))
+
+
+def _matrix(body, std, distances, features, method):
+    """K from the bounds of the layers of a body and the distances of the rows of a head."""
+    K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
+    for layer in body:
+        norm, e = math.frexp(layer.upper)
+        K, f = math.frexp(K * norm)
+        exponent += e + f
+    matrix = K * distances
+    if method in PROOFS:
+        # roundings: product of the layers, distances (D + 3), last product
+        matrix = matrix * (1 + 2 * gamma(len(body) + features + 8))
+        # rounded up: a bound that underflows to 0 would certify every distance
+        matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
+    else:
+        matrix = shift(matrix, exponent)
+    if method == "power":
+        matrix = matrix.clamp(max=sys.float_info.max)  # a lower bound
+    return matrix.fill_diagonal_(0)
+
+
+def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
+    """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
+    un-normalised input. (C, C) float64 on the CPU, zero diagonal.
+
+        K_ij = 1 / min(input_std) * prod_l sigma_l * ||w_i - w_j||
+
+    over the layers l of model.body, w_i the rows of model.head (`head_rows`). model is a
+    LipschitzNet, or an nn.Sequential as in `as_lipschitz_net` with input_shape, the shape of one
+    sample. With the methods "guaranteed" and "tight" every factor and every product is rounded up.
+    The bar names the layer at work.
+    """
+    return prove(model, method, progress, input_shape=input_shape).K
+
+
+def places(chain, prefix="body"):
+    """The layers (name, layer, input shape) of a chain as ProvenLayers of which nothing is proven
+    yet, their names behind a prefix; containers are traced inside."""
+    unproven = []
+    for name, layer, shape in chain:
+        name = f"{prefix}.{name}" if name else prefix
+        parts = tuple(
+            places(layer_inputs(getattr(layer, part), shape), f"{name}.{part}")
+            for part in record(layer).parts
+        )
+        unproven.append(ProvenLayer(name, layer, shape, parts))
+    return tuple(unproven)
+
+
+def opened(layers):
+    """Layers in forward order, as a list: before each container those inside it."""
+    listed = []
+    for layer in layers:
+        for part in layer.parts:
+            listed += opened(part)
+        listed.append(layer)
+    return listed
+
+
+def _proven(unproven, bound):
+    """The layers at these places with their bounds, those inside a container first."""
+    proven = []
+    for place in unproven:
+        parts = tuple(_proven(part, bound) for part in place.parts)
+        proven.append(bound(place._replace(parts=parts)))
+    return tuple(proven)
+
+
+def prove_place(place, method):
+    """`prove_layer`, of a container from what is proven inside."""
+    if not (place.parts and record(place.layer).ours):
+        return prove_layer(place, method)
+    refuse_overridden(place.layer)
+    upper = sum_of_chains(place.parts, method)
+    return place._replace(upper=upper, proof="by construction")
+
+
+def sum_of_chains(parts, method):
+    """Bound of a sum of chains of proven layers that read one input."""
+    total = sum(product(chain, method) for chain in parts)
+    return round_up(total) if method in PROOFS else min(total, sys.float_info.max)
+
+
+def product(chain, method):
+    """Product of the bounds of proven layers."""
     total = 1.0
-    for _, layer, shape in layer_inputs(module, input_shape):
-        total = _times(total, operator_norm(layer, shape, method), method)
+    for layer in chain:
+        total = _times(total, layer.upper, method)
     return round_up(total) if method in PROOFS and total > 0 else total
+
+
+def prove_chain(module, input_shape, method="guaranteed"):
+    """The ProvenLayers of a module alone, in forward order."""
+    unproven = places(layer_inputs(module, input_shape), "chain")
+    return _proven(unproven, lambda place: prove_place(place, method))
 
 
 def _times(total, norm, method):
@@ -54,57 +209,6 @@ def _times(total, norm, method):
     if method in PROOFS:
         return max(product, TINY) if min(total, norm) > 0 else 0.0
     return min(product, sys.float_info.max) if product >= TINY or method == "exact" else 0.0
-
-
-# how a model that is given becomes a body and a head: set by `architectures`, which stands above
-READER = []
-
-
-def as_network(model, input_shape):
-    """The LipschitzNet that a model is, see `cll.as_lipschitz_net`."""
-    return READER[0](model, input_shape)
-
-
-@exact_arithmetic()
-def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
-    """K of a model: K_ij bounds the Lipschitz constant of f_i - f_j in the L2 norm of the
-    un-normalised input. (C, C) float64 on the CPU, zero diagonal.
-
-        K_ij = 1 / min(input_std) * prod_l sigma_l * ||w_i - w_j||
-
-    over the layers l of model.body, w_i the rows of model.head (`head_rows`). model is a
-    LipschitzNet, or an nn.Sequential as in `as_lipschitz_net` with input_shape, the shape of one
-    sample. With the methods "guaranteed", "tight" and "fast" every factor and every product is
-    rounded up. The bar names the layer at work.
-    """
-    model = as_network(model, input_shape)
-    chained, features = _trace(model.body, tuple(model.input_shape))
-    head = _head(model, features)
-    std, _ = normalisation(model)
-    K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
-    with _evaluation(model.body), _evaluation(model.head):  # what computes a weight may ask for it
-        factors = {f"body.{name}".rstrip(".") for name, _, _ in chained}
-        inside = list(opened(model.body, model.input_shape, "body"))
-        for name, layer, shape in announced(inside, progress):
-            norm, e = math.frexp(operator_norm(layer, shape, method))
-            if name in factors:
-                K, f = math.frexp(K * norm)
-                exponent += e + f
-        W = head_rows(float64_copy(head))
-    if not W.isfinite().all():
-        raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
-    distances = row_distances(head, W)
-    matrix = K * distances
-    if method in PROOFS:
-        # roundings: product of the layers, distances (D + 3), last product
-        matrix = matrix * (1 + 2 * gamma(len(chained) + W.shape[1] + 8))
-        # rounded up: a bound that underflows to 0 would certify every distance
-        matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
-    else:
-        matrix = shift(matrix, exponent)
-    if method == "power":
-        matrix = matrix.clamp(max=sys.float_info.max)  # a lower bound
-    return matrix.fill_diagonal_(0)
 
 
 def normalisation(model):
@@ -125,27 +229,15 @@ def normalisation(model):
     return values
 
 
-def opened(module, input_shape, prefix):
-    """`layer_inputs` with names behind a prefix, and before each Residual the layers inside it."""
-    for name, layer, shape in layer_inputs(module, input_shape):
-        name = f"{prefix}.{name}" if name else prefix
-        for side in CONTAINERS.get(kind_of(layer), ()):
-            yield from opened(getattr(layer, side), shape, f"{name}.{side}")
-        yield name, layer, shape
-
-
-def announced(named, progress):
-    """The layers (name, layer, input shape), one by one, under a bar that names the one at work; a
-    large one at once, and about how long its proof takes on one core."""
-    with progress_bar(len(named), "bounds", "layer", progress) as bar:
-        for name, layer, shape in named:
-            linear, seconds = layer[0] if isinstance(layer, nn.Sequential) else layer, 0
-            if isinstance(linear, nn.Conv2d):
-                channels = min(linear.in_channels, linear.out_channels) / linear.groups
-                seconds = channels**3 * math.prod(shape[1:]) / 1.5e8
-            bar.set_postfix_str(f"{name}, about {seconds:.0f} s", refresh=seconds > 1)
-            yield name, layer, shape
-            bar.update()
+def _announce(place, bar):
+    """The name of the layer at work; of a large one at once, and about how long its proof takes on
+    one core."""
+    linear, seconds = place.layer, 0
+    linear = linear[0] if isinstance(linear, nn.Sequential) else linear
+    if isinstance(linear, nn.Conv2d):
+        channels = min(linear.in_channels, linear.out_channels) / linear.groups
+        seconds = channels**3 * math.prod(place.shape[1:]) / 1.5e8
+    bar.set_postfix_str(f"{place.name}, about {seconds:.0f} s", refresh=seconds > 1)
 
 
 @exact_arithmetic()
@@ -153,34 +245,26 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
     """What is proven about every layer that has weights or a bound other than 1: DataFrame (layer,
     lower, upper, proof). model, input_shape: as in `lipschitz_matrix`.
 
-    upper is the bound of the method, "guaranteed", "tight" or "fast", and proof says how it was
-    proven, see `norms`; lower is what some vector shows. Of Linear and Conv2d, alone or joined with
-    BatchNorm, both enclose the norm; of other layers lower is the largest stretch found at a random
-    point. The layers inside a Residual stand before it. The row of a linear head is its spectral
-    norm as a layer; the certificate does not use it, in K stand the distances ||w_i - w_j|| between
-    its rows.
+    upper is the bound of the method, "guaranteed" or "tight", and proof says how it was proven, see
+    `norm`; lower is what some vector shows. Of Linear and Conv2d, alone or joined with BatchNorm,
+    both enclose the norm; of other layers lower is the largest stretch found at a random point. The
+    layers inside a Residual stand before it. The row of a linear head is its spectral norm as a
+    layer; the certificate does not use it, in K stand the distances ||w_i - w_j|| between its rows.
     """
     if method not in PROOFS:
         raise ValueError(f"method {method!r} proves no bound: use one of {', '.join(PROOFS)}")
-    model = as_network(model, input_shape)
-    head = _head(model, body_output_shape(model.body, model.input_shape))
+    proof = prove(model, method, progress, input_shape=input_shape)
+    layers, head = proof.layers, proof.net.head
     rows = []
-    with _evaluation(model.body), _evaluation(model.head):
-        inside = list(opened(model.body, model.input_shape, "body"))
+    with evaluation(proof.net.body), evaluation(head):
         if type(head) is nn.Linear:
-            inside.append(("head", head, (head.in_features,)))
-        for name, layer, shape in announced(inside, progress):
-            upper = operator_norm(layer, shape, method)
-            if next(layer.parameters(), None) is None and abs(upper - 1) < 1e-9:
+            layers.append(prove_layer(ProvenLayer("head", head, (head.in_features,)), method))
+        for name, layer, shape, _, lower, upper, how, _ in layers:
+            if next(layer.parameters(), None) is None and abs(upper - 1) < LIKE_ONE:
                 continue
-            if (matrix := as_matrix(layer, shape)) is None:
-                lower, proof = _stretch(layer, shape), "by construction"
-            else:
-                linear, weight, error = matrix
-                lower, _, proof = enclose(linear, weight, shape, method)
-                lower = lower or matrix_norm(linear, weight, shape, "power")  # of "fast"
-                lower = max(0.0, round_down(lower - error)) if error else lower
-            rows.append((f"{name} {type(layer).__name__}", lower, upper, proof))
+            if how == "by construction":
+                lower = _stretch(layer, shape)
+            rows.append((f"{name} {type(layer).__name__}", lower, upper, how))
     import pandas as pd  # slow to import, and asked for here alone
 
     return pd.DataFrame(rows, columns=["layer", "lower", "upper", "proof"])
@@ -189,7 +273,7 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
 def _stretch(layer, input_shape, steps=20):
     """||J v|| / ||v|| for the Jacobian J at a random point, v by power iteration: a lower bound of
     the Lipschitz constant up to rounding, which the last factor covers."""
-    layer = _evaluation_copy(layer)
+    layer = evaluation_copy(layer)
     random = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 1, *input_shape, generator=random, dtype=torch.float64)
     y, pullback = torch.func.vjp(lambda z: layer(z.clone()), x)  # u -> J^T u; in place or not
@@ -212,32 +296,31 @@ def row_distances(head, W):
         others = j[i == row]
         distances[row, others] = lengths(W[row] - W[others])
     distances = torch.where(distances > 0, distances + SMALLEST, distances)
-    if type(head) in HEADS:
-        distances = distances + 2 * HEADS[type(head)](W.shape[1])
+    if is_head(head):
+        distances = distances + 2 * record(head).row_error(W.shape[1])
     return distances
 
 
 def head_rows(head):
     """The rows w_i of a head, (C, features), differentiable: logit_i = w_i^T features + b_i."""
-    if isinstance(head, tuple(HEADS)):  # another Linear may have a method of that name
-        return head.rows()
-    return head.weight
+    heads = tuple(kind for kind, known in TABLE.items() if known.row_error)
+    return head.rows() if isinstance(head, heads) else head.weight
 
 
-def _head(model, features=None):
+def checked_head(model, features=None):
     """The head of a model, checked, also against the shape that its body ends in."""
     refuse_foreign(model)
     head = model.head
-    if not (type(head) in HEADS or isinstance(head, nn.Linear) and is_linear(head)):
-        mend = _mend(type(head)).partition("register one with")[0]
+    if not (is_head(head) or isinstance(head, nn.Linear) and is_linear(head)):
+        advice = mend(type(head)).partition("register one with")[0]
         raise TypeError(
             "the head must be nn.Linear, NormalizedLinear or Truncation, got "
-            f"{as_text(head)}{mend and ': '}{mend}"
+            f"{as_text(head)}{advice and ': '}{advice}"
         )
     refuse_overridden(head)
     if isinstance(head, nn.Linear):
-        with _evaluation(head):  # to look at a weight that is computed may change it in training
-            _check_attributes(head)
+        with evaluation(head):  # to look at a weight that is computed may change it in training
+            check_attributes(head)
     if features not in (None, (head.in_features,)):
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "

@@ -4,8 +4,6 @@
                  smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
                  where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
     tight        the same with a gap of TOLERANCE
-    fast         the first proof alone: dense Cholesky or DFT, some permille above the norm, far
-                 more on images of few pixels
     power        what converged power iteration finds, never above the norm
     exact        dense singular value decomposition, for small layers: the judge in tests
 
@@ -25,19 +23,18 @@ Winograd, no Strassen), and Cholesky factorisation and triangular solves are sub
 products is needed.
 """
 
-import contextlib
-import hashlib
 import math
+from functools import partial
 
 from torch import nn
 
 from .convolution import (
     LARGEST,
-    _cheapest,
-    _strip_plans,
+    cheapest,
     rows_norm,
     rows_proof,
     strip_norm,
+    strip_plans,
     strip_proof,
     torus_norm,
 )
@@ -45,10 +42,11 @@ from .dense import exact_norm, lower_bound, proven_norm
 from .linear import (
     CHUNK,
     PROOFS,
-    _geometry,
+    apply_linear,
+    as_text,
     dense_matrix,
+    geometry,
     output_shape,
-    padding,
     scaled_by,
     shift,
 )
@@ -56,6 +54,8 @@ from .linear import (
 TOLERANCE = 1e-3  # a proven bound this close to the proven lower bound may stand
 LOOSE = 1e-2  # a gap that is closed even by a proof of LARGEST flops
 CHEAP = 1e12  # flops of a block Cholesky proof that is always worth it (half a minute on one core)
+SAME = 1 + 1e-6  # two bounds that close are one: Lanczos is off by some 1e-7
+JUST_PROVEN = 1 - 1e-7  # times a claimed bound: where `confirm` tries to factorise
 
 
 def matrix_norm(layer, weight, input_shape, method, start=None):
@@ -64,85 +64,60 @@ def matrix_norm(layer, weight, input_shape, method, start=None):
     entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
     if method in PROOFS:
         return enclose(layer, weight, input_shape, method)[1]
-    weight, exponent = _scaled(weight)
+    weight, exponent = scaled(weight)
     if weight is None:
         return 0.0
     if method == "power":
         return scaled_by(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
-    return scaled_by(exact_norm(layer, weight, input_shape), exponent)
+    outputs = math.prod(output_shape(layer, input_shape))
+    linear = partial(apply_linear, layer, weight)
+    return scaled_by(exact_norm(linear, input_shape, outputs, as_text(layer)), exponent)
 
 
 def enclose(layer, weight, input_shape, method="guaranteed"):
     """(lower, upper, proof): a proven interval of the norm, and the name of the proof of `upper`.
-    Of "fast" lower is 0. Where the norm is no float64, lower is the largest one or 0 and upper
-    infinite or above 0. Proofs cost seconds: those of a weight seen before are remembered."""
-    weight, exponent = _scaled(weight)
+    Where the norm is no float64, lower is the largest one or 0 and upper infinite or above 0."""
+    weight, exponent = scaled(weight)
     if weight is None:
         return 0.0, 0.0, "zero"
-    key = method, *_key(layer, weight, input_shape)
-    if key not in _PROVEN:
-        if method == "fast":
-            _PROVEN[key] = 0.0, _fast(layer, weight, input_shape), _first(layer)
-        else:
-            _PROVEN[key] = _prove(layer, weight, input_shape, method == "tight")
-    lower, upper, proof = _PROVEN[key]
+    lower, upper, proof = _prove(layer, weight, input_shape, method == "tight")
     return scaled_by(lower, exponent, 0.0), scaled_by(upper, exponent, math.inf), proof
+
+
+def first_bound(layer, weight, input_shape):
+    """Upper bound of the norm by the first proof alone, dense Cholesky or DFT: for norms inside a
+    layer, of which some permille, or far more on images of few pixels, may be given away."""
+    weight, exponent = scaled(weight)
+    if weight is None:
+        return 0.0
+    return scaled_by(_first_proof(layer, weight, input_shape), exponent, math.inf)
 
 
 def confirm(layer, weight, input_shape, bound, proof):
     """Whether the proof of that name holds at this bound, which is a little above what it proved
-    when `enclose` found it: one factorisation, no search, and none that `enclose` would not try.
-    `enclose` then knows the bound."""
-    weight, exponent = _scaled(weight)
+    when `enclose` found it: one factorisation, no search, and none that `enclose` would not try."""
+    weight, exponent = scaled(weight)
     if weight is None:
         return bound >= 0
     bound = scaled_by(bound, -exponent, 0.0)
-    guess, holds = bound * (1 - 1e-7), False
+    if proof == _first_name(layer):
+        return _first_proof(layer, weight, input_shape) <= bound
     # the others are about the banded matrix of a zero-padded convolution, and no other map
-    banded = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
-    if proof == _first(layer):
-        holds = _fast(layer, weight, input_shape) <= bound
-    elif not banded:
+    if not (isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"):
         return False
-    elif proof == "block Cholesky":
-        cost, *plan = _cheapest(layer, weight, input_shape)
-        proven = rows_proof(layer, weight, input_shape, *plan)(guess) if cost <= LARGEST else None
-        holds = proven is not None and proven <= bound
+    prepared = ()
+    if proof == "block Cholesky":
+        cost, *plan = cheapest(layer, weight, input_shape)
+        if cost <= LARGEST:
+            prepared = [rows_proof(layer, weight, input_shape, *plan)]
     elif proof == "DFT in one direction":
-        for plan in _strip_plans(layer, weight, input_shape):
-            proven = strip_proof(layer, weight, input_shape, *plan)[0](guess)
-            if holds := proven is not None and proven <= bound:
-                break
-    if holds:
-        key = "guaranteed", *_key(layer, weight, input_shape)
-        _PROVEN.setdefault(key, (0.0, bound, proof))
-    return holds
+        plans = strip_plans(layer, weight, input_shape)
+        prepared = (strip_proof(layer, weight, input_shape, *plan)[0] for plan in plans)
+    attempts = (prove(bound * JUST_PROVEN) for prove in prepared)
+    return any(proven is not None and proven <= bound for proven in attempts)
 
 
-@contextlib.contextmanager
-def forgetting():
-    """What is proven inside is known inside alone: claims of others are true then, but loose."""
-    before = _PROVEN.copy()
-    try:
-        yield
-    finally:
-        _PROVEN.clear()
-        _PROVEN.update(before)
-
-
-def _key(layer, weight, input_shape):
-    """What a norm depends on."""
-    geometry = "linear"
-    if isinstance(layer, nn.Conv2d):
-        geometry = (*_geometry(layer), padding(layer), layer.groups, layer.padding_mode)
-    digest = hashlib.sha256(weight.contiguous().numpy()).hexdigest()
-    return digest, tuple(weight.shape), geometry, tuple(input_shape)
-
-
-_PROVEN = {}
-
-
-def _scaled(weight):
+def scaled(weight):
     """(weight / 2^exponent, exponent), largest entry in [1, 2); (None, 0) if all are 0."""
     low, high = weight.aminmax()
     largest = max(-low.item(), high.item())
@@ -156,13 +131,13 @@ def _prove(layer, weight, input_shape, tight):
     """`enclose` of a scaled weight: proofs from cheap to dear, until one is close enough."""
     output_shape(layer, input_shape)  # raises for a kernel larger than its input
     lower = lower_bound(layer, weight, input_shape)
-    upper, proof = _fast(layer, weight, input_shape), _first(layer)
+    upper, proof = _first_proof(layer, weight, input_shape), _first_name(layer)
     zeros = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
-    if not zeros or upper <= lower * (1 + 1e-6):
+    if not zeros or upper <= lower * SAME:
         return lower, upper, proof
-    cost, *plan = _cheapest(layer, weight, input_shape)
+    cost, *plan = cheapest(layer, weight, input_shape)
     if cost > CHEAP:
-        for strip_plan in _strip_plans(layer, weight, input_shape):
+        for strip_plan in strip_plans(layer, weight, input_shape):
             if upper <= lower * (1 + TOLERANCE / 3):
                 break
             strip = strip_norm(layer, weight, input_shape, *strip_plan, lower, upper)
@@ -178,12 +153,11 @@ def _prove(layer, weight, input_shape, tight):
     return lower, upper, proof
 
 
-def _first(layer):
-    """The name of the proof of `_fast`."""
+def _first_name(layer):
     return "Cholesky" if isinstance(layer, nn.Linear) else "DFT"
 
 
-def _fast(layer, weight, input_shape):
+def _first_proof(layer, weight, input_shape):
     """Upper bound of the norm of a linear layer whose largest weight lies in [1, 2)."""
     if isinstance(layer, nn.Linear):
         return proven_norm(weight[None])
@@ -192,8 +166,9 @@ def _fast(layer, weight, input_shape):
         bound = min(bound, torus_norm(layer, weight, input_shape, 1))
     inputs, outputs = math.prod(input_shape), math.prod(output_shape(layer, input_shape))
     wraps = layer.padding_mode == "circular" and any(
-        d * (k - 1) >= n for k, _, d, n in zip(*_geometry(layer), input_shape[-2:], strict=True)
+        d * (k - 1) >= n for k, _, d, n in zip(*geometry(layer), input_shape[-2:], strict=True)
     )  # then taps meet on one pixel and the entries of the matrix are rounded sums
     if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
-        bound = min(bound, proven_norm(dense_matrix(layer, weight, input_shape)[None]))
+        matrix = dense_matrix(partial(apply_linear, layer, weight), input_shape)
+        bound = min(bound, proven_norm(matrix[None]))
     return bound

@@ -1,10 +1,13 @@
-"""Which layers are known: their bounds, their roundings, and what is refused.
+"""What is known about each type of layer, in one table, and what is refused.
 
-A file that defines a layer registers what is proven about it here. Nothing counts as known because
-it looks like something known: the type must be exactly a registered one, and unchanged since.
+The file that defines a layer registers here what is proven about it. Nothing counts as known
+because it looks like something known: the type must be exactly a registered one, and unchanged
+since.
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -13,13 +16,25 @@ from torch.nn.utils import parametrize
 
 from .linear import as_text
 
-BOUNDS = {}  # type -> its bound, a function (layer, input_shape, method)
-ROUNDINGS = {}  # type -> its rounding, a function (layer, input_shape)
-OURS = set()  # types whose bound is proven by this kit, which a certificate may name
-SEVERAL = set()  # types whose bound tells "tight" and "fast" from "guaranteed"
-MATRICES = {}  # type -> function (layer, input_shape) to (layer, weight, error), see `as_matrix`
-CONTAINERS = {}  # type -> names of the parts that all read the input, and whose outputs are added
-HEADS = {}  # type -> function of D: what its rows of D numbers may be off by, in norm
+
+@dataclass(frozen=True)
+class Record:
+    """What is known about a type of layer; see `register_ours`."""
+
+    bound: Callable | None = None
+    rounding: Callable | None = None
+    ours: bool = False
+    several: bool = False
+    matrix: Callable | None = None
+    parts: tuple = ()
+    row_error: Callable | None = None
+    arguments: Callable | None = None
+    settle: Callable | None = None
+    methods: dict | None = None
+    extensible: bool = False
+
+
+TABLE = {}  # type -> Record
 
 
 def register(kind, bound=None):
@@ -28,28 +43,59 @@ def register(kind, bound=None):
     if bound is None:
         return functools.partial(register, kind)
     for one in get_args(kind) or (kind,):
-        BOUNDS[one] = bound
-        OURS.discard(one)
+        known = TABLE.get(one, Record())
+        TABLE[one] = replace(known, bound=bound, ours=False, several=False, matrix=None)
         know(one)
     return bound
 
 
-def register_ours(kind, bound=None):
-    """`register` for the layers of torch.nn and cll whose bound this kit proves itself."""
+def register_ours(kind, bound=None, **facts):
+    """`register` for the layers of torch.nn and cll whose bound this kit proves itself, which a
+    certificate may name. What else may be said about them:
+
+    several    whether the bound tells the method "tight" from "guaranteed"
+    matrix     (layer, input_shape) -> (linear layer, its float64 weight, error), where the norm of
+               the layer is within `error` of that of the linear layer with this weight; or None
+    parts      names of the parts of a container that all read its input; their outputs are added
+    row_error  of a head: the number of features -> how far a row may be off in norm
+    arguments  layer -> its constructor's arguments by name, where it has no attributes of the names
+    settle     (layer, input_shape) -> (norm, least): the proven norm that it divides by from then
+               on, and the least number that may stand for it
+    """
     if bound is None:
-        return functools.partial(register_ours, kind)
+        return functools.partial(register_ours, kind, **facts)
     register(kind, bound)
-    OURS.update(get_args(kind) or (kind,))
+    for one in get_args(kind) or (kind,):
+        TABLE[one] = replace(TABLE[one], ours=True, **facts)
     return bound
 
 
 def register_rounding(cls, func=None):
-    """Register the rounding of a type of layer or of a union of types, see `rounding.rounding`;
-    alone, as a decorator."""
+    """Register the rounding of a type of layer or of a union of types, a function (layer,
+    input_shape) -> (a, b), see `rounding.layer_error`; alone, as a decorator."""
     if func is None:
         return functools.partial(register_rounding, cls)
-    ROUNDINGS.update(dict.fromkeys(get_args(cls) or (cls,), func))
+    rounding_by_proof(cls)(lambda proven: func(proven.layer, proven.shape))
     return func
+
+
+def rounding_by_proof(cls):
+    """`register_rounding` of a function of a ProvenLayer, where the rounding needs its norm."""
+
+    def registered(func):
+        for one in get_args(cls) or (cls,):
+            TABLE[one] = replace(TABLE.get(one, Record()), rounding=func)
+        return func
+
+    return registered
+
+
+def know(kind, extensible=False):
+    """From now on an object of this type computes what its class says at this moment. extensible:
+    a subclass may add a constructor."""
+    known = TABLE.get(kind, Record())
+    extensible = extensible or known.extensible
+    TABLE[kind] = replace(known, methods=_methods(kind), extensible=extensible)
 
 
 def kind_of(layer):
@@ -58,15 +104,14 @@ def kind_of(layer):
     return kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
 
 
-_KNOWN = {}  # type -> its methods at the moment when it became known
-_EXTENSIBLE = {nn.Sequential}  # known types of which a subclass may add a constructor
+def record(layer):
+    """What is known about a layer: the Record of exactly its type, empty where there is none."""
+    return TABLE.get(kind_of(layer), Record())
 
 
-def know(kind, extensible=False):
-    """From now on an object of this type computes what its class says at this moment."""
-    _KNOWN[kind] = _methods(kind)
-    if extensible:
-        _EXTENSIBLE.add(kind)
+def is_head(layer):
+    """Whether a layer is of exactly a type of head that says its rows."""
+    return TABLE.get(type(layer), Record()).row_error is not None
 
 
 def _methods(kind):
@@ -79,12 +124,16 @@ def _methods(kind):
     }
 
 
-know(nn.Sequential)
+know(nn.Sequential, extensible=True)
 
 
 def is_bounded_as(layer, kind):
     """True if the bound of this layer is the one registered for `kind`."""
-    return BOUNDS.get(kind_of(layer)) is BOUNDS.get(kind)
+    return record(layer).bound is TABLE.get(kind, Record()).bound
+
+
+def _is_known(kind):
+    return kind in TABLE and TABLE[kind].methods is not None
 
 
 def refuse_overridden(layer):
@@ -93,17 +142,17 @@ def refuse_overridden(layer):
     may add a constructor); no method replaced, in the class or in the object; no hook; weights that
     are plain tensors. What has no bound at all is left to `layer_lipschitz`."""
     if not isinstance(layer, nn.Module) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {_mend(type(layer))}")
-    _refuse_hooks(layer)
+        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {mend(type(layer))}")
+    refuse_hooks(layer)
     kind = kind_of(layer)
-    known = next((k for k in kind.__mro__ if k in _KNOWN), None)
+    known = next(filter(_is_known, kind.__mro__), None)
     if known is None:
         return
     methods, unknown = _methods(type(layer)), f"no Lipschitz bound known for {type(layer).__name__}"
     replaced = {
         name
         for name, method in methods.items()
-        if method is not _KNOWN[known].get(name) and not _is_torchs_own(name, method)
+        if method is not TABLE[known].methods.get(name) and not _is_torchs_own(name, method)
     }
     replaced -= {"__init__"}  # a constructor has run already
     replaced |= {k for k in vars(layer) if k in methods or k.startswith("__")}  # __deepcopy__ too
@@ -112,9 +161,9 @@ def refuse_overridden(layer):
             f"{unknown} compiled in place, by a compiler that may change what it computes: pass a "
             "network on which .compile() was not called"
         )
-    if replaced or kind is not known and known not in _EXTENSIBLE:
+    if replaced or kind is not known and not TABLE[known].extensible:
         what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
-        raise TypeError(f"{unknown}, {what} {known.__name__}: {_mend(kind)}")
+        raise TypeError(f"{unknown}, {what} {known.__name__}: {mend(kind)}")
     kept = "frozen", "mean", "std"  # the last two of torchvision's Normalize
     loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k not in kept}
     for name, tensor in (layer._parameters | layer._buffers | loose).items():
@@ -129,21 +178,21 @@ def refuse_overridden(layer):
 def refuse_foreign(model):
     """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
     may compute anything else: no number of points shows what a network does between them."""
-    if isinstance(model, nn.Module) and not any(kind in _KNOWN for kind in type(model).__mro__):
-        mend = (
+    if isinstance(model, nn.Module) and not any(map(_is_known, type(model).__mro__)):
+        advice = (
             "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
             "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
             "and register the bounds of your own layers with cll.bounds.register"
         )
         raise TypeError(
             f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
-            f"{_mend(type(model), mend)}"
+            f"{mend(type(model), advice)}"
         )
     if isinstance(model, nn.Module):
         refuse_overridden(model)
 
 
-def _mend(kind, otherwise=None):
+def mend(kind, otherwise=None):
     """What to do about a type of layer or model that has no bound."""
     home, name = kind.__module__, kind.__name__
     if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
@@ -174,7 +223,7 @@ def _is_plain(tensor):
     return strided and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
 
 
-def _refuse_hooks(module):
+def refuse_hooks(module):
     """A hook may compute anything."""
     everywhere = nn.modules.module
     if (

@@ -8,11 +8,20 @@ import torch
 from torch import nn
 
 from .dense import proven_norm
-from .layer import TRANSPOSED, _check_shape, absolute_norm, as_conv2d, operator_norm
-from .linear import DENSE_ENTRIES, TINY, U, as_text, gamma, lengths, round_down, round_up
+from .layer import TRANSPOSED, absolute_norm, as_conv2d, check_shape, float64_weight
+from .linear import (
+    DENSE_ENTRIES,
+    SAFE,
+    TINY,
+    U,
+    as_text,
+    gamma,
+    lengths,
+    round_down,
+    round_up,
+)
 from .norm import matrix_norm
-from .registry import SEVERAL, register_ours, register_rounding
-from .rounding import SAFE
+from .registry import register_ours, register_rounding, rounding_by_proof
 from .trace import body_output_shape
 
 
@@ -21,20 +30,41 @@ def in_dimensions(*names):
     return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
 
 
+# Each family below: which layers, their bound, their rounding.
+
+# ---------------------------------------------------------------- slopes of 1, copies and reshapes
+
 RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 RESHAPES += (nn.ChannelShuffle,)
 RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
 RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_ONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus)
-_ONE += (nn.Softshrink, nn.Tanhshrink)
+CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+SMOOTH = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
 
 
-@register_ours(Union[*_ONE, *RESHAPES])
+@register_ours(Union[*CLIPS, *SMOOTH, nn.Softplus, *RESHAPES])
 def one_lipschitz(layer, input_shape, method):
     """1-Lipschitz. Dropout counts as in evaluation mode, where it is the identity. Softplus as the
-    smooth function that torch replaces by x from a threshold on; `rounding` counts that step."""
+    smooth function that torch replaces by x from a threshold on; its rounding counts that step."""
     return 1.0
 
+
+@register_rounding(Union[*CLIPS, *RESHAPES])
+def nothing_rounded(layer, input_shape):
+    """Comparisons, copies and zeros round nothing."""
+    return 0.0, 0.0
+
+
+@register_rounding(nn.Softplus)
+def _softplus(layer, input_shape):
+    """log(1 + exp(beta z)) / beta. Above the threshold torch returns z, by log(1 + exp(-threshold))
+    / beta less: counted twice, at the image and at any other input, where it steps as well."""
+    above = torch.tensor(layer.threshold, dtype=torch.float64)
+    step = 2 * -nn.functional.logsigmoid(above).item() + 64 * U
+    return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
+
+
+# ----------------------------------------------------------------------------------- other slopes
 
 # Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
 # x phi(x) peaks at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4,
@@ -67,6 +97,72 @@ def _slope(layer, input_shape, method):
     return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
 
 
+SMOOTH += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
+
+
+@rounding_by_proof(Union[*SMOOTH])
+def _elementwise(proven):
+    """A few operations and functions of |z| and of constants of size 1 or of the layer."""
+    largest = max(1.0, proven.upper, abs(getattr(proven.layer, "alpha", 1.0)))
+    return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(proven.shape))
+
+
+@rounding_by_proof(nn.LeakyReLU | nn.PReLU | nn.RReLU)
+def _product(proven):
+    """z or a multiple of z, the slope of RReLU off by 2 u itself: nothing is added at any scale."""
+    return 4 * U * proven.upper, 0.0
+
+
+@register_rounding(nn.Hardsigmoid | nn.Hardswish)
+def _sixth(layer, input_shape):
+    """On GPUs torch multiplies by 1 / 6 rounded to float32, whatever the type of the input."""
+    return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
+
+
+# -------------------------------------------------------------------------------------- matrices
+
+
+@register_ours(Union[nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED], several=True)
+def _matrix_norm(layer, input_shape, method):
+    """Largest singular value of a linear layer."""
+    return matrix_norm(*as_conv2d(layer, input_shape), method)
+
+
+register_ours(
+    nn.Linear | nn.Conv2d,
+    _matrix_norm,
+    several=True,
+    matrix=lambda layer, input_shape: (layer, float64_weight(layer, input_shape), 0.0),
+)
+
+
+@register_rounding(Union[nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
+def _linear(layer, input_shape):
+    """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included."""
+    weight = layer.weight.detach().cpu().double()
+    terms = weight[0].numel() + 2
+    if isinstance(layer, TRANSPOSED):
+        terms = weight[:, 0].numel() // layer.groups + 2
+    positions = input_shape[:-1]
+    if layer.bias is not None and not isinstance(layer, nn.Linear):
+        positions = body_output_shape(layer, input_shape)[1:]
+    constant = bias_length(layer, positions)
+    layer, weight, input_shape = as_conv2d(layer, input_shape)
+    return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
+
+
+def bias_length(layer, positions):
+    """Length of the bias of a layer, repeated at each of the positions."""
+    if layer.bias is None:
+        return 0.0
+    return lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(
+        math.prod(positions)
+    )
+
+
+# --------------------------------------------------------------------------- stored normalisation
+
+
 @register_ours(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
@@ -90,6 +186,19 @@ def batch_norm_scale(layer):
         raise ValueError(f"the statistics of {as_text(layer)} give scales that are no float64")
     return scale
 
+
+@register_rounding(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
+def _batch_norm_rounding(layer, input_shape):
+    """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
+    scale = batch_norm_scale(layer).abs()
+    offset = scale * layer.running_mean.detach().cpu().double().abs()
+    if layer.bias is not None:
+        offset = offset + layer.bias.detach().cpu().double().abs()
+    positions = math.sqrt(math.prod(input_shape[1:]))
+    return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions
+
+
+# ---------------------------------------------------------------------- pools, pads, interpolation
 
 AVERAGES = in_dimensions("AvgPool", "AdaptiveAvgPool")
 COPIES = in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
@@ -125,7 +234,7 @@ def _separable(layer, input_shape, method):
             f"no Lipschitz bound known for {as_text(layer)}: torch takes powers of negative "
             "numbers; use norm_type 1, 2 or another even number, or nn.MaxPool2d"
         )
-    _check_shape(layer, input_shape)
+    check_shape(layer, input_shape)
     body_output_shape(layer, input_shape)  # raises if the layer does not accept this shape
     sides = input_shape[1:]
     black = torch.zeros(1, 1, *sides, dtype=torch.float64)
@@ -154,84 +263,14 @@ def _separable(layer, input_shape, method):
     return {"guaranteed": upper, "exact": norm, "power": lower}[method]
 
 
-@register_ours(Union[nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED])
-def _matrix_norm(layer, input_shape, method):
-    """Largest singular value of a linear layer."""
-    return matrix_norm(*as_conv2d(layer, input_shape), method)
+register_rounding(Union[*COPIES, *MAXIMA], nothing_rounded)
 
 
-SEVERAL.update({nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED})
-
-
-EXACT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-EXACT += (*RESHAPES, *COPIES, *MAXIMA)
-ELEMENTWISE = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
-ELEMENTWISE += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
-
-
-@register_rounding(Union[*EXACT])
-def nothing_rounded(layer, input_shape):
-    """Comparisons, copies and zeros round nothing."""
-    return 0.0, 0.0
-
-
-@register_rounding(Union[*ELEMENTWISE])
-def _elementwise(layer, input_shape):
-    """A few operations and functions of |z| and of constants of size 1 or of the layer."""
-    largest = max(1.0, operator_norm(layer, input_shape), abs(getattr(layer, "alpha", 1.0)))
-    return 64 * U * largest, 64 * U * largest * math.sqrt(math.prod(input_shape))
-
-
-@register_rounding(nn.LeakyReLU | nn.PReLU | nn.RReLU)
-def _product(layer, input_shape):
-    """z or a multiple of z, the slope of RReLU off by 2 u itself: nothing is added at any scale."""
-    return 4 * U * operator_norm(layer, input_shape), 0.0
-
-
-@register_rounding(nn.Hardsigmoid | nn.Hardswish)
-def _sixth(layer, input_shape):
-    """On GPUs torch multiplies by 1 / 6 rounded to float32, whatever the type of the input."""
-    return 4e-8, 4e-8 * math.sqrt(math.prod(input_shape))
-
-
-@register_rounding(nn.Softplus)
-def _softplus(layer, input_shape):
-    """log(1 + exp(beta z)) / beta. Above the threshold torch returns z, by log(1 + exp(-threshold))
-    / beta less: counted twice, at the image and at any other input, where it steps as well."""
-    above = torch.tensor(layer.threshold, dtype=torch.float64)
-    step = 2 * -nn.functional.logsigmoid(above).item() + 64 * U
-    return 64 * U, SAFE * step / abs(layer.beta or math.nan) * math.sqrt(math.prod(input_shape))
-
-
-@register_rounding(Union[nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
-def _linear(layer, input_shape):
-    """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included."""
-    weight = layer.weight.detach().cpu().double()
-    terms = weight[0].numel() + 2
-    if isinstance(layer, TRANSPOSED):
-        terms = weight[:, 0].numel() // layer.groups + 2
-    positions = input_shape[:-1]
-    if layer.bias is not None and not isinstance(layer, nn.Linear):
-        positions = body_output_shape(layer, input_shape)[1:]
-    constant = bias_length(layer, positions)
-    layer, weight, input_shape = as_conv2d(layer, input_shape)
-    return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
-
-
-def bias_length(layer, positions):
-    """Length of the bias of a layer, repeated at each of the positions."""
-    if layer.bias is None:
-        return 0.0
-    return lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(
-        math.prod(positions)
-    )
-
-
-@register_rounding(Union[*AVERAGES])
-def _average(layer, input_shape):
+@rounding_by_proof(Union[*AVERAGES])
+def _average(proven):
     """Positive weights: sums of at most all positions, relative to the exact average."""
-    terms = math.prod(input_shape[1:]) + 4
-    return gamma(terms) * operator_norm(layer, input_shape), 0.0
+    terms = math.prod(proven.shape[1:]) + 4
+    return gamma(terms) * proven.upper, 0.0
 
 
 @register_rounding(Union[*RESIZES])
@@ -242,24 +281,13 @@ def _resize(layer, input_shape):
     return gamma(256 * max(input_shape)) * math.sqrt(math.prod(4 * m for m in outputs)), 0.0
 
 
-@register_rounding(Union[*NORMS])
-def _norm_pool(layer, input_shape):
+@rounding_by_proof(Union[*NORMS])
+def _norm_pool(proven):
     """Sums of positive powers (of norm_type 1: of numbers), relative to the exact norm; 1 / p as a
     number is off by u / p, which a power of up to 2^1024 sees 710 times. Powers that underflow are
     off by 2^-1074 each, and (s + d)^(1/p) <= s^(1/p) + d^(1/p)."""
-    norm, p = operator_norm(layer, input_shape), layer.norm_type
-    terms = math.prod(input_shape[1:]) + 4
-    outputs = math.prod(body_output_shape(layer, input_shape))
+    norm, p = proven.upper, proven.layer.norm_type
+    terms = math.prod(proven.shape[1:]) + 4
+    outputs = math.prod(body_output_shape(proven.layer, proven.shape))
     lost = 2 * norm * (terms * 2.0**-1070) ** (1 / p) * math.sqrt(outputs)
     return gamma(terms + 1024) * norm, lost
-
-
-@register_rounding(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
-def _batch_norm_rounding(layer, input_shape):
-    """scale z + (bias - mean scale), the scale itself off by 4 u, in any order of these steps."""
-    scale = batch_norm_scale(layer).abs()
-    offset = scale * layer.running_mean.detach().cpu().double().abs()
-    if layer.bias is not None:
-        offset = offset + layer.bias.detach().cpu().double().abs()
-    positions = math.sqrt(math.prod(input_shape[1:]))
-    return 16 * U * scale.max().item(), 16 * U * lengths(offset[None]).item() * positions

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .linear import as_text
-from .registry import CONTAINERS, is_bounded_as, kind_of, refuse_overridden
+from .registry import is_bounded_as, kind_of, record, refuse_overridden
 
 
-def _evaluation_copy(layer):
+def evaluation_copy(layer):
     """`float64_copy` of a layer, checked, without frozen values."""
     layer = float64_copy(layer)
     layer.frozen = None
@@ -58,20 +58,21 @@ def layer_inputs(body, input_shape):
     by one in evaluation mode without gradient. Raises ValueError naming the layer that does not
     accept its input or whose answers to the two depend on each other.
     """
-    return _trace(body, tuple(input_shape))[0]
+    return trace(body, input_shape)[0]
 
 
 def body_output_shape(body, input_shape):
     """Shape of one sample behind a body, see `layer_inputs`."""
-    return _trace(body, tuple(input_shape))[1]
+    return trace(body, input_shape)[1]
 
 
-def _trace(body, shape):
+def trace(body, input_shape):
     """(`layer_inputs`, output shape)"""
+    shape = tuple(input_shape)
     tensors = itertools.chain(body.parameters(), body.buffers())
     weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     reached = []
-    with _evaluation(body), torch.inference_mode(False), torch.no_grad():
+    with evaluation(body), torch.inference_mode(False), torch.no_grad():
         for name, layer in leaves(body):
             reached.append((name, layer, shape))
             refuse_overridden(layer)  # before it runs, which may change it
@@ -93,7 +94,7 @@ def _trace(body, shape):
                     f"layer {name} ({as_text(layer)}) does not accept an input of shape "
                     f"{shape}: {(str(error) or type(error).__name__).splitlines()[0]}"
                 ) from error
-            if kind_of(layer) in CONTAINERS and x._version > 0:
+            if record(layer).parts and x._version > 0:
                 raise ValueError(
                     f"layer {name} ({type(layer).__name__}) changes its input before both of its "
                     "parts have read it: give the first activation of the branch inplace=False"
@@ -121,7 +122,7 @@ def leaves(module, name=""):
 
 
 @contextmanager
-def _evaluation(model):
+def evaluation(model):
     """The model in evaluation mode; the former modes of its modules afterwards."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..architectures import as_lipschitz_net
 from ..bounds.linear import PROOFS, U, exact_arithmetic
-from ..bounds.network import lipschitz_matrix
+from ..bounds.network import prove
 from ..bounds.rounding import margin_error
 from .inputs import as_float64, check_images, check_targets, predict_logits, test_split
 from .local import local_radius
@@ -103,14 +103,19 @@ def cra_curve(radius, correct, radii):
 
 class Certification(NamedTuple):
     """What `evaluate` returns about N samples. logits: (N, C) float64; prediction: (N,) int64;
-    correct: (N,) bool; K: {method: (C, C) float64}; radius: {method: (N,) float64}, with the key
-    "local" for local bounds. All on the CPU."""
+    correct: (N,) bool; proofs: {method: bounds.network.Proof}; radius: {method: (N,) float64}, with
+    the key "local" for local bounds. All on the CPU."""
 
     logits: Tensor
     prediction: Tensor
     correct: Tensor
-    K: dict
+    proofs: dict
     radius: dict
+
+    @property
+    def K(self):
+        """{method: (C, C) float64}."""
+        return {method: proof.K for method, proof in self.proofs.items()}
 
     def cra(self, radii, method="guaranteed"):
         """{radius: CRA} for `radii` as in `distance`."""
@@ -144,7 +149,7 @@ def evaluate(
     methods=("guaranteed",),
     *,
     local=None,
-    matrices=None,
+    proofs=None,
     batch_size=1000,
     progress=False,
 ):
@@ -157,27 +162,27 @@ def evaluate(
         (N,) class numbers; methods: names as in ``cll.lipschitz_matrix``.
     local: distances at which local bounds are tried as well, see ``local.local_radius``, if not
         None; this needs the method "guaranteed".
-    matrices: {method: K} of this model where known, e.g. `Certification.K` of other images.
+    proofs: {method: Proof} of this model where known, as of the `Certification` of other images.
 
     Raises ValueError naming the first bad image or label.
     """
     model = as_lipschitz_net(model, np.shape(images)[1:])
     images = check_images(images, model)
     targets = check_targets(targets, len(images), model.head.out_features).cpu()
-    K = dict(matrices or {})
-    K |= {m: lipschitz_matrix(model, m, progress).cpu() for m in methods if m not in K}
+    proofs = dict(proofs or {})
+    proofs |= {m: prove(model, m, progress) for m in methods if m not in proofs}
     logits = predict_logits(model, images, batch_size, progress=progress)
     prediction, radius = logits.argmax(dim=1), {}
     for method in methods:
-        error = margin_error(model, images, prediction, method) if method in PROOFS else None
-        radius[method] = certified_radius(logits, K[method], error)
+        proof = proofs[method]
+        error = margin_error(proof, images, prediction) if method in PROOFS else None
+        radius[method] = certified_radius(logits, proof.K, error)
     correct = prediction == targets
     if local is not None:
         radius["local"] = radius["guaranteed"].clone()  # stays, where the prediction is wrong
         at = images.cpu()[correct], logits[correct], radius["local"][correct]
-        known = K["guaranteed"]
-        radius["local"][correct] = local_radius(model, *at, local, known, progress)
-    return Certification(logits, prediction, correct, K, radius)
+        radius["local"][correct] = local_radius(proofs["guaranteed"], *at, local, progress)
+    return Certification(logits, prediction, correct, proofs, radius)
 
 
 def certify(
@@ -199,9 +204,9 @@ def certify(
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
     radii: distances at which the CRA is reported, in input units.
-    method: the bound, see ``cll.lipschitz_matrix``. "guaranteed" gives certificates; so do "fast",
-        sooner and smaller, and "tight", later and larger where layers are large; "power" is the
-        converged estimate that papers report, from below, hence optimistic.
+    method: the bound, see ``cll.lipschitz_matrix``. "guaranteed" gives certificates; so does
+        "tight", later and larger where layers are large; "power" is the converged estimate that
+        papers report, from below, hence optimistic.
     local: True to certify with local bounds as well, at each of the `radii`, see
         ``local.local_radius``: a free gain for any network, guaranteed, on the CPU.
 

@@ -21,11 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..architectures import LipschitzNet
 from ..bounds.linear import as_text, pair
 from ..bounds.network import normalisation
-from ..bounds.registry import HEADS, OURS, refuse_overridden
-from ..layers.activations import ClampedMaxMin, Householder
-from ..layers.potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
-from ..layers.sandwich import SandwichConv2d, SandwichLinear
-from ..layers.structure import BatchNormalized, Normalize, Residual
+from ..bounds.registry import TABLE, is_head, refuse_overridden
+from ..layers.structure import Normalize
 
 # What a network may ask of a reader's machine; several times what the networks of the paper do.
 LAYERS = 5000
@@ -85,7 +82,7 @@ def check_fit(description, tensors):
         raise ValueError(f"the network has more than {LAYERS} layers: too many to be checked")
     with torch.device("meta"):
         net = nn.ModuleDict({k: _module(description[k]) for k in ("body", "head")})
-    if type(net["head"]) not in (nn.Linear, *HEADS):
+    if not (type(net["head"]) is nn.Linear or is_head(net["head"])):
         raise TypeError(f"{type(net['head']).__name__} is no head: use nn.Linear")
     expected = tensors_of(net)
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -136,34 +133,11 @@ def tensors_of(net):
 
 def _kinds():
     """Layers that a certificate may name: those whose bound is this kit's own, by type name."""
-    return {kind.__name__: kind for kind in (*OURS, nn.Sequential)}
+    ours = (kind for kind, known in TABLE.items() if known.ours)
+    return {kind.__name__: kind for kind in (*ours, nn.Sequential)}
 
 
 _HIDDEN = ("self", "device", "dtype", "inplace", "min_value", "max_value", "args", "kwargs")
-_ARGUMENTS = {  # where a layer has no attribute of the name of a constructor argument
-    Householder: lambda m: {"channels": 2 * len(m.angle)},
-    ClampedMaxMin: lambda m: {"shape": [2 * len(m.high), *m.high.shape[1:]]},
-    CPLLinear: lambda m: {"features": m.weight.shape[1], "inner": len(m.weight)},
-    SLLLinear: lambda m: {"features": m.weight.shape[1], "inner": len(m.weight)},
-    CPLConv2d: lambda m: {
-        "input_shape": list(m.v.shape), "inner": len(m.weight), "kernel_size": m.weight.shape[-1]
-    },
-    SLLConv2d: lambda m: {
-        "channels": m.weight.shape[1], "inner": len(m.weight), "kernel_size": m.weight.shape[-1]
-    },
-    SandwichLinear: lambda m: {
-        "in_features": m.weight.shape[1] - len(m.weight), "out_features": len(m.weight)
-    },
-    SandwichConv2d: lambda m: {
-        "input_shape": [
-            (m.weight.shape[1] - len(m.weight)) // m.stride**2, *(n * m.stride for n in m.size)
-        ],
-        "out_channels": len(m.weight),
-        "kernel_size": m.weight.shape[-1] * m.stride, "stride": m.stride,
-    },
-    Residual: lambda m: {"branch": m.branch, "shortcut": m.shortcut},
-    BatchNormalized: lambda m: {"linear": m[0], "norm": m[1]},
-}  # fmt: skip
 
 
 def _description(module, name):
@@ -179,8 +153,8 @@ def _description(module, name):
     if kind is nn.Sequential:
         inside = {k: _description(child, f"{name}.{k}") for k, child in module._modules.items()}
         return {"type": "Sequential", "layers": inside}
-    if kind in _ARGUMENTS:
-        arguments = _ARGUMENTS[kind](module)
+    if TABLE[kind].arguments is not None:  # where it has no attributes of their names
+        arguments = TABLE[kind].arguments(module)
     else:
         known = [k for k in inspect.signature(kind.__init__).parameters if k not in _HIDDEN]
         arguments = {k: getattr(module, k) for k in known}

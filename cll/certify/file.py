@@ -45,17 +45,18 @@ from safetensors.torch import load_file, save_file
 
 from ..architectures import as_lipschitz_net
 from ..bounds.convolution import LARGEST
-from ..bounds.layer import as_matrix, operator_norm
+from ..bounds.layer import as_matrix, prove_layer
 from ..bounds.linear import TINY, U, as_text, gamma, lengths
 from ..bounds.network import (
-    announced,
     head_rows,
-    lipschitz_matrix,
     normalisation,
     opened,
+    places,
+    prove_by,
+    prove_place,
     row_distances,
 )
-from ..bounds.norm import confirm, enclose, forgetting
+from ..bounds.norm import confirm
 from ..bounds.rounding import margin_error
 from ..bounds.trace import layer_inputs
 from ..data.sources import TESTS, load
@@ -232,14 +233,21 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
 
 def _certified(net, images, targets, progress):
     """The entries bounds, K and images of a certificate to be written."""
-    with forgetting():
-        claims = _check_bounds(net, None, progress)
-        K = _class_bounds(net, claims) * (1 + K_SPARE)
-        for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
-            raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
-        logits = predict_logits(net, images, progress=progress)
-        predicted = logits.argmax(1)
-        error = margin_error(net, images, predicted)
+    claims = {}
+
+    def claimed(place):
+        proven = prove_place(place, "guaranteed")
+        claims[place.name] = _claim(proven, claims)
+        _check_bound(proven, claims)
+        return proven
+
+    proof = prove_by(_naming_the_layer(claimed), net, progress=progress)
+    K = _class_bounds(proof, claims) * (1 + K_SPARE)
+    for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
+        raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
+    logits = predict_logits(net, images, progress=progress)
+    predicted = logits.argmax(1)
+    error = margin_error(proof, images, predicted)
     radius = _radii(logits, error, predicted, K, ERRORS_WRITTEN)
     return {
         "bounds": claims,
@@ -281,14 +289,11 @@ def _verify(path, weights, data, count, progress):
     file = _regular(Path(weights or path.parent / c.weights.file), "weights")
     net = _checked_network(c, file)
     x, read = _checked_data(c, net, data, count)
-    with forgetting():
-        claims = {name: bound.model_dump() for name, bound in c.bounds.items()}
-        _check_bounds(net, claims, progress)
-        K = _checked_K(c, net, claims)
-        logits = predict_logits(net, x, progress=progress)
-        predicted = torch.tensor(c.images.prediction[: len(x)])
-        error = margin_error(net, x, predicted)
-        _check_images(c, x, logits, error, predicted, K)
+    proof, K = _checked_bounds(c, net, progress)
+    logits = predict_logits(net, x, progress=progress)
+    predicted = torch.tensor(c.images.prediction[: len(x)])
+    error = margin_error(proof, x, predicted)
+    _check_images(c, x, logits, error, predicted, K)
     for key, value in _summary(c.images, c.summary.cra).items():
         if value != (claimed := getattr(c.summary, key)):
             raise Invalid(f"summary: {key} is {claimed}, its own images give {value}")
@@ -342,9 +347,12 @@ def _checked_network(c, file):
         raise Invalid(f"weights: {file.name} is damaged: {_line(error)}") from None
     try:
         net = rebuild(architecture, tensors)
-        layer_inputs(net.body, net.input_shape)
+        layers = opened(places(layer_inputs(net.body, net.input_shape)))
     except Exception as error:
         raise _refusal("architecture", error) from None
+    for name in sorted({layer.name for layer in layers} ^ c.bounds.keys()):
+        there = "names no layer of the network" if name in c.bounds else "is missing"
+        raise Invalid(f"bounds: the bound of {name} {there}")
     return net
 
 
@@ -361,59 +369,73 @@ def _spared(bound):
     return math.nextafter(bound * (1 + SPARE), math.inf) if bound else 0.0
 
 
-def _claim(name, layer, shape, claims):
-    """The bound of a layer as it is written: what was proven, and a little to spare."""
-    matrix = as_matrix(layer, shape)
-    if matrix is None:
-        bound, proof = _by_construction(name, layer, shape, claims), "by construction"
-        bound = bound if bound == 1 else _spared(bound)
-    else:
-        linear, weight, extra = matrix
-        _, bound, proof = enclose(linear, weight, shape)
-        bound = _spared(bound) + extra
+def _claim(proven, claims):
+    """The bound of a ProvenLayer as it is written: what was proven, and a little to spare."""
+    bound = proven.upper
+    if proven.proof == "by construction":
+        bound = _by_construction(proven, claims).upper
+    bound = bound if bound == 1 and proven.proof == "by construction" else _spared(bound)
     if not math.isfinite(bound):
-        raise ValueError(f"{as_text(layer)} has no finite bound")
-    return {"bound": bound, "proof": proof}
+        raise ValueError(f"{as_text(proven.layer)} has no finite bound")
+    return {"bound": bound, "proof": proven.proof}
 
 
-def _by_construction(name, layer, shape, claims):
-    """The bound of a layer that is no matrix; of a Residual, from what is claimed of its layers."""
-    if not isinstance(layer, Residual):
-        return operator_norm(layer, shape)
-    parts = ((layer.branch, f"{name}.branch"), (layer.shortcut, f"{name}.shortcut"))
-    return (1 + 4 * U) * sum(_product(part, shape, path, claims) for part, path in parts)
+def _by_construction(place, claims):
+    """The ProvenLayer of a layer that is no matrix; of a container, from what is claimed of its
+    layers."""
+    if place.parts:
+        upper = (1 + 4 * U) * sum(_product(part, claims) for part in place.parts)
+        return place._replace(upper=upper)
+    return place if place.proof else prove_layer(place, "guaranteed")
 
 
-def _product(module, shape, prefix, claims):
+def _product(layers, claims):
     """The claimed bounds of a chain of layers, multiplied and rounded up; never 0 by underflow."""
-    total, layers = 1.0, layer_inputs(module, shape)
-    for name, _, _ in layers:
-        bound = claims[f"{prefix}.{name}" if name else prefix]["bound"]
+    total = 1.0
+    for layer in layers:
+        bound = claims[layer.name]["bound"]
         total = max(total * bound, TINY) if bound else 0.0
     return total * (1 + 2 * gamma(len(layers) + 2))
 
 
-def _check_bounds(net, claims, progress):
-    """Every bound of a certificate, at the number that it claims; claims None: of one to be
-    written, which is confirmed like any other. Returns the claims."""
-    leaves, written = list(opened(net.body, net.input_shape, "body")), claims is None
-    claims = {} if written else claims
-    for name in sorted({name for name, _, _ in leaves} ^ claims.keys()) if not written else ():
-        there = "names no layer of the network" if name in claims else "is missing"
-        raise Invalid(f"bounds: the bound of {name} {there}")
-    for name, layer, shape in announced(leaves, progress):
+def _naming_the_layer(bound):
+    """A function of a layer at its place whose errors name it, as a fault of the certificate."""
+
+    def named(place):
         try:
-            if written:
-                claims[name] = _claim(name, layer, shape, claims)
-            _check_bound(name, layer, shape, claims)
+            return bound(place)
         except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise _refusal(f"bounds: {name}", error) from None
-    return claims
+            raise _refusal(f"bounds: {place.name}", error) from None
+
+    return named
 
 
-def _check_bound(name, layer, shape, claims):
-    claimed, proof = claims[name]["bound"], claims[name]["proof"]
-    text = f"bounds: {name} ({as_text(layer)}): {claimed!r}"
+def _checked_bounds(c, net, progress):
+    """(Proof, K (C, C)) of the network of a certificate at the numbers that it claims, each of them
+    checked."""
+    claims = {name: bound.model_dump() for name, bound in c.bounds.items()}
+    checked = _naming_the_layer(lambda place: _check_bound(place, claims))
+    K = torch.tensor(c.K, dtype=torch.float64)
+    try:
+        proof = prove_by(checked, net, progress=progress)
+        needed = _class_bounds(proof, claims)
+    except (TypeError, ValueError) as error:
+        raise _refusal("architecture", error) from None
+    wrong = ~((needed <= K) & (K <= needed * (1 + 2 * K_SPARE)))
+    for i, j in wrong.nonzero().tolist()[:1]:
+        raise Invalid(
+            f"K: the entry of classes {i} and {j} is {c.K[i][j]!r}, the bounds of the layers and "
+            f"the head give {needed[i, j].item()!r}"
+        )
+    return proof, K
+
+
+def _check_bound(place, claims):
+    """The layer at its place as a ProvenLayer of the bound that is claimed, checked at that very
+    number. What is proven of the place already is not proven again."""
+    layer, shape = place.layer, place.shape
+    claimed, proof = claims[place.name]["bound"], claims[place.name]["proof"]
+    text = f"bounds: {place.name} ({as_text(layer)}): {claimed!r}"
     if (work := _work(layer, shape)) > LARGEST:
         raise Invalid(f"{text} takes {work:.0e} operations to prove, more than {LARGEST:.0e}")
     seen = _refutation(layer, shape, claimed)
@@ -421,13 +443,14 @@ def _check_bound(name, layer, shape, claims):
         raise Invalid(f"{text} is false, two inputs are moved apart {seen!r} times")
     matrix = as_matrix(layer, shape)
     if matrix is None:
-        needed = _by_construction(name, layer, shape, claims)
+        place = _by_construction(place, claims)
         if proof != "by construction":
             raise Invalid(f"{text} has no proof by {proof}")
-        if not needed <= claimed <= _spared(_spared(needed)):
-            raise Invalid(f"{text} is not the bound of this layer, {needed!r}")
+        if not place.upper <= claimed <= _spared(_spared(place.upper)):
+            raise Invalid(f"{text} is not the bound of this layer, {place.upper!r}")
     elif not confirm(*matrix[:2], shape, claimed - matrix[2], proof):
         raise Invalid(f"{text} cannot be proven by {proof}")
+    return place._replace(upper=claimed, proof=proof)
 
 
 def _work(layer, shape):
@@ -470,32 +493,18 @@ def _length(x):
     return lengths(x.detach().reshape(1, -1)).item()
 
 
-def _class_bounds(net, claims):
+def _class_bounds(proof, claims):
     """K (C, C) from the claimed bounds of the layers: their product times ||w_i - w_j|| /
     min(input_std), rounded up. Not below what the library makes of the bounds just proven, which is
     an independent computation."""
+    net = proof.net
     W = head_rows(copy.deepcopy(net.head).double()).detach()
     distances = row_distances(net.head, W)
     std, _ = normalisation(net)
-    total = _product(net.body, net.input_shape, "body", claims) / std.min().item()
+    total = _product(proof.body, claims) / std.min().item()
     K = total * distances * (1 + 2 * gamma(W.shape[1] + 12))
     K = torch.where((distances > 0) & (K < TINY) & (total > 0), TINY, K).fill_diagonal_(0)
-    return torch.maximum(K, lipschitz_matrix(net) / (1 + K_SPARE / 2))
-
-
-def _checked_K(c, net, claims):
-    K = torch.tensor(c.K, dtype=torch.float64)
-    try:
-        needed = _class_bounds(net, claims)
-    except (TypeError, ValueError) as error:
-        raise _refusal("architecture", error) from None
-    wrong = ~((needed <= K) & (K <= needed * (1 + 2 * K_SPARE)))
-    for i, j in wrong.nonzero().tolist()[:1]:
-        raise Invalid(
-            f"K: the entry of classes {i} and {j} is {c.K[i][j]!r}, the bounds of the layers and "
-            f"the head give {needed[i, j].item()!r}"
-        )
-    return K
+    return torch.maximum(K, proof.K / (1 + K_SPARE / 2))
 
 
 def _checked_data(c, net, data, count):

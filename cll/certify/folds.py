@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bounds.layer import absolute_norm, operator_norm
+from ..bounds.layer import absolute_norm
 from ..bounds.linear import SMALLEST, TINY, U, apply_adjoint, gamma, lengths, power, shift
 from ..bounds.network import head_rows, normalisation, row_distances
-from ..bounds.norm import matrix_norm
-from ..bounds.rounding import rounding
-from ..bounds.trace import float64_copy, layer_inputs
+from ..bounds.norm import first_bound
+from ..bounds.rounding import in_float64, layer_error
+from ..bounds.trace import float64_copy
 from ..layers.activations import ClampedMaxMin, MaxMin
 from ..layers.structure import freeze
 
@@ -44,7 +44,7 @@ class _Stage(NamedTuple):
 
 class _Layer(NamedTuple):
     """What is known about a layer beforehand, in the units of a _Network. norm: its guaranteed
-    Lipschitz constant; error: (a, b) of the layer, see `rounding.rounding`; stages: of an
+    Lipschitz constant; error: (a, b) of the layer, see `rounding.layer_error`; stages: of an
     activation. Of a Conv2d or Linear also its `weight`, `rows`, the lengths of its rows per output
     channel (at borders they are shorter), of (w_a - w_b) / sqrt(2) `pair_rows` and their norm
     `pair_norm`, None where the channels form no pairs; and `adjoint_error`, such that A^T y as
@@ -77,15 +77,15 @@ class _Network(NamedTuple):
     distances: Tensor
 
 
-def prepare(model):
-    """The _Network of a model."""
-    model = freeze(float64_copy(model))
+def prepare(proof):
+    """The _Network of a guaranteed `bounds.network.Proof`."""
+    model = freeze(float64_copy(proof.net))
     smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
     layers, units = [], [1 - math.frexp(smallest)[1]]
     gains = [ROUNDED / shift(smallest, units[0])]
-    for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        stages = _stages(layer, layers[-1] if layers else None, *gains[-2:])
-        step, unit = _layer(layer, shape, units[-1], stages)
+    for proven in in_float64(proof, model.body):
+        stages = _stages(proven.layer, layers[-1] if layers else None, *gains[-2:])
+        step, unit = _layer(proven, units[-1], stages)
         layers.append(step)
         units.append(unit)
         gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
@@ -95,9 +95,9 @@ def prepare(model):
     return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
 
 
-def _layer(layer, shape, unit, stages):
+def _layer(proven, unit, stages):
     """(_Layer, exponent of the unit of its outputs) for inputs in units of 2^unit."""
-    norm, (a, b) = operator_norm(layer, shape), rounding(layer, shape)
+    layer, shape, norm, (a, b) = proven.layer, proven.shape, proven.upper, layer_error(proven)
     known = type(layer) is nn.Conv2d or type(layer) is nn.Linear and len(shape) == 1
     known = known and norm < math.inf
     # weights that meet only padding may be larger than the norm
@@ -122,7 +122,7 @@ def _layer(layer, shape, unit, stages):
         first, second = _pairs(W, 0)
         half = (first - second) / 2  # +-half: the projection of W onto differences
         both = _from_pairs(half, -half, 0)
-        facts["pair_norm"] = matrix_norm(layer, both, shape, "fast") * ROUNDED
+        facts["pair_norm"] = first_bound(layer, both, shape) * ROUNDED
         facts["pair_rows"] = row_lengths(half, facts["pair_norm"], math.sqrt(2))
     return _Layer(layer, shape, norm, error, stages, **facts), unit
 

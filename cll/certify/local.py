@@ -14,9 +14,8 @@ import math
 
 import torch
 
-from ..architectures import as_lipschitz_net
 from ..bounds.linear import TINY, exact_arithmetic, shift, tensor_of
-from ..bounds.network import lipschitz_matrix
+from ..bounds.network import prove
 from ..progress import progress_bar
 from .folds import BATCH, LEAST, ROUNDED, backward, fall, forward, prepare, tilt
 
@@ -62,9 +61,8 @@ def local_lipschitz(model, images, epsilon):
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
     images = tensor_of(images, "images").cpu()
-    model = as_lipschitz_net(model, images.shape[1:])
-    net = prepare(model)
-    K = lipschitz_matrix(model)
+    proof = prove(model, input_shape=images.shape[1:])
+    net, K = prepare(proof), proof.K
     i, j = torch.triu_indices(*K.shape, 1)
     matrix = torch.zeros(len(images), *K.shape, dtype=torch.float64)
     with torch.inference_mode():
@@ -79,12 +77,12 @@ def local_lipschitz(model, images, epsilon):
 
 
 @exact_arithmetic()
-def local_radius(model, images, logits, radius, radii, K=None, progress=False):
+def local_radius(proof, images, logits, radius, radii, progress=False):
     """Certified radii (N,), float64: `radius`, raised where local bounds prove more.
 
-    model, images: as in `local_lipschitz`; logits: (N, C) in float64 as from
-    certify.predict_logits; radius: (N,) certified with the global bound K; radii: the distances rho
-    at which local bounds are tried, in input units; K None computes it.
+    proof: of the network, guaranteed, from `bounds.prove`; images: as in `local_lipschitz`; logits:
+    (N, C) in float64 as from certify.predict_logits; radius: (N,) certified with the global bound
+    K of the proof; radii: the distances rho at which local bounds are tried, in input units.
 
     For the prediction y and the margin m_j = f_y - f_j, `backward` proves numbers K_j and E_j with
         m_j(x) >= m_j(image) - E_j - K_j ||x - image||   for ||x - image|| <= rho,
@@ -112,12 +110,10 @@ def local_radius(model, images, logits, radius, radii, K=None, progress=False):
     a bound too, and the smallest counts. The charge is divided by rho and enters K_j: within a
     smaller ball it falls at least in proportion, because g(a d) <= a g(d) for 0 <= a <= 1.
     """
-    model = as_lipschitz_net(model, images.shape[1:])
-    net, radius = prepare(model), torch.as_tensor(radius).clone()
+    net, radius = prepare(proof), torch.as_tensor(radius).clone()
     if max(map(abs, net.units)) > RANGE:
         return radius
-    K = lipschitz_matrix(model) if K is None else K
-    K, logits = (t.to("cpu", torch.float64) for t in (K, logits))
+    K, logits = (t.to("cpu", torch.float64) for t in (proof.K, logits))
     K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
     logits = shift(logits, -net.units[-1])
     images = tensor_of(images, "images").cpu()

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..kit import kit
 from ..progress import progress_bar
 
 BY_NAME = ("two_moons", "cifar10", "cifar100", "tiny-imagenet", "digits")
@@ -241,8 +242,7 @@ def _two_moons(n_train, n_test, seed):
     The noise-free arcs are exactly 0.5 apart and the disc takes 0.1 from either side: supports 0.3
     apart, true margin 0.15. Train and test are drawn one after the other from one generator.
     """
-    from sklearn.datasets import make_moons
-
+    make_moons = kit("sklearn.datasets").make_moons
     random, arrays = np.random.RandomState(seed), []
     for n in (int(n_train), int(n_test)):
         points, targets = make_moons(n, noise=None, random_state=random)
@@ -255,14 +255,13 @@ def _two_moons(n_train, n_test, seed):
 
 def _cifar(kind, root, download):
     """CIFAR-10/100 by torchvision, which checks every file's md5 sum."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-    from torchvision.datasets.utils import check_integrity
-
-    cls, timeout = CIFAR10 if kind == "cifar10" else CIFAR100, socket.getdefaulttimeout()
+    datasets, timeout = kit("torchvision.datasets"), socket.getdefaulttimeout()
+    cls = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
     socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
     try:  # whole files cost no network, nor does an archive to be unpacked
         splits = [cls(root, train, download=download and train) for train in (True, False)]
     except Exception as error:  # a damaged file raises anything
+        check_integrity = datasets.utils.check_integrity
         archive, folder = root / cls.filename, root / cls.base_folder
         files = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
         files = [(archive, cls.tgz_md5), *((folder / name, md5) for name, md5 in files)]
@@ -350,8 +349,7 @@ def _digits(input_shape):
 
     Pillow's bicubic filter enlarges them in integer arithmetic: the same pixels on every machine.
     """
-    from PIL import Image
-    from sklearn.datasets import load_digits
+    Image, load_digits = kit("PIL.Image"), kit("sklearn.datasets").load_digits
 
     if len(input_shape) != 3:
         raise ValueError(f"digits are images: input_shape {input_shape} is not (C, H, W)")
@@ -539,7 +537,7 @@ def _decode(files, shape):
 
 def _read(file, shape, laid):
     """One image file, upright, as uint8 (C, H, W); `laid` grows by it where it is transparent."""
-    from PIL import Image, ImageOps
+    Image, ImageOps = kit("PIL.Image"), kit("PIL.ImageOps")
 
     mode = "L" if shape and shape[0] == 1 else "RGB"
     try:

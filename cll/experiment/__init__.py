@@ -1,6 +1,10 @@
 """From a parameter file to result.json: one run, many runs, what is finished."""
 
-from .runs import run, run_all
+from ..kit import kit
+
+kit("yaml")  # of parameter files
+
+from .runs import recertify, run, run_all
 from .schema import (
     PLAIN,
     PROFILES,

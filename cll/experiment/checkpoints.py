@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds"
 CHECKPOINT_SECONDS = 20
 
 
-def _curve(path, epochs_done):
+def open_curve(path, epochs_done):
     """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
     rows = []
     if epochs_done and path.exists():
@@ -35,7 +36,7 @@ def _generations(out_dir):
 WRITER = ThreadPoolExecutor(1)  # of this process: files are written one after the other
 
 
-class _Saver:
+class Saver:
     """Writes checkpoints. Where training runs on another device than the host, files are written
     while it goes on; `wait`, and the next `save`, raise what went wrong."""
 
@@ -44,9 +45,15 @@ class _Saver:
         self.aside = None if stack.device.type == "cpu" else WRITER
         self.pending = None if self.aside is None else self.aside.submit(int)
         self.wait()  # for what an interrupted training has left to write
+        self.next = time.monotonic() + CHECKPOINT_SECONDS
+
+    def due(self):
+        """Whether it is time for the next checkpoint."""
+        return time.monotonic() > self.next
 
     def save(self, generators, epoch, diverged, seconds):
         """The runs as they are now; generators: the states of theirs."""
+        began = time.monotonic()
         self.wait()
         records = (
             {
@@ -64,6 +71,8 @@ class _Saver:
             _write_checkpoints(records, self.out_dirs)
         else:
             self.pending = self.aside.submit(_write_checkpoints, list(records), self.out_dirs)
+        now = time.monotonic()
+        self.next = now + CHECKPOINT_SECONDS * max(1.0, now - began)
 
     def wait(self):
         pending, self.pending = self.pending, None
@@ -90,7 +99,7 @@ def _snapshot(out_dir, epoch):
     return Path(out_dir) / f"snapshot-{epoch}.safetensors"
 
 
-def _save_snapshots(stack, out_dirs, epoch):
+def save_snapshots(stack, out_dirs, epoch):
     """The weights after an epoch, to be certified when training is done. A resumed run writes those
     after its checkpoint again, with the same content."""
     for s, out_dir in enumerate(out_dirs):
@@ -131,7 +140,7 @@ def load_checkpoints(run, out_dir):
     return found
 
 
-def _restore(stack, out_dirs, generators):
+def restore(stack, out_dirs, generators):
     """Load the newest epoch that all runs have; returns (epoch, diverged, seconds).
 
     With several ranks, rank 0 says which epoch that is and every rank reads the file.

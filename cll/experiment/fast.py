@@ -1,43 +1,119 @@
-"""Stacks of small multilayer perceptrons, in as few operations as there are.
+"""Two faster ways to take the steps of a Stack: `use_dense` and `use_compiled`.
 
 A step of a network with a few thousand weights takes as long as the number of its operations,
-whatever these compute: seven layers under torch.func.vmap are 1,400 of them. Here a layer of all
-runs is one batched product, samples lie last so that MaxMin works on whole rows, the backward pass
-of the network is written out, and the power iterations of all layers run as one, on matrices
-padded to a common size. The mathematics is that of the layers and of `bounds.estimate`.
+whatever these compute: seven layers under torch.func.vmap are 1,400 of them. In a dense stack a
+layer of all runs is one batched product, samples lie last so that MaxMin works on whole rows, the
+backward pass of the network is written out, and the power iterations of all layers run as one, on
+matrices padded to a common size. The mathematics is that of the layers and of `bounds.estimate`.
+
+On CUDA, hundreds of small kernels take longer to start than to run. There torch.compile joins
+them, and replays the step as one CUDA graph.
 """
 
-import contextlib
+import warnings
 
 import torch
 from torch import nn
 
 from ..layers.activations import MaxMin, sort_pairs, unsort_pairs
+from .schema import PLAIN
+from .stack import bound_of
+
+WIDEST = 64  # of features in a dense stack: beyond, padding costs more than operations do
+COMPILED_STEPS = 2000  # from here on, compiling a step (a minute) pays back
+COMPILED_DEVICES = ("cuda",)  # on a CPU the compiled step is no faster, see benchmarks/
+COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
 
 
-@contextlib.contextmanager
-def _side_stream(device):
-    """On CUDA what follows runs on a stream of its own, as capturing asks for; later work waits."""
-    if device.type != "cuda":
-        yield
+def use_dense(stack):
+    """Let a stack of small perceptrons compute as a DenseStack; returns whether it is one.
+
+    Their networks have Linear layers with MaxMin between them and float32 arithmetic, and the
+    gradient of K is that of the envelope theorem.
+    """
+    first, program = stack.runs[0], stack.program
+    fits = stack.engine is None and program.local_K is None and DenseStack.fits(stack.nets[0])
+    if not fits or program.through or first.precision != "float32":
+        return False
+    dense = DenseStack(stack.nets[0], len(stack.runs), stack.device)
+
+    def forward(images, epsilon=None):
+        tensors = {**stack.parameters, **stack.buffers}
+        with torch.set_grad_enabled(program.moves_K and torch.is_grad_enabled()):
+            body = dense.body_lipschitz(tensors, program.iterations)
+            bound = bound_of(body, dense.rows(tensors))
+        return dense.logits(tensors, images), bound
+
+    stack.forward = forward
+    return True
+
+
+def use_compiled(stack, steps):
+    """Let torch.compile make the losses of a stack, if it takes so many steps that this pays.
+
+    For plain networks on CUDA. The first batch is computed both ways: where compiling fails, e.g.
+    without a C++ compiler, or the gradients differ, one warning says so and training goes on as
+    before, to the same result.
+    """
+    first, program = stack.runs[0], stack.program
+    plain = first.model in PLAIN and program.local_K is None and not program.tf32
+    worth = stack.device.type in COMPILED_DEVICES and steps >= COMPILED_STEPS
+    if not (plain and worth and stack.engine is None):
         return
-    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        yield
-    here.wait_stream(aside)
+    eager = stack.losses
+
+    def on_trial(*batch):
+        """Chooses between both ways, which from here on is `losses`."""
+        stack.losses = eager
+        try:
+            for t in {**stack.parameters, **stack.buffers}.values():
+                torch._dynamo.mark_static_address(t)  # a graph reads and writes them in place
+            compiled = torch.compile(eager, dynamic=False, **COMPILER)
+            error = _difference(stack, compiled, eager, batch)
+            if not error <= (1e-3 if first.precision == "float32" else 1e-2):
+                raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
+            stack.losses = lambda *batch: _next_step(compiled, batch)
+        except Exception as error:  # a compiler raises many types
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"training of {first.model} is not compiled ({type(error).__name__}: {reason}): it "
+                "goes on without, to the same result and slower",
+                stacklevel=2,
+            )
+        return stack.losses(*batch)
+
+    stack.losses = on_trial
 
 
-def _graph(work):
-    """(replay, results) of a function without arguments as a CUDA graph on the current stream:
-    replay() does all its work on the device anew, into the same results."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        results = work()
-    return graph.replay, results
+def _next_step(compiled, batch):
+    torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
+    return compiled(*batch)
 
 
-WIDEST = 64  # of features: beyond, padding costs more than operations do
+def _difference(stack, compiled, eager, batch):
+    """The largest distance of loss, K and gradients of both ways on a batch, relative to the size
+    of each; NaN and infinity left out. The buffers of the stack end as they were."""
+    before = {k: t.clone() for k, t in stack.buffers.items()}
+
+    def outcome(losses):
+        for k, t in stack.buffers.items():
+            t.copy_(before[k])
+        loss, _, K = losses(*batch)
+        gradients = torch.autograd.grad(
+            loss.sum(), list(stack.parameters.values()), allow_unused=True
+        )
+        return [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
+
+    expected = outcome(eager)
+    for _ in range(3):  # graphs are captured in the second call and replayed from the third
+        replayed = outcome(lambda *batch: _next_step(compiled, batch))
+    for k, t in stack.buffers.items():
+        t.copy_(before[k])
+    distances = []
+    for a, b in zip(replayed, expected, strict=True):
+        a, b = (t.nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
+        distances.append(((a - b).norm() / b.norm().clamp_min(1e-30)).item())
+    return max(distances)
 
 
 class DenseStack:
@@ -94,9 +170,11 @@ class DenseStack:
     def body_lipschitz(self, tensors, iterations):
         """As LipschitzNet.body_lipschitz for each run, (S,)."""
         weights = [self._stacked(tensors[name + "weight"], 3) for name in self.layers[:-1]]
-        own = [self._stacked(tensors[name], 2) for name in self.vectors]
+        vectors = [self._stacked(tensors[name], 2) for name in self.vectors]
         with torch.no_grad():
-            for part, weight, start, v in zip(self.parts, weights, self.starts, own, strict=True):
+            for part, weight, start, v in zip(
+                self.parts, weights, self.starts, vectors, strict=True
+            ):
                 part.copy_(weight)
                 start.copy_(v)
             A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
@@ -107,8 +185,8 @@ class DenseStack:
                 v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
             if iterations:
                 self.iterates.copy_(v.view_as(self.iterates))
-                for start, v_own in zip(self.starts, own, strict=True):
-                    v_own.copy_(start)
+                for start, vector in zip(self.starts, vectors, strict=True):
+                    vector.copy_(start)
         return self.scale * _ProductOfNorms.apply(self.padded, self.iterates, *weights)
 
     @staticmethod

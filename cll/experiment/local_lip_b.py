@@ -7,6 +7,7 @@ from torch import nn
 from ..bounds.layer import is_linear
 from ..bounds.linear import apply_adjoint, apply_linear
 from ..bounds.network import head_rows
+from ..bounds.trace import leaves
 from ..certify.folds import ACTIVATIONS
 from ..layers.activations import ClampedMaxMin
 
@@ -28,7 +29,8 @@ def local_estimate(net, images, epsilon, iterations=2):
     net: cll.LipschitzNet of Conv2d, Linear, Flatten and MaxMin, ClampedMaxMin or ReLU after them.
     images: (N, *input_shape), un-normalised; epsilon: float or 0-dim tensor, in input units.
     iterations: steps of power iteration, first on the network's own vectors (in place, as in
-    net.lipschitz_matrix: call one of the two per training step), then for each sample from there.
+    net.estimate_lipschitz_matrix: call one of the two per training step), then for each sample
+    from there.
 
     Masks and vectors are held constant: the gradient flows through the weights in the norms
     (envelope theorem, see bounds.estimate). An estimate, every norm of it from below: for
@@ -38,7 +40,8 @@ def local_estimate(net, images, epsilon, iterations=2):
     if iterations:
         with torch.no_grad():
             net.body_lipschitz(iterations)
-    layers = [net.body.get_submodule(name) for name, *_ in net._layers]
+    layers = [layer for _, layer in leaves(net.body)]
+    vectors = iter([v for *_, v in net.linear_layers()])
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
         like, channels = next(net.parameters()), (-1, *[1] * (images.ndim - 2))
         scale, mean = (1 / net.std.to(like)).view(channels), net.mean.to(like).view(channels)
@@ -57,7 +60,7 @@ def local_estimate(net, images, epsilon, iterations=2):
                     state = _pre_activation(layer, h, low, high, epsilon * product)
                     inputs, (h, low, high, outputs) = live, _activate(follower, *state)
                     reached, live = outputs
-                v = getattr(net, f"v{i}")
+                v = next(vectors)
                 product = product * _masked_norm(layer, v, inputs, reached, iterations)
             elif not (isinstance(layer, ACTIVATIONS) and i and is_linear(layers[i - 1])):
                 raise TypeError(

@@ -18,21 +18,21 @@ import numpy as np
 
 from ..progress import progress_bar
 from .checkpoints import load_checkpoints
-from .evaluate import _attacked, _evaluate
+from .evaluate import Trained, attacked, evaluate
 from .ranks import connect, count, is_main, on_main
 from .schema import PLAIN, Params, load_params
 from .store import (
     CERTIFIER,
-    _finished,
-    _is_incomplete,
-    _lock,
-    _set_aside,
-    _write,
     finished,
+    lacks_attack,
     load_dataset,
     load_model,
-    only_finished,
+    lock,
+    orders,
+    read_record,
     run_dir,
+    set_aside,
+    write,
 )
 from .train import train
 
@@ -43,15 +43,17 @@ def run(params, out_dir, progress=True):
     params: Params, a mapping, or the path of a YAML file. A finished run with the same
     parameters is read; one with other parameters is moved to out_dir/previous-<hash> first. An
     interrupted run resumes from its checkpoint: on a CPU, to the bit-identical result.
+    Raises ValueError for a run that an earlier version certified, see `recertify`.
     """
     if not isinstance(params, Params):
         params = load_params(params)
-    if only_finished():
-        record = _finished(params, out_dir, ever=True)
-        if record is None:
-            raise FileNotFoundError(f"{params.name}, seed {params.seed}, has not run")
-        return record
-    return _run_together([params], [Path(out_dir)], progress)[0]
+    wanted = orders()
+    if not wanted.only_finished:
+        return _run_together([params], [Path(out_dir)], progress, wanted.fresh_since)[0]
+    record = read_record(params, out_dir)
+    if record is None:
+        raise FileNotFoundError(f"{params.name}, seed {params.seed}, has not run")
+    return record
 
 
 def run_all(runs, root, progress=True, stack=None):
@@ -61,77 +63,80 @@ def run_all(runs, root, progress=True, stack=None):
     a time (default: 32 for the MLP, or for plain networks on CUDA; 1 for others, where a stack
     saves nothing). Under torchrun runs train one by one, on all ranks. Finished runs are read.
     With CLL_ONLY_FINISHED in the environment nothing is computed and only their records return.
+    Raises ValueError for runs that an earlier version certified, see `recertify`.
     """
-    if only_finished():
+    wanted = orders()
+    if wanted.only_finished:
         return finished(runs, root)
-    folders = [run_dir(params, root) for params in runs]
-    unique = dict(zip(folders, runs, strict=True))
+    unique = {run_dir(params, root): params for params in runs}
     if not unique:
         return []
     engine = connect(runs[0].torch_device)
-    records = on_main(
-        lambda: {folder: _finished(params, folder) for folder, params in unique.items()}, engine
-    )
+
+    def known():
+        return {f: read_record(params, f, wanted.fresh_since) for f, params in unique.items()}
+
+    records = on_main(known, engine)
     pending = [
         params
         for folder, params in unique.items()
-        if records[folder] is None or _is_incomplete(params, records[folder])
+        if records[folder] is None or not _is_complete(params, records[folder])
     ]
     batches = list(_batches(pending, root, stack))
     several = progress and len(batches) > 1 and is_main()
     with progress_bar(len(pending), "runs", "run", several) as bar:
         for batch in batches:
-            places = [run_dir(params, root) for params in batch]
-            records |= zip(places, _run_together(batch, places, progress), strict=True)
+            folders = [run_dir(params, root) for params in batch]
+            results = _run_together(batch, folders, progress, wanted.fresh_since)
+            records |= zip(folders, results, strict=True)
             bar.update(len(batch))
-    return [records[folder] for folder in folders]
+    return [records[run_dir(params, root)] for params in runs]
 
 
 def _batches(runs, root, stack):
-    """Groups of runs that can train as one program, resumable ones with their own kind."""
+    """Groups of runs that can train as one program. Those with checkpoints resume among
+    themselves: a new run would take them back to their start."""
     groups = {}
-    own = {"name", "row", "seed", "loss", "radii", "label"}
-    own |= {"certify_train", "tightness", "local", "attack"}
+    free = {"name", "row", "seed", "loss", "radii", "label"}
+    free |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
-        alone = params.loss.name == "Local-Lip-B" or count() > 1
-        groups.setdefault((params.model_dump_json(exclude=own), alone), []).append(params)
-    for (_, alone), group in groups.items():
-        model, device = group[0].model, group[0].torch_device
-        small = model == "MLP" or (device == "cuda" and model in PLAIN)
-        limit = 1 if alone else stack or (32 if small else 1)
-        if limit == 1:
-            yield from ([params] for params in group)
-            continue
-        buckets = []  # (common epochs, runs): runs resume together only from a common epoch
-        for params in group:
-            epochs = frozenset(load_checkpoints(params, run_dir(params, root)))
-            for i, (common, members) in enumerate(buckets):
-                if (common & epochs or common == epochs) and len(members) < limit:
-                    buckets[i] = (common & epochs, [*members, params])
-                    break
-            else:
-                buckets.append((epochs, [params]))
-        yield from (members for _, members in buckets)
+        limit = _limit(params, stack)
+        begun = limit > 1 and bool(load_checkpoints(params, run_dir(params, root)))
+        key = params.model_dump_json(exclude=free), limit, begun
+        groups.setdefault(key, []).append(params)
+    for (_, limit, _), group in groups.items():
+        yield from (group[i : i + limit] for i in range(0, len(group), limit))
 
 
-def _run_together(runs, out_dirs, progress):
+def _limit(params, stack):
+    """How many runs like this one train together at most."""
+    if params.loss.local_K is not None or count() > 1:
+        return 1
+    plain_on_cuda = params.torch_device == "cuda" and params.model in PLAIN
+    return stack or (32 if params.model == "MLP" or plain_on_cuda else 1)
+
+
+def _run_together(runs, out_dirs, progress, fresh_since):
+    """Claim the folders; train what has not finished as one program; certify it; complete what has
+    finished. Returns the records."""
     engine = connect(runs[0].torch_device)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as claimed:
 
         def claim():
             # one order for all processes, so that none waits in a ring
             for out_dir in sorted(out_dirs):
                 out_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(out_dir))
-            # Another process may have finished some of them while this one waited.
-            found = [_finished(p, d) for p, d in zip(runs, out_dirs, strict=True)]
-            for params, out_dir, record in zip(runs, out_dirs, found, strict=True):
+                claimed.enter_context(lock(out_dir))
+            # another process may have finished some of them while this one waited
+            records = [read_record(p, d, fresh_since) for p, d in zip(runs, out_dirs, strict=True)]
+            for out_dir, record in zip(out_dirs, records, strict=True):
                 if record is None:
-                    _set_aside(params, out_dir)
-            return found
+                    set_aside(out_dir)
+            return records
 
         records = on_main(claim, engine)
-        todo = [i for i, r in enumerate(records) if r is None]
+        todo = [i for i, record in enumerate(records) if record is None]
+        nets, datasets, seconds = [], [], 0.0
         if todo:
             # one process first, which may download them
             with engine.main_process_first() if engine else contextlib.nullcontext():
@@ -142,34 +147,59 @@ def _run_together(runs, out_dirs, progress):
         def complete():
             several = progress and len(todo) > 1
             with progress_bar(len(todo), "certify", "run", several) as bar:
-                for k, i in enumerate(todo):
-                    more = (out_dirs[i], seconds, len(todo), progress)
-                    records[i] = _evaluate(runs[i], nets[k], datasets[k], *more)
+                for i, net, dataset in zip(todo, nets, datasets, strict=True):
+                    new = Trained(runs[i], net, dataset, out_dirs[i], seconds, len(todo))
+                    records[i] = evaluate(new, progress)
                     bar.update()
-            return [
-                record if i in todo else _completed(runs[i], record, out_dirs[i], progress)
-                for i, record in enumerate(records)
-            ]
+            for i in set(range(len(runs))) - set(todo):
+                records[i] = _completed(runs[i], records[i], out_dirs[i], progress)
+            return records
 
         return on_main(complete, engine)
 
 
+def _is_complete(params, record):
+    return record.get("certifier") == CERTIFIER and not lacks_attack(params, record)
+
+
 def _completed(params, record, out_dir, progress):
-    """The record of a finished run, certified by this version, with the attack asked for."""
-    weights = Path(out_dir) / "checkpoint.safetensors"
-    if not _is_incomplete(params, record) or not weights.exists():
+    """The record of a finished run with the attack that its parameters ask for."""
+    if record.get("certifier") != CERTIFIER:
+        raise ValueError(
+            f"{params.name}, seed {params.seed}, was certified by an earlier version of this kit, "
+            f"in {out_dir}: certify its weights anew with python -m cll FILE --recertify, or "
+            "experiment.recertify"
+        )
+    if not lacks_attack(params, record) or not (out_dir / "checkpoint.safetensors").exists():
         return record
     net, dataset = load_model(out_dir).to(params.torch_device), load_dataset(params)
-    if record.get("certifier") != CERTIFIER:
-        seconds, together = record["seconds"], record["trained_together"]
-        return _evaluate(params, net, dataset, out_dir, seconds, together, progress, record)
     saved = np.load(out_dir / "radii.npz")
     radii = {"guaranteed": saved["radius"]}
     if "radius_local" in saved:
         radii["local"] = saved["radius_local"]
-    attack = _attacked(params, net, dataset, radii, saved["correct"], progress)
+    attack = attacked(params, net, dataset, radii, saved["correct"], progress)
     if attack is not None:
         record["attack"] = attack
         record["params"]["attack"] = params.attack.model_dump()
-        _write(out_dir / "result.json", json.dumps(record, indent=1))
+        write(out_dir / "result.json", json.dumps(record, indent=1))
     return record
+
+
+def recertify(params, out_dir, progress=True):
+    """Certify a finished run of an earlier version anew, from its weights; returns its record.
+
+    Where and when it was trained stays on record, and so do its lower bound of K and its snapshots.
+    A run that this version certified is read. Raises FileNotFoundError where there is no finished
+    run, or one without its weights.
+    """
+    out_dir = Path(out_dir)
+    record = read_record(params, out_dir)
+    if record is None:
+        raise FileNotFoundError(f"no finished run of {params.name} in {out_dir}")
+    if record.get("certifier") == CERTIFIER:
+        return record
+    net, together = load_model(out_dir), record["trained_together"]
+    with lock(out_dir):
+        dataset = load_dataset(params)
+        old = Trained(params, net, dataset, out_dir, record["seconds"], together, record)
+        return evaluate(old, progress)

@@ -6,12 +6,15 @@ import json
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
+import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ..data.augment import Augmentation
+from .fields import Count, NonNegative, Number, Positive, Record, Share, Start
+from .losses import CLL, LOSSES
 from .parameter_file import merge, over_base, read
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: params/ and outputs/ live here
@@ -20,129 +23,7 @@ SEEDS = 2**32  # seeds are below it: NumPy draws two_moons with them
 PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-def _numbers(value, name=""):
-    """The value; ValueError where it holds true or false, which Python counts as 1 or 0."""
-    if isinstance(value, bool):
-        raise ValueError(f"{name}true or false is no number")
-    held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
-    for key, number in held.items() if isinstance(held, dict) else ():
-        if isinstance(key, int) or key in IN_AUGMENTATION:
-            _numbers(number, f"{key}: " * isinstance(key, str))
-    return value
-
-
-IN_AUGMENTATION = ("crop", "rotation", "jitter", "brightness", "contrast", "saturation", "hue")
-Number = BeforeValidator(_numbers)
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
-Finite = Annotated[float, Field(allow_inf_nan=False), Number]
-Slack = Annotated[float, Field(gt=0, lt=1), Number]
-Share = Annotated[float, Field(gt=0, le=1), Number]  # of training, or of a size
-Start = Annotated[float, Field(ge=0, lt=1), Number]  # a moment of training
-Count = Annotated[int, Field(gt=0), Number]
-
-
-class CLL(_Record):
-    """Calibrated Lipschitz-margin loss (losses.cll_loss) + lambda * max(K)^2."""
-
-    name: Literal["CLL"]
-    epsilon: Positive
-    p: Slack = Field(description="slack: total probability mass outside the margin")
-    p_start: Slack | None = Field(None, description="anneal p from here by a polynomial")
-    p_power: Positive = 50
-    offset: Literal["two-sided", "one-sided", "none"] = "two-sided"
-    form: Literal["pairwise", "per-logit"] = "pairwise"
-    lam: NonNegative = Field(0.0, alias="lambda", description="weight of max(K)^2")
-    K_warmup: Slack | None = Field(None, description="factor on K, rising from here to 1")
-    K_warmup_power: Positive = 10
-    detach: bool = Field(
-        True,
-        description="K is a constant in the cross-entropy; false: as in the published SOC runs",
-    )
-
-
-class GloRo(_Record):
-    """GloRo loss (losses.gloro_loss)."""
-
-    name: Literal["GloRo"]
-    epsilon: Positive
-    epsilon_power: Positive | None = Field(None, description="anneal epsilon from 0; null: fixed")
-    trades: Positive | None = Field(None, description="weight of the TRADES variant")
-    trades_start: NonNegative | None = Field(
-        None, description="that weight at the start, rising linearly to `trades`; null: fixed"
-    )
-    trades_until: Share = Field(1.0, description="fraction of training at which it arrives")
-    gradient: Literal["exact", "published"] = Field(
-        "exact", description="published: the head's largest pair norm counts twice (official code)"
-    )
-    temperature: Positive = Field(1.0, description="of the softmax: logits and K are divided by it")
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.trades_start is not None and self.trades is None:
-            raise ValueError("trades_start needs trades, the weight at which the ramp ends")
-        if self.trades_until != 1 and self.trades_start is None:
-            raise ValueError("trades_until needs trades_start, the weight at which the ramp starts")
-        return self
-
-
-class CE(_Record):
-    """Cross-entropy: no margin, no control of K."""
-
-    name: Literal["CE"]
-
-
-class Hinge(_Record):
-    """Multi-class hinge loss (losses.hinge_loss), the baseline of CPL."""
-
-    name: Literal["Hinge"]
-    margin: Positive = 0.7
-
-
-class AOL(_Record):
-    """Offset cross-entropy (losses.aol_loss), the baseline of SLL and LBDN."""
-
-    name: Literal["AOL"]
-    offset: Finite = 2**0.5 * 1.5
-    temperature: Positive = 0.25
-
-
-class SOC(_Record):
-    """Cross-entropy with certificate regularisation (losses.certificate_regularized_loss)."""
-
-    name: Literal["SOC"]
-    gamma: NonNegative = 0.0
-
-
-class LocalLipB(_Record):
-    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample.
-
-    Between the moments warmup and rampup, fractions of training, epsilon rises from 0 and the
-    weight kappa of the clean cross-entropy falls from 1 to 0.
-    """
-
-    name: Literal["Local-Lip-B"]
-    epsilon: Positive
-    warmup: Start = 0.0
-    rampup: Share = 0.5
-    iterations: Count = Field(2, description="of power, per sample and layer")
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.warmup >= self.rampup:
-            raise ValueError(f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}")
-        return self
-
-
-LOSSES = {"CLL": CLL, "GloRo": GloRo, "CE": CE, "Hinge": Hinge, "AOL": AOL, "SOC": SOC}
-LOSSES["Local-Lip-B"] = LocalLipB
-
-
-class Optimizer(_Record):
+class Optimizer(Record):
     """weight_decay spares Householder angles and clamp thresholds."""
 
     name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
@@ -176,15 +57,26 @@ class Optimizer(_Record):
             raise ValueError("schedule = 'exponential' needs final_lr, where it ends")
         return self
 
+    def rate(self, iteration, total):
+        """Learning rate of one iteration (from 0) of `total`."""
+        if self.schedule == "triangular":
+            # at the middle of the iteration, so that neither the first nor the last one is idle
+            corners = [0.0, self.lr, self.lr / 20, 0.0]
+            return float(np.interp((iteration + 0.5) / total, [0, 2 / 5, 4 / 5, 1], corners))
+        if self.schedule == "exponential":
+            decayed = (iteration / total - self.decay_from) / (1 - self.decay_from)
+            return self.lr * (self.final_lr / self.lr) ** max(decayed, 0.0)
+        return self.lr * self.gamma ** sum(iteration >= m for m in self.milestones)
 
-class Size(_Record):
+
+class Size(Record):
     """Factors on an architecture, for runs of a size that fits a CPU; see architectures.build."""
 
     width: Share = 1.0
     depth: Share = 1.0
 
 
-class Tightness(_Record):
+class Tightness(Record):
     """Empirical lower bound of K (certify.lipschitz_lower_bound)."""
 
     method: Literal["optimized", "pairs"] = "optimized"
@@ -192,7 +84,7 @@ class Tightness(_Record):
     steps: Annotated[int, Field(ge=0), Number] = 1000
 
 
-class Attack(_Record):
+class Attack(Record):
     """Attack the first test images at each of the radii (attack.autoattack): accuracy from above,
     where the certificate is accuracy from below."""
 
@@ -241,7 +133,7 @@ Std = Annotated[float | tuple[float, ...], _per_channel(0), Number]
 RETIRED = {"compile": False, "checkpointing": False, "variant": "sound"}
 
 
-class Params(_Record):
+class Params(Record):
     """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -257,7 +149,7 @@ class Params(_Record):
     head: Literal["linear", "normalized", "truncated"] = "linear"
     activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
     size: Size = Size()
-    loss: Annotated[CLL | GloRo | CE | Hinge | AOL | SOC | LocalLipB, Field(discriminator="name")]
+    loss: Annotated[Union[tuple(LOSSES.values())], Field(discriminator="name")]  # noqa: UP007
     optimizer: Optimizer = Optimizer()
     epochs: Count
     batch_size: Count = Field(128, description="over all ranks")
@@ -299,8 +191,8 @@ class Params(_Record):
 
     @model_validator(mode="after")
     def _check(self):
-        plain = {"loss Local-Lip-B": self.loss.name == "Local-Lip-B", "local: true": self.local}
-        for key, asked in plain.items():
+        per_sample = self.loss.local_K is not None
+        for key, asked in ((f"loss {self.loss.name}", per_sample), ("local: true", self.local)):
             if asked and self.model not in PLAIN:
                 raise ValueError(
                     f"{key} needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
@@ -348,28 +240,39 @@ class Params(_Record):
 
 
 def _explain(error, values, where):
-    """One line for a pydantic error: the key, what is wrong, the nearest valid key."""
-    loss = values.get("loss")
-    loss = LOSSES.get(str(loss.get("name")) if isinstance(loss, dict) else "", CLL)
-    nested = {"loss": loss, "optimizer": Optimizer, "tightness": Tightness, "size": Size}
-    nested |= {"augmentation": Augmentation, "attack": Attack}
-    lines = []
+    """A ValueError of one line for a pydantic error: for each key what is wrong."""
     # a list is too short as well once its values are refused
     errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
-    for e in errors:
-        location = [str(part) for part in e["loc"] if part not in LOSSES]
-        key = ".".join(location)
-        if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            schema = nested[location[0]] if len(location) > 1 else Params
-            keys = getattr(schema, "model_fields", None) or Augmentation.__dataclass_fields__
-            known = [getattr(field, "alias", None) or key for key, field in keys.items()]
-            nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
-            lines.append(f"unknown key {key!r}; nearest: {nearest!r}")
-        elif e["type"] == "value_error" and isinstance(e["input"], dict):  # about several keys
-            lines.append(f"{key}: {e['ctx']['error']}" if key else str(e["ctx"]["error"]))
-        else:
-            lines.append(f"{key or '(top level)'} = {e.get('input')!r}: {e['msg']}")
-    return ValueError(f"{where}: " + "; ".join(lines))
+    return ValueError(f"{where}: " + "; ".join(_complaint(e, values) for e in errors))
+
+
+def _complaint(error, values):
+    """What one entry of a pydantic error says, and for an unknown key the nearest valid one."""
+    location = [str(step) for step in error["loc"] if step not in LOSSES]
+    key = ".".join(location)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys(location[0], values) if len(location) > 1 else _keys_of(Params)
+        nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
+        return f"unknown key {key!r}; nearest: {nearest!r}"
+    if error["type"] == "value_error" and isinstance(error["input"], dict):  # about several keys
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    return f"{key or '(top level)'} = {error.get('input')!r}: {error['msg']}"
+
+
+def _keys(section, values):
+    """The keys that may stand below a key of Params which holds a mapping."""
+    if section == "augmentation":
+        return list(Augmentation.__dataclass_fields__)
+    if section == "loss":  # that of the name given, else the keys of CLL
+        given = values["loss"].get("name") if isinstance(values.get("loss"), dict) else None
+        return _keys_of(LOSSES.get(str(given), CLL))
+    return _keys_of(
+        {"optimizer": Optimizer, "size": Size, "attack": Attack}.get(section, Tightness)
+    )
+
+
+def _keys_of(schema):
+    return [field.alias or key for key, field in schema.model_fields.items()]
 
 
 def _read(source):

@@ -1,7 +1,5 @@
 """Folders of runs: where results lie, when they count as finished, how they are read."""
 
-import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -10,8 +8,10 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
@@ -69,11 +69,10 @@ def load_dataset(params):
     return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
 
 
-def _finished(params, out_dir, ever=False):
-    """The record of a finished run, else None. ever: even if FRESH=1 of make asks to redo it."""
+def read_record(params, out_dir, since=0.0):
+    """The record of a finished run, else None. since: what finished before that moment, in seconds
+    as of time.time(), does not count."""
     path = Path(out_dir) / "result.json"
-    # what was finished before that moment counts as not done
-    since = 0 if ever else float(os.environ.get("CLL_FRESH") or 0)
     if not path.exists() or path.stat().st_mtime < since:
         return None
     try:
@@ -82,31 +81,37 @@ def _finished(params, out_dir, ever=False):
         raise ValueError(f"damaged result {path} ({error}); delete it to redo the run") from None
     if record["params_hash"] != params.hash():
         return None
-    if params.label and record["data"] != params.label:
-        record["data"] = params.label
-        _write(path, json.dumps(record, indent=1))
-    return record
+    return record | ({"data": params.label} if params.label else {})
 
 
-def _is_incomplete(params, record):
-    """Whether a finished run misses what needs no training: a certificate of this version, or the
-    attack that the parameters ask for."""
-    if record.get("certifier") != CERTIFIER or params.attack is None:
-        return record.get("certifier") != CERTIFIER
+def lacks_attack(params, record):
+    """Whether a finished run was not attacked as its parameters ask for."""
+    if params.attack is None:
+        return False
     done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
     return (done.get("images"), done.get("version")) != (images, params.attack.version)
 
 
-def _write(path, text):
+def write(path, text):
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
-def only_finished():
-    """Whether the environment variable CLL_ONLY_FINISHED forbids computing runs: what has finished
-    is read, what has not is left out. `make reference` sets it."""
-    return bool(os.environ.get("CLL_ONLY_FINISHED"))
+class Orders(NamedTuple):
+    """What `make` says about all runs of a process. only_finished: compute nothing, read what has
+    finished (`make reference`); fresh_since: what finished before counts as not done (FRESH=1)."""
+
+    only_finished: bool
+    fresh_since: float
+
+
+def orders():
+    """The Orders in the environment: `run`, `run_all` and `finished` ask here, and hand them on as
+    arguments. Nothing else reads CLL_ONLY_FINISHED and CLL_FRESH."""
+    only, fresh = os.environ.get("CLL_ONLY_FINISHED"), os.environ.get("CLL_FRESH")
+    return Orders(bool(only), float(fresh or 0))
 
 
 def finished(runs, root):
@@ -115,8 +120,8 @@ def finished(runs, root):
     With CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by
     its longest shortened schedule there; records and captions then say "40 of 801 epochs".
     """
-    records = [_finished(params, run_dir(params, root), ever=True) for params in runs]
-    if only_finished():
+    records = [read_record(params, run_dir(params, root)) for params in runs]
+    if orders().only_finished:
         whole = {record["name"] for record in records if record}
         records = [
             record or (None if params.name in whole else _shortened(params, root))
@@ -128,25 +133,22 @@ def finished(runs, root):
 def _shortened(params, root):
     """The record of the longest finished run that differs from `params` by a shorter schedule
     alone, else None."""
-    found = []
+    shorter = []
     for path in Path(root).glob(f"runs/{params.name}-seed{params.seed}-*/result.json"):
         record = json.loads(path.read_text())
-        own = Params.model_validate(record["params"])
-        same = params.model_copy(update={key: getattr(own, key) for key in SCHEDULE})
-        if own.epochs < params.epochs and own.hash() == same.hash():
-            found.append(record)
-    return max(found, key=lambda record: record["epochs"], default=None)
+        other = Params.model_validate(record["params"])
+        same = params.model_copy(update={key: getattr(other, key) for key in SCHEDULE})
+        if other.epochs < params.epochs and other.hash() == same.hash():
+            shorter.append(record)
+    return max(shorter, key=lambda record: record["epochs"], default=None)
 
 
-@contextlib.contextmanager
-def _lock(folder):
-    """Two processes never work in one run folder; the second waits."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock(folder):
+    """A lock: two processes never work in one run folder; the second waits."""
+    return FileLock(folder / ".lock")
 
 
-def _set_aside(params, out_dir):
+def set_aside(out_dir):
     """Move a finished result of other parameters away, so that it is not overwritten."""
     path = out_dir / "result.json"
     if path.exists():

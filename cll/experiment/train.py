@@ -7,38 +7,26 @@ keeps its own generator for order and augmentation and its own initialisation; i
 not depend on its companions beyond rounding.
 
 A run alone trains its network itself, whose weights exist once; several ranks may share its steps.
-
-Everything a step needs is on the device before the epoch starts, and the host waits for the
-device once per epoch. On CUDA a step of a plain network is captured as one graph and replayed.
 """
 
 import contextlib
 import csv
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..data.augment import augment, draw, to_float
 from ..progress import progress_bar
-from .checkpoints import CHECKPOINT_SECONDS, _curve, _restore, _save_snapshots, _Saver
+from .checkpoints import Saver, open_curve, restore, save_snapshots
+from .fast import use_compiled, use_dense
 from .ranks import connect, is_main
-from .stack import RECORDED_STEPS, Stack, _learning_rate, _schedules, build_network
+from .stack import Stack, build_network
 
 CHUNK_IMAGES = 8192  # gathered and augmented at a time: keeps the device busy, takes 0.5 GiB
 
 
-@contextlib.contextmanager
-def _leaves_threads():
-    """Whatever number of threads is set inside, the former one holds after it."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_leaves_threads()
 def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 
@@ -51,120 +39,134 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
-    first, S, out_dirs = runs[0], len(runs), [Path(d) for d in out_dirs]
-    engine, main = connect(str(device)), is_main()
-    if engine is not None and S > 1:
-        raise ValueError(f"several ranks train one run at a time, not {S}")
-    n = len(datasets[0].train_targets)
-    batch = min(first.batch_size, n)
-    share = _share(batch, engine)
+    # Prepare: the networks and the data on the device, and what the last checkpoint holds.
+    stack, batches, threads = _prepare(runs, datasets, device)
+    main, epochs, out_dirs = is_main(), runs[0].epochs, [Path(d) for d in out_dirs]
+    saver = Saver(stack, out_dirs)
+    start, diverged, former_seconds = restore(stack, out_dirs, batches.generators)
+    batches.draw()
+    if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
+        saver.save(batches.states, 0, diverged, 0.0)
+        saver.wait()
+
+    began = time.monotonic()
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(_threads(threads))
+        bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
+        opened.enter_context(bar).update(start * batches.steps)
+        curves = [open_curve(d / "curve.csv", start) for d in out_dirs] if main else []
+        for curve in curves:
+            opened.enter_context(curve)
+
+        for epoch in range(start, epochs):
+            # Run: the steps of the epoch. The host waits for the device once, at its end.
+            result = _run_epoch(stack, batches, epoch, bar)
+            seconds = former_seconds + time.monotonic() - began
+
+            # Report: a row in every curve.csv, a line on the screen, and who has diverged.
+            for s, run in enumerate(runs):
+                diverged[s] = diverged[s] or _divergence(run, epoch, result, s)
+            for curve, row in zip(curves, _rows(stack, epoch, result, seconds), strict=False):
+                csv.writer(curve).writerow(row)
+            bar.set_postfix_str(_line(epoch, epochs, result), refresh=False)
+
+            # Save: snapshots that were asked for, and a checkpoint now and then.
+            done = epoch + 1 == epochs or all(diverged)
+            if main and epoch + 1 in runs[0].snapshots:
+                save_snapshots(stack, out_dirs, epoch + 1)
+            if main and (done or saver.due()):
+                saver.save(batches.states, epoch + 1, diverged, seconds)
+            if done:
+                break
+        saver.wait()
+
+    if any(diverged):
+        raise FloatingPointError("; ".join(filter(None, diverged)))
+    if stack.engine is not None:
+        stack.engine.free_memory()  # it would keep this network while the next one trains
+    seconds = former_seconds + time.monotonic() - began
+    return stack.networks() if main else None, seconds / len(runs)
+
+
+def _prepare(runs, datasets, device):
+    """(stack, batches, threads): the networks, as fast as their steps can be taken on this many
+    threads, and the data.
+
+    The length of the whole training decides what is fast: a resumed run must compute as it did
+    before.
+    """
+    engine = connect(str(device))
+    if engine is not None and len(runs) > 1:
+        raise ValueError(f"several ranks train one run at a time, not {len(runs)}")
     nets = [_initialise(run, data) for run, data in zip(runs, datasets, strict=True)]
     stack = Stack(runs, nets, device, engine)
-    generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+    batches = Batches(runs, datasets, stack.device, engine)
+    # operations of a dense stack are so small that two threads are slower than one
+    threads = 1 if use_dense(stack) else torch.get_num_threads()
+    use_compiled(stack, runs[0].epochs * batches.steps)
+    return stack, batches, threads
 
-    shared = all(data is datasets[0] for data in datasets)
-    sources = datasets[:1] if shared else datasets
-    images = torch.cat([data.train_images for data in sources]).to(stack.device)
-    targets = torch.cat([data.train_targets for data in sources]).to(stack.device)
-    first_row = torch.zeros(S, 1, dtype=torch.long) if shared else n * torch.arange(S)[:, None]
-    steps = n // batch  # the last, smaller batch of an epoch is dropped, as in unconstrained/
-    total = first.epochs * steps
-    augments = images.dtype == torch.uint8 and first.augmentation.active
 
-    # by the length of the whole training: a resumed run must compute as it did before
-    small = stack.dense is not None and stack.device.type == "cpu"
-    if small and first.optimizer.name == "AdamW" and total >= RECORDED_STEPS:
-        stack.record(batch)
-    saver = _Saver(stack, out_dirs)
-    start, diverged, seconds = _restore(stack, out_dirs, generators)
-    if stack.dense is not None:  # operations this small are slower on two threads than on one
-        torch.set_num_threads(1)
-    if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
-        saver.save([g.get_state() for g in generators], 0, diverged, 0.0)
-        saver.wait()
-    curves = [_curve(d / "curve.csv", start) for d in out_dirs] if main else []
-    bar = progress_bar(total, _describe(runs), "step", progress and main)
-    bar.update(start * steps)
-    last_checkpoint = began = time.monotonic()
-    pause = CHECKPOINT_SECONDS
-    upcoming = _epoch(n, steps * batch, first, generators, images, augments)
-    for epoch in range(start, first.epochs):
-        order, drawn = upcoming
-        rows = _own(order + first_row, steps, share).to(stack.device)  # (S, steps, own)
-        if augments:
-            drawn = {k: _own(v, steps, share).to(stack.device) for k, v in drawn.items()}
-        schedule = stack.schedule([(epoch * steps + i) / total for i in range(steps)])
-        rates = [_learning_rate(first.optimizer, epoch * steps + i, total) for i in range(steps)]
-        lr = rates[-1]
-        if stack.rate is not None:
-            rates = torch.tensor(rates).to(stack.device).unbind()
-        loss_sum = torch.zeros(S, device=stack.device, dtype=torch.float64)
-        correct = torch.zeros(S, device=stack.device, dtype=torch.long)
-        chunk = max(1, CHUNK_IMAGES // (batch * max(S, 2)))
-        for begin in range(0, steps, chunk):
-            part = slice(begin, begin + chunk)
-            ids = rows[:, part]  # (S, chunk, own)
-            x, y = images[ids.reshape(-1)], targets[ids]
-            if augments:
-                x = augment(x, {k: v[:, part].flatten(0, 2) for k, v in drawn.items()})
+def _initialise(run, dataset):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return build_network(run, dataset.num_classes, dataset.input_shape)
+
+
+class Batches:
+    """The training images of S runs on the device, and the order in which each run sees them.
+
+    generators: of order and augmentation, one per run; states: theirs before the last `draw`, which
+    a checkpoint keeps. steps: batches in an epoch; the last, smaller one is dropped.
+    """
+
+    def __init__(self, runs, datasets, device, engine=None):
+        self.run, self.device = runs[0], device
+        n = len(datasets[0].train_targets)
+        self.size = min(self.run.batch_size, n)
+        self.steps, self.share = n // self.size, _share(self.size, engine)
+        shared = all(data is datasets[0] for data in datasets)
+        sources = datasets[:1] if shared else datasets
+        self.images = torch.cat([data.train_images for data in sources]).to(device)
+        self.targets = torch.cat([data.train_targets for data in sources]).to(device)
+        self.n, S = n, len(runs)
+        self.first_row = (
+            torch.zeros(S, 1, dtype=torch.long) if shared else n * torch.arange(S)[:, None]
+        )
+        self.augments = self.images.dtype == torch.uint8 and self.run.augmentation.active
+        self.generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+
+    def draw(self):
+        """Order (S, n) and augmentation {name: (S, n, ...)} of the next epoch, on the host."""
+        self.states = [g.get_state() for g in self.generators]
+        used, shape = self.steps * self.size, self.images.shape[-2:]
+        self.order = torch.stack(
+            [torch.randperm(self.n, generator=g)[:used] for g in self.generators]
+        )
+        self.changes = {}
+        if self.augments:
+            drawn = [draw(used, self.run.augmentation, shape, g) for g in self.generators]
+            self.changes = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
+
+    def __iter__(self):
+        """Images (S, N, ...) and targets (S, N) of each step of the epoch that was drawn; N: the
+        share of this rank in a batch."""
+
+        def placed(values):  # (S, n, ...) -> (S, steps, N, ...)
+            return values.unflatten(1, (self.steps, -1))[:, :, self.share].to(self.device)
+
+        rows = placed(self.order + self.first_row)
+        changes = {k: placed(v) for k, v in self.changes.items()}
+        chunk = max(1, CHUNK_IMAGES // (self.size * max(len(rows), 2)))
+        for begin in range(0, self.steps, chunk):
+            now = slice(begin, begin + chunk)
+            ids = rows[:, now]  # (S, chunk, N)
+            x, y = self.images[ids.reshape(-1)], self.targets[ids]
+            if self.augments:
+                x = augment(x, {k: v[:, now].flatten(0, 2) for k, v in changes.items()})
             x = to_float(x).unflatten(0, ids.shape)
             for i in range(ids.shape[1]):
-                stack.set_rate(rates[begin + i])
-                loss, right, K = stack.step(x[:, i], y[:, i], *(v[begin + i] for v in schedule))
-                loss_sum += loss
-                correct += right
-            bar.update(ids.shape[1])
-        # drawn while the device is still at work; a checkpoint holds the state before
-        states = [g.get_state() for g in generators]
-        if epoch + 1 < first.epochs:
-            upcoming = _epoch(n, steps * batch, first, generators, images, augments)
-        K_max = K.flatten(1).amax(1)
-        if engine is not None:
-            loss_sum = engine.reduce(loss_sum, "mean")
-            correct = engine.reduce(correct, "sum")
-            K_max = engine.gather(K_max).amax(0, keepdim=True)
-        mean_loss, K_max = (loss_sum / steps).tolist(), K_max.tolist()
-        accuracy = (correct / (steps * batch)).tolist()
-        elapsed = seconds + time.monotonic() - began
-        for s, run in enumerate(runs):
-            finite = abs(mean_loss[s]) + abs(K_max[s]) < float("inf")  # False with NaN as well
-            if diverged[s] is None and not finite:
-                remedy = " or raise loss.lambda" if run.loss.name == "CLL" else ""
-                diverged[s] = (
-                    f"training of {run.name} seed {run.seed} diverged in epoch {epoch + 1}: loss "
-                    f"{mean_loss[s]:.4g}, K = {K_max[s]:.4g}; lower optimizer.lr "
-                    f"(now {run.optimizer.lr:g}){remedy}"
-                )
-            epsilon, p, *_ = _schedules(run.loss, ((epoch + 1) * steps - 1) / total)
-            epsilon = epsilon if hasattr(run.loss, "epsilon") else ""
-            p = p if run.loss.name == "CLL" else ""
-            row = epoch + 1, mean_loss[s], accuracy[s], K_max[s], lr, epsilon, p
-            if main:
-                csv.writer(curves[s]).writerow((*row, round(elapsed / S, 3)))
-        bar.set_postfix_str(
-            f"epoch {epoch + 1}/{first.epochs}, loss {sum(mean_loss) / S:.3g}, "
-            f"train {100 * sum(accuracy) / S:.1f} %, K {max(K_max):.3g}",
-            refresh=False,
-        )
-        if main and epoch + 1 in first.snapshots:
-            _save_snapshots(stack, out_dirs, epoch + 1)
-        done = epoch + 1 == first.epochs or all(diverged)
-        if main and (done or time.monotonic() - last_checkpoint > pause):
-            saving = time.monotonic()
-            saver.save(states, epoch + 1, diverged, elapsed)
-            last_checkpoint = time.monotonic()
-            pause = CHECKPOINT_SECONDS * max(1.0, last_checkpoint - saving)
-        if done:
-            break
-    saver.wait()
-    bar.close()
-    for curve in curves:
-        curve.close()
-    if any(diverged):
-        raise FloatingPointError("; ".join(message for message in diverged if message))
-    if engine is not None:
-        engine.free_memory()  # it would keep this network while the next one trains
-    return stack.networks() if main else None, (seconds + time.monotonic() - began) / S
+                yield x[:, i], y[:, i]
 
 
 def _share(batch, engine):
@@ -180,9 +182,69 @@ def _share(batch, engine):
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 
-def _own(values, steps, share):
-    """(S, steps * batch, ...) -> (S, steps, own, ...): the samples of this rank in each batch."""
-    return values.unflatten(1, (steps, -1))[:, :, share]
+class Epoch(NamedTuple):
+    """Of each run: mean loss, accuracy on the training batches, largest K of the last step. Of all:
+    learning rate and moment of training of the last step."""
+
+    loss: list
+    accuracy: list
+    K: list
+    rate: float
+    progress: float
+
+
+def _run_epoch(stack, batches, epoch, bar):
+    """Take the steps of an epoch, and draw the order of the next one; an Epoch."""
+    S, config, steps = len(stack.runs), stack.runs[0], batches.steps
+    iterations, total = range(epoch * steps, (epoch + 1) * steps), config.epochs * steps
+    schedules = stack.schedules([i / total for i in iterations])
+    loss_sum = torch.zeros(S, device=stack.device, dtype=torch.float64)
+    correct = torch.zeros(S, device=stack.device, dtype=torch.long)
+    for i, numbers, (images, targets) in zip(iterations, schedules, batches, strict=True):
+        stack.set_rate(rate := config.optimizer.rate(i, total))
+        loss, right, K = stack.step(images, targets, *numbers)
+        loss_sum += loss
+        correct += right
+        bar.update()
+    batches.draw()  # while the device is still at work
+    K_max = K.flatten(1).amax(1)
+    if stack.engine is not None:
+        loss_sum = stack.engine.reduce(loss_sum, "mean")
+        correct = stack.engine.reduce(correct, "sum")
+        K_max = stack.engine.gather(K_max).amax(0, keepdim=True)
+    accuracy = (correct / (steps * batches.size)).tolist()
+    return Epoch(
+        (loss_sum / steps).tolist(), accuracy, K_max.tolist(), rate, iterations[-1] / total
+    )
+
+
+def _divergence(run, epoch, result, s):
+    """What to say about run s where its loss or K is no finite number, else None."""
+    loss, K = result.loss[s], result.K[s]
+    if abs(loss) + abs(K) < float("inf"):  # False with NaN as well
+        return None
+    return (
+        f"training of {run.name} seed {run.seed} diverged in epoch {epoch + 1}: loss {loss:.4g}, "
+        f"K = {K:.4g}; lower optimizer.lr (now {run.optimizer.lr:g}){run.loss.remedy}"
+    )
+
+
+def _rows(stack, epoch, result, seconds):
+    """The row of each run in its curve.csv, see checkpoints.CURVE."""
+    for s, run in enumerate(stack.runs):
+        numbers = run.loss.values(result.progress)
+        schedule = result.rate, numbers.get("epsilon", ""), numbers.get("p", "")
+        measured = result.loss[s], result.accuracy[s], result.K[s]
+        yield epoch + 1, *measured, *schedule, round(seconds / len(stack.runs), 3)
+
+
+def _line(epoch, epochs, result):
+    S = len(result.loss)
+    loss, accuracy = sum(result.loss) / S, 100 * sum(result.accuracy) / S
+    return (
+        f"epoch {epoch + 1}/{epochs}, loss {loss:.3g}, train {accuracy:.1f} %, "
+        f"K {max(result.K):.3g}"
+    )
 
 
 def _describe(runs):
@@ -191,16 +253,12 @@ def _describe(runs):
     return f"{label}, seed{'s' if len(seeds) > 1 else ''} {','.join(map(str, seeds))}"
 
 
-def _initialise(run, dataset):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        return build_network(run, dataset.num_classes, dataset.input_shape)
-
-
-def _epoch(n, used, run, generators, images, augments):
-    """Order (S, used) of the next epoch and its augmentation parameters {name: (S, used, ...)}."""
-    order = torch.stack([torch.randperm(n, generator=g)[:used] for g in generators])
-    if not augments:
-        return order, None
-    drawn = [draw(used, run.augmentation, images.shape[-2:], g) for g in generators]
-    return order, {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
+@contextlib.contextmanager
+def _threads(number):
+    """So many threads inside, the former number after it."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)

@@ -1,6 +1,7 @@
 """Layers with known bounds, a family a file."""
 
 from .activations import ClampedMaxMin, GroupSort, Householder, MaxMin
+from .classifier import LipschitzNet, as_lipschitz_net
 from .potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from .sandwich import SandwichConv2d, SandwichLinear
 from .soc import SOCConv2d

@@ -70,7 +70,7 @@ class _SortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x):
-        outputs = _SortPairs.apply(_in_front(x, in_dims[0], info).flatten(0, 1))
+        outputs = _SortPairs.apply(batch_in_front(x, in_dims[0], info).flatten(0, 1))
         return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0)
 
 
@@ -92,11 +92,11 @@ class _UnsortPairs(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, y, in_order):
         own = (y, in_dims[0]), (in_order, in_dims[1])
-        x = _UnsortPairs.apply(*(_in_front(*t, info).flatten(0, 1) for t in own))
+        x = _UnsortPairs.apply(*(batch_in_front(*t, info).flatten(0, 1) for t in own))
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _in_front(x, axis, info):
+def batch_in_front(x, axis, info):
     """Under vmap over `axis`, None for a tensor that all share: that axis before the others. With
     the next one it is one batch to a layer without weights."""
     return x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
@@ -159,6 +159,18 @@ class Householder(nn.Module):
         return torch.cat([first, torch.where(mirrored, sine * a - cosine * b, b)], 1)
 
 
+register_ours(
+    Householder, one_lipschitz, arguments=lambda layer: {"channels": 2 * len(layer.angle)}
+)
+
+
+@register_rounding(Householder)
+def _householder_rounding(layer, input_shape):
+    """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
+    the two sides agree up to rounding, costs no more."""
+    return 64 * U, 0.0
+
+
 class GroupSort(nn.Module):
     """Sort groups of adjacent channels, ascending: (N, C, ...) -> (N, C, ...). Everywhere a
     permutation of each group and continuous, hence 1-Lipschitz.
@@ -192,12 +204,10 @@ def _pairs(x, name):
     return x.unflatten(1, (-1, 2))
 
 
-@register_rounding(Householder)
-def _householder_rounding(layer, input_shape):
-    """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
-    the two sides agree up to rounding, costs no more."""
-    return 64 * U, 0.0
-
-
-register_ours(MaxMin | ClampedMaxMin | GroupSort | Householder, one_lipschitz)
+register_ours(MaxMin | GroupSort, one_lipschitz)
+register_ours(
+    ClampedMaxMin,
+    one_lipschitz,
+    arguments=lambda layer: {"shape": [2 * len(layer.high), *layer.high.shape[1:]]},
+)
 register_rounding(MaxMin | ClampedMaxMin | GroupSort, nothing_rounded)

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bounds.layer import _check_shape, _plain, absolute_norm
-from ..bounds.linear import TINY, U, as_text, gamma, lengths, round_up
-from ..bounds.norm import matrix_norm
+from ..bounds.layer import absolute_norm, check_shape, power_step, without_weight
+from ..bounds.linear import SAFE, TINY, U, as_text, gamma, lengths, round_up
+from ..bounds.norm import first_bound, matrix_norm
 from ..bounds.registry import register_ours, register_rounding
-from ..bounds.rounding import SAFE
-from ..bounds.trace import _evaluation_copy
-from .structure import _full_precision, _odd, _unit
+from ..bounds.trace import evaluation_copy
+from .structure import require_odd, without_autocast
 
 
 class _PotentialStep(nn.Module):
@@ -71,7 +70,7 @@ class _CPL(_PotentialStep):
         """Move v by steps of power iteration, in place."""
         v = self.v
         for _ in range(iterations):
-            v = _unit(self._apply_weight(self._apply_weight(v), adjoint=True), v)
+            v = power_step(self._apply_weight(self._apply_weight(v), adjoint=True), v)
         self.v.copy_(v)
 
     def effective(self):
@@ -98,7 +97,7 @@ class CPLConv2d(_CPL):
     """
 
     def __init__(self, input_shape, inner=5, kernel_size=3):
-        _odd(kernel_size, "CPLConv2d")
+        require_odd(kernel_size, "CPLConv2d")
         super().__init__((inner, input_shape[0], kernel_size, kernel_size), input_shape)
 
 
@@ -115,7 +114,7 @@ class _SLL(_PotentialStep):
 
     def effective(self):
         """D, (inner,), 0 for rows of zeros. In full precision also under autocast."""
-        with _full_precision(self.weight):
+        with without_autocast(self.weight):
             small = 1e-200 if self.weight.dtype == torch.float64 else 1e-30
             if self.weight.ndim == 2:
                 G = (self.weight @ self.weight.mT).abs()
@@ -146,17 +145,16 @@ class SLLConv2d(_SLL):
     """
 
     def __init__(self, channels, inner=5, kernel_size=3):
-        _odd(kernel_size, "SLLConv2d")
+        require_odd(kernel_size, "SLLConv2d")
         super().__init__((inner, channels, kernel_size, kernel_size))
 
 
-@register_ours(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
-def _potential_step(layer, input_shape, method):
-    """max(1, 2 ||D^(1/2) W||^2 - 1), see layers._PotentialStep, for the D that the layer applies in
+def _lipschitz_constant(layer, input_shape, method):
+    """max(1, 2 ||D^(1/2) W||^2 - 1), see `_PotentialStep`, for the D that the layer applies in
     evaluation mode: whatever norm or q it was made from, the bound holds."""
     if method == "power":
         return 1.0
-    layer = _evaluation_copy(layer)
+    layer = evaluation_copy(layer)
     D, W = layer.effective(), layer.weight
     largest = W.abs().flatten(1).amax(1)
     if not ((largest == 0) | (largest < 1e140) & (D > 1e-290)).all():
@@ -164,14 +162,44 @@ def _potential_step(layer, input_shape, method):
             f"float64 does not hold the squares that {as_text(layer)} makes of its weight or norm:"
             " no bound; scale them, rows of the weight to entries between 1e-90 and 1e140, or to 0"
         )
-    scaled = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W
-    _check_shape(_plain(W), input_shape)
-    norm = matrix_norm(_plain(W), scaled, input_shape, "exact" if method == "exact" else "fast")
+    scaled, like = D.sqrt().view(-1, *[1] * (W.ndim - 1)) * W, without_weight(W)
+    check_shape(like, input_shape)
     if method == "exact":
+        norm = matrix_norm(like, scaled, input_shape, method)
         return max(1.0, 2 * norm * norm - 1)
+    norm = first_bound(like, scaled, input_shape)
     # rounding of the entries of D^(1/2) W: 2 u each, in norm at most the sum over taps of Frobenius
     norm *= 1 + 2.1 * U * (math.prod(W.shape[2:]) * math.sqrt(min(W.shape[:2])) + 1)
     return round_up(max(1.0, round_up(2 * norm * norm) - 1))
+
+
+def _settle(layer, input_shape):
+    """The norm that `_CPL.effective` divides by."""
+    W = evaluation_copy(layer).weight
+    return first_bound(without_weight(W), W, input_shape), 0.0
+
+
+def _of_matrix(layer):
+    return {"features": layer.weight.shape[1], "inner": len(layer.weight)}
+
+
+def _of_kernel(layer):
+    return {"inner": len(layer.weight), "kernel_size": layer.weight.shape[-1]}
+
+
+register_ours(CPLLinear, _lipschitz_constant, arguments=_of_matrix, settle=_settle)
+register_ours(
+    CPLConv2d,
+    _lipschitz_constant,
+    arguments=lambda layer: {"input_shape": list(layer.v.shape), **_of_kernel(layer)},
+    settle=_settle,
+)
+register_ours(SLLLinear, _lipschitz_constant, arguments=_of_matrix)
+register_ours(
+    SLLConv2d,
+    _lipschitz_constant,
+    arguments=lambda layer: {"channels": layer.weight.shape[1], **_of_kernel(layer)},
+)
 
 
 @register_rounding(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)

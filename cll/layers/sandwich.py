@@ -7,12 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..bounds.dense import proven_square
-from ..bounds.linear import CHUNK, TINY, U, as_text, gamma, lengths, power_of_two, round_up
+from ..bounds.linear import (
+    CHUNK,
+    SAFE,
+    TINY,
+    U,
+    as_text,
+    gamma,
+    lengths,
+    power_of_two,
+    round_up,
+)
 from ..bounds.registry import register_ours, register_rounding
-from ..bounds.rounding import SAFE
-from ..bounds.trace import _evaluation_copy
-from .activations import _in_front
-from .structure import _full_precision, _length
+from ..bounds.trace import evaluation_copy
+from .activations import batch_in_front
+from .structure import length_of, without_autocast
 
 
 class _Sandwich(nn.Module):
@@ -50,7 +59,7 @@ class _Sandwich(nn.Module):
     def _cayley(self, W):
         """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex,
         brought to the length alpha."""
-        n, W = W.shape[-2], self.alpha * W / _length(W).clamp_min(1e-30)
+        n, W = W.shape[-2], self.alpha * W / length_of(W).clamp_min(1e-30)
         U, V = W[..., :n].mH, W[..., n:].mH  # (..., n, n), (..., m, n)
         Z = U - U.mH + V.mH @ V
         identity = torch.eye(n, dtype=W.dtype, device=W.device)
@@ -85,7 +94,9 @@ class _RightSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B):
-        return _RightSolve.apply(_in_front(A, in_dims[0], info), _in_front(B, in_dims[1], info)), 0
+        return _RightSolve.apply(
+            batch_in_front(A, in_dims[0], info), batch_in_front(B, in_dims[1], info)
+        ), 0
 
 
 class SandwichLinear(_Sandwich):
@@ -93,11 +104,11 @@ class SandwichLinear(_Sandwich):
 
     def __init__(self, in_features, out_features):
         super().__init__((out_features, out_features + in_features))
-        self.alpha = nn.Parameter(_length(self.weight.detach()))
+        self.alpha = nn.Parameter(length_of(self.weight.detach()))
 
     def effective(self):
         """[A B], (out, out + in)."""
-        with _full_precision(self.weight):
+        with without_autocast(self.weight):
             return self._cayley(self.weight / power_of_two(self.weight))
 
     def forward(self, x):
@@ -126,7 +137,7 @@ class SandwichConv2d(_Sandwich):
         if min(self.size) < k:
             raise ValueError(f"SandwichConv2d: a {k}x{k} kernel is larger than its image {size}")
         super().__init__((out_channels, out_channels + channels * stride**2, k, k))
-        self.alpha = nn.Parameter(_length(self._spectrum(self.weight.detach())))
+        self.alpha = nn.Parameter(length_of(self._spectrum(self.weight.detach())))
 
     def _spectrum(self, weight):
         """Fourier transform of the centred kernel, (H, W/2 + 1, out, out + in)."""
@@ -137,12 +148,12 @@ class SandwichConv2d(_Sandwich):
 
     def effective(self):
         """[A B] of each frequency, (H, W/2 + 1, out, out + in), complex."""
-        with _full_precision(self.weight):
+        with without_autocast(self.weight):
             return self._cayley(self._spectrum(self.weight / power_of_two(self.weight)))
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
-        with _full_precision(self.weight):  # no FFT in half precision
+        with without_autocast(self.weight):  # no FFT in half precision
             if self.stride > 1:
                 x = F.pixel_unshuffle(x, self.stride)
             if tuple(x.shape[-2:]) != self.size:  # another FFT would crop or repeat the image
@@ -169,14 +180,13 @@ class SandwichConv2d(_Sandwich):
         )
 
 
-@register_ours(SandwichLinear | SandwichConv2d)
-def _sandwich(layer, input_shape, method):
-    """sqrt(1 + 4 e (1 + e)) with e = ||[A B]||^2 - 1, see layers._Sandwich: for the convolution the
+def _lipschitz_constant(layer, input_shape, method):
+    """sqrt(1 + 4 e (1 + e)) with e = ||[A B]||^2 - 1, see `_Sandwich`: for the convolution the
     largest norm over the frequencies. irfft2 drops what breaks the symmetry of a real image's
     spectrum, i.e. it averages two responses of that norm."""
     if method == "power":
         return 1.0
-    layer = _evaluation_copy(layer)
+    layer = evaluation_copy(layer)
     both, P = layer.effective(), torch.exp(layer.psi)
     if not (both.isfinite().all() and ((P > 1e-300) & (P < 1e300)).all()):
         raise ValueError(
@@ -194,6 +204,26 @@ def _sandwich(layer, input_shape, method):
         square = proven_square(both)[0]
     excess = max(0.0, square - 1)
     return round_up(math.sqrt(1 + round_up(4 * excess * (1 + excess))))
+
+
+def _of_matrix(layer):
+    out, both = layer.weight.shape
+    return {"in_features": both - out, "out_features": out}
+
+
+def _of_kernel(layer):
+    out, both, k, _ = layer.weight.shape
+    size = (n * layer.stride for n in layer.size)
+    return {
+        "input_shape": [(both - out) // layer.stride**2, *size],
+        "out_channels": out,
+        "kernel_size": k * layer.stride,
+        "stride": layer.stride,
+    }
+
+
+register_ours(SandwichLinear, _lipschitz_constant, arguments=_of_matrix)
+register_ours(SandwichConv2d, _lipschitz_constant, arguments=_of_kernel)
 
 
 @register_rounding(SandwichLinear | SandwichConv2d)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bounds.layer import _exact_linear, _plain, absolute_norm
-from ..bounds.linear import U, gamma, lengths, power_of_two, round_up
-from ..bounds.norm import matrix_norm
-from ..bounds.registry import register_ours, register_rounding
-from ..bounds.rounding import SAFE
-from ..bounds.trace import _evaluation_copy
-from .structure import _odd, _unit
+from ..bounds.dense import exact_norm
+from ..bounds.layer import WithInner, absolute_norm, power_step, without_weight
+from ..bounds.linear import SAFE, U, as_text, gamma, lengths, power_of_two, round_up
+from ..bounds.norm import first_bound
+from ..bounds.registry import register_ours, rounding_by_proof
+from ..bounds.trace import evaluation_copy
+from .structure import require_odd
 
 
 class SOCConv2d(nn.Module):
@@ -38,7 +38,7 @@ class SOCConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
-        _odd(kernel_size, "SOCConv2d")
+        require_odd(kernel_size, "SOCConv2d")
         if not all(1 <= count <= 64 for count in terms):
             raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -70,8 +70,8 @@ class SOCConv2d(nn.Module):
         square, flat = self.unfoldings(kernel / power_of_two(kernel))
         v, w = self.v_square, self.v_flat
         for _ in range(iterations):
-            v = _unit(square.mT @ (square @ v), v)
-            w = _unit(flat @ (flat.mT @ w), w)
+            v = power_step(square.mT @ (square @ v), v)
+            w = power_step(flat @ (flat.mT @ w), w)
         self.v_square.copy_(v)
         self.v_flat.copy_(w)
 
@@ -104,8 +104,15 @@ class SOCConv2d(nn.Module):
         )
 
 
-@register_ours(SOCConv2d)
-def _soc(layer, input_shape, method):
+def _settle(layer, input_shape):
+    """The norm that `effective` divides by; full precision of its type unless the kernel is 0."""
+    kernel = evaluation_copy(layer).skew_kernel()
+    lowest = torch.finfo(layer.norm.dtype).tiny if kernel.any() else 0.0
+    return _unfolded_norm(kernel), lowest
+
+
+@register_ours(SOCConv2d, settle=_settle)
+def _largest_gain(layer, input_shape, method):
     """The largest |p_T(i t)| for 0 <= t <= ||A||: A is skew, so A^T A = -A^2, its eigenvalues are
     i t, and y = p_T(A) x is normal with the eigenvalues p_T(i t). Space-to-depth, zero channels and
     dropped outputs do not expand.
@@ -116,22 +123,29 @@ def _soc(layer, input_shape, method):
     """
     if method == "power":
         return 1.0
-    layer = _evaluation_copy(layer)
+    layer = evaluation_copy(layer)
     if method == "exact":
-        return _exact_linear(layer, input_shape)
+        return _exact(layer, input_shape)
     kernel, terms = layer.effective(), layer.terms[1]
-    gain = taylor_gain(terms, round_up(layer.kernel_size * unfolded_norm(kernel)))
+    inner = layer.kernel_size * _unfolded_norm(kernel)
+    gain = taylor_gain(terms, round_up(inner))
     if gain > 1:
         size = [n // layer.stride for n in input_shape[-2:]]
-        proven = matrix_norm(_plain(kernel), kernel, (len(kernel), *size), "fast")
+        proven = first_bound(without_weight(kernel), kernel, (len(kernel), *size))
         gain = min(gain, taylor_gain(terms, proven))
-    return round_up(gain)
+    return WithInner(round_up(gain), inner)
 
 
-def unfolded_norm(kernel):
+def _unfolded_norm(kernel):
     """The smaller proven norm of the unfoldings of a skew kernel, of any order of size."""
     sides = SOCConv2d.unfoldings(kernel)
-    return min(matrix_norm(_plain(U), U, U.shape[1:], "fast") for U in sides)
+    return min(first_bound(without_weight(side), side, side.shape[1:]) for side in sides)
+
+
+@torch.no_grad()
+def _exact(layer, input_shape):
+    start = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
+    return exact_norm(lambda x: layer(x) - start, input_shape, start.numel(), as_text(layer))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -178,12 +192,12 @@ def taylor_gain(terms, norm):
     return 1.0 if proven == 1 else round_up(math.sqrt(proven))
 
 
-@register_rounding(SOCConv2d)
-def _soc_rounding(layer, input_shape):
+@rounding_by_proof(SOCConv2d)
+def _soc_rounding(proven):
     """t_k = A t_{k-1} / k, y = sum of t_k: with n >= ||A|| and m >= || |A| ||, the computed t_k is
-    off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k. n is as in `bounds`."""
+    off by d_k <= (n d_{k-1} + gamma (m + 1) (||t_{k-1}|| + d_{k-1})) / k."""
+    layer, input_shape, n = proven.layer, proven.shape, proven.inner
     kernel = layer.effective().detach()
-    n = layer.kernel_size * unfolded_norm(kernel)
     m, g = absolute_norm(layer, kernel, input_shape), gamma(kernel[0].numel() + 4)
     size, error = 1.0, 0.0
     total, sizes = 0.0, 1.0

@@ -5,30 +5,41 @@ rests on an iteration that has converged or on a matrix that is orthogonal up to
 """
 
 import math
-import sys
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bounds.layer import _plain, _weight, absolute_norm, is_linear, operator_norm
-from ..bounds.linear import PROOFS, TINY, U, as_text, gamma, power_of_two, round_up, tensor_of
-from ..bounds.network import chain_norm
+from ..bounds.layer import (
+    ProvenLayer,
+    absolute_norm,
+    float64_weight,
+    is_linear,
+    operator_norm,
+    without_weight,
+)
+from ..bounds.linear import (
+    SAFE,
+    TINY,
+    U,
+    as_text,
+    gamma,
+    power_of_two,
+    round_up,
+    tensor_of,
+)
+from ..bounds.network import product, prove_chain, sum_of_chains
 from ..bounds.norm import matrix_norm
 from ..bounds.registry import (
-    CONTAINERS,
-    HEADS,
-    MATRICES,
-    SEVERAL,
     is_bounded_as,
     refuse_overridden,
     register_ours,
     register_rounding,
 )
-from ..bounds.rounding import SAFE, at_zero, rounding
+from ..bounds.rounding import at_zero, layer_error
 from ..bounds.torch_layers import batch_norm_scale, bias_length, nothing_rounded, one_lipschitz
-from ..bounds.trace import _evaluation_copy, body_output_shape, layer_inputs
+from ..bounds.trace import body_output_shape, evaluation_copy, layer_inputs
 
 
 class PadChannels(nn.Module):
@@ -43,6 +54,10 @@ class PadChannels(nn.Module):
 
     def extra_repr(self):
         return str(self.channels)
+
+
+register_ours(PadChannels, one_lipschitz)
+register_rounding(PadChannels, nothing_rounded)
 
 
 class Normalising(nn.Module):
@@ -96,6 +111,20 @@ class Normalize(Normalising):
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
 
 
+@register_ours(Normalize)
+def _normalize(layer, input_shape, method):
+    if not (layer.std > 0).all():
+        raise ValueError(f"std must be positive, got {layer.std.tolist()}")
+    return round_up(1 / layer.std.min().item())
+
+
+@register_rounding(Normalize)
+def _normalize_rounding(layer, input_shape):
+    smallest = layer.std.min().item()
+    offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
+    return 4 * U / smallest, 4 * U / smallest * offset
+
+
 class Residual(nn.Module):
     """y = shortcut(x) + branch(x), (L_shortcut + L_branch)-Lipschitz.
 
@@ -120,12 +149,68 @@ class Residual(nn.Module):
         return kept + added
 
 
+def _branch_and_shortcut(layer):
+    return {"branch": layer.branch, "shortcut": layer.shortcut}
+
+
+@register_ours(Residual, several=True, parts=("branch", "shortcut"), arguments=_branch_and_shortcut)
+def _sum(layer, input_shape, method):
+    layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
+    parts = (prove_chain(part, input_shape, method) for part in (layer.branch, layer.shortcut))
+    return sum_of_chains(parts, method)
+
+
 class BatchNormalized(nn.Sequential):
     """A Linear or Conv2d and the BatchNorm after it, bounded as the one linear map that they are in
     evaluation mode. `architectures.as_lipschitz_net` makes these pairs."""
 
     def __init__(self, linear, norm):
         super().__init__(linear, norm)
+
+
+def _as_one_matrix(layer, input_shape):
+    """diag(scale) W where the channels that BatchNorm scales are the outputs of the linear layer.
+    Its entries are off by 5 u of their size, in norm by that times the norm of the matrix of
+    absolute values."""
+    for one in layer:  # a hook or a forward of their own
+        refuse_overridden(one)
+    if len(layer) != 2 or not (is_linear(layer[0]) and is_bounded_as(layer[1], nn.BatchNorm2d)):
+        raise TypeError(
+            f"no Lipschitz bound known for {as_text(layer)} of {len(layer)} layers that are no "
+            "Linear or Conv2d and its BatchNorm: use nn.Sequential"
+        )
+    if not isinstance(layer[0], nn.Conv2d) and len(input_shape) > 1:
+        return None
+    weight = float64_weight(layer[0], input_shape)
+    scaled = batch_norm_scale(layer[1]).view(-1, *[1] * (weight.ndim - 1)) * weight
+    if not scaled.isfinite().all():
+        raise ValueError(f"{as_text(layer[0])} times the scales of its BatchNorm overflows")
+    error = 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
+    return layer[0], scaled, error
+
+
+def _linear_and_norm(layer):
+    return {"linear": layer[0], "norm": layer[1]}
+
+
+@register_ours(BatchNormalized, several=True, matrix=_as_one_matrix, arguments=_linear_and_norm)
+def _one_after_the_other(layer, input_shape, method):
+    """Where the two are no one matrix: BatchNorm scales rows, Linear mixes columns."""
+    return product(prove_chain(nn.Sequential(*layer), input_shape, method), method)
+
+
+@register_rounding(BatchNormalized)
+def _batch_normalized_rounding(layer, input_shape):
+    """The two one after the other. The norm of the first alone was not proven: || |A| || bounds
+    it."""
+    linear, norm = layer
+    shape, shift = body_output_shape(linear, input_shape), at_zero(linear, input_shape)
+    gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
+    scale = operator_norm(norm, shape)
+    a, b = layer_error(ProvenLayer("linear", linear, input_shape, upper=gain))
+    slope, constant = layer_error(ProvenLayer("norm", norm, shape, upper=scale))
+    a, b = scale * a + slope * (gain + a), scale * b + slope * (shift + b) + constant
+    return a * SAFE + TINY, b * SAFE + TINY
 
 
 # What these compute from their weights alone is `effective()`: the tensors that `forward` applies
@@ -159,6 +244,24 @@ class NormalizedLinear(nn.Linear):
         return F.linear(x, self.rows(), self.bias)
 
 
+@register_ours(NormalizedLinear, row_error=lambda features: gamma(features + 8))
+def _normalized(layer, input_shape, method):
+    """The rows that it computes, each off by gamma(D + 8) of its length 1."""
+    float64_weight(layer, input_shape)  # checked
+    W = evaluation_copy(layer).rows()
+    norm = matrix_norm(without_weight(W), W, input_shape, method)
+    error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
+    return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
+
+
+@register_rounding(NormalizedLinear)
+def _normalized_rounding(layer, input_shape):
+    """As of a Linear; the rows are off by gamma(n + 8) themselves."""
+    rows = layer.rows().detach().cpu().double()
+    g = gamma(2 * (rows.shape[1] + 2) + 16)
+    return g * absolute_norm(layer, rows, input_shape), g * bias_length(layer, input_shape[:-1])
+
+
 class Truncation(nn.Module):
     """Head that reads the first out_features coordinates as logits: rows e_i, sqrt(2) apart."""
 
@@ -182,123 +285,26 @@ class Truncation(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
-def _length(x):
+register_ours(Truncation, one_lipschitz, row_error=lambda features: 0.0)
+register_rounding(Truncation, nothing_rounded)
+
+
+# ------------------------------------------------------------------ what the other families share
+
+
+def length_of(x):
     """||x||, summed in float64: float32 loses up to 4e-3 of a sum of millions of squares, which put
     the gradients of the full-size Sandwich network off by 3 %."""
     wide = torch.promote_types(x.dtype, torch.float64)
     return torch.linalg.vector_norm(x, dtype=wide).to(x.real.dtype)
 
 
-def _full_precision(tensor):
+def without_autocast(tensor):
     """Autocast off on the tensor's device (the meta device knows no autocast)."""
     kind = tensor.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
-def _odd(kernel_size, name):
+def require_odd(kernel_size, name):
     if kernel_size % 2 == 0:
         raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
-
-
-def _unit(x, fallback):
-    """x / ||x||; where x vanishes, the vector before."""
-    norm = torch.linalg.vector_norm(x)
-    return torch.where(norm > 0, x / norm.clamp_min(torch.finfo(x.dtype).tiny), fallback)
-
-
-@register_ours(Normalize)
-def _normalize(layer, input_shape, method):
-    if not (layer.std > 0).all():
-        raise ValueError(f"std must be positive, got {layer.std.tolist()}")
-    return round_up(1 / layer.std.min().item())
-
-
-@register_ours(BatchNormalized)
-def _batch_normalized(layer, input_shape, method):
-    """Norm of diag(scale) W. Its entries are off by 5 u of their size, in norm by that times the
-    norm of the matrix of absolute values."""
-    for one in layer:  # a hook or a forward of their own
-        refuse_overridden(one)
-    if not _is_one_map(layer, input_shape):
-        return chain_norm(nn.Sequential(*layer), input_shape, method)
-    scaled, error = _scaled_weight(layer, input_shape)
-    norm = matrix_norm(layer[0], scaled, input_shape, method)
-    return round_up(norm + error) if method in PROOFS else norm
-
-
-def _is_one_map(layer, input_shape):
-    """Whether the channels that BatchNorm scales are the outputs of the linear layer."""
-    if len(layer) != 2 or not (is_linear(layer[0]) and is_bounded_as(layer[1], nn.BatchNorm2d)):
-        raise TypeError(
-            f"no Lipschitz bound known for {as_text(layer)} of {len(layer)} layers that are no "
-            "Linear or Conv2d and its BatchNorm: use nn.Sequential"
-        )
-    return isinstance(layer[0], nn.Conv2d) or len(input_shape) == 1
-
-
-def _scaled_weight(layer, input_shape):
-    """(diag(scale) W, bound of its own rounding in norm) of a BatchNormalized."""
-    weight = _weight(layer[0], input_shape)
-    scaled = batch_norm_scale(layer[1]).view(-1, *[1] * (weight.ndim - 1)) * weight
-    if not scaled.isfinite().all():
-        raise ValueError(f"{as_text(layer[0])} times the scales of its BatchNorm overflows")
-    return scaled, 6 * U * absolute_norm(layer[0], scaled, input_shape) + TINY  # for underflow
-
-
-@register_ours(Residual)
-def _residual(layer, input_shape, method):
-    layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
-    total = sum(chain_norm(part, input_shape, method) for part in (layer.shortcut, layer.branch))
-    return round_up(total) if method in PROOFS else min(total, sys.float_info.max)
-
-
-@register_ours(NormalizedLinear)
-def _normalized(layer, input_shape, method):
-    """The rows that it computes, each off by gamma(D + 8) of its length 1."""
-    _weight(layer, input_shape)  # checked
-    W = _evaluation_copy(layer).rows()
-    norm = matrix_norm(_plain(W), W, input_shape, method)
-    error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
-    return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
-
-
-@register_rounding(Normalize)
-def _normalize_rounding(layer, input_shape):
-    smallest = layer.std.min().item()
-    offset = layer.mean.abs().max().item() * math.sqrt(math.prod(input_shape))
-    return 4 * U / smallest, 4 * U / smallest * offset
-
-
-@register_rounding(BatchNormalized)
-def _batch_normalized_rounding(layer, input_shape):
-    """The two one after the other. The norm of the first alone is known to nobody: || |A| ||."""
-    linear, norm = layer
-    shape, shift = body_output_shape(linear, input_shape), at_zero(linear, input_shape)
-    gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
-    (a, b), (slope, constant) = rounding(linear, input_shape), rounding(norm, shape)
-    scale = operator_norm(norm, shape)
-    a, b = scale * a + slope * (gain + a), scale * b + slope * (shift + b) + constant
-    return a * SAFE + TINY, b * SAFE + TINY
-
-
-@register_rounding(NormalizedLinear)
-def _normalized_rounding(layer, input_shape):
-    """As of a Linear; the rows are off by gamma(n + 8) themselves."""
-    rows = layer.rows().detach().cpu().double()
-    g = gamma(2 * (rows.shape[1] + 2) + 16)
-    return g * absolute_norm(layer, rows, input_shape), g * bias_length(layer, input_shape[:-1])
-
-
-def _as_matrix(layer, input_shape):
-    if _is_one_map(layer, input_shape):
-        return layer[0], *_scaled_weight(layer, input_shape)
-    return None
-
-
-register_ours(PadChannels | Truncation, one_lipschitz)
-register_rounding(PadChannels | Truncation, nothing_rounded)
-SEVERAL.update({BatchNormalized, Residual})
-CONTAINERS[Residual] = ("branch", "shortcut")
-MATRICES[BatchNormalized] = _as_matrix
-HEADS[NormalizedLinear] = lambda D: gamma(D + 8)
-HEADS[Truncation] = lambda D: 0.0
