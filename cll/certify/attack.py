@@ -122,10 +122,9 @@ def autoattack_curve(model, images, targets, radii, **options):
     one radius is broken at every larger one and not attacked again.
     """
     images, targets = torch.as_tensor(images), torch.as_tensor(targets).cpu()
-    robust = torch.ones(len(radii), len(images), dtype=torch.bool)
+    robust = torch.zeros(len(radii), len(images), dtype=torch.bool)
     left = torch.arange(len(images))
     for i in sorted(range(len(radii)), key=radii.__getitem__):
-        robust[i] = False
         if len(left):
             kept = left.to(images.device)
             _, withstood = autoattack(model, images[kept], targets[left], radii[i], **options)
