@@ -158,7 +158,7 @@ def augment(images, parameters):
 
 def _augment(images, parameters):
     if {"shift", "reflect", "flip"} & parameters.keys():
-        images = _crop_flip(images, *map(parameters.get, ("shift", "reflect", "flip")))
+        images = _crop_flip(images, parameters)
     images = to_float(images)
     if "factors" in parameters:
         images = _jitter(images, parameters["factors"], parameters["order"])
@@ -167,18 +167,18 @@ def _augment(images, parameters):
     return images
 
 
-def _crop_flip(images, shift, reflect, flip):
+def _crop_flip(images, parameters):
     """Crop at a shift, then mirror: both only move source coordinates, so one gather does them."""
     n, _, height, width = images.shape
     rows = torch.arange(height, device=images.device).expand(n, -1)  # (N, H)
     columns = torch.arange(width, device=images.device).expand(n, -1)  # (N, W)
-    if flip is not None:
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-    if shift is not None:
-        rows, columns = rows + shift[:, :1], columns + shift[:, 1:]
-    if reflect is not None:
-        rows = _mirrored(rows + reflect[:, :1], height)
-        columns = _mirrored(columns + reflect[:, 1:], width)
+    if "flip" in parameters:
+        columns = torch.where(parameters["flip"][:, None], columns.flip(1), columns)
+    for name in {"shift", "reflect"} & parameters.keys():
+        row, column = parameters[name].split(1, dim=1)  # (N, 1) each
+        rows, columns = rows + row, columns + column
+    if "reflect" in parameters:
+        rows, columns = _mirrored(rows, height), _mirrored(columns, width)
     return _gather(images, rows[:, :, None], columns[:, None, :])
 
 

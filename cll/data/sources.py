@@ -158,12 +158,11 @@ def load(
     seed: draws two_moons alone.
     label: name of the data in all results; default: the source, for npz with the file's stem and
         for folder with the folder's name in place of the path.
-    download: False never touches the network and writes nothing, neither an archive's files nor a
-        cache.
+    download: False never touches the network and writes nothing, no cache either.
 
-    Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
-    ValueError where they are unusable; both say in one line what, where and what to do. Warns of
-    files left out, classes without images, one class alone and nearly black images.
+    Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, for missing data and ValueError
+    for unusable ones; both say in one line what, where and what to do. Warns of files left out,
+    classes without images, one class alone and nearly black images.
     """
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)
@@ -185,17 +184,11 @@ def load(
         "folder": (_folder, path, input_shape),
     }[kind]
     try:
-        (x_train, y_train, x_test, y_test), names = read(*arguments)
-        dataset = Dataset(
-            name=label or name,
-            train_images=torch.from_numpy(x_train),
-            train_targets=torch.from_numpy(y_train),
-            test_images=torch.from_numpy(x_test),
-            test_targets=torch.from_numpy(y_test),
-            num_classes=len(names) if names else _count_classes(y_train, y_test),
-            class_names=names,
-            input_shape=x_train.shape[1:],
-        )
+        arrays, names = read(*arguments)  # in the order of the fields of a `Dataset`
+        images, targets, _, test_targets = arrays
+        classes = len(names) if names else _count_classes(targets, test_targets)
+        tensors = map(torch.from_numpy, arrays)
+        dataset = Dataset(label or name, *tensors, classes, names, images.shape[1:])
         for doubt in _doubts(dataset):
             warnings.warn(f"{where}: {doubt}", stacklevel=2)
         _subset(dataset, "train", train_size)
