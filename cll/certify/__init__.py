@@ -123,15 +123,13 @@ class Certification(NamedTuple):
         return dict(zip(radii, values.tolist(), strict=True))
 
     def summary(self, radii, method="guaranteed"):
-        """clean and cra {radius: CRA}, fractions of all samples; mean_certified_radius (a wrong
-        prediction counts 0); K_f, the largest entry of K; and n."""
+        """The summary that `certify` describes."""
+        certified = torch.where(self.correct, self.radius[method], 0)
         return {
             "clean": self.correct.double().mean().item(),
             "cra": self.cra(radii, method),
-            "mean_certified_radius": torch.where(self.correct, self.radius[method], 0)
-            .mean()
-            .item(),
-            "K_f": self.K[method].max().item(),
+            "mean_certified_radius": certified.mean().item(),
+            "K_f": self.proofs[method].K.max().item(),
             "n": len(self.correct),
         }
 
@@ -224,19 +222,16 @@ def certify(
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
     images, targets = test_split(dataset)
-    result = evaluate(
-        model, images, targets, [method], local=radii if local else None, batch_size=batch_size,
-        progress=progress,
-    )  # fmt: skip
+    options = {"local": radii if local else None, "batch_size": batch_size, "progress": progress}
+    result = evaluate(model, images, targets, [method], **options)
     import pandas as pd  # slow to import, and asked for here alone
 
-    columns = {"target": targets, "prediction": result.prediction, "correct": result.correct}
-    columns["radius"] = result.radius[method]
+    columns = {"index": torch.arange(len(targets)), "target": targets.cpu()}
+    columns |= {"prediction": result.prediction, "correct": result.correct}
+    columns["radius"], summary = result.radius[method], result.summary(radii, method)
     if local:
         columns["radius_local"] = result.radius["local"]
-    table = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
-    table.insert(0, "index", np.arange(len(table)))
-    table.attrs["summary"] = result.summary(radii, method)
-    if local:
-        table.attrs["summary"]["cra_local"] = result.cra(radii, "local")
+        summary["cra_local"] = result.cra(radii, "local")
+    table = pd.DataFrame({key: column.numpy() for key, column in columns.items()})
+    table.attrs["summary"] = summary
     return table

@@ -31,21 +31,14 @@ def main(arguments=None):
     checker.add_argument("certificate", type=Path)
     checker.add_argument("--weights", type=Path, help="safetensors file; default: the one it names")
     checker.add_argument("--data", help="source of the images, e.g. npz:PATH; default: as it names")
-    checker.add_argument(
-        "--images", type=int, metavar="N", help="check the first N images only; default: all"
-    )
+    checker.add_argument("--images", type=int, metavar="N", help="the first N alone; default: all")
     args = parser.parse_args(arguments)
     try:
         if args.command == "write":
             print(write_run(args.run, args.out))
             return 0
-        content = certificate.verify(
-            args.certificate,
-            weights=args.weights,
-            data=args.data,
-            images=args.images,
-            progress=True,
-        )
+        options = {"weights": args.weights, "data": args.data, "images": args.images}
+        content = certificate.verify(args.certificate, **options, progress=True)
     except certificate.Invalid as error:
         print(f"certificate {'fails' if args.command == 'verify' else 'not written'}: {error}")
         return 1
@@ -54,15 +47,13 @@ def main(arguments=None):
         return 2
     checked = content["checked"]
     cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
-    checked_images = (
-        "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
-    )
+    some = "all" if checked["images"] == checked["of"] else f"the first {checked['images']} of"
     print(
         f"certificate holds: {len(content['bounds'])} layers, largest K "
-        f"{max(map(max, content['K'])):.6g}, {checked_images} {checked['of']} images; clean "
-        f"{100 * checked['clean']:.2f} %, certified at {cra}"
+        f"{max(map(max, content['K'])):.6g}, {some} {checked['of']} images; clean "
+        f"{100 * checked['clean']:.2f} %, certified at {cra}\n"
+        f"read: weights {checked['weights']}; images {checked['data']}"
     )
-    print(f"read: weights {checked['weights']}; images {checked['data']}")
     return 0
 
 
@@ -70,15 +61,9 @@ def write_run(run, out=None):
     """Write the certificate of the weights in a run folder; returns its path."""
     record = read_record(run)
     source = data_arguments(record["params"])
-    return certificate.write(
-        load_model(run),
-        load(**source),
-        out or run / "certificate.json",
-        list(record["cra"]),
-        weights=run / WEIGHTS,
-        source=source,
-        progress=True,
-    )
+    options = {"weights": run / WEIGHTS, "source": source, "progress": True}
+    out = out or run / "certificate.json"
+    return certificate.write(load_model(run), load(**source), out, list(record["cra"]), **options)
 
 
 if __name__ == "__main__":

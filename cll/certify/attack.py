@@ -4,9 +4,7 @@ AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) comes from the library py
 authors' code as a package: an optional extra. What counts as broken is decided here, in float64.
 """
 
-import contextlib
 import copy
-import importlib
 import logging
 import math
 import sys
@@ -48,51 +46,66 @@ def autoattack(
     version: "standard" is AutoAttack as published (APGD on cross-entropy, targeted APGD and FAB
         with up to 9 target classes, 5000 queries of Square) and 5 restarts of 100 PGD steps;
         "apgd" its two APGD attacks with 3 target classes and 2 x 50 steps, a tenth of the work and
-        nearly as strong where gradients are not masked; "apgd-ce" the first of them and 25 steps,
-        for a quick look.
+        nearly as strong where gradients are not masked; "apgd-ce" the first of them and 25 steps.
+        The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
+        none does. Square needs 5 rows of pixels.
     steps, restarts: of ``pgd_attack``; default: those of the version.
-    The targeted loss of APGD needs 4 classes: with 3 the untargeted one takes its place, with 2
-    none does. Square needs 5 rows of pixels and is left out for smaller images.
 
-    The searches run in the model's own precision; the library's stays in [0, 1] and keeps its
-    points in float32, ours may leave the cube. Points are then moved in float64 to a distance of
-    at most epsilon and judged there: what the library calls broken and no longer is has withstood.
+    The library's search stays in [0, 1] and keeps its points in float32. They are then moved in
+    float64 to a distance of at most epsilon and judged there.
 
     Returns (adversarial images, float64, on the CPU: the original where none was found; robust,
     (N,) bool: right before and after every attack). Wrong predictions are not attacked. The same
     seed gives the same result, whatever the state of the global generators, which is kept.
     Raises ImportError where the library is missing, ValueError for bad arguments.
     """
-    library = _library()
+    try:
+        import pyautoattack
+    except ImportError:
+        raise ImportError(
+            "AutoAttack needs the extra `attack` of cll: pip install -e '.[attack]' in the "
+            "checkout, or pip install 'pyautoattack>=0.2'"
+        ) from None
     if version not in VERSIONS:
         raise ValueError(f"version = {version!r} is not one of {', '.join(map(repr, VERSIONS))}")
-    model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
-    if images.ndim != 4:
+    model, x, y, predicted = _checked(model, images, targets)
+    if x.ndim != 4:
         raise ValueError(
-            f"AutoAttack takes images (N, C, H, W) in [0, 1], not points {tuple(images.shape)}: "
+            f"AutoAttack takes images (N, C, H, W) in [0, 1], not points {tuple(x.shape)}: "
             "use pgd_attack"
         )
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} must be finite and >= 0, a distance in input units")
-    C = model.head.out_features
-    x = as_pixels(images.cpu(), torch.float64)
-    y = check_targets(targets, len(x), C).cpu()
-    adversarial, robust = x.clone(), predict_logits(model, images).argmax(dim=1) == y
-    if epsilon > 0 and robust.any():
-        net = _searched(model)
-        attack = _attack(library, net, x, epsilon, version, seed)
-        device = next(net.parameters()).device
-        moved = _search(attack, device, x[robust], y[robust], batch_size, progress)
-        _keep_broken(model, adversarial, robust, y, _within(x[robust], moved, epsilon))
-    if epsilon > 0 and robust.any():
+    adversarial, robust = x.clone(), predicted == y
+    options = {"batch_size": batch_size, "progress": progress}
+
+    def keep_broken(points):
+        wrong = predict_logits(model, points).argmax(dim=1) != y[robust]
+        broken = robust.nonzero()[:, 0][wrong]
+        adversarial[broken], robust[broken] = points[wrong], False
+
+    if epsilon == 0:
+        return adversarial, robust
+    if robust.any():
+        attack = _library_attack(pyautoattack, model, x, epsilon, version, seed)
+        device = next(model.parameters()).device
+        moved = _search(attack, device, x[robust], y[robust], **options)
+        keep_broken(_within(x[robust], moved, epsilon))
+    if robust.any():
         *_, usual_steps, usual_restarts = VERSIONS[version]
-        points, _ = pgd_attack(
-            model, x[robust], y[robust], epsilon, steps=steps or usual_steps, seed=seed,
-            restarts=restarts or usual_restarts, batch_size=batch_size, progress=progress,
-        )  # fmt: skip
-        _keep_broken(model, adversarial, robust, y, points)
+        options |= {"steps": steps or usual_steps, "restarts": restarts or usual_restarts}
+        keep_broken(pgd_attack(model, x[robust], y[robust], epsilon, seed=seed, **options)[0])
     return adversarial, robust
+
+
+def _checked(model, images, targets):
+    """(LipschitzNet, images float64 on the CPU, classes (N,), predictions (N,)) of an attack."""
+    model = as_lipschitz_net(model, np.shape(images)[1:])
+    images = check_images(images, model)
+    predicted = predict_logits(model, images).argmax(dim=1)
+    y = predicted if targets is None else torch.as_tensor(targets).cpu()
+    y = check_targets(y, len(images), model.head.out_features)
+    return model, as_pixels(images.cpu(), torch.float64), y, predicted
 
 
 def attack_name(version):
@@ -109,10 +122,9 @@ def autoattack_curve(model, images, targets, radii, **options):
     one radius is broken at every larger one and not attacked again.
     """
     images, targets = torch.as_tensor(images), torch.as_tensor(targets).cpu()
-    robust = torch.ones(len(radii), len(images), dtype=torch.bool)
+    robust = torch.zeros(len(radii), len(images), dtype=torch.bool)
     left = torch.arange(len(images))
     for i in sorted(range(len(radii)), key=radii.__getitem__):
-        robust[i] = False
         if len(left):
             kept = left.to(images.device)
             _, withstood = autoattack(model, images[kept], targets[left], radii[i], **options)
@@ -121,20 +133,11 @@ def autoattack_curve(model, images, targets, radii, **options):
     return robust
 
 
-def _library():
-    try:
-        return importlib.import_module("pyautoattack")
-    except ImportError:
-        raise ImportError(
-            "AutoAttack needs the extra `attack` of cll: pip install -e '.[attack]' in the "
-            "checkout, or pip install 'pyautoattack>=0.2'"
-        ) from None
-
-
-def _attack(library, net, images, epsilon, version, seed):
-    """The library's attack on a frozen network, with those of its searches that the images and the
-    number of classes allow."""
+def _library_attack(library, model, images, epsilon, version, seed):
+    """The library's attack on a model, with those of its searches that the images and the number of
+    classes allow."""
     names, aims, *_ = VERSIONS[version]
+    net = _searched(model)
     weight, C = next(net.parameters()), net.head.out_features
     unfit = {"square"} if images.shape[2] < 5 else set()
     if C < 4:
@@ -153,45 +156,31 @@ def _attack(library, net, images, epsilon, version, seed):
 def _search(attack, device, x, y, batch_size, progress):
     """Displacements (n, *input_shape) float64 of the points that the library calls broken, else ~0.
 
-    x: (n, *input_shape) float64, y: (n,), classes that the model predicts.
+    x: (n, *input_shape) float64, y: (n,), classes that the model predicts. The library seeds the
+    global generators, takes the tracer of coverage and debuggers away and logs warnings about
+    classifiers; afterwards all is as before.
     """
-    points = []
-    batches = list(zip(x.float().split(batch_size), y.split(batch_size), strict=True))
-    with progress_bar(len(batches), "AutoAttack", "batch", progress) as bar:
-        for batch, classes in batches:
-            with full_precision(device), _kept_to_itself(device):
-                moved, _ = attack.run_standard_evaluation(
-                    batch.to(device), classes.to(device), batch_size=batch_size
-                )
-            points.append(moved.cpu().double())
-            bar.update()
-    return torch.cat(points) - x
-
-
-@contextlib.contextmanager
-def _kept_to_itself(device):
-    """The library seeds the global generators, takes the tracer of coverage and debuggers away and
-    logs warnings about classifiers; afterwards all is as before."""
     logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    batches, points = [*zip(x.float().split(batch_size), y.split(batch_size), strict=True)], []
+    kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
     disabled, logger.disabled = logger.disabled, True
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+        bar = progress_bar(len(batches), "AutoAttack", "batch", progress)
+        with bar, full_precision(device), kept:
+            for batch in batches:
+                batch = [t.to(device) for t in batch]
+                moved, _ = attack.run_standard_evaluation(*batch, batch_size=batch_size)
+                points.append(moved.cpu().double())
+                bar.update()
     finally:
         logger.disabled = disabled
         sys.settrace(trace)
+    return torch.cat(points) - x
 
 
 def _searched(model):
     """A frozen copy of a model in its own precision, whose gradients are those of the images."""
     return freeze(copy.deepcopy(model).eval().requires_grad_(False))
-
-
-def _keep_broken(model, adversarial, robust, y, points):
-    """Store, in place, those of `points`, one per robust image, that the model gets wrong."""
-    wrong = predict_logits(model, points).argmax(dim=1) != y[robust]
-    broken = robust.nonzero()[:, 0][wrong]
-    adversarial[broken], robust[broken] = points[wrong], False
 
 
 def pgd_attack(
@@ -217,18 +206,13 @@ def pgd_attack(
         ball. The first restart lowers the margin to the best other class, restart r aims at the
         r-th best one of the image (after the last, at the best again).
 
-    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's own
-    precision. The best point of each image is then moved in float64 to a distance of at most
+    Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's
+    precision; the best point of each image is then moved in float64 to a distance of at most
     epsilon, and judged there.
 
     Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).
     """
-    model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
-    x = as_pixels(images.cpu(), torch.float64)
-    predicted = predict_logits(model, images).argmax(dim=1)
-    y = predicted if targets is None else torch.as_tensor(targets).cpu()
-    y = check_targets(y, len(x), model.head.out_features)
+    model, x, y, _ = _checked(model, images, targets)
     epsilon = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(len(x))
     if not (epsilon.isfinite().all() and (epsilon >= 0).all()):
         raise ValueError("epsilon must be finite and >= 0, a distance in input units")
@@ -243,10 +227,10 @@ def pgd_attack(
 
 def _within(x, delta, epsilon):
     """x + delta, shortened where needed to a distance of at most epsilon, a float or (N,)."""
-    distance = _per_image(delta.flatten(1).norm(dim=1), x)
     # a hair inside, for the rounding of x + delta and of the distance between the two
     limit = epsilon * (1 - 1e-9) - 1e-15 * x.flatten(1).norm(dim=1)
-    return x + delta * (_per_image(limit.clamp_min(0), x) / distance.clamp_min(1e-300)).clamp(max=1)
+    limit = _per_image(limit.clamp_min(0), x)
+    return x + delta * (limit / _length(delta).clamp_min(1e-300)).clamp(max=1)
 
 
 def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
@@ -261,8 +245,7 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
         for restart in range(restarts):
             noise = torch.randn(x.shape, generator=generator).to(x)
             share = torch.rand(len(x), generator=generator).to(x) ** (1 / x[0].numel())
-            length = noise.flatten(1).norm(dim=1)
-            delta = noise * _per_image(epsilon * share / length, x)
+            delta = noise * (_per_image(epsilon * share, x) / _length(noise))
             for step in range(steps + 1):
                 delta.requires_grad_()
                 f = net(x + delta)
@@ -278,13 +261,16 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
                 best = torch.where(_per_image(better, x), delta, best)
                 if step == steps:
                     break
-                length = _per_image(gradient.flatten(1).norm(dim=1), x).clamp_min(1e-30)
                 stride = radius * min(1, 25 / steps) * (1 - step / steps)
-                delta = delta - stride * gradient / length
-                length = _per_image(delta.flatten(1).norm(dim=1), x).clamp_min(1e-30)
-                delta = delta * (radius / length).clamp(max=1)
+                delta = delta - stride * gradient / _length(gradient).clamp_min(1e-30)
+                delta = delta * (radius / _length(delta).clamp_min(1e-30)).clamp(max=1)
             bar.update()
     return best.to("cpu", torch.float64)
+
+
+def _length(images):
+    """The L2 norm of each image, to broadcast over the images."""
+    return _per_image(images.flatten(1).norm(dim=1), images)
 
 
 def _per_image(values, x):

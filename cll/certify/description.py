@@ -49,10 +49,9 @@ def rebuild(description, tensors):
 
     Raises ValueError where the two do not fit together or the description says what is not so."""
     check_fit(description, tensors)
-    a = description
+    settings = [description[key] for key in ("input_shape", "input_std", "input_mean")]
     with torch.random.fork_rng(devices=[]):
-        parts = _module(a["body"]), _module(a["head"])
-        net = LipschitzNet(*parts, a["input_shape"], a["input_std"], a["input_mean"])
+        net = LipschitzNet(_module(description["body"]), _module(description["head"]), *settings)
     net.load_state_dict(tensors, strict=False, assign=True)
     _compare(description, describe(net))
     return net.eval().requires_grad_(False)
@@ -91,10 +90,8 @@ def check_fit(description, tensors):
     for name, tensor in tensors.items():
         like = expected[name]
         if (tensor.shape, tensor.is_floating_point()) != (like.shape, like.is_floating_point()):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {like.dtype} "
-                f"{tuple(like.shape)}"
-            )
+            kinds = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, like))
+            raise ValueError(f"{name} is {', not '.join(kinds)}")
     for name, module in net.items():
         _compare(description[name], _description(module, name))
     weights = sum(tensor.numel() for tensor in tensors.values())
@@ -156,8 +153,8 @@ def _description(module, name):
     if TABLE[kind].arguments is not None:  # where it has no attributes of their names
         arguments = TABLE[kind].arguments(module)
     else:
-        known = [k for k in inspect.signature(kind.__init__).parameters if k not in _HIDDEN]
-        arguments = {k: getattr(module, k) for k in known}
+        known = inspect.signature(kind.__init__).parameters
+        arguments = {k: getattr(module, k) for k in known if k not in _HIDDEN}
     if kind is nn.Conv2d:  # also where a setting was replaced by one number
         sides = {k: arguments[k] for k in ("kernel_size", "stride", "padding", "dilation")}
         arguments |= {k: v if isinstance(v, str) else pair(v) for k, v in sides.items()}
@@ -178,18 +175,16 @@ def _module(description):
     """The module of a description, with random weights."""
     if not description.keys().isdisjoint(_HIDDEN):  # a device would escape the meta device
         raise TypeError(f"a layer is described by {', '.join(description)}")
-    arguments = {
-        key: _module(value)
-        if isinstance(value, dict) and "type" in value
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for key, value in description.items()
-    }
+    arguments = dict(description)
     kind = _kinds()[arguments.pop("type")]
     if kind is nn.Sequential:
         inside = arguments.pop("layers")
         return nn.Sequential(OrderedDict((name, _module(d)) for name, d in inside.items()))
+    for key, value in arguments.items():
+        if isinstance(value, dict) and "type" in value:
+            arguments[key] = _module(value)
+        elif isinstance(value, list):
+            arguments[key] = tuple(value)
     # looks at its numbers when it is built, which the meta device does not have
     with torch.device("cpu") if kind is Normalize else nullcontext():
         return kind(**arguments)

@@ -34,6 +34,7 @@ import math
 import os
 import stat
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,7 +61,7 @@ from ..bounds.norm import confirm
 from ..bounds.rounding import margin_error
 from ..bounds.trace import layer_inputs
 from ..data.sources import TESTS, load
-from ..layers.structure import Residual, freeze
+from ..layers.structure import freeze
 from . import RADII, certified_radius, cra_curve, distance
 from .description import check_fit, current, describe, rebuild, tensors_of
 from .inputs import as_pixels, check_images, check_targets, predict_logits, test_split
@@ -73,6 +74,8 @@ ERRORS_WRITTEN = 3.01  # left out of a written radius: all but one of them may b
 ERRORS_MOST = 5.1  # what another machine may miss of its margin in an honest radius: the sum
 REFUTED = 1e-9, 1e-11  # a stretch above a bound by more: relative, and of all that was computed
 LONGEST = 2**27  # bytes of a certificate
+# what a layer or a bound of nobody's making may raise when it is checked
+FAULTS = TypeError, ValueError, LookupError, ArithmeticError, RuntimeError
 PROOFS = ("Cholesky", "DFT", "DFT in one direction", "block Cholesky", "zero", "by construction")
 
 
@@ -92,8 +95,6 @@ Size = Annotated[int, Field(ge=1, le=10**7)]
 NotNegative = Annotated[float, Field(ge=0)]
 _Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,4000}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
 # what Fraction reads, in no more digits than a distance needs
 _RadiusName = Annotated[
     str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,30})?(e[-+]?[0-9]{1,2})?(/[1-9][0-9]{0,8})?$")
@@ -236,12 +237,13 @@ def _certified(net, images, targets, progress):
     claims = {}
 
     def claimed(place):
-        proven = prove_place(place, "guaranteed")
-        claims[place.name] = _claim(proven, claims)
-        _check_bound(proven, claims)
-        return proven
+        with _blamed_on(f"bounds: {place.name}", FAULTS):
+            proven = prove_place(place, "guaranteed")
+            claims[place.name] = _claim(proven, claims)
+            _check_bound(proven, claims)
+            return proven
 
-    proof = prove_by(_naming_the_layer(claimed), net, progress=progress)
+    proof = prove_by(claimed, net, progress=progress)
     K = _class_bounds(proof, claims) * (1 + K_SPARE)
     for i, j in (~K.isfinite()).nonzero().tolist()[:1]:
         raise ValueError(f"K of classes {i} and {j} is beyond float64: rescale the weights")
@@ -325,12 +327,10 @@ def _checked_network(c, file):
     """The network of a certificate with the tensors in a file, each of them checked. The claims
     are compared with each other first, before they cost memory."""
     tensors = {}
-    try:
+    with _blamed_on("architecture"):  # a constructor given wrong arguments may raise anything
         architecture = current(c.architecture.model_dump())
         check_fit(architecture, {k: record.blank() for k, record in c.weights.tensors.items()})
         classes = architecture["head"]["out_features"]
-    except Exception as error:  # a constructor given wrong arguments may raise anything
-        raise _refusal("architecture", error) from None
     if [len(row) for row in c.K] != [classes] * classes:
         raise Invalid(f"K is not a matrix of {classes} x {classes} classes")
     try:
@@ -345,23 +345,25 @@ def _checked_network(c, file):
                     raise Invalid(f"weights: tensor {name} is not the one that was certified")
     except SafetensorError as error:
         raise Invalid(f"weights: {file.name} is damaged: {_line(error)}") from None
-    try:
+    with _blamed_on("architecture"):
         net = rebuild(architecture, tensors)
         layers = opened(places(layer_inputs(net.body, net.input_shape)))
-    except Exception as error:
-        raise _refusal("architecture", error) from None
     for name in sorted({layer.name for layer in layers} ^ c.bounds.keys()):
         there = "names no layer of the network" if name in c.bounds else "is missing"
         raise Invalid(f"bounds: the bound of {name} {there}")
     return net
 
 
-def _refusal(where, error):
-    """What to raise for an error in the check: Invalid, unless memory ran out, which is no fault of
-    the certificate."""
-    if isinstance(error, Invalid | MemoryError) or "allocate" in str(error):
-        return error
-    return Invalid(f"{where}: {_line(error)}")
+@contextmanager
+def _blamed_on(where, kinds=Exception):
+    """Errors of these kinds inside become Invalid, unless memory ran out, which is no fault of the
+    certificate."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, Invalid | MemoryError) or "allocate" in str(error):
+            raise
+        raise Invalid(f"{where}: {_line(error)}") from None
 
 
 def _spared(bound):
@@ -371,10 +373,11 @@ def _spared(bound):
 
 def _claim(proven, claims):
     """The bound of a ProvenLayer as it is written: what was proven, and a little to spare."""
-    bound = proven.upper
     if proven.proof == "by construction":
         bound = _by_construction(proven, claims).upper
-    bound = bound if bound == 1 and proven.proof == "by construction" else _spared(bound)
+        bound = bound if bound == 1 else _spared(bound)
+    else:
+        bound = _spared(proven.upper)
     if not math.isfinite(bound):
         raise ValueError(f"{as_text(proven.layer)} has no finite bound")
     return {"bound": bound, "proof": proven.proof}
@@ -398,29 +401,19 @@ def _product(layers, claims):
     return total * (1 + 2 * gamma(len(layers) + 2))
 
 
-def _naming_the_layer(bound):
-    """A function of a layer at its place whose errors name it, as a fault of the certificate."""
-
-    def named(place):
-        try:
-            return bound(place)
-        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise _refusal(f"bounds: {place.name}", error) from None
-
-    return named
-
-
 def _checked_bounds(c, net, progress):
     """(Proof, K (C, C)) of the network of a certificate at the numbers that it claims, each of them
     checked."""
     claims = {name: bound.model_dump() for name, bound in c.bounds.items()}
-    checked = _naming_the_layer(lambda place: _check_bound(place, claims))
     K = torch.tensor(c.K, dtype=torch.float64)
-    try:
+
+    def checked(place):
+        with _blamed_on(f"bounds: {place.name}", FAULTS):
+            return _check_bound(place, claims)
+
+    with _blamed_on("architecture", (TypeError, ValueError)):
         proof = prove_by(checked, net, progress=progress)
         needed = _class_bounds(proof, claims)
-    except (TypeError, ValueError) as error:
-        raise _refusal("architecture", error) from None
     wrong = ~((needed <= K) & (K <= needed * (1 + 2 * K_SPARE)))
     for i, j in wrong.nonzero().tolist()[:1]:
         raise Invalid(
@@ -436,7 +429,8 @@ def _check_bound(place, claims):
     layer, shape = place.layer, place.shape
     claimed, proof = claims[place.name]["bound"], claims[place.name]["proof"]
     text = f"bounds: {place.name} ({as_text(layer)}): {claimed!r}"
-    if (work := _work(layer, shape)) > LARGEST:
+    # the layers of a container count one by one
+    if (work := 0 if place.parts else _work(layer, shape)) > LARGEST:
         raise Invalid(f"{text} takes {work:.0e} operations to prove, more than {LARGEST:.0e}")
     seen = _refutation(layer, shape, claimed)
     if seen is not None:
@@ -456,14 +450,9 @@ def _check_bound(place, claims):
 def _work(layer, shape):
     """Operations of the cheapest proof of a layer's bound, roughly: per frequency of an image, a
     complex matrix of channels by channels and its factorisation."""
-    work, positions = 0.0, math.prod(shape[1:]) if len(shape) == 3 else 1
-    if isinstance(layer, Residual):  # its layers count one by one
-        return work
-    for weight in layer.parameters():
-        if weight.ndim in (2, 4):
-            low, high = sorted(weight.shape[:2])
-            work += 8.0 * positions * low * low * high
-    return work
+    positions = math.prod(shape[1:]) if len(shape) == 3 else 1
+    sizes = (sorted(w.shape[:2]) for w in layer.parameters() if w.ndim in (2, 4))
+    return sum(8.0 * positions * low * low * high for low, high in sizes)
 
 
 def _refutation(layer, shape, claimed, steps=20):
@@ -531,9 +520,8 @@ def _checked_data(c, net, data, count):
         if _digest(images[i]) != c.images.sha256[i]:
             raise Invalid(f"images: image {i} is not the one that was certified")
         if targets[i] != c.images.target[i]:
-            raise Invalid(
-                f"images: the target of image {i} is {targets[i]}, not {c.images.target[i]}"
-            )
+            claimed = c.images.target[i]
+            raise Invalid(f"images: the target of image {i} is {targets[i]}, not {claimed}")
     return images[:count], read
 
 

@@ -206,7 +206,7 @@ def backward(net, state, index, v, rho, rule):
     """
     pieces = zip(index.split(BATCH), v.split(BATCH), strict=True)
     pieces = [_follow(net, state, n, c, rho, rule) for n, c in pieces]
-    return tuple(map(torch.cat, zip(*pieces, strict=True))) if pieces else (v.new_empty(0),) * 2
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 def _follow(net, state, n, c, rho, rule):
@@ -296,15 +296,17 @@ def tilt(k, tau, stage, error):
     total = square.sum(1)
     high = total / ball.square()  # there, lambda B^2 is the charge of lambda = 0
     low = high * 1e-12
+
+    def missing(multiplier):  # 1 - t
+        slopes = multiplier[:, None] * tau_square / (4 * square).clamp_min(LEAST)
+        return torch.where(square > 0, (1 - slopes).clamp_min(0), 0)
+
     for _ in range(2 * STEPS):
         middle = (low * high).sqrt()
-        missing = (1 - middle[:, None] * tau_square / (4 * square).clamp_min(LEAST)).clamp_min(0)
-        larger = (tau_square / 2 * missing * (square > 0)).sum(1) > ball.square()
+        larger = (tau_square / 2 * missing(middle)).sum(1) > ball.square()
         low, high = torch.where(larger, middle, low), torch.where(larger, high, middle)
-    missing = (1 - low[:, None] * tau_square / (4 * square).clamp_min(LEAST)).clamp_min(0)
-    missing = torch.where(square > 0, missing, 0)  # 1 - t
-    charge = low * ball.square() + (missing.square() * square).sum(1) + MAXIMA * total
-    return (1 - missing).view(shape), charge.sqrt() * size * stage.ball
+    charge = low * ball.square() + (missing(low).square() * square).sum(1) + MAXIMA * total
+    return (1 - missing(low)).view(shape), charge.sqrt() * size * stage.ball
 
 
 def _in_units(k, tau, ball):

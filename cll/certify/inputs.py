@@ -34,16 +34,16 @@ def predict_logits(model, images, batch_size=1000, *, progress=False):
     for layer in _leaves(model.body):  # which a bounded activation would hide
         layer.register_forward_hook(lambda _, x, y: lost.append(~y.flatten(1).isfinite().all(1)))
     cudnn = torch.backends.cudnn.flags(enabled=False)
-    with torch.inference_mode(), full_precision(device), cudnn:
+    bar = progress_bar(len(batches), "logits", "batch", progress)
+    with torch.inference_mode(), full_precision(device), cudnn, bar:
         logits = []
-        with progress_bar(len(batches), "logits", "batch", progress) as bar:
-            for batch in batches:
-                x = as_pixels(batch.to(device), torch.float64)
-                lost.append(torch.zeros(len(x), dtype=torch.bool, device=device))
-                y = model(x)
-                logits.append(y.masked_fill(torch.stack(lost).any(0)[:, None], math.nan).cpu())
-                lost.clear()
-                bar.update()
+        for batch in batches:
+            x = as_pixels(batch.to(device), torch.float64)
+            lost.append(torch.zeros(len(x), dtype=torch.bool, device=device))
+            y = model(x)
+            logits.append(y.masked_fill(torch.stack(lost).any(0)[:, None], math.nan).cpu())
+            lost.clear()
+            bar.update()
         return torch.cat(logits)
 
 
@@ -85,16 +85,14 @@ def test_split(dataset):
     elif isinstance(dataset, (tuple, list)) and len(dataset) == 2:
         images, targets = dataset
     elif isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
-        images, targets = [], []
-        for i in range(len(dataset)):
-            image, target = _sample(dataset[i], i)
-            if images and image.shape != images[0].shape:
+        samples = [_sample(dataset[i], i) for i in range(len(dataset))]
+        images, targets = ([sample[k] for sample in samples] for k in (0, 1))
+        for i, image in enumerate(images):
+            if image.shape != images[0].shape:
                 raise ValueError(
                     f"image {i} has shape {tuple(image.shape)}, image 0 has "
                     f"{tuple(images[0].shape)}: all images must have one size"
                 )
-            images.append(image)
-            targets.append(target)
         images = torch.stack(images) if images else images
     else:
         raise ValueError(
@@ -154,8 +152,6 @@ def check_targets(targets, N, C):
     targets = _integers(targets, "targets")
     if targets.shape != (N,):
         raise ValueError(f"targets must have shape ({N},), got {tuple(targets.shape)}")
-    wrong = (targets < 0) | (targets >= C)
-    if wrong.any():
-        i = wrong.nonzero()[0].item()
+    for i in ((targets < 0) | (targets >= C)).nonzero()[:1, 0].tolist():
         raise ValueError(f"label {targets[i].item()} of sample {i} is outside 0..{C - 1}")
     return targets

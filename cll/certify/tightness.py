@@ -75,8 +75,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
     weight = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
-    best = torch.zeros(len(a), dtype=weight.dtype, device=weight.device)
-    best_a, best_b = a.detach().clone(), b.detach().clone()
+    best, best_a, best_b = a.new_zeros(len(a)), a.detach().clone(), b.detach().clone()
     with full_precision(weight.device), torch.enable_grad():
         for step in range(steps + 1):
             q = _quotient(net, a, b)  # (n,)
@@ -89,9 +88,8 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
                 break
             a.grad, b.grad = torch.autograd.grad(-q.sum(), (a, b))
             optimizer.step()
-            if clamp is not None:
-                for x in (a, b):
-                    x.data.clamp_(*clamp)
+            for x in (a, b) if clamp is not None else ():
+                x.data.clamp_(*clamp)
             bar.update()
         with torch.no_grad():
             best_a, best_b = best_a.to(device).double(), best_b.to(device).double()
@@ -118,23 +116,19 @@ def _best_pair(model, images, progress):
     N, C = f.shape
     rows = max(1, 2**24 // (N * C))  # at most 128 MiB for rows x N x C
     best = (0.0, 0, 0)
-    bar = progress_bar(N, "tightness", "image", progress)
-    for start in range(0, N, rows):
-        stop = min(start + rows, N)
-        D = f[start:stop, None] - f[None, start:]  # pairs are symmetric: later images only
-        change = D.amax(dim=2) - D.amin(dim=2)
-        size = norms[start:stop, None] + norms[None, start:]
-        # |a|^2 + |b|^2 - 2ab plus more than its rounding error, which ranks no pair too high
-        squared = size - 2 * x[start:stop] @ x[start:].T
-        squared = squared.clamp_min(0) + 1e-15 * x.shape[1] * size
-        quotient = torch.where(change > 0, change / squared.sqrt(), 0)
-        bar.update(stop - start)
-        value, flat = quotient.flatten().max(dim=0)
-        if value > best[0]:
+    with progress_bar(N, "tightness", "image", progress) as bar:
+        for start in range(0, N, rows):
+            block = slice(start, start + rows)
+            D = f[block, None] - f[None, start:]  # pairs are symmetric: later images only
+            change = D.amax(dim=2) - D.amin(dim=2)
+            size = norms[block, None] + norms[None, start:]
+            # |a|^2 + |b|^2 - 2ab plus more than its rounding error, which ranks no pair too high
+            squared = (size - 2 * x[block] @ x[start:].T).clamp_min(0) + 1e-15 * x.shape[1] * size
+            quotient = torch.where(change > 0, change / squared.sqrt(), 0)
+            bar.update(len(D))
+            value, flat = quotient.flatten().max(dim=0)
             a, b = divmod(flat.item(), N - start)
-            best = (value.item(), start + a, start + b)
-    bar.close()
+            best = max(best, (value.item(), start + a, start + b), key=lambda pair: pair[0])
     _, a, b = best
-    D = f[a] - f[b]
-    distance = (x[a] - x[b]).norm()
+    D, distance = f[a] - f[b], (x[a] - x[b]).norm()
     return ((D.max() - D.min()) / distance).item() if distance > 0 else 0.0

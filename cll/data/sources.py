@@ -1,9 +1,5 @@
-"""Data in memory and augmentation in large batches.
-
-Every source becomes one `Dataset`: images as uint8 tensors (N, C, H, W), turned into float32 in
-[0, 1] one batch at a time; two-moons as float32 points (N, 2). There are no DataLoader workers: a
-batch is `images[rows]` on whatever device holds the images, and `augment` changes the whole batch
-with a handful of tensor operations.
+"""Sources of data. Each becomes one `Dataset` in memory: images as uint8 tensors (N, C, H, W), or
+two-moons as float32 points (N, 2). A batch is `images[rows]` on the device that holds the images.
 
     dataset = load("cifar10")  # or "digits", "npz:PATH", "folder:PATH", ...
     drawn = draw(50_000, Augmentation(crop=4, flip=True), 32, generator)  # one epoch, on the CPU
@@ -12,6 +8,7 @@ with a handful of tensor operations.
 
 import difflib
 import hashlib
+import math
 import os
 import socket
 import warnings
@@ -158,15 +155,14 @@ def load(
         for digits and folders, which are resized.
     train_size, test_size: for two_moons the numbers of points; elsewhere the size of a random
         subset, the same one for every seed.
-    seed: draws two_moons; no other source depends on it.
+    seed: draws two_moons alone.
     label: name of the data in all results; default: the source, for npz with the file's stem and
         for folder with the folder's name in place of the path.
-    download: False never touches the network and writes nothing, neither an archive's files nor a
-        cache.
+    download: False never touches the network and writes nothing, no cache either.
 
-    Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, where data are missing, and
-    ValueError where they are unusable; both say in one line what, where and what to do. Warns of
-    files left out, classes without images, one class alone and nearly black images.
+    Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, for missing data and ValueError
+    for unusable ones; both say in one line what, where and what to do. Warns of files left out,
+    classes without images, one class alone and nearly black images.
     """
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)
@@ -176,35 +172,23 @@ def load(
     kind, path = _parse(source)
     root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[2] / "data")
     root = root.expanduser().absolute()
-
-    where, names, name = source, None, source
+    where = f"{kind}:{path}" if path else source
+    name = f"{kind}:{path.stem if kind == 'npz' else path.name}" if path else source
+    read, *arguments = {
+        "two_moons": (_two_moons, train_size or 2000, test_size or 20_000, seed),
+        "cifar10": (_cifar, kind, root, download),
+        "cifar100": (_cifar, kind, root, download),
+        "tiny-imagenet": (_tiny_imagenet, root, download),
+        "digits": (_digits, input_shape or (3, 32, 32)),
+        "npz": (_npz, path),
+        "folder": (_folder, path, input_shape),
+    }[kind]
     try:
-        if kind == "two_moons":
-            arrays = _two_moons(train_size or 2000, test_size or 20_000, seed)
-            names, train_size, test_size = ["outer", "inner"], None, None
-        elif kind in ("cifar10", "cifar100"):
-            arrays, names = _cifar(kind, root, download)
-        elif kind == "tiny-imagenet":
-            arrays, names = _tiny_imagenet(root, download)
-        elif kind == "digits":
-            arrays, names = _digits(input_shape or (3, 32, 32)), [str(i) for i in range(10)]
-        else:
-            where = f"{kind}:{path}"
-            name = f"npz:{path.stem}" if kind == "npz" else f"folder:{path.name}"
-            if not (path.is_file() if kind == "npz" else path.is_dir()):
-                raise DataNotFound(f"{where} is not there: write the path of {OWN_DATA}")
-            arrays, names = _npz(path) if kind == "npz" else _folder(path, input_shape)
-        x_train, y_train, x_test, y_test = arrays
-        dataset = Dataset(
-            name=label or name,
-            train_images=torch.from_numpy(x_train),
-            train_targets=torch.from_numpy(y_train),
-            test_images=torch.from_numpy(x_test),
-            test_targets=torch.from_numpy(y_test),
-            num_classes=len(names) if names else _count_classes(y_train, y_test),
-            class_names=names,
-            input_shape=x_train.shape[1:],
-        )
+        arrays, names = read(*arguments)  # in the order of the fields of a `Dataset`
+        images, targets, _, test_targets = arrays
+        classes = len(names) if names else _count_classes(targets, test_targets)
+        tensors = map(torch.from_numpy, arrays)
+        dataset = Dataset(label or name, *tensors, classes, names, images.shape[1:])
         for doubt in _doubts(dataset):
             warnings.warn(f"{where}: {doubt}", stacklevel=2)
         _subset(dataset, "train", train_size)
@@ -229,7 +213,10 @@ def _parse(source):
     if kind in ("npz", "folder") and colon:
         if not path.strip():
             raise ValueError(f'data source "{text}" lacks a path: write {kind}:PATH')
-        return kind, Path(os.path.expanduser(path)).absolute()  # also of no user
+        path = Path(os.path.expanduser(path)).absolute()  # also of no user
+        if not (path.is_file() if kind == "npz" else path.is_dir()):
+            raise DataNotFound(f"{kind}:{path} is not there: write the path of {OWN_DATA}")
+        return kind, path
     if text in BY_NAME:
         return text, None
     if text.endswith(".npz"):
@@ -249,33 +236,26 @@ def _two_moons(n_train, n_test, seed):
     apart, true margin 0.15. Train and test are drawn one after the other from one generator.
     """
     make_moons = kit("sklearn.datasets").make_moons
-    random = np.random.RandomState(seed)
-    arrays = []
+    random, arrays = np.random.RandomState(seed), []
     for n in (int(n_train), int(n_test)):
         points, targets = make_moons(n, noise=None, random_state=random)
         radius = 0.1 * np.sqrt(random.uniform(size=n))  # the root makes the density uniform in area
         angle = 2 * np.pi * random.uniform(size=n)
         points += radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         arrays += [points.astype(np.float32), targets.astype(np.int64)]
-    return tuple(arrays)
+    return arrays, ["outer", "inner"]
 
 
 def _cifar(kind, root, download):
     """CIFAR-10/100 by torchvision, which checks every file's md5 sum."""
-    datasets = kit("torchvision.datasets")
-    check_integrity = datasets.utils.check_integrity
+    datasets, timeout = kit("torchvision.datasets"), socket.getdefaulttimeout()
     cls = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
-    archive, timeout = root / cls.filename, socket.getdefaulttimeout()
-    try:
-        try:
-            train = cls(root, train=True)
-        except Exception:  # a damaged file raises anything
-            if not download:
-                raise
-            socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
-            train = cls(root, train=True, download=True)  # or unpack, which needs no network
-    except Exception as error:
-        folder = root / cls.base_folder
+    socket.setdefaulttimeout(20)  # torchvision sets none: a silent firewall hangs it
+    try:  # whole files cost no network, nor does an archive to be unpacked
+        splits = [cls(root, train, download=download and train) for train in (True, False)]
+    except Exception as error:  # a damaged file raises anything
+        check_integrity = datasets.utils.check_integrity
+        archive, folder = root / cls.filename, root / cls.base_folder
         files = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
         files = [(archive, cls.tgz_md5), *((folder / name, md5) for name, md5 in files)]
         damaged = [str(p) for p, md5 in files if p.exists() and not check_integrity(p, md5)]
@@ -287,29 +267,29 @@ def _cifar(kind, root, download):
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    splits = train, cls(root, train=False)
     arrays = [(_array("x", split.data), _array("y", np.array(split.targets))) for split in splits]
-    return sum(arrays, ()), list(train.classes)
+    return sum(arrays, ()), list(splits[0].classes)
 
 
 def _tiny_imagenet(root, download):
     """Tiny-ImageNet: wnids.txt, train/WNID/images/*, val/images/*, val/val_annotations.txt.
 
     Any number of classes; they are numbered by their sorted WordNet ids, as ImageFolder does.
-    Decoding 110,000 JPEG files takes about a minute, so the result is kept beside them in
-    decoded.npz, with a digest of the file lists that tells when it is out of date.
+    Decoding 110,000 JPEG files takes about a minute, so decoded.npz keeps the result beside them,
+    with a digest of the file lists that tells when it is out of date.
     """
-    folder = root / "tiny-imagenet-200"
-    if not (folder / "wnids.txt").exists() and (root / "wnids.txt").exists():
-        folder = root
-    if not (folder / "wnids.txt").exists():
+    folders = root / "tiny-imagenet-200", root
+    folder = next((f for f in folders if (f / "wnids.txt").exists()), None)
+    if folder is None:
         raise DataNotFound(
-            f"no usable tiny-imagenet: looked for {folder / 'wnids.txt'}. Two ways out: download "
-            f"http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it into {root} (or set "
-            f"CLL_DATA to the folder that has it), or use {OWN_DATA}"
+            f"no usable tiny-imagenet: looked for {folders[0] / 'wnids.txt'}. Two ways out: "
+            f"download http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it into {root} "
+            f"(or set CLL_DATA to the folder that has it), or use {OWN_DATA}"
         )
     wnids = sorted((folder / "wnids.txt").read_text().split())
-    files, targets = _tiny_imagenet_files(folder, wnids)
+    listed = _tiny_imagenet_files(folder, wnids)
+    files = {split: [file for file, _ in pairs] for split, pairs in listed.items()}
+    targets = {split: [wnids.index(wnid) for _, wnid in pairs] for split, pairs in listed.items()}
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
     digest = hashlib.sha256((listing + repr(targets)).encode()).hexdigest()
     images = _decode_once(files, digest, folder / "decoded.npz", keep=download)
@@ -317,32 +297,27 @@ def _tiny_imagenet(root, download):
     lines = words.read_text().splitlines() if words.exists() else []
     rows = (line.partition("\t") for line in lines)
     names = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
-    y_train, y_test = (np.asarray(targets[split], np.int64) for split in ("train", "test"))
-    arrays = (images["train"], y_train, images["test"], y_test)
+    arrays = [array for split in files for array in (images[split], np.array(targets[split]))]
     return arrays, [names.get(wnid, wnid) for wnid in wnids]
 
 
 def _tiny_imagenet_files(folder, wnids):
-    """({split: [file]}, {split: [class number]}), the test split from val/."""
-    number = {wnid: i for i, wnid in enumerate(wnids)}
-    files, targets = {"train": [], "test": []}, {"train": [], "test": []}
+    """{split: [(file, WordNet id)]}; the test split is val/."""
+    train = []
     for wnid in wnids:
         images = folder / "train" / wnid / "images"
-        pictures = sorted(images.glob("*.JPEG"))
-        if not pictures:
+        train += [(file, wnid) for file in sorted(images.glob("*.JPEG"))]
+        if not train or train[-1][1] != wnid:
             raise ValueError(f"no images in {images} although wnids.txt lists {wnid}: unzip again")
-        files["train"] += pictures
-        targets["train"] += [number[wnid]] * len(pictures)
-    annotations = folder / "val" / "val_annotations.txt"
+    annotations, test = folder / "val" / "val_annotations.txt", []
     if not annotations.exists():
         raise ValueError(f"{annotations} is missing: unzip again")
     for row, line in enumerate(annotations.read_text().splitlines(), 1):
         name, wnid = (line.split("\t") + [""])[:2]
-        if wnid not in number:
+        if wnid not in wnids:
             raise ValueError(f"line {row} of {annotations} names class {wnid!r}, not in wnids.txt")
-        files["test"].append(folder / "val" / "images" / name)
-        targets["test"].append(number[wnid])
-    return files, targets
+        test.append((folder / "val" / "images" / name, wnid))
+    return {"train": train, "test": test}
 
 
 def _decode_once(files, digest, cache, keep):
@@ -351,15 +326,14 @@ def _decode_once(files, digest, cache, keep):
         if str(stored["digest"]) == digest:
             return {split: stored[split] for split in files}
     images = {split: _decode(files[split], None) for split in files}
-    if not keep:
-        return images
     whole = cache.with_name(f"decoded.{os.getpid()}.tmp.npz")
-    try:
-        with suppress(OSError):  # a read-only folder keeps no cache
-            np.savez(whole, digest=digest, **images)
-            os.replace(whole, cache)
-    finally:
-        whole.unlink(missing_ok=True)
+    with suppress(OSError):  # a read-only folder keeps no cache
+        try:
+            if keep:
+                np.savez(whole, digest=digest, **images)
+                os.replace(whole, cache)
+        finally:
+            whole.unlink(missing_ok=True)
     return images
 
 
@@ -373,7 +347,7 @@ def _digits(input_shape):
     if len(input_shape) != 3:
         raise ValueError(f"digits are images: input_shape {input_shape} is not (C, H, W)")
     channels, height, width = input_shape
-    if channels * height * width > 2**20:  # of 1,797 images, 2 GB
+    if math.prod(input_shape) > 2**20:  # of 1,797 images, 2 GB
         raise ValueError(f"digits of {_size(input_shape)} are too large: take fewer pixels")
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
@@ -383,7 +357,8 @@ def _digits(input_shape):
     order = np.random.RandomState(0).permutation(len(images))
     train, test = order[:1437], order[1437:]
     targets = digits.target.astype(np.int64)
-    return images[train], targets[train], images[test], targets[test]
+    arrays = images[train], targets[train], images[test], targets[test]
+    return arrays, [str(i) for i in range(10)]
 
 
 def _npz(path):
@@ -537,22 +512,16 @@ def _decode(files, shape):
 
     shape None: RGB, and all images must have the size of the first.
     """
-    laid = set()  # on white
-    first = _read(files[0], shape, laid)
-    images = np.empty((len(files), *first.shape), np.uint8)
-
-    def store(i):
-        image = _read(files[i], shape, laid)
-        if image.shape != first.shape:
-            raise ValueError(
-                f"image {files[i]} is {_size(image.shape)} but {files[0]} is {_size(first.shape)}: "
-                "give input_shape to resize them all"
-            )
-        images[i] = image
-
-    # Pillow decodes outside Python's lock
+    laid, images = set(), None  # the files laid on white
     with ThreadPoolExecutor() as pool, progress_bar(len(files), "decode", "image") as bar:
-        for _ in pool.map(store, range(len(files))):
+        # Pillow decodes outside Python's lock
+        for i, image in enumerate(pool.map(lambda file: _read(file, shape, laid), files)):
+            images = np.empty((len(files), *image.shape), np.uint8) if i == 0 else images
+            if image.shape != images.shape[1:]:
+                sizes = f"{files[i]} is {_size(image.shape)} but {files[0]} is "
+                sizes += _size(images.shape[1:])
+                raise ValueError(f"image {sizes}: give input_shape to resize them all")
+            images[i] = image
             bar.update()
     if laid:
         warnings.warn(f"{len(laid)} transparent images laid on white ({min(laid)})", stacklevel=4)
@@ -599,23 +568,20 @@ def _read(file, shape, laid):
 
 def _subset(dataset, split, size):
     """Keep the same random subset on every call, in the original order; size None: all samples."""
-    fields = f"{split}_images", f"{split}_targets"
-    n = len(getattr(dataset, fields[0]))
+    n = len(getattr(dataset, f"{split}_images"))
     if size is not None and size > n:
         raise ValueError(f"{split}_size = {size} but the {split} split has {n} samples")
     if size is not None and size < n:
         rows = np.sort(np.random.RandomState(0).permutation(n)[: int(size)])
-        for field in fields:
+        for field in (f"{split}_images", f"{split}_targets"):
             setattr(dataset, field, getattr(dataset, field)[rows])
 
 
 def _checked_shape(shape):
-    try:
+    with suppress(TypeError, ValueError):
         checked = tuple(int(n) for n in shape)
         if checked and min(checked) > 0 and checked == tuple(shape):
             return checked
-    except (TypeError, ValueError):
-        pass
     raise ValueError(
         f"input_shape = {shape!r}: write (channels, height, width), or (features,) for points"
     )
