@@ -315,7 +315,7 @@ def printed(tmp_path_factory):
             patch.setattr(experiment, "load_dataset", few)
             patch.setattr(
                 experiment.runs, "_run_together",
-                lambda runs, folders, *options: list(map(finish, runs, folders)),
+                lambda runs, folders, progress: list(map(finish, runs, folders)),
             )  # fmt: skip
             for module in EXHIBITS:
                 for drawing in drawings(module):
