@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .ranks import on_main
 from .stack import build_network
-from .store import device_name
+from .store import device_name, save_weights
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
@@ -19,10 +19,8 @@ CHECKPOINT_SECONDS = 20
 
 def open_curve(path, epochs_done):
     """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
-    rows = []
-    if epochs_done and path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))[1 : epochs_done + 1]
+    lines = path.read_text().splitlines() if epochs_done and path.exists() else []
+    rows = list(csv.reader(lines))[1 : epochs_done + 1]
     curve = open(path, "w", newline="", buffering=1)  # hands each line on once it is written
     csv.writer(curve).writerows([CURVE, *rows])
     return curve
@@ -82,9 +80,7 @@ def save_snapshots(stack, out_dirs, epoch):
     """The weights after an epoch, to be certified when training is done. A resumed run writes those
     after its checkpoint again, with the same content."""
     for s, out_dir in enumerate(out_dirs):
-        temporary = out_dir / "snapshot.tmp"
-        save_file({k: t.contiguous() for k, t in stack.weights(s).items()}, temporary)
-        os.replace(temporary, _snapshot(out_dir, epoch))
+        save_weights(stack.weights(s), _snapshot(out_dir, epoch))
 
 
 def load_snapshots(run, dataset, out_dir):
@@ -122,10 +118,9 @@ def restore(stack, out_dirs, generators):
     def available():
         return [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
 
-    def newest():
-        return max(set.intersection(*map(set, available())), default=None)
-
-    epoch = on_main(newest, stack.engine)
+    epoch = on_main(
+        lambda: max(set.intersection(*map(set, available())), default=None), stack.engine
+    )
     if epoch is None:
         return 0, [None] * len(stack.runs), 0.0
     try:

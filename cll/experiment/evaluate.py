@@ -1,14 +1,12 @@
 """A trained network's certificates, tightness and attack: the result record of a run."""
 
 import json
-import os
 import time
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from ..certify import cra_curve, distance
 from ..certify import evaluate as certified
@@ -18,7 +16,7 @@ from ..progress import progress_bar
 from .checkpoints import load_checkpoints, load_snapshots
 from .ranks import count
 from .schema import Size
-from .store import CERTIFIER, provenance, write
+from .store import CERTIFIER, provenance, save_weights, write
 
 BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate from below
 
@@ -225,9 +223,7 @@ def _save(run, result, record):
         prediction=result.prediction.numpy(),
         target=run.dataset.test_targets.cpu().numpy(),
     )
-    weights = {k: v.contiguous() for k, v in run.net.cpu().state_dict().items()}
-    save_file(weights, run.out_dir / "checkpoint.safetensors.tmp")
-    os.replace(run.out_dir / "checkpoint.safetensors.tmp", run.out_dir / "checkpoint.safetensors")
+    save_weights(run.net.cpu().state_dict(), run.out_dir / "checkpoint.safetensors")
     write(run.out_dir / "result.json", json.dumps(record, indent=1))
     for path in (*run.out_dir.glob("checkpoint*.pt"), *run.out_dir.glob("snapshot-*.safetensors")):
         path.unlink()

@@ -94,26 +94,21 @@ def _difference(stack, compiled, eager, batch):
     """The largest distance of loss, K and gradients of both ways on a batch, relative to the size
     of each; NaN and infinity left out. The buffers of the stack end as they were."""
     before = {k: t.clone() for k, t in stack.buffers.items()}
+    parameters = list(stack.parameters.values())
 
     def outcome(losses):
+        loss, _, K = losses(*batch)
+        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        results = [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
         for k, t in stack.buffers.items():
             t.copy_(before[k])
-        loss, _, K = losses(*batch)
-        gradients = torch.autograd.grad(
-            loss.sum(), list(stack.parameters.values()), allow_unused=True
-        )
-        return [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
+        return [t.nan_to_num(0.0, 0.0, 0.0) for t in results]
 
     expected = outcome(eager)
     for _ in range(3):  # graphs are captured in the second call and replayed from the third
         replayed = outcome(lambda *batch: _next_step(compiled, batch))
-    for k, t in stack.buffers.items():
-        t.copy_(before[k])
-    distances = []
-    for a, b in zip(replayed, expected, strict=True):
-        a, b = (t.nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
-        distances.append(((a - b).norm() / b.norm().clamp_min(1e-30)).item())
-    return max(distances)
+    pairs = zip(replayed, expected, strict=True)
+    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
 class DenseStack:

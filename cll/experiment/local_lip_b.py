@@ -25,16 +25,14 @@ def local_estimate(net, images, epsilon, iterations=2):
     and within R ||w|| of its value at the image, for its row w and R the product of epsilon and
     the masked norms so far; the two are intersected.
 
-    net: cll.LipschitzNet of Conv2d, Linear, Flatten and MaxMin, ClampedMaxMin or ReLU after them.
-    images: (N, *input_shape), un-normalised; epsilon: float or 0-dim tensor, in input units.
-    iterations: steps of power iteration, first on the network's own vectors (in place, as in
-    net.estimate_lipschitz_matrix: call one of the two per training step), then for each sample
-    from there.
+    net: cll.LipschitzNet of Conv2d, Linear, Flatten and MaxMin, ClampedMaxMin or ReLU after them;
+    TypeError for any other layer. images: (N, *input_shape), un-normalised; epsilon: float or 0-dim
+    tensor, in input units. iterations: of power, first on the network's vectors (in place, as in
+    net.estimate_lipschitz_matrix: call one of the two per training step), then for each sample.
 
     Masks and vectors are held constant: the gradient flows through the weights in the norms
     (envelope theorem, see bounds.estimate). An estimate, every norm of it from below: for
     certificates use `local_lipschitz`. Runs under torch.func.vmap over stacked weights.
-    Raises TypeError for any other layer.
     """
     if iterations:
         with torch.no_grad():

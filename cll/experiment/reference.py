@@ -42,11 +42,10 @@ def names(root=REFERENCE):
 
 
 def load_reference(name, root=REFERENCE):
-    """The trained network of a committed run, by name ("cifar10-4C3F-CLL-seed1"), ready to certify.
+    """The trained network of a committed run, by name ("cifar10-4C3F-CLL-seed1"; `names` has all).
 
-    It certifies to the committed numbers, those of result.json and radii.npz in its folder. `names`
-    lists all. Raises ValueError, with the nearest names, for another one, FileNotFoundError if the
-    run is there without its weights.
+    It certifies to the numbers in its folder. Raises ValueError, with the nearest names, for any
+    other, FileNotFoundError if the run is there without its weights.
     """
     known = names(root)
     if name not in known:

@@ -72,10 +72,9 @@ def run_all(runs, root, progress=True, stack=None):
         return []
     engine = connect(runs[0].torch_device)
 
-    def known():
-        return {f: read_record(params, f, fresh_since()) for f, params in unique.items()}
-
-    records = on_main(known, engine)
+    records = on_main(
+        lambda: {f: read_record(params, f, fresh_since()) for f, params in unique.items()}, engine
+    )
     pending = [
         params
         for folder, params in unique.items()

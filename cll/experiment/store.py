@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
@@ -90,6 +91,13 @@ def write(path, text):
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_weights(tensors, path):
+    """Write {name: tensor}, as `write` does."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
     os.replace(temporary, path)
 
 

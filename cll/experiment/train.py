@@ -28,11 +28,9 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 
     runs: see Stack. datasets: a data.Dataset for each run, equal in size (the same object where
-    shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv.
-    Started by torchrun, all ranks call this with the same single run: each takes its share of
-    every batch, rank 0 writes.
-    Returns (nets, seconds): the trained networks (None on ranks but 0) and each run's share of
-    the wall time.
+    shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv. Started by torchrun, all
+    ranks call this with the same single run and rank 0 writes.
+    Returns (nets, seconds): the trained networks (None on ranks but 0), each run's share of time.
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
@@ -86,11 +84,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
 
 def _prepare(runs, datasets, device):
     """(stack, batches, threads): the networks, as fast as their steps can be taken on this many
-    threads, and the data.
-
-    The length of the whole training decides what is fast: a resumed run must compute as it did
-    before.
-    """
+    threads, and the data. The length of the whole training decides what is fast: a resumed run must
+    compute as it did before."""
     engine = connect(str(device))
     if engine is not None and len(runs) > 1:
         raise ValueError(f"several ranks train one run at a time, not {len(runs)}")
