@@ -48,7 +48,9 @@ def test_every_stage_of_a_run_shows_progress(slow, tmp_path, capsys):
     cll.run_all(runs, stacked)
     assert "certify:" in capsys.readouterr().err
     net = experiment.load_model(experiment.run_dir(runs[0], stacked))
-    cll.certify(net, experiment.load_dataset(runs[0]))
-    cll.layer_bounds(net)
-    whole = set(re.findall(r"bounds: 100%.* (\d+)/\1 ", capsys.readouterr().err))
-    assert len(whole) == 2  # the head is a layer of the second
+    for work in (
+        lambda: cll.certify(net, experiment.load_dataset(runs[0])),
+        lambda: cll.layer_bounds(net),
+    ):
+        work()
+        assert re.search(r"bounds: 100%.* (\d+)/\1 ", capsys.readouterr().err)

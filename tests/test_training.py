@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 
@@ -20,7 +19,7 @@ import cll
 from cll import experiment
 from cll.bounds.linear import full_precision
 from cll.experiment import load_dataset, run_dir
-from cll.experiment.checkpoints import WRITER, Saver, _write_checkpoints, load_checkpoints
+from cll.experiment.checkpoints import load_checkpoints
 from cll.experiment.fast import use_compiled, use_dense
 from cll.experiment.local_lip_b import local_estimate
 from cll.experiment.stack import Stack, build_network
@@ -489,32 +488,6 @@ def test_only_long_trainings_of_plain_networks_are_compiled(compiled_on_cpu):
     assert compiles("4C3F", precision="bfloat16") and not compiles("4C3F", precision="tf32")
     assert not compiles("4C3F", "Local-Lip-B") and not compiles("4C3F", steps=100)
     assert not any(compiles(kind) for kind in ("LipConvNet", "CPL", "SLL", "Sandwich"))
-
-
-def test_checkpoints_are_written_aside(tmp_path, monkeypatch):
-    """As they were when asked for; what went wrong is raised in time, and the last one is kept."""
-    p, net, x, y = image_run("4C3F")
-    stack = Stack([p], [net], "cpu")
-    saver = Saver(stack, [tmp_path])
-    assert saver.aside is None
-    saver.aside = WRITER
-    write, go = _write_checkpoints, threading.Event()
-    monkeypatch.setattr(
-        experiment.checkpoints, "_write_checkpoints", lambda *a: go.wait(60) and write(*a)
-    )
-    generator = torch.Generator().get_state()
-    saver.save([generator], 1, [None], 1.0)
-    assert not (tmp_path / "checkpoint.pt").exists()
-    go.set()
-    saver.wait()
-    monkeypatch.setattr(experiment.checkpoints, "_write_checkpoints", lambda *a: 1 / 0)
-    saver.save([generator], 2, [None], 2.0)
-    with pytest.raises(ZeroDivisionError):
-        saver.wait()
-    saver.save([generator], 3, [None], 3.0)
-    with pytest.raises(ZeroDivisionError):
-        saver.save([generator], 4, [None], 4.0)
-    assert list(load_checkpoints(p, tmp_path)) == [1]
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])

@@ -15,11 +15,4 @@ from .schema import (
     load_params,
     sized_as,
 )
-from .store import (
-    finished,
-    load_dataset,
-    load_model,
-    outputs_dir,
-    provenance,
-    run_dir,
-)
+from .store import finished, load_dataset, load_model, outputs_dir, provenance, run_dir

@@ -3,15 +3,14 @@
 import csv
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .ranks import on_main
 from .stack import build_network
-from .store import device_name
+from .store import device_name, save_weights
 
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
@@ -20,10 +19,8 @@ CHECKPOINT_SECONDS = 20
 
 def open_curve(path, epochs_done):
     """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
-    rows = []
-    if epochs_done and path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))[1 : epochs_done + 1]
+    lines = path.read_text().splitlines() if epochs_done and path.exists() else []
+    rows = list(csv.reader(lines))[1 : epochs_done + 1]
     curve = open(path, "w", newline="", buffering=1)  # hands each line on once it is written
     csv.writer(curve).writerows([CURVE, *rows])
     return curve
@@ -33,18 +30,11 @@ def _generations(out_dir):
     return out_dir / "checkpoint.pt", out_dir / "checkpoint.previous.pt"
 
 
-WRITER = ThreadPoolExecutor(1)  # of this process: files are written one after the other
-
-
 class Saver:
-    """Writes checkpoints. Where training runs on another device than the host, files are written
-    while it goes on; `wait`, and the next `save`, raise what went wrong."""
+    """Writes the checkpoints of a stack: one file per run, atomically."""
 
     def __init__(self, stack, out_dirs):
         self.stack, self.out_dirs = stack, out_dirs
-        self.aside = None if stack.device.type == "cpu" else WRITER
-        self.pending = None if self.aside is None else self.aside.submit(int)
-        self.wait()  # for what an interrupted training has left to write
         self.next = time.monotonic() + CHECKPOINT_SECONDS
 
     def due(self):
@@ -54,9 +44,8 @@ class Saver:
     def save(self, generators, epoch, diverged, seconds):
         """The runs as they are now; generators: the states of theirs."""
         began = time.monotonic()
-        self.wait()
-        records = (
-            {
+        for s, (run, out_dir) in enumerate(zip(self.stack.runs, self.out_dirs, strict=True)):
+            record = {
                 "params_hash": run.hash(),
                 "epoch": epoch,
                 "generator": generators[s],
@@ -65,34 +54,22 @@ class Saver:
                 "device": device_name(self.stack.device),
                 **self.stack.state(s),
             }
-            for s, run in enumerate(self.stack.runs)
-        )
-        if self.aside is None:
-            _write_checkpoints(records, self.out_dirs)
-        else:
-            self.pending = self.aside.submit(_write_checkpoints, list(records), self.out_dirs)
+            _write(record, *_generations(out_dir))
         now = time.monotonic()
         self.next = now + CHECKPOINT_SECONDS * max(1.0, now - began)
 
-    def wait(self):
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
 
-
-def _write_checkpoints(records, out_dirs):
-    """One file per run, atomically. The generation before is kept: a kill between the files of
-    two runs must not leave a stack without a common epoch."""
-    for record, out_dir in zip(records, out_dirs, strict=True):
-        newest, previous = _generations(out_dir)
-        temporary = out_dir / "checkpoint.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if newest.exists():
-            os.replace(newest, previous)
-        os.replace(temporary, newest)
+def _write(record, newest, previous):
+    """The generation before is kept: a kill between the files of two runs must not leave a stack
+    without a common epoch."""
+    temporary = newest.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if newest.exists():
+        os.replace(newest, previous)
+    os.replace(temporary, newest)
 
 
 def _snapshot(out_dir, epoch):
@@ -103,11 +80,7 @@ def save_snapshots(stack, out_dirs, epoch):
     """The weights after an epoch, to be certified when training is done. A resumed run writes those
     after its checkpoint again, with the same content."""
     for s, out_dir in enumerate(out_dirs):
-        tensors = stack.state(s)["tensors"].items()
-        weights = {k.removeprefix("net."): t.contiguous() for k, t in tensors}
-        temporary = out_dir / "snapshot.tmp"
-        save_file(weights, temporary)
-        os.replace(temporary, _snapshot(out_dir, epoch))
+        save_weights(stack.weights(s), _snapshot(out_dir, epoch))
 
 
 def load_snapshots(run, dataset, out_dir):
@@ -120,43 +93,38 @@ def load_snapshots(run, dataset, out_dir):
 
 
 def load_checkpoints(run, out_dir):
-    """{epoch: checkpoint} found in a run's folder, without those of other parameters.
-
-    Raises ValueError naming a damaged file.
-    """
-    found = {}
+    """{epoch: checkpoint} in a run's folder, without those of other parameters. Raises ValueError
+    naming a damaged file."""
+    checkpoints = {}
     for path in _generations(Path(out_dir)):
         if path.exists():
             try:
                 record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 if record["params_hash"] == run.hash():
-                    found[record["epoch"]] = record
+                    checkpoints[record["epoch"]] = record
             except Exception as error:  # torch.load raises many types; all mean the same here
                 reason = (str(error).splitlines() or [""])[0][:80]
                 raise ValueError(
                     f"damaged checkpoint {path} ({type(error).__name__}: {reason}); "
                     "delete this file to go on without it"
                 ) from None
-    return found
+    return checkpoints
 
 
 def restore(stack, out_dirs, generators):
-    """Load the newest epoch that all runs have; returns (epoch, diverged, seconds).
-
-    With several ranks, rank 0 says which epoch that is and every rank reads the file.
-    """
+    """Load the newest epoch that all runs have, which rank 0 chooses and every rank reads; returns
+    (epoch, diverged, seconds)."""
 
     def available():
         return [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
 
-    def newest():
-        return max(set.intersection(*map(set, available())), default=None)
-
-    epoch = on_main(newest, stack.engine)
+    epoch = on_main(
+        lambda: max(set.intersection(*map(set, available())), default=None), stack.engine
+    )
     if epoch is None:
         return 0, [None] * len(stack.runs), 0.0
     try:
-        states = [found[epoch] for found in available()]
+        states = [checkpoints[epoch] for checkpoints in available()]
     except KeyError:
         raise ValueError(
             f"{out_dirs[0]} does not hold the checkpoint of epoch {epoch} that rank 0 found there: "

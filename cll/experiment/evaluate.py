@@ -1,14 +1,12 @@
 """A trained network's certificates, tightness and attack: the result record of a run."""
 
 import json
-import os
 import time
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from ..certify import cra_curve, distance
 from ..certify import evaluate as certified
@@ -18,7 +16,7 @@ from ..progress import progress_bar
 from .checkpoints import load_checkpoints, load_snapshots
 from .ranks import count
 from .schema import Size
-from .store import CERTIFIER, provenance, write
+from .store import CERTIFIER, provenance, save_weights, write
 
 BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate from below
 
@@ -38,13 +36,13 @@ class Trained(NamedTuple):
 
 
 def evaluate(run, progress):
-    """Certify a Trained by both bounds; write radii, weights and result.json. Returns the record.
-
-    Of an earlier record the lower bound of K and the snapshots are kept.
-    """
+    """Certify a Trained by both bounds; write radii, weights and result.json. Returns the record,
+    which keeps the lower bound of K and the snapshots of an earlier one."""
     params, device = run.params, run.params.torch_device
     run.net.to(device)
-    names = _radii(params)
+    epsilon = getattr(params.loss, "epsilon", None)  # the run's own is one of the radii of its CRA
+    names = [*params.radii, *([] if epsilon is None else [f"{epsilon:g}"])]
+    names = list(dict.fromkeys(names))
     local = list(map(distance, names)) if params.local else None
     test = run.dataset.test_images, run.dataset.test_targets
     result = certified(run.net, *test, BOUNDS, local=local, progress=progress)
@@ -59,13 +57,6 @@ def evaluate(run, progress):
     record |= _provenance(run, device)
     _save(run, result, record)
     return record
-
-
-def _radii(params):
-    """The radii of the run's CRA, its own epsilon among them."""
-    epsilon = getattr(params.loss, "epsilon", None)
-    trained_for = [] if epsilon is None else [f"{epsilon:g}"]
-    return list(dict.fromkeys([*params.radii, *trained_for]))
 
 
 def _identity(run):
@@ -174,6 +165,10 @@ def attacked(params, net, dataset, radii, correct, progress):
     correct = np.asarray(correct)[:n]
     radii = {bound: np.asarray(radius)[:n] for bound, radius in radii.items()}
     largest = radii.get("local", radii["guaranteed"])
+
+    def by_radius(values):
+        return dict(zip(params.radii, values.tolist(), strict=True))
+
     for name, at, withstood in zip(params.radii, distances, robust, strict=True):
         broken = np.flatnonzero(correct & (largest > at) & ~withstood)
         if len(broken):
@@ -183,10 +178,8 @@ def attacked(params, net, dataset, radii, correct, progress):
                 "please report this bug; no result was written"
             )
     cra = {
-        f"cra{suffix}": dict(
-            zip(params.radii, cra_curve(radii[bound], correct, distances).tolist(), strict=True)
-        )
-        for bound, suffix in (("guaranteed", ""), ("local", "_local"))
+        key: by_radius(cra_curve(radii[bound], correct, distances))
+        for key, bound in (("cra", "guaranteed"), ("cra_local", "local"))
         if bound in radii
     }
     return {
@@ -195,7 +188,7 @@ def attacked(params, net, dataset, radii, correct, progress):
         "method": attack_name(params.attack.version),
         "clean": correct.mean().item(),
         **cra,
-        "accuracy": dict(zip(params.radii, robust.mean(axis=1).tolist(), strict=True)),
+        "accuracy": by_radius(robust.mean(axis=1)),
         "broken": 0,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -230,9 +223,7 @@ def _save(run, result, record):
         prediction=result.prediction.numpy(),
         target=run.dataset.test_targets.cpu().numpy(),
     )
-    weights = {k: v.contiguous() for k, v in run.net.cpu().state_dict().items()}
-    save_file(weights, run.out_dir / "checkpoint.safetensors.tmp")
-    os.replace(run.out_dir / "checkpoint.safetensors.tmp", run.out_dir / "checkpoint.safetensors")
+    save_weights(run.net.cpu().state_dict(), run.out_dir / "checkpoint.safetensors")
     write(run.out_dir / "result.json", json.dumps(record, indent=1))
     for path in (*run.out_dir.glob("checkpoint*.pt"), *run.out_dir.glob("snapshot-*.safetensors")):
         path.unlink()

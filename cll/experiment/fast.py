@@ -94,26 +94,21 @@ def _difference(stack, compiled, eager, batch):
     """The largest distance of loss, K and gradients of both ways on a batch, relative to the size
     of each; NaN and infinity left out. The buffers of the stack end as they were."""
     before = {k: t.clone() for k, t in stack.buffers.items()}
+    parameters = list(stack.parameters.values())
 
     def outcome(losses):
+        loss, _, K = losses(*batch)
+        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        results = [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
         for k, t in stack.buffers.items():
             t.copy_(before[k])
-        loss, _, K = losses(*batch)
-        gradients = torch.autograd.grad(
-            loss.sum(), list(stack.parameters.values()), allow_unused=True
-        )
-        return [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
+        return [t.nan_to_num(0.0, 0.0, 0.0) for t in results]
 
     expected = outcome(eager)
     for _ in range(3):  # graphs are captured in the second call and replayed from the third
         replayed = outcome(lambda *batch: _next_step(compiled, batch))
-    for k, t in stack.buffers.items():
-        t.copy_(before[k])
-    distances = []
-    for a, b in zip(replayed, expected, strict=True):
-        a, b = (t.nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
-        distances.append(((a - b).norm() / b.norm().clamp_min(1e-30)).item())
-    return max(distances)
+    pairs = zip(replayed, expected, strict=True)
+    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
 class DenseStack:
@@ -158,25 +153,23 @@ class DenseStack:
         x = images.mT  # (S, features, N)
         if self.normalises:
             x = (x - self.mean) / self.std
-        weights = [self._stacked(tensors[name + "weight"], 3) for name in self.layers]
-        biases = [self._stacked(tensors[name + "bias"], 2) for name in self.layers]
+        weights = [_stacked(tensors[name + "weight"], 3) for name in self.layers]
+        biases = [_stacked(tensors[name + "bias"], 2) for name in self.layers]
         # in order: argmax over classes that lie apart takes 18 times as long
         return _Perceptron.apply(x, *weights, *biases).mT.contiguous()
 
     def rows(self, tensors):
         """The rows of the head, (S, C, features)."""
-        return self._stacked(tensors["net.head.weight"], 3)
+        return _stacked(tensors["net.head.weight"], 3)
 
     def body_lipschitz(self, tensors, iterations):
         """As LipschitzNet.body_lipschitz for each run, (S,)."""
-        weights = [self._stacked(tensors[name + "weight"], 3) for name in self.layers[:-1]]
-        vectors = [self._stacked(tensors[name], 2) for name in self.vectors]
+        weights = [_stacked(tensors[name + "weight"], 3) for name in self.layers[:-1]]
+        vectors = [_stacked(tensors[name], 2) for name in self.vectors]
         with torch.no_grad():
-            for part, weight, start, v in zip(
-                self.parts, weights, self.starts, vectors, strict=True
-            ):
-                part.copy_(weight)
-                start.copy_(v)
+            for into, values in ((self.parts, weights), (self.starts, vectors)):
+                for place, tensor in zip(into, values, strict=True):
+                    place.copy_(tensor)
             A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
             square = torch.bmm(A.mT, A)
             square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
@@ -189,9 +182,9 @@ class DenseStack:
                     vector.copy_(start)
         return self.scale * _ProductOfNorms.apply(self.padded, self.iterates, *weights)
 
-    @staticmethod
-    def _stacked(t, dimensions):
-        return t if t.ndim == dimensions else t[None]
+
+def _stacked(t, dimensions):
+    return t if t.ndim == dimensions else t[None]
 
 
 class _Perceptron(torch.autograd.Function):

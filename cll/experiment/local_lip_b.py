@@ -1,7 +1,6 @@
 """The training estimate of Local-Lip-B: local bounds of a batch by power iteration."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..bounds.layer import is_linear
@@ -26,16 +25,14 @@ def local_estimate(net, images, epsilon, iterations=2):
     and within R ||w|| of its value at the image, for its row w and R the product of epsilon and
     the masked norms so far; the two are intersected.
 
-    net: cll.LipschitzNet of Conv2d, Linear, Flatten and MaxMin, ClampedMaxMin or ReLU after them.
-    images: (N, *input_shape), un-normalised; epsilon: float or 0-dim tensor, in input units.
-    iterations: steps of power iteration, first on the network's own vectors (in place, as in
-    net.estimate_lipschitz_matrix: call one of the two per training step), then for each sample
-    from there.
+    net: cll.LipschitzNet of Conv2d, Linear, Flatten and MaxMin, ClampedMaxMin or ReLU after them;
+    TypeError for any other layer. images: (N, *input_shape), un-normalised; epsilon: float or 0-dim
+    tensor, in input units. iterations: of power, first on the network's vectors (in place, as in
+    net.estimate_lipschitz_matrix: call one of the two per training step), then for each sample.
 
     Masks and vectors are held constant: the gradient flows through the weights in the norms
     (envelope theorem, see bounds.estimate). An estimate, every norm of it from below: for
     certificates use `local_lipschitz`. Runs under torch.func.vmap over stacked weights.
-    Raises TypeError for any other layer.
     """
     if iterations:
         with torch.no_grad():
@@ -57,11 +54,13 @@ def local_estimate(net, images, epsilon, iterations=2):
                 h, low, high, live = (layer(t) for t in (h, low, high, live))
             elif is_linear(layer):
                 with torch.no_grad():
-                    state = _pre_activation(layer, h, low, high, epsilon * product)
-                    inputs, (h, low, high, outputs) = live, _activate(follower, *state)
-                    reached, live = outputs
-                v = next(vectors)
-                product = product * _masked_norm(layer, v, inputs, reached, iterations)
+                    R = (epsilon * product).view(-1, *[1] * (h.ndim - 1))
+                    box = _pre_activation(layer, h, low, high, R)
+                    inputs, (reached, live) = live, _changing(follower, layer.weight, *box, R)
+                    # activations rise with every element: a box goes through by its corners
+                    h, low, high = map(follower, box) if isinstance(follower, ACTIVATIONS) else box
+                norm = _masked_norm(layer, next(vectors), inputs, reached, iterations)
+                product = product * norm
             elif not (isinstance(layer, ACTIVATIONS) and i and is_linear(layers[i - 1])):
                 raise TypeError(
                     f"no local estimate for {layer} here: it knows Conv2d, Linear, Flatten, and "
@@ -75,21 +74,15 @@ def local_estimate(net, images, epsilon, iterations=2):
 
 
 def _pre_activation(layer, h, low, high, R):
-    """(z, low, high, difference): the value at the image, the box around it, (N, *shape), and how
-    far a - b may move for each pair of channels, (N, C/2, ...)."""
+    """(z, low, high), (N, *shape): a linear layer at the image, and the box around that."""
     middle, radius = (low + high) / 2, (high - low) / 2
     bias = layer.bias
     bias = 0 if bias is None else bias.view(-1, *[1] * (h.ndim - 2))
     z, middle = apply_linear(layer, layer.weight, torch.cat([h, middle])).chunk(2)
     z, middle = z + bias, middle + bias
     radius = apply_linear(layer, layer.weight.abs(), radius)
-    R = R.view(-1, *[1] * (h.ndim - 1))
     ball = R * _row_norms(layer.weight, h.ndim)
-    low, high = torch.maximum(middle - radius, z - ball), torch.minimum(middle + radius, z + ball)
-    if layer.weight.shape[0] % 2:
-        return z, low, high, None
-    difference = R * _row_norms(layer.weight[0::2] - layer.weight[1::2], h.ndim)
-    return z, low, high, difference
+    return z, torch.maximum(middle - radius, z - ball), torch.minimum(middle + radius, z + ball)
 
 
 def _row_norms(weight, ndim):
@@ -98,45 +91,29 @@ def _row_norms(weight, ndim):
     return weight.flatten(1).norm(dim=1).view(1, -1, *[1] * (ndim - 2))
 
 
-def _activate(layer, z, low, high, difference):
-    """(h, low, high, (reached, live)) after an activation (or none): masks of the pre-activations
-    that reach an element that may change, and of the elements that may change."""
-    if not isinstance(layer, ACTIVATIONS):
-        return z, low, high, (torch.ones_like(z), torch.ones_like(z))
-    if isinstance(layer, nn.ReLU):
+def _changing(follower, weight, z, low, high, R):
+    """Masks (reached, live) of the pre-activations that reach an element which may change, and of
+    the elements of the activation that may change; weight: of the layer before it."""
+    if isinstance(follower, nn.ReLU):
         live = (high > 0).to(z.dtype)
-        return F.relu(z), F.relu(low), F.relu(high), (live, live)
-    a, b = z.unflatten(1, (-1, 2)).unbind(2)
-    first = a - b + difference >= 0  # a may be the larger one
-    second = b - a + difference >= 0
-    (a_low, b_low), (a_high, b_high) = (t.unflatten(1, (-1, 2)).unbind(2) for t in (low, high))
-    first, second = first & (a_high >= b_low), second & (b_high >= a_low)
-    h, low, high = (torch.cat(_sorted(t), 1) for t in (z, low, high))
-    if not isinstance(layer, ClampedMaxMin):
-        return h, low, high, (torch.ones_like(z), torch.ones_like(z))
-    (top, bottom), (top_low, bottom_low), (top_high, bottom_high) = (
-        t.chunk(2, 1) for t in (h, low, high)
-    )
-    top_live, bottom_live = top_low < layer.high, bottom_high > layer.low
+        return live, live
+    if not isinstance(follower, ClampedMaxMin):
+        return torch.ones_like(z), torch.ones_like(z)
+    (a, b), (a_low, b_low), (a_high, b_high) = (_pairs(t) for t in (z, low, high))
+    difference = R * _row_norms(weight[0::2] - weight[1::2], z.ndim)  # how far a - b may move
+    first = (a - b + difference >= 0) & (a_high >= b_low)  # a may be the larger one
+    second = (b - a + difference >= 0) & (b_high >= a_low)
+    top_live = torch.maximum(a_low, b_low) < follower.high
+    bottom_live = torch.minimum(a_high, b_high) > follower.low
     reached = torch.stack(
         [first & top_live | second & bottom_live, second & top_live | first & bottom_live], 2
     )
-    live = torch.cat([top_live, bottom_live], 1)
-
-    def clamp(top, bottom):
-        return torch.cat([torch.minimum(top, layer.high), torch.maximum(bottom, layer.low)], 1)
-
-    return (
-        clamp(top, bottom),
-        clamp(top_low, bottom_low),
-        clamp(top_high, bottom_high),
-        (reached.flatten(1, 2).to(z.dtype), live.to(z.dtype)),
-    )
+    return reached.flatten(1, 2).to(z.dtype), torch.cat([top_live, bottom_live], 1).to(z.dtype)
 
 
-def _sorted(x):
-    a, b = x.unflatten(1, (-1, 2)).unbind(2)
-    return torch.maximum(a, b), torch.minimum(a, b)
+def _pairs(x):
+    """The channels (a, b) that ClampedMaxMin compares."""
+    return x.unflatten(1, (-1, 2)).unbind(2)
 
 
 def _masked_norm(layer, v, inputs, outputs, iterations):

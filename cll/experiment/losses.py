@@ -6,11 +6,11 @@ takes, and whether it moves K. A new loss is one function there and one class he
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..losses import (
     aol_loss,
@@ -23,8 +23,36 @@ from ..losses import (
     local_bcp_loss,
     polynomial_schedule,
 )
-from .fields import Count, Finite, NonNegative, Positive, Record, Share, Slack, Start
 from .local_lip_b import local_estimate
+
+
+class Record(BaseModel):
+    """Keys and values that are checked once and stay: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _numbers(value, name=""):
+    """The value; ValueError where it holds true or false, which Python counts as 1 or 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"{name}true or false is no number")
+    held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    for key, number in held.items() if isinstance(held, dict) else ():
+        if isinstance(key, int) or key in IN_AUGMENTATION:
+            _numbers(number, f"{key}: " * isinstance(key, str))
+    return value
+
+
+# Kinds of numbers in a parameter file, each with the range that it may lie in.
+IN_AUGMENTATION = ("crop", "rotation", "jitter", "brightness", "contrast", "saturation", "hue")
+Number = BeforeValidator(_numbers)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+Finite = Annotated[float, Field(allow_inf_nan=False), Number]
+Slack = Annotated[float, Field(gt=0, lt=1), Number]
+Share = Annotated[float, Field(gt=0, le=1), Number]  # of training, or of a size
+Start = Annotated[float, Field(ge=0, lt=1), Number]  # a moment of training
+Count = Annotated[int, Field(gt=0), Number]
 
 
 class Bound(NamedTuple):

@@ -22,13 +22,14 @@ WRITTEN = {
 }
 
 
-def read(path):
+def read(path, above=()):
     """The mapping of keys to values in a file of UTF-8 text, over that of its base.
 
     Raises ValueError, in one line that names the file, the key and what to write instead, for what
     is no such mapping or would be misread; FileNotFoundError without a file.
     """
-    return _read(Path(path), ())
+    path = Path(path)
+    return over_base(_values(path), path.parent, path, (*above, path.resolve()))
 
 
 def over_base(values, folder, where, above=()):
@@ -47,7 +48,7 @@ def over_base(values, folder, where, above=()):
         raise ValueError(f"{where}: no file {path}: write a path relative to the folder {folder}")
     if path.resolve() in above:
         raise ValueError(f"{where} is a circle, {path} stands on this file: leave one base out")
-    return merge(_read(path, above), _without("base", values))
+    return merge(read(path, above), _without("base", values))
 
 
 def merge(base, over):
@@ -73,10 +74,6 @@ def _without(key, values):
     """A mapping without a key; what is no mapping, as it is."""
     mapping = isinstance(values, dict)
     return {name: value for name, value in values.items() if name != key} if mapping else values
-
-
-def _read(path, above):
-    return over_base(_values(path), path.parent, path, (*above, path.resolve()))
 
 
 def _values(path):

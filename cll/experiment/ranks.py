@@ -2,11 +2,8 @@
 
     torchrun --nproc-per-node 4 -m cll params/table2/cifar10-CPL-XL-CLL.yaml
 
-Accelerate rather than Lightning Fabric, because it leaves the loop alone: there is no launcher
-class, it works with what torchrun (also under Slurm's srun) put into the environment, and of the
-loop it wraps one module, whose gradients it averages. A process alone does not import it.
-
-Every rank runs the same program on the same random numbers and takes its share of each batch.
+Accelerate wraps one module of the loop, whose gradients it averages; a process alone does not
+import it. All ranks run the same program on the same random numbers, each on its share of a batch.
 Rank 0 alone locks folders, reads the decision where to resume from and writes; run folders lie on
 a file system that all ranks see.
 """
@@ -33,10 +30,9 @@ def is_main():
 
 @functools.cache
 def connect(device):
-    """The accelerate.Accelerator of this rank, or None in a process alone.
+    """The accelerate.Accelerator of this rank, or None in a process alone; waits for all ranks.
 
-    device: "cpu" or "cuda", the same in all calls. Blocks until all ranks are there. Raises
-    RuntimeError where accelerate is missing and ValueError where there are fewer GPUs than ranks.
+    RuntimeError where accelerate is missing, ValueError where there are fewer GPUs than ranks.
     """
     if count() == 1:
         return None
@@ -60,9 +56,7 @@ def connect(device):
 
 def on_main(function, engine):
     """What function() returns on rank 0, on every rank; an error there is raised on every rank.
-
-    engine: from `connect`; with None this is function().
-    """
+    engine: from `connect`."""
     if engine is None:
         return function()
     outcome = [None, None]
@@ -71,21 +65,19 @@ def on_main(function, engine):
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    from accelerate.utils import broadcast_object_list
-
-    value, error = broadcast_object_list(outcome, from_process=0)
+    torch.distributed.broadcast_object_list(outcome)
+    value, error = outcome
     if error is not None:
         raise error
     return value
 
 
 def close():
-    """Leave the group of processes and end the program with status 0; does nothing without a group.
+    """Leave the group of processes, if there is one, and end the program with status 0.
 
-    The interpreter is not shut down in order: DistributedDataParallel keeps the group's worker
-    threads alive past destroy_process_group, and one that asks for the interpreter's lock while it
-    shuts down ends the process with SIGABRT, which torchrun takes for a lost rank
-    (github.com/pytorch/pytorch/pull/179291). By now all results are on the disk.
+    Without a shutdown of the interpreter: worker threads of the group outlive
+    destroy_process_group, and one that then asks for the interpreter's lock aborts the process,
+    which torchrun takes for a lost rank (github.com/pytorch/pytorch/pull/179291).
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -20,33 +20,32 @@ WEIGHTS = "checkpoint.safetensors"
 
 def records(root=REFERENCE):
     """{folder of the run: its result record} of all committed runs, full schedules first."""
-    found = {}
-    for profile in reversed(PROFILES):
-        for path in sorted((root / profile).glob("runs/*/result.json")):
-            found[path.parent] = json.loads(path.read_text())
-    return found
+    return {
+        path.parent: json.loads(path.read_text())
+        for profile in reversed(PROFILES)
+        for path in sorted((root / profile).glob("runs/*/result.json"))
+    }
 
 
 def names(root=REFERENCE):
     """{name of a committed network: folder of its run}: "<name>-seed<k>", with "<profile>/" in
     front of it where a longer schedule has the same name, and with its hash where that is not
     enough."""
-    found = {}
+    folders = {}
     for folder, record in sorted(records(root).items(), key=lambda run: -run[1]["epochs"]):
-        name = f"{record['name']}-seed{record['seed']}"
-        for own in (name, f"{record['profile']}/{name}", f"{record['profile']}/{folder.name}"):
-            if own not in found:
-                found[own] = folder
-                break
-    return found
+        name, profile = f"{record['name']}-seed{record['seed']}", record["profile"]
+        candidates = (name, f"{profile}/{name}", f"{profile}/{folder.name}")
+        free = next((name for name in candidates if name not in folders), None)
+        if free is not None:
+            folders[free] = folder
+    return folders
 
 
 def load_reference(name, root=REFERENCE):
-    """The trained network of a committed run, by name ("cifar10-4C3F-CLL-seed1"), ready to certify.
+    """The trained network of a committed run, by name ("cifar10-4C3F-CLL-seed1"; `names` has all).
 
-    It certifies to the committed numbers, those of result.json and radii.npz in its folder. `names`
-    lists all. Raises ValueError, with the nearest names, for another one, FileNotFoundError if the
-    run is there without its weights.
+    It certifies to the numbers in its folder. Raises ValueError, with the nearest names, for any
+    other, FileNotFoundError if the run is there without its weights.
     """
     known = names(root)
     if name not in known:

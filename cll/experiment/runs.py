@@ -1,13 +1,13 @@
-"""From a parameter file to a result on disk: the schema, the runs, the results store.
+"""Runs: train what has not finished, certify it, read the rest.
 
-A run is one network, one seed: everything it depends on is in one validated record (`Params`),
-and everything it leaves is in one folder:
+A run is one network, one seed: everything it depends on is in one record (`Params`), and everything
+it leaves is in one folder:
 
     outputs/<profile>/runs/<name>-seed<k>-<hash>/  result.json  curve.csv  radii.npz
                                                    checkpoint.safetensors
 
-A finished run is read, not redone; a killed run resumes from its last checkpoint. Under torchrun
-all ranks make the same calls and get the same records; rank 0 alone reads and writes run folders.
+A killed run resumes from its last checkpoint. Under torchrun all ranks make the same calls and get
+the same records; rank 0 alone reads and writes run folders.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from .schema import PLAIN, Params, load_params
 from .store import (
     CERTIFIER,
     finished,
+    fresh_since,
     lacks_attack,
     load_dataset,
     load_model,
     lock,
-    orders,
+    only_finished,
     read_record,
     run_dir,
     set_aside,
@@ -47,9 +48,8 @@ def run(params, out_dir, progress=True):
     """
     if not isinstance(params, Params):
         params = load_params(params)
-    wanted = orders()
-    if not wanted.only_finished:
-        return _run_together([params], [Path(out_dir)], progress, wanted.fresh_since)[0]
+    if not only_finished():
+        return _run_together([params], [Path(out_dir)], progress)[0]
     record = read_record(params, out_dir)
     if record is None:
         raise FileNotFoundError(f"{params.name}, seed {params.seed}, has not run")
@@ -65,30 +65,29 @@ def run_all(runs, root, progress=True, stack=None):
     With CLL_ONLY_FINISHED in the environment nothing is computed and only their records return.
     Raises ValueError for runs that an earlier version certified, see `recertify`.
     """
-    wanted = orders()
-    if wanted.only_finished:
+    if only_finished():
         return finished(runs, root)
     unique = {run_dir(params, root): params for params in runs}
     if not unique:
         return []
     engine = connect(runs[0].torch_device)
 
-    def known():
-        return {f: read_record(params, f, wanted.fresh_since) for f, params in unique.items()}
-
-    records = on_main(known, engine)
+    records = on_main(
+        lambda: {f: read_record(params, f, fresh_since()) for f, params in unique.items()}, engine
+    )
     pending = [
         params
         for folder, params in unique.items()
-        if records[folder] is None or not _is_complete(params, records[folder])
+        if records[folder] is None
+        or records[folder].get("certifier") != CERTIFIER
+        or lacks_attack(params, records[folder])
     ]
     batches = list(_batches(pending, root, stack))
     several = progress and len(batches) > 1 and is_main()
     with progress_bar(len(pending), "runs", "run", several) as bar:
         for batch in batches:
             folders = [run_dir(params, root) for params in batch]
-            results = _run_together(batch, folders, progress, wanted.fresh_since)
-            records |= zip(folders, results, strict=True)
+            records |= zip(folders, _run_together(batch, folders, progress), strict=True)
             bar.update(len(batch))
     return [records[run_dir(params, root)] for params in runs]
 
@@ -97,10 +96,13 @@ def _batches(runs, root, stack):
     """Groups of runs that can train as one program. Those with checkpoints resume among
     themselves: a new run would take them back to their start."""
     groups = {}
-    free = {"name", "row", "seed", "loss", "radii", "label"}
+    free = {"name", "row", "seed", "loss", "radii", "label"}  # may differ
     free |= {"certify_train", "tightness", "local", "attack"}
     for params in runs:
-        limit = _limit(params, stack)
+        plain_on_cuda = params.torch_device == "cuda" and params.model in PLAIN
+        limit = stack or (32 if params.model == "MLP" or plain_on_cuda else 1)
+        if params.loss.local_K is not None or count() > 1:
+            limit = 1
         begun = limit > 1 and bool(load_checkpoints(params, run_dir(params, root)))
         key = params.model_dump_json(exclude=free), limit, begun
         groups.setdefault(key, []).append(params)
@@ -108,15 +110,7 @@ def _batches(runs, root, stack):
         yield from (group[i : i + limit] for i in range(0, len(group), limit))
 
 
-def _limit(params, stack):
-    """How many runs like this one train together at most."""
-    if params.loss.local_K is not None or count() > 1:
-        return 1
-    plain_on_cuda = params.torch_device == "cuda" and params.model in PLAIN
-    return stack or (32 if params.model == "MLP" or plain_on_cuda else 1)
-
-
-def _run_together(runs, out_dirs, progress, fresh_since):
+def _run_together(runs, out_dirs, progress):
     """Claim the folders; train what has not finished as one program; certify it; complete what has
     finished. Returns the records."""
     engine = connect(runs[0].torch_device)
@@ -128,7 +122,7 @@ def _run_together(runs, out_dirs, progress, fresh_since):
                 out_dir.mkdir(parents=True, exist_ok=True)
                 claimed.enter_context(lock(out_dir))
             # another process may have finished some of them while this one waited
-            records = [read_record(p, d, fresh_since) for p, d in zip(runs, out_dirs, strict=True)]
+            records = [read_record(*run, fresh_since()) for run in zip(runs, out_dirs, strict=True)]
             for out_dir, record in zip(out_dirs, records, strict=True):
                 if record is None:
                     set_aside(out_dir)
@@ -136,13 +130,13 @@ def _run_together(runs, out_dirs, progress, fresh_since):
 
         records = on_main(claim, engine)
         todo = [i for i, record in enumerate(records) if record is None]
-        nets, datasets, seconds = [], [], 0.0
+        # one process first, which may download them
+        with engine.main_process_first() if engine else contextlib.nullcontext():
+            datasets = [load_dataset(runs[i]) for i in todo]
+        nets, seconds = [], 0.0
         if todo:
-            # one process first, which may download them
-            with engine.main_process_first() if engine else contextlib.nullcontext():
-                datasets = [load_dataset(runs[i]) for i in todo]
             given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
-            nets, seconds = train(*given, device=runs[0].torch_device, progress=progress)
+            nets, seconds = train(*given, runs[0].torch_device, progress)
 
         def complete():
             several = progress and len(todo) > 1
@@ -156,10 +150,6 @@ def _run_together(runs, out_dirs, progress, fresh_since):
             return records
 
         return on_main(complete, engine)
-
-
-def _is_complete(params, record):
-    return record.get("certifier") == CERTIFIER and not lacks_attack(params, record)
 
 
 def _completed(params, record, out_dir, progress):

@@ -13,8 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ..data.augment import Augmentation
-from .fields import Count, NonNegative, Number, Positive, Record, Share, Start
-from .losses import CLL, LOSSES
+from .losses import LOSSES, Count, NonNegative, Number, Positive, Record, Share, Start
 from .parameter_file import merge, over_base, read
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: params/ and outputs/ live here
@@ -251,7 +250,7 @@ def _complaint(error, values):
     location = [str(step) for step in error["loc"] if step not in LOSSES]
     key = ".".join(location)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys(location[0], values) if len(location) > 1 else _keys_of(Params)
+        known = _keys(values, *location[:-1][:1])
         nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
         return f"unknown key {key!r}; nearest: {nearest!r}"
     if error["type"] == "value_error" and isinstance(error["input"], dict):  # about several keys
@@ -259,20 +258,14 @@ def _complaint(error, values):
     return f"{key or '(top level)'} = {error.get('input')!r}: {error['msg']}"
 
 
-def _keys(section, values):
-    """The keys that may stand below a key of Params which holds a mapping."""
-    if section == "augmentation":
-        return list(Augmentation.__dataclass_fields__)
-    if section == "loss":  # that of the name given, else the keys of CLL
-        given = values["loss"].get("name") if isinstance(values.get("loss"), dict) else None
-        return _keys_of(LOSSES.get(str(given), CLL))
-    return _keys_of(
-        {"optimizer": Optimizer, "size": Size, "attack": Attack}.get(section, Tightness)
-    )
-
-
-def _keys_of(schema):
-    return [field.alias or key for key, field in schema.model_fields.items()]
+def _keys(values, section=None):
+    """The keys that may stand at the top of parameters, or in one section of them."""
+    schema = Params.model_json_schema()
+    if section == "loss":
+        schema = schema["$defs"][LOSSES[values["loss"]["name"]].__name__]
+    elif section is not None:
+        schema = schema["$defs"][section.capitalize()]
+    return list(schema["properties"])
 
 
 def _read(source):
@@ -302,8 +295,7 @@ def load_params(source, profile=None, **overrides):
     overrides: any key; None and "" leave the file's value, a loss of another name replaces it.
     Raises ValueError (one line) for unknown keys, with the nearest known one, and bad values.
     """
-    values, where = _read(source)
-    return _resolve(values, where, profile, overrides)
+    return _resolve(*_read(source), profile, overrides)
 
 
 def _resolve(values, where, profile, overrides):

@@ -5,11 +5,12 @@ Here is the plain way. `fast` has quicker ones to the same numbers.
 
 import contextlib
 import itertools
+import operator
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ..architectures import build
 from ..bounds.layer import pairwise_distances
@@ -93,9 +94,12 @@ class Stack:
             {**dict(net.named_parameters(prefix="net")), **dict(net.named_buffers(prefix="net"))}
             for net in nets
         ]
-        tensors = (
-            members[0] if len(runs) == 1 else {k: self._stacked(k, members) for k in members[0]}
-        )
+        tensors = members[0]
+        if len(runs) > 1:
+            tensors = {
+                k: torch.stack([member[k].detach().to(self.device) for member in members])
+                for k in tensors
+            }
         self.parameters = {k: t.requires_grad_() for k, t in tensors.items() if k in trained}
         self.buffers = {k: t for k, t in tensors.items() if k not in trained}
         self.optimizer = _optimizer(runs[0].optimizer, self.parameters)
@@ -104,15 +108,12 @@ class Stack:
             rows = list(group)
             self.groups.append((runs[rows[0]].loss, slice(rows[0], rows[-1] + 1)))
 
-    def _stacked(self, name, members):
-        return torch.stack([tensors[name].detach().to(self.device) for tensors in members])
-
     def forward(self, images, epsilon=None):
         """Logits (S, N, C) and a Bound with a first axis S, of images (S, N, ...); epsilon (S,):
         radius of local bounds."""
         if len(self.runs) == 1:
             outputs = self.module(images[0], None if epsilon is None else epsilon[0])
-            return tree_map(lambda t: None if t is None else t[None], outputs)
+            return tree_map_only(torch.Tensor, lambda t: t[None], outputs)
 
         def one(parameters, buffers, x):
             return functional_call(self.program, (parameters, buffers), (x,))
@@ -125,7 +126,8 @@ class Stack:
         logits, bound = self.forward(images, epsilon)
         totals = []
         for (loss, members), numbers in zip(self.groups, values, strict=True):
-            batch = tree_map(lambda t: None if t is None else t[members], (logits, targets, bound))  # noqa: B023
+            pick = operator.itemgetter(members)
+            batch = tree_map_only(torch.Tensor, pick, (logits, targets, bound))
             totals.append(_totals(loss, *batch, numbers))
         correct = (logits.detach().argmax(2) == targets).sum(1)
         return torch.cat(totals), correct, bound.K
@@ -205,15 +207,17 @@ class Stack:
             moments = [state["moments"][i] for state in states]
             self.optimizer.state[t] = {k: joined(k, [m[k] for m in moments]) for k in moments[0]}
 
+    def weights(self, s):
+        """{name in its network: tensor on the host} of run s."""
+        return {k.removeprefix("net."): t for k, t in self.state(s)["tensors"].items()}
+
     def networks(self):
         """The runs' networks with their trained weights, settled, in eval mode on the host."""
         self.optimizer.zero_grad(set_to_none=True)
         for s, net in enumerate(self.nets):
             net.cpu().eval()
-            if len(self.runs) > 1:
-                tensors = self.state(s)["tensors"].items()
-                weights = {k.removeprefix("net."): t for k, t in tensors}
-                net.load_state_dict(weights, strict=False)  # constants of the input are not saved
+            if len(self.runs) > 1:  # constants of the input are not saved
+                net.load_state_dict(self.weights(s), strict=False)
             net.settle()
         return self.nets
 
@@ -233,8 +237,7 @@ def _totals(loss, *stacked):
         return value if penalty is None else value + penalty
 
     if len(stacked[0]) == 1:
-        alone = tree_map(lambda t: None if t is None else t.squeeze(0), stacked)
-        return total(*alone)[None]
+        return total(*tree_map_only(torch.Tensor, lambda t: t.squeeze(0), stacked))[None]
     return vmap(total)(*stacked)
 
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
@@ -28,35 +28,30 @@ def outputs_dir(outputs="", profile="smoke"):
     "drive" is the folder cll of the user's Google Drive, on Colab, which asks for permission: there
     runs outlive the session, and a repeated notebook resumes them. Elsewhere it is a ValueError.
     """
-    if outputs == "drive":
-        outputs = _google_drive()
     root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
+    if outputs == "drive":
+        if "google.colab" not in sys.modules:
+            raise ValueError(
+                'outputs = "drive" is for Google Colab: name a folder, or leave it empty for '
+                "outputs/"
+            )
+        from google.colab import drive
+
+        root = DRIVE / "MyDrive" / "cll"
+        if not root.parent.exists():
+            drive.mount(str(DRIVE))
     return root.expanduser().resolve() / profile
 
 
 DRIVE = Path("/content/drive")  # where Colab shows it
 
 
-def _google_drive():
-    if "google.colab" not in sys.modules:
-        raise ValueError(
-            'outputs = "drive" is for Google Colab: name a folder, or leave it empty for outputs/'
-        )
-    from google.colab import drive
-
-    if not (DRIVE / "MyDrive").exists():
-        drive.mount(str(DRIVE))
-    return DRIVE / "MyDrive" / "cll"
-
-
 def run_dir(run, root):
     """<root>/runs/<name>-seed<k>-<hash>: one folder for one set of parameters, for good. run:
     its Params, or its result record."""
-    if isinstance(run, dict):
-        name, seed, identity = run["name"], run["seed"], run["params_hash"]
-    else:
-        name, seed, identity = run.name, run.seed, run.hash()
-    return Path(root) / "runs" / f"{name}-seed{seed}-{identity[:6]}"
+    if isinstance(run, Params):
+        run = {"name": run.name, "seed": run.seed, "params_hash": run.hash()}
+    return Path(root) / "runs" / f"{run['name']}-seed{run['seed']}-{run['params_hash'][:6]}"
 
 
 _load_once = functools.lru_cache(maxsize=32)(load)
@@ -99,19 +94,21 @@ def write(path, text):
     os.replace(temporary, path)
 
 
-class Orders(NamedTuple):
-    """What `make` says about all runs of a process. only_finished: compute nothing, read what has
-    finished (`make reference`); fresh_since: what finished before counts as not done (FRESH=1)."""
+def save_weights(tensors, path):
+    """Write {name: tensor}, as `write` does."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    os.replace(temporary, path)
 
-    only_finished: bool
-    fresh_since: float
+
+def only_finished():
+    """Whether runs compute nothing and read what has finished, as `make reference` says."""
+    return bool(os.environ.get("CLL_ONLY_FINISHED"))
 
 
-def orders():
-    """The Orders in the environment: `run`, `run_all` and `finished` ask here, and hand them on as
-    arguments. Nothing else reads CLL_ONLY_FINISHED and CLL_FRESH."""
-    only, fresh = os.environ.get("CLL_ONLY_FINISHED"), os.environ.get("CLL_FRESH")
-    return Orders(bool(only), float(fresh or 0))
+def fresh_since():
+    """The moment before which results count as not done, as `make FRESH=1` says; 0 without it."""
+    return float(os.environ.get("CLL_FRESH") or 0)
 
 
 def finished(runs, root):
@@ -121,7 +118,7 @@ def finished(runs, root):
     its longest shortened schedule there; records and captions then say "40 of 801 epochs".
     """
     records = [read_record(params, run_dir(params, root)) for params in runs]
-    if orders().only_finished:
+    if only_finished():
         whole = {record["name"] for record in records if record}
         records = [
             record or (None if params.name in whole else _shortened(params, root))
@@ -144,7 +141,7 @@ def _shortened(params, root):
 
 
 def lock(folder):
-    """A lock: two processes never work in one run folder; the second waits."""
+    """Two processes never work in one run folder: the second waits."""
     return FileLock(folder / ".lock")
 
 

@@ -1,12 +1,9 @@
 """One training loop for every system, many runs at a time.
 
-Runs that share architecture, data size, optimiser and schedule train as one program: their
-weights are stacked along a new first axis and the single network's code is mapped over it
-(torch.func.vmap), so that nine seeds or a sweep over epsilon cost little more than one. Each run
-keeps its own generator for order and augmentation and its own initialisation; its result does
-not depend on its companions beyond rounding.
-
-A run alone trains its network itself, whose weights exist once; several ranks may share its steps.
+Runs that share architecture, data size, optimiser and schedule train as one program, so that nine
+seeds or a sweep over epsilon cost little more than one. Each run has its own initialisation and its
+own generator for order and augmentation: its companions change its result by rounding alone.
+Several ranks may share the steps of a run alone.
 """
 
 import contextlib
@@ -31,11 +28,9 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     """Train the runs together; resume from the newest checkpoint that all of them have.
 
     runs: see Stack. datasets: a data.Dataset for each run, equal in size (the same object where
-    shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv.
-    Started by torchrun, all ranks call this with the same single run: each takes its share of
-    every batch, rank 0 writes.
-    Returns (nets, seconds): the trained networks (None on ranks but 0) and each run's share of
-    the wall time.
+    shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv. Started by torchrun, all
+    ranks call this with the same single run and rank 0 writes.
+    Returns (nets, seconds): the trained networks (None on ranks but 0), each run's share of time.
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
@@ -47,11 +42,11 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     batches.draw()
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         saver.save(batches.states, 0, diverged, 0.0)
-        saver.wait()
 
     began = time.monotonic()
     with contextlib.ExitStack() as opened:
-        opened.enter_context(_threads(threads))
+        opened.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
         bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
         opened.enter_context(bar).update(start * batches.steps)
         curves = [open_curve(d / "curve.csv", start) for d in out_dirs] if main else []
@@ -78,7 +73,6 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                 saver.save(batches.states, epoch + 1, diverged, seconds)
             if done:
                 break
-        saver.wait()
 
     if any(diverged):
         raise FloatingPointError("; ".join(filter(None, diverged)))
@@ -90,27 +84,22 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
 
 def _prepare(runs, datasets, device):
     """(stack, batches, threads): the networks, as fast as their steps can be taken on this many
-    threads, and the data.
-
-    The length of the whole training decides what is fast: a resumed run must compute as it did
-    before.
-    """
+    threads, and the data. The length of the whole training decides what is fast: a resumed run must
+    compute as it did before."""
     engine = connect(str(device))
     if engine is not None and len(runs) > 1:
         raise ValueError(f"several ranks train one run at a time, not {len(runs)}")
-    nets = [_initialise(run, data) for run, data in zip(runs, datasets, strict=True)]
+    nets = []
+    with torch.random.fork_rng(devices=[]):
+        for run, data in zip(runs, datasets, strict=True):
+            torch.manual_seed(run.seed)
+            nets.append(build_network(run, data.num_classes, data.input_shape))
     stack = Stack(runs, nets, device, engine)
     batches = Batches(runs, datasets, stack.device, engine)
     # operations of a dense stack are so small that two threads are slower than one
     threads = 1 if use_dense(stack) else torch.get_num_threads()
     use_compiled(stack, runs[0].epochs * batches.steps)
     return stack, batches, threads
-
-
-def _initialise(run, dataset):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        return build_network(run, dataset.num_classes, dataset.input_shape)
 
 
 class Batches:
@@ -129,10 +118,8 @@ class Batches:
         sources = datasets[:1] if shared else datasets
         self.images = torch.cat([data.train_images for data in sources]).to(device)
         self.targets = torch.cat([data.train_targets for data in sources]).to(device)
-        self.n, S = n, len(runs)
-        self.first_row = (
-            torch.zeros(S, 1, dtype=torch.long) if shared else n * torch.arange(S)[:, None]
-        )
+        self.n = n
+        self.first_row = (0 if shared else n) * torch.arange(len(runs))[:, None]
         self.augments = self.images.dtype == torch.uint8 and self.run.augmentation.active
         self.generators = [torch.Generator().manual_seed(run.seed) for run in runs]
 
@@ -251,14 +238,3 @@ def _describe(runs):
     names, seeds = sorted({run.name for run in runs}), sorted({run.seed for run in runs})
     label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     return f"{label}, seed{'s' if len(seeds) > 1 else ''} {','.join(map(str, seeds))}"
-
-
-@contextlib.contextmanager
-def _threads(number):
-    """So many threads inside, the former number after it."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
