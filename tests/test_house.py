@@ -114,6 +114,13 @@ def test_what_is_too_large_is_named_with_its_limit(build, tmp_path):
     assert "cll.attic stands on no floor" in house.breaches(tmp_path)
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms are being moved to their floors")
 def test_the_house_keeps_its_walls():
-    assert house.breaches(ROOT) == []
+    """Imports, circles, sizes of files and functions; how many lines a folder has is the next test."""
+    assert [one for one in house.breaches(ROOT) if not one.startswith("lines: ")] == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="cll, paper and tools still have more lines than they should"
+)
+def test_the_folders_are_as_thin_as_they_should_be():
+    assert [one for one in house.breaches(ROOT) if one.startswith("lines: ")] == []

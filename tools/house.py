@@ -10,7 +10,7 @@ LIMITS = {"lines": {"cll": 8000, "paper": 3000, "tools": 1650, "benchmarks": 140
                     "README.md": 190}, "functions": {"p90": 29}, "files": 450, "bodies": 60,
           "names bound": 25, "parameters": 8, "notebooks": 110}  # fmt: skip
 LARGE = ("cll/certify/file.py", "cll/data/sources.py")  # may have more lines
-FLOORS = """cll.progress cll.data < cll.losses cll.bounds < cll.layers < cll.architectures
+FLOORS = """cll.kit cll.progress cll.data < cll.losses cll.bounds < cll.layers < cll.architectures
 < cll.certify < cll.experiment < cll cll.__main__ < paper < tools benchmarks"""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS.split("<")) for room in rooms.split()}
 
