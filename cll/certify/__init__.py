@@ -218,7 +218,7 @@ def certify(
         raise ValueError(
             f'local bounds are guaranteed ones: use method="guaranteed", not {method!r}'
         )
-    radii = [float(r) for r in radii]
+    radii = [distance(r) if isinstance(r, str) else float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")
     images, targets = test_split(dataset)

@@ -26,6 +26,7 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("write", help="certify a finished run: RUN/certificate.json")
     writer.add_argument("run", type=Path, help="folder with result.json, checkpoint.safetensors")
+    writer.add_argument("--data", help="source of its images, e.g. npz:PATH; default: its own")
     writer.add_argument("--out", type=Path, help="default: certificate.json in that folder")
     checker = commands.add_parser("verify", help="check a certificate, believing nothing in it")
     checker.add_argument("certificate", type=Path)
@@ -35,7 +36,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         if args.command == "write":
-            print(write_run(args.run, args.out))
+            print(write_run(args.run, args.out, args.data))
             return 0
         options = {"weights": args.weights, "data": args.data, "images": args.images}
         content = certificate.verify(args.certificate, **options, progress=True)
@@ -57,10 +58,12 @@ def main(arguments=None):
     return 0
 
 
-def write_run(run, out=None):
-    """Write the certificate of the weights in a run folder; returns its path."""
+def write_run(run, out=None, data=None):
+    """Write the certificate of the weights in a run folder; returns its path. data: the source of
+    the images, where it is not the run's."""
     record = read_record(run)
     source = data_arguments(record["params"])
+    source["source"] = data or source["source"]
     options = {"weights": run / WEIGHTS, "source": source, "progress": True}
     out = out or run / "certificate.json"
     return certificate.write(load_model(run), load(**source), out, list(record["cra"]), **options)

@@ -21,8 +21,8 @@ def read_record(folder):
 def load_model(out_dir):
     """The trained network of a finished run's folder, in eval mode on the CPU.
 
-    Raises FileNotFoundError where there is no finished run, ValueError for damaged weights and for
-    parameters that this version does not know.
+    Raises FileNotFoundError where there is no finished run or no weights, ValueError for damaged
+    weights and for parameters that this version does not know.
     """
     record, path = read_record(out_dir), Path(out_dir) / WEIGHTS
     params = record["params"]
@@ -31,6 +31,11 @@ def load_model(out_dir):
     options = {"head", "activation", "input_std", "input_mean"} & params.keys()
     options = {key: params[key] for key in options} | params.get("size", {})
     net = build(params["model"], record["num_classes"], record["input_shape"], **options)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the run has no weights, {path} is missing: committed runs leave large ones out, and "
+            "`python -m cll RUN/result.json` trains it again"
+        )
     try:
         net.load_state_dict(load_file(path))
     except Exception as error:  # safetensors and torch raise several types for a damaged file
