@@ -1,7 +1,6 @@
 """The clock of all benchmarks: what is compared takes turns in one process, and medians count.
 
-Ratios are what a reader may trust: a busy machine slows both sides alike. The clock is that of
-torch.utils.benchmark, which waits for the device before it is read.
+Ratios are what a reader may trust: a busy machine slows both sides alike.
 
 `floor` is what no program on this machine can beat: the multiplications of a piece of work at the
 measured rate of a large matrix product, its bytes at the measured rate of a large copy, the longer
@@ -17,13 +16,13 @@ import resource
 import signal
 import statistics
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import paper.records
@@ -32,7 +31,12 @@ from cll.bounds.linear import full_precision
 
 PATIENCE = 900  # seconds for one call of `isolated`
 
-# ---- time ---------------------------------------------------------------------------------------
+
+def timer():
+    """Seconds, once the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds(work, now=timer):
@@ -55,9 +59,6 @@ def in_turns(rounds, works, warm=1, between=lambda: None):
         for name in names:
             times[name].append(seconds(works[name]))
     return {name: statistics.median(values[warm:]) for name, values in times.items()}
-
-
-# ---- memory -------------------------------------------------------------------------------------
 
 
 def highest():
@@ -90,9 +91,6 @@ def isolated(function, *arguments):
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             raise RuntimeError(f"{function}{arguments}: out of memory or time") from None
-
-
-# ---- the floor ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -132,9 +130,6 @@ def cost(net, batch, training=True):
     if training:
         moved = 2 * moved + 32 * sum(p.numel() for p in net.parameters())
     return batch * counter.get_total_flops(), moved
-
-
-# ---- the command and its report ------------------------------------------------------------------
 
 
 def parser(doc):

@@ -25,7 +25,6 @@ from cll.bounds.linear import PROOFS
 from paper.records import markdown
 
 SHAPES = {"4C3F": (3, 32, 32), "6C2F": (3, 32, 32), "8C2F": (3, 64, 64)}
-RESNET18 = "resnet18"
 
 
 def network(name):
@@ -33,7 +32,7 @@ def network(name):
     torch.manual_seed(0)
     if name in SHAPES:
         return cll.build(name, 10, SHAPES[name])
-    if name == RESNET18:
+    if name == "resnet18":
         return cll.as_lipschitz_net(resnet18(), (3, 224, 224))
     return experiment.load_model(Path(name))
 

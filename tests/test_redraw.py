@@ -10,8 +10,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-import cll
-import paper.sweeps
+from paper import moons, sweeps, tables
 from paper.choose import choose_figure, temperature_planes
 from paper.moons import figure1, figure2, figure4, slack_figure
 from paper.sweeps import convergence_figure, lambda_figure
@@ -107,7 +106,7 @@ def test_figures_without_runs_say_so():
         figure4([], [], points),
         slack_figure([], [], points),
         temperature_planes([], [], points),
-        paper.sweeps.figure5([]),
+        sweeps.figure5([]),
         convergence_figure([]),
         choose_figure([], "title"),
         cra_comparison([], []),
@@ -118,11 +117,10 @@ def test_figures_without_runs_say_so():
 
 
 def test_tables_without_runs_say_so():
-    paper = cll.paper
     for shown in (
-        paper.display_sweep(paper.sweep_table([])),
-        paper.display_moons(paper.moons_table([])),
-        paper.display_shapes(paper.shape_table([])),
-        paper.display_attacks(paper.attack_table([])),
+        sweeps.display_sweep(sweeps.sweep_table([])),
+        moons.display_moons(moons.moons_table([])),
+        moons.display_shapes(moons.shape_table([])),
+        tables.display_attacks(tables.attack_table([])),
     ):
         assert (shown == "not run").all(axis=None) and len(shown) == 1

@@ -183,6 +183,7 @@ def evaluate(
     return Certification(logits, prediction, correct, proofs, radius)
 
 
+@exact_arithmetic()
 def certify(
     model,
     dataset,
