@@ -155,8 +155,8 @@ def test_setup_cell_makes_a_checkout_importable(below):
 
 def test_notebook_runs_without_what_colab_lacks(tmp_path):
     """papermill and all else that only make and the tests use: blocked, and never missed."""
-    base = environment.pyproject()["project"]["dependencies"]
-    names = {r.partition(">=")[0] for r in environment.requirements("all") if r not in base}
+    there = environment.requirements("kit")
+    names = {r.partition(">=")[0] for r in environment.requirements("all") if r not in there}
     blocked = sorted(map(environment.module, names - {"pillow"}))  # that comes with matplotlib
     assert "papermill" in blocked
     cells = [cell.source for cell in code_cells(read(ROOT / "notebooks" / "figure3.ipynb"))]
@@ -176,7 +176,8 @@ def test_colab_has_what_the_kit_needs():
     lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
     assert "papermill" not in pins
-    for requirement in map(Requirement, environment.requirements("attack")):  # and the base
+    needed = environment.requirements("kit") + environment.requirements("attack")  # and the base
+    for requirement in map(Requirement, needed):
         assert pins[requirement.name] in requirement.specifier, requirement
 
 
