@@ -102,11 +102,11 @@ def lanczos(gram, v, tolerance, steps=1000):
                     break
             v = w / beside[-1]
             basis.append(v)
-        found = torch.stack(basis).T @ torch.from_numpy(vectors[:, -1]).to(v.dtype)
+        vector = torch.stack(basis).T @ torch.from_numpy(vectors[:, -1]).to(v.dtype)
         if converged or not beside[-1]:
             break
-        v = found
-    return found
+        v = vector
+    return vector
 
 
 def proven_norm(matrices):

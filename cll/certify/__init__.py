@@ -112,11 +112,6 @@ class Certification(NamedTuple):
     proofs: dict
     radius: dict
 
-    @property
-    def K(self):
-        """{method: (C, C) float64}."""
-        return {method: proof.K for method, proof in self.proofs.items()}
-
     def cra(self, radii, method="guaranteed"):
         """{radius: CRA} for `radii` as in `distance`."""
         values = cra_curve(self.radius[method], self.correct, list(map(distance, radii)))

@@ -106,7 +106,7 @@ def _tightness(run, result, progress):
     params = run.params
     if params.tightness is None:
         return {}
-    K_f, K_f_paper = (result.K[method].max().item() for method in BOUNDS)
+    K_f, K_f_paper = (result.proofs[method].K.max().item() for method in BOUNDS)
     lower = run.earlier.get("K_lower")
     lower = _lower_bound(run, run.net, progress) if lower is None else lower
     if lower > K_f * (1 + 1e-6):

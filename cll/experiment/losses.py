@@ -5,6 +5,7 @@ uses one: which numbers it has at a moment of training (`values`), how it is cal
 takes, and whether it moves K. A new loss is one function there and one class here.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
@@ -96,10 +97,10 @@ class Loss(Record):
         """The K that the loss is called with: that of all pairs, unless it wants another."""
         return bound.K
 
+    @abstractmethod
     def __call__(self, logits, targets, K, **values):
         """The mean loss of a batch, 0-dim. logits: (N, C); targets: (N,); K: from `takes`; values:
         0-dim tensors."""
-        raise NotImplementedError
 
     def penalty(self, K, **values):
         """What is added to the loss for K of all pairs itself, 0-dim; None: nothing."""

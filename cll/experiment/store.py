@@ -19,6 +19,7 @@ from .schema import ROOT, SCHEDULE, Params
 
 # Raised when certificates change: finished runs are then certified anew, from their weights.
 CERTIFIER = 2
+DRIVE = Path("/content/drive")  # where Colab shows it
 
 
 def outputs_dir(outputs="", profile="smoke"):
@@ -41,9 +42,6 @@ def outputs_dir(outputs="", profile="smoke"):
         if not root.parent.exists():
             drive.mount(str(DRIVE))
     return root.expanduser().resolve() / profile
-
-
-DRIVE = Path("/content/drive")  # where Colab shows it
 
 
 def run_dir(run, root):

@@ -91,8 +91,8 @@ class _UnsortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, y, in_order):
-        own = (y, in_dims[0]), (in_order, in_dims[1])
-        x = _UnsortPairs.apply(*(batch_in_front(*t, info).flatten(0, 1) for t in own))
+        both = (y, in_dims[0]), (in_order, in_dims[1])
+        x = _UnsortPairs.apply(*(batch_in_front(*t, info).flatten(0, 1) for t in both))
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
