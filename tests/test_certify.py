@@ -709,5 +709,5 @@ def test_one_evaluation_by_several_bounds_is_what_each_gives_alone():
         assert table.attrs["summary"] == both.summary([0.1], method)
     assert (both.radius["local"] >= both.radius["guaranteed"]).all()
     assert both.cra(["1/10"]) == {"1/10": both.cra([0.1])[0.1]}
-    again = evaluate(net, x[:5], y[:5], both.K, proofs=both.proofs)
+    again = evaluate(net, x[:5], y[:5], both.proofs, proofs=both.proofs)
     assert again.radius["power"].equal(both.radius["power"][:5])
