@@ -1,9 +1,11 @@
 """Upper bounds of the norm of a convolution: on the torus, in strips, by block rows."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .dense import lanczos, proven_square
 from .linear import CHUNK, TINY, U, gamma, geometry, output_shape, padding, round_up
@@ -48,8 +50,8 @@ def torus_norm(layer, weight, input_shape, extra=0):
         return 0.0
     phases, kernels, mass = _components(weight, layer.groups, *split)
     (rows, *_, M_h), (columns, *_, M_w) = split
-    rounding = math.sqrt(2) * (32 * U + gamma(rows.numel() * columns.numel() + 1))
-    entry_error = 1.01 * rounding * mass.square().sum((-2, -1)).max().sqrt().item()
+    frobenius = mass.square().sum((-2, -1)).max().sqrt().item()
+    entry_error = _entry_error(len(rows) * len(columns)) * frobenius
     square = _largest_square(phases, kernels, mass.shape, M_h, M_w)
     repeats = 1
     for axis in axes if circular else ():
@@ -88,9 +90,9 @@ def _largest_square(phases, kernels, shape, M_h, M_w):
             turns = f @ phase.T % period  # (F, T), exact integers
             turns = torch.where(2 * turns > period, turns - period, turns)
             angle = turns.double() * (2 * math.pi) / period
-            for blocks, function in ((real, torch.cos), (imag, torch.sin)):
-                entries = (function(angle) @ kernel).view(-1, outputs, inputs // len(kernels))
-                blocks.append(entries)
+            block = (-1, outputs, inputs // len(kernels))
+            real.append((torch.cos(angle) @ kernel).view(block))
+            imag.append((torch.sin(angle) @ kernel).view(block))
         bound, t = proven_square(torch.cat(real, -1), torch.cat(imag, -1), t)
         square = max(square, bound)
     return square
@@ -119,13 +121,16 @@ class _Axis(NamedTuple):
         return j.masked_fill((j < 0) | (j >= self.n), -1)
 
 
-def _axes(layer, input_shape):
+def _axes(layer, input_shape, flip=False):
+    """(along, across), the dimensions that a proof goes along and across: rows and columns of the
+    image, or columns and rows if `flip`."""
     before = [a for a, _ in padding(layer)]
     sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
-    return [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
+    axes = [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
+    return axes[::-1] if flip else axes
 
 
-def _polyphase(axis, circular, extra=0):
+def _polyphase(axis, circular=False, extra=0):
     """(taps that meet the input, their q_a, their r_a, M) of a dimension, see `torus_norm`; None if
     all taps meet padding only."""
     offsets, taps = axis.d * torch.arange(axis.k) - axis.before, torch.arange(axis.k)
@@ -143,38 +148,43 @@ def _polyphase(axis, circular, extra=0):
     return taps, offsets // step, offsets % step, -(-size // step)
 
 
+def _entry_error(taps):
+    """Relative error of a sum of so many taps times phases, see `torus_norm`; with some to spare
+    for what is computed from it."""
+    return 1.01 * (math.sqrt(2) * (32 * U + gamma(taps + 1)))
+
+
+def _cost(layer, reads, width, blocks=1):
+    """Flops of a factorisation of `Banded` matrices, so many in each group of the layer."""
+    return layer.groups * blocks * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+
+
 def cheapest(layer, weight, input_shape):
-    """(flops, flip, adjoint) of the cheapest way to take `rows_norm`: blocks are image rows, or
-    columns if `flip`; of the outputs, or of the inputs if `adjoint`."""
+    """(flops, flip, adjoint) of the cheapest `rows` to factorise."""
     plans = []
     for flip in (False, True):
-        along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
-        for adjoint in (False, True):
-            width = weight.shape[1] * across.n
-            if not adjoint:
-                width = len(weight) // layer.groups * across.m
-            reads = along.reads(adjoint)
-            cost = layer.groups * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+        along, across = _axes(layer, input_shape, flip)
+        outputs, inputs = len(weight) // layer.groups * across.m, weight.shape[1] * across.n
+        for adjoint, width in ((False, outputs), (True, inputs)):
+            cost = _cost(layer, along.reads(adjoint), width)
             plans.append((float(cost), flip, adjoint))
     return min(plans)
 
 
 def strip_plans(layer, weight, input_shape):
-    """The (flip, half) of `strip_proof` that LARGEST allows: between the frequencies of the first
-    proof first, which has found too large a norm there."""
-    allowed = [f for f in (False, True) if _strip_cost(layer, weight, input_shape, f) <= LARGEST]
+    """The (flip, half) of `strips` that LARGEST allows: between the frequencies of the first proof
+    first, which has found too large a norm there."""
+    allowed = []
+    for flip in (False, True):
+        along, across = _axes(layer, input_shape, flip)
+        split = _polyphase(across)
+        if split is not None:  # or else all taps meet padding, which the first proof sees
+            _, _, r, M = split
+            inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
+            reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)
+            if _cost(layer, reads, width, M // 2 + 1) <= LARGEST:
+                allowed.append(flip)
     return [(flip, half) for half in (True, False) for flip in allowed]
-
-
-def _strip_cost(layer, weight, input_shape, flip):
-    """Flops of one `strip_proof`."""
-    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
-    if not (across.reads() >= 0).any():  # all taps meet padding, which the first proof sees
-        return math.inf
-    _, _, r, M = _polyphase(across, circular=False)
-    inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
-    reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)
-    return layer.groups * (M // 2 + 1) * len(reads) * width**3 * (1 + _reach(reads)) ** 2
 
 
 def _reach(reads):
@@ -184,147 +194,152 @@ def _reach(reads):
     return int((first - second).abs().max()) if len(first) else 0
 
 
-def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
-    """Upper bound of the norm of a zero-padded convolution by `rows_proof`; `lower` and `upper`
-    enclose it."""
-    return _search(rows_proof(layer, weight, input_shape, flip, adjoint), lower, upper)
-
-
-def _search(prove, lower, upper):
-    """The first bound that can be proven from `lower` on, or `upper`."""
-    for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
-        guess = lower * (1 + 1e-6 * 6**i)
-        if guess >= upper:
-            break
-        bound = prove(guess)
-        if bound is not None:
-            return min(bound, upper)
-    return upper
-
-
-def rows_proof(layer, weight, input_shape, flip, adjoint):
-    """`_banded_proof` of a zero-padded convolution as it is: in terms of image rows (columns if
-    `flip`) it is a banded matrix of dense blocks, the one-dimensional convolutions of a row by each
-    row of the kernel, whose entries are weights. adjoint: of the transpose, for smaller blocks."""
-    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
+def _kernel(layer, weight, flip):
+    """The weight as (k along, G, O/G, C/G, k across)."""
     kernel = weight.mT if flip else weight
-    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
+    return kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)
+
+
+def rows(layer, weight, input_shape, flip, adjoint):
+    """A zero-padded convolution as it is: in terms of image rows (columns if `flip`) a `Banded`
+    matrix of dense blocks, the one-dimensional convolutions of a row by each row of the kernel,
+    whose entries are weights. adjoint: the transpose, for smaller blocks."""
+    along, across = _axes(layer, input_shape, flip)
+    kernel = _kernel(layer, weight, flip)
     taps = weight.new_zeros(*kernel.shape[:3], across.m, kernel.shape[3], across.n)
     for b, reads in enumerate(across.reads().T):
         outputs = (reads >= 0).nonzero()[:, 0]
         taps[:, :, :, outputs, :, reads[outputs]] = kernel[..., b]
     taps = taps.flatten(4).flatten(2, 3)  # (k, G, outputs, inputs)
-    return _banded_proof(taps.mT if adjoint else taps, along.reads(adjoint))
+    return Banded(taps.mT if adjoint else taps, along.reads(adjoint))
 
 
-def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
-    """Upper bound of the norm of a zero-padded convolution by `strip_proof`; `lower` and `upper`
-    enclose it."""
-    prove, estimate = strip_proof(layer, weight, input_shape, flip, half)
-    return _search(prove, max(lower, estimate()), upper)
-
-
-def strip_proof(layer, weight, input_shape, flip, half):
-    """As `_banded_proof`, of a zero-padded convolution, by the DFT along image rows alone (along
-    columns if `flip`), where it is embedded as in `torus_norm`; the other direction keeps its
-    border. For each frequency there remains a convolution of one dimension, a banded matrix whose
-    blocks are complex matrices of channels. Returns that function and one that estimates the norm.
+def strips(layer, weight, input_shape, flip, half):
+    """A zero-padded convolution after the DFT along image rows alone (along columns if `flip`),
+    where it is embedded as in `torus_norm`; the other direction keeps its border. For each
+    frequency there remains a convolution of one dimension, a `Banded` matrix whose blocks are
+    complex matrices of channels, in real form.
 
     half: frequencies (f + 1/2) / M instead of f / M. Phases exp(i a j) on the positions j of inputs
     and outputs change no norm and turn w[b] into w[b] exp(i a q_b), up to a phase per component, so
     that any shift of the grid is as good: where the norm peaks at a frequency of one grid, the
     other passes on both sides of the peak.
     """
-    along, across = _axes(layer, input_shape)[:: -1 if flip else 1]
-    kernel = weight.mT if flip else weight
-    kernel = kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)  # (k, G, O/G, C/G, k)
-    columns, q, r, M = _polyphase(across, circular=False)
+    along, across = _axes(layer, input_shape, flip)
+    kernel, (columns, q, r, M) = _kernel(layer, weight, flip), _polyphase(across)
     frequencies = 2 * torch.arange((M + 1) // 2 if half else M // 2 + 1) + half
     turns = frequencies[:, None] * q % (2 * M)  # (F, taps), exact integers
     angle = torch.where(turns > M, turns - 2 * M, turns).double() * math.pi / M
     real, imag, mass = [], [], []
     for component in r.unique():
         b = (r == component).nonzero()[:, 0]
-        part = kernel[..., columns[b]]
-        real.append(torch.einsum("kgoct,ft->kfgoc", part, torch.cos(angle[:, b])))
-        imag.append(torch.einsum("kgoct,ft->kfgoc", part, torch.sin(angle[:, b])))
-        mass.append(part.abs().sum(-1))
+        tap = kernel[..., columns[b]]
+        real.append(torch.einsum("kgoct,ft->kfgoc", tap, torch.cos(angle[:, b])))
+        imag.append(torch.einsum("kgoct,ft->kfgoc", tap, torch.sin(angle[:, b])))
+        mass.append(tap.abs().sum(-1))
     real, imag = torch.cat(real, -1), torch.cat(imag, -1)
     taps = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2).flatten(1, 2)
     adjoint = taps.shape[-1] < taps.shape[-2]
-    rounding = math.sqrt(2) * (32 * U + gamma(len(columns) + 1))  # of an entry, see torus_norm
     mass = torch.cat(mass, -1).square().sum((-2, -1)).sqrt()  # (k, G)
-    error = 1.01 * rounding * mass.sum(0).max().item()
-    matrix = taps.mT if adjoint else taps, along.reads(adjoint)
-    prove = _banded_proof(*matrix)
-
-    def prove_exact(s):
-        bound = prove(s)
-        return None if bound is None else round_up(bound + error)
-
-    return prove_exact, lambda: _banded_estimate(*matrix)
+    error = _entry_error(len(columns)) * mass.sum(0).max().item()
+    return Banded(taps.mT if adjoint else taps, along.reads(adjoint), error)
 
 
-def _banded_estimate(taps, reads):
-    """Largest norm of the stack of matrices of `_banded_proof`, estimated by Lanczos in float32: a
-    proof at a number that is too small would fail, and take longer."""
-    taps, size = taps.float(), int(reads.max()) + 1
-    taken = [
-        (tap, (j >= 0).nonzero()[:, 0], j[j >= 0]) for tap, j in zip(taps, reads.T, strict=True)
-    ]
-
-    def gram(x):
-        x = x.view(taps.shape[1], size, -1)
-        y, z = x.new_zeros(len(x), len(reads), taps.shape[2]), torch.zeros_like(x)
-        for tap, i, j in taken:
-            y[:, i] += x[:, j] @ tap.mT
-        for tap, i, j in taken:
-            z[:, j] += y[:, i] @ tap
-        return z.flatten()
-
-    v = torch.randn(math.prod(taps.shape[1::2]) * size, generator=torch.Generator().manual_seed(0))
-    v = lanczos(gram, v, 1e-6)
-    return math.sqrt((gram(v).dot(v) / v.dot(v)).item())
+def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
+    """Upper bound of the norm of a zero-padded convolution by its `rows`; `lower` and `upper`
+    enclose it."""
+    return rows(layer, weight, input_shape, flip, adjoint).search(lower, upper)
 
 
-def _banded_proof(taps, reads):
-    """A function s -> a bound, barely above s, of the norms of a stack of banded block matrices A
-    with the blocks A[u, reads[u, a]] = taps[a], proven by floating-point Cholesky factorisation; or
-    None if s cannot be proven.
-
-    taps: (k, stack, p, q); reads: (blocks, k), -1 for none.
-
-    G = A A^T has the blocks G[u, v] = sum of taps[a] taps[b]^T over reads[u, a] = reads[v, b] >= 0,
-    which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks. If that runs
-    to completion, the factor R satisfies R^T R = t I - G + D with |D| <= gamma(n + 1) |R|^T |R|
-    entry by entry, n = (r + 1) p terms at most in an inner product (Higham, theorem 10.3, which
-    holds for any order of summation). The columns of R have squared lengths of at most
-    t / (1 - gamma(n + 1)), and a row of |R|^T |R| has at most 2 n entries that are not 0, so
-        ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * 2 n t
-    and G <= t I + D. One more rounding per product is allowed for libraries that multiply by
-    reciprocals of the diagonal. G as computed is off by at most gamma(q + k) |A| |A|^T entry by
-    entry, in norm by gamma(q + k) times the largest row sum and column sum of |A|.
-    """
-    k, _, p, q = taps.shape
-    reach = _reach(reads)
-    n = (reach + 1) * p
-    factor = gamma(n + 2) / (1 - gamma(n + 2)) * 2 * n + 2 * U  # 2 U: the diagonal of t I - G
-    sums = [taps.abs().sum(axis).amax(-1).sum(0).max().item() for axis in (-2, -1)]
-    error = 1.01 * gamma(q + k + 1) * math.prod(sums) + TINY
-
-    def prove(s):
-        some = taps.split(max(1, CHUNK // p**2), 1)  # what fits into memory
-        if not all(_factorises(taps, reads, reach, s * s) for taps in some):
-            return None
-        return round_up(math.sqrt((s * s * (1 + factor) + error) * (1 + 8 * U)))
-
-    return prove
+def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
+    """`rows_norm` by `strips`."""
+    banded = strips(layer, weight, input_shape, flip, half)
+    return banded.search(max(lower, banded.estimate()), upper)
 
 
-def _factorises(taps, reads, reach, t):
-    """Whether the factorisation of t I - G of `_banded_proof` runs to completion. The blocks of the
-    factor R that no later row needs are dropped."""
-    gram, R = _gram_blocks(taps, reads), {}
+class Banded(NamedTuple):
+    """A stack of banded block matrices A with the blocks A[u, reads[u, a]] = taps[a], whose norms
+    are off by at most `error`. taps: (k, stack, p, q); reads: (blocks, k), -1 for none."""
+
+    taps: Tensor
+    reads: Tensor
+    error: float = 0.0
+
+    def search(self, lower, upper):
+        """The first bound that can be proven from `lower` on, or `upper`."""
+        for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
+            guess = lower * (1 + 1e-6 * 6**i)
+            if guess >= upper:
+                break
+            bound = self.prove(guess)
+            if bound is not None:
+                return min(bound, upper)
+        return upper
+
+    def prove(self, s):
+        """A bound of the norms, barely above s, proven by floating-point Cholesky factorisation; or
+        None if s cannot be proven.
+
+        G = A A^T has the blocks G[u, v] = sum of taps[a] taps[b]^T over reads[u, a] = reads[v, b]
+        >= 0, which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks. If
+        that runs to completion, the factor R satisfies R^T R = t I - G + D with
+        |D| <= gamma(n + 1) |R|^T |R| entry by entry, n = (r + 1) p terms at most in an inner
+        product (Higham, theorem 10.3, for any order of summation). The columns of R have squared
+        lengths of at most t / (1 - gamma(n + 1)), and a row of |R|^T |R| has at most 2 n entries
+        that are not 0, so
+            ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * 2 n t
+        and G <= t I + D. One more rounding per product is allowed for libraries that multiply by
+        reciprocals of the diagonal. G as computed is off by at most gamma(q + k) |A| |A|^T entry by
+        entry, in norm by gamma(q + k) times the largest row sum and column sum of |A|.
+        """
+        k, _, p, q = self.taps.shape
+        n = (_reach(self.reads) + 1) * p
+        factor = gamma(n + 2) / (1 - gamma(n + 2)) * 2 * n + 2 * U  # 2 U: the diagonal of t I - G
+        sums = [self.taps.abs().sum(axis).amax(-1).sum(0).max().item() for axis in (-2, -1)]
+        off = 1.01 * gamma(q + k + 1) * math.prod(sums) + TINY
+        for taps in self.taps.split(max(1, CHUNK // p**2), 1):  # what fits into memory
+            if not _factorises(taps, self.reads, s * s):
+                return None
+        bound = round_up(math.sqrt((s * s * (1 + factor) + off) * (1 + 8 * U)))
+        return round_up(bound + self.error) if self.error else bound
+
+    def estimate(self):
+        """The largest norm, estimated by Lanczos in float32: a proof at a number that is too small
+        would fail, and take longer."""
+        taps, size = self.taps.float(), int(self.reads.max()) + 1
+        taken = [
+            (tap, (j >= 0).nonzero()[:, 0], j[j >= 0])
+            for tap, j in zip(taps, self.reads.T, strict=True)
+        ]
+
+        def gram(x):
+            x = x.view(taps.shape[1], size, -1)
+            y, z = x.new_zeros(len(x), len(self.reads), taps.shape[2]), torch.zeros_like(x)
+            for tap, i, j in taken:
+                y[:, i] += x[:, j] @ tap.mT
+            for tap, i, j in taken:
+                z[:, j] += y[:, i] @ tap
+            return z.flatten()
+
+        start = torch.Generator().manual_seed(0)
+        v = lanczos(gram, torch.randn(math.prod(taps.shape[1::2]) * size, generator=start), 1e-6)
+        return math.sqrt((gram(v).dot(v) / v.dot(v)).item())
+
+
+def _factorises(taps, reads, t):
+    """Whether the factorisation of t I - G of `Banded.prove` runs to completion. Equal blocks of G
+    are computed once; those of the factor R that no later row needs are dropped."""
+
+    @functools.cache
+    def product(pairs):
+        total = taps.new_zeros(taps.shape[1], *[taps.shape[2]] * 2)
+        return sum((taps[a] @ taps[b].mT for a, b in pairs), total)
+
+    def gram(u, v):
+        meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
+        return product(tuple(map(tuple, meet.nonzero().tolist())))
+
+    reach, R = _reach(reads), {}
     for u in range(len(reads)):
         above = range(max(0, u - reach), u)
         S = -gram(u, u)
@@ -342,18 +357,3 @@ def _factorises(taps, reads, reach, t):
             R[u, v] = torch.linalg.solve_triangular(L, B, upper=False)
         R = {(w, v): block for (w, v), block in R.items() if w > u - reach}
     return True
-
-
-def _gram_blocks(taps, reads):
-    """A function (u, v) -> the block G[u, v] of `_banded_proof`; equal ones are computed once."""
-    blocks = {}
-
-    def block(u, v):
-        meet = (reads[u][:, None] == reads[v]) & (reads[u] >= 0)[:, None]
-        pairs = tuple(map(tuple, meet.nonzero().tolist()))
-        if pairs not in blocks:
-            total = taps.new_zeros(taps.shape[1], *[taps.shape[2]] * 2)
-            blocks[pairs] = sum((taps[a] @ taps[b].mT for a, b in pairs), total)
-        return blocks[pairs]
-
-    return block

@@ -5,38 +5,29 @@ import math
 import torch
 from torch import nn
 
-from .linear import (
-    DENSE_ENTRIES,
-    TINY,
-    U,
-    apply_adjoint,
-    apply_linear,
-    dense_matrix,
-    gamma,
-    round_down,
-    round_up,
-)
+from . import linear
+from .linear import TINY, U, gamma, round_down, round_up
 
 
-def exact_norm(linear, input_shape, outputs, name):
+def exact_norm(apply, input_shape, outputs, name):
     """Largest singular value of a linear map of batches (N, *input_shape) -> (N, ...) with so many
     outputs, decomposed as a dense matrix. Raises ValueError, with the name, for a large one."""
-    entries = math.prod(input_shape) * outputs
-    if entries > DENSE_ENTRIES:
+    entries, limit = math.prod(input_shape) * outputs, linear.DENSE_ENTRIES
+    if entries > limit:
         raise ValueError(
             f'method "exact" would decompose {entries:.1e} matrix entries for {name} on '
-            f'{input_shape}, limit {DENSE_ENTRIES:.0e}: use "guaranteed" or "power"'
+            f'{input_shape}, limit {limit:.0e}: use "guaranteed" or "power"'
         )
-    return torch.linalg.svdvals(dense_matrix(linear, input_shape))[0].item()
+    return torch.linalg.svdvals(linear.dense_matrix(apply, input_shape))[0].item()
 
 
 @torch.autocast("cpu", enabled=False)  # which would round the search below float32
 def lower_bound(layer, weight, input_shape, start=None):
     """Lower bound of the norm: the top singular vector by Lanczos on A^T A, then ||A v|| / ||v|| in
-    float64 minus its own rounding error, so that any v, however badly converged, gives a lower
-    bound. Convolutions on 32x32 have relative gaps near 1e-3 at the top, where plain power
-    iteration needs thousands of steps. Large layers search v in float32, twice as fast: an error d
-    in v costs only d^2 in the value, which stays within about 1e-6 of the norm."""
+    float64 minus its own rounding error, so that any v gives a lower bound. (Convolutions on 32x32
+    have relative gaps near 1e-3 at the top: power iteration would need thousands of steps.) Large
+    layers search v in float32, twice as fast: an error d in v costs d^2 in the value, about 1e-6.
+    """
     if isinstance(layer, nn.Linear):  # every leading index sees the same matrix
         input_shape = input_shape[-1:]
     size = math.prod(input_shape)
@@ -53,19 +44,20 @@ def lower_bound(layer, weight, input_shape, start=None):
         searched = searched.contiguous(memory_format=torch.channels_last)
 
     def shaped(v):  # vectors hold the channels last: faster for one image, from 16 channels on
-        return v if weight.ndim == 2 else v.view(*input_shape[1:], -1).movedim(-1, 0)
+        return v.view(*input_shape[1:], -1).movedim(-1, 0)
 
     def flat(x):
-        return x if weight.ndim == 2 else x.movedim(0, -1).reshape(-1)
+        return x.movedim(0, -1).reshape(-1)
 
     def gram(v):
-        y = apply_linear(layer, searched, shaped(v)[None])
-        return flat(apply_adjoint(layer, searched, y, input_shape)[0])
+        y = linear.apply_linear(layer, searched, shaped(v)[None])
+        return flat(linear.apply_adjoint(layer, searched, y, input_shape)[0])
 
     v = flat(v.view(input_shape)).to(searched.dtype)
     x = shaped(lanczos(gram, v, 1e-11 if small else 1e-7).to(torch.float64))
-    y = apply_linear(layer, weight, x)
-    error = gamma(weight[0].numel() + 2) * apply_linear(layer, weight.abs(), x.abs()).norm().item()
+    y = linear.apply_linear(layer, weight, x)
+    absolute = linear.apply_linear(layer, weight.abs(), x.abs())
+    error = gamma(weight[0].numel() + 2) * absolute.norm().item()
     reached = y.norm().item() * (1 - gamma(y.numel() + 2)) - error * 1.01
     return max(0.0, round_down(reached / (x.norm().item() * (1 + gamma(size + 2)))))
 
@@ -124,22 +116,20 @@ def proven_square(real, imag=None, t=0.0):
     to completion, the factor R satisfies R^T R = t I - G + D, |D| <= gamma(n + 1) |R|^T |R|, and
     since the columns of R have squared lengths at most t / (1 - gamma(n + 1)),
         ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * n t,
-    hence G <= t I + D, a bound whatever the quality of the estimate (Rump, "Verification of
-    positive definiteness", BIT 2006; Higham, theorem 10.3). One more rounding per product is
-    allowed for libraries that multiply by reciprocals of the diagonal. If it breaks down, t was too
-    small: take the eigenvalues of blocks that failed, raise t, try the failed ones again. Should
-    that not end, the Frobenius norm is the answer.
+    hence G <= t I + D, however good the estimate (Rump, "Verification of positive definiteness",
+    BIT 2006; Higham, theorem 10.3). One more rounding per product is allowed for libraries that
+    multiply by reciprocals of the diagonal. If it breaks down, t is raised by the eigenvalues of
+    blocks that failed, and these are tried again; in the end the Frobenius norm is the answer.
     """
-    real = real.reshape(-1, *real.shape[-2:])
-    imag = None if imag is None else imag.reshape(real.shape)
+    parts = [part.reshape(-1, *real.shape[-2:]) for part in (real, imag) if part is not None]
     if real.shape[-2] < real.shape[-1]:
-        real, imag = real.mT, None if imag is None else imag.mT
-    p, n = real.shape[-2:]
-    parts = real if imag is None else torch.cat([real, imag], -2)
-    frobenius = parts.square().sum((-2, -1)).max().item() * (1 + gamma(2 * p * n + 2))
-    gram = parts.mT @ parts
+        parts = [part.mT for part in parts]
+    p, n = parts[0].shape[-2:]
+    stacked = parts[0] if imag is None else torch.cat(parts, -2)
+    frobenius = stacked.square().sum((-2, -1)).max().item() * (1 + gamma(2 * p * n + 2))
+    gram = stacked.mT @ stacked
     if imag is not None:
-        cross = real.mT @ imag
+        cross = parts[0].mT @ parts[1]
         cross = cross - cross.mT
         gram = torch.cat([torch.cat([gram, -cross], -1), torch.cat([cross, gram], -1)], -2)
         n *= 2

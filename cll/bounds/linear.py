@@ -26,9 +26,8 @@ def gamma(n):
 
 @contextlib.contextmanager
 def exact_arithmetic():
-    """The arithmetic of the proofs, whatever modes the process is in: defaults of PyTorch, no
-    autocast, full precision. Raises ValueError where numbers below 2.2e-308 are flushed to 0, which
-    threads that have started keep doing."""
+    """The arithmetic of the proofs, whatever modes the process is in. Raises ValueError where
+    numbers below 2.2e-308 are flushed to 0, which threads that have started keep doing."""
     each = 2**15 * torch.get_num_threads()  # so that every thread has its share
     small = torch.full((each,), 2.0**-1060, dtype=torch.float64, device="cpu")
     if not (small * 0.5).all():
@@ -78,46 +77,32 @@ def apply_linear(layer, weight, x):
     """A x, the layer without its bias; x is one sample, (features,) or (C, H, W), or a batch."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
-    stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-    if layer.padding_mode == "zeros":
-        return F.conv2d(x, weight, None, stride, layer.padding, dilation, groups)
-    (top, bottom), (left, right) = padding(layer)
-    x = F.pad(x, (left, right, top, bottom), mode="circular")
-    return F.conv2d(x, weight, None, stride, 0, dilation, groups)
+    pads = layer.padding
+    if layer.padding_mode != "zeros":
+        (top, bottom), (left, right) = padding(layer)
+        x, pads = F.pad(x, (left, right, top, bottom), mode="circular"), 0
+    return F.conv2d(x, weight, None, layer.stride, pads, layer.dilation, layer.groups)
 
 
 def apply_adjoint(layer, weight, y, input_shape):
     """A^T y, the transpose of `apply_linear` at exactly this input shape. A strided convolution
-    skips the last rows of some inputs; without the output padding computed here the transpose would
-    live on a smaller image, whose norm is smaller (a fault of the published code)."""
+    skips the last rows of some inputs; without them as output padding the transpose would live on a
+    smaller image, whose norm is smaller (a fault of the published code)."""
     if isinstance(layer, nn.Linear):
         return y @ weight
-    (kernel, stride, dilation), groups, sides = geometry(layer), layer.groups, padding(layer)
+    (_, stride, dilation), sides = geometry(layer), padding(layer)
     symmetric = layer.padding_mode == "zeros" and all(a == b for a, b in sides)
     inside = [a if symmetric else 0 for a, _ in sides]
-    whole = [
-        n if symmetric else n + a + b for n, (a, b) in zip(input_shape[-2:], sides, strict=True)
-    ]
-    skipped = [
-        n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-        for n, m, s, p, d, k in zip(
-            whole, y.shape[-2:], stride, inside, dilation, kernel, strict=True
-        )
-    ]
-    x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, groups, dilation)
+    skipped = [rows for _, rows in _strides(layer, input_shape)]
+    x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, layer.groups, dilation)
     if symmetric:
         return x
     for axis, (a, b), n in zip((-2, -1), sides, input_shape[-2:], strict=True):
         before, x, after = x.split([a, n, b], axis)
         if layer.padding_mode == "circular":  # copies of the border add up where they came from
-            x = x + _place(before, axis, n - a, n) + _place(after, axis, 0, n)
+            for copies, zeros in ((before, (n - a, 0)), (after, (0, n - b))):
+                x = x + F.pad(copies, zeros if axis == -1 else (0, 0, *zeros))
     return x
-
-
-def _place(x, axis, first, n):
-    """x with zeros before and after it along the axis, up to length n."""
-    ends = (first, n - first - x.shape[axis])
-    return F.pad(x, ends if axis == -1 else (0, 0, *ends))
 
 
 def geometry(layer):
@@ -127,22 +112,25 @@ def geometry(layer):
 
 def padding(layer):
     """((top, bottom), (left, right)) of a convolution, also for "same" and "valid"."""
-    if layer.padding == "valid":
-        return ((0, 0), (0, 0))
     if layer.padding == "same":
         kernel, _, dilation = geometry(layer)
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in pair(layer.padding))
+    return tuple((p, p) for p in ((0, 0) if layer.padding == "valid" else pair(layer.padding)))
+
+
+def _strides(layer, input_shape):
+    """[(strides that the kernel makes, rows left over behind the last one)] per dimension."""
+    sides = input_shape[-2:], padding(layer), *geometry(layer)
+    return [
+        divmod(n + a + b - d * (k - 1) - 1, s) for n, (a, b), k, s, d in zip(*sides, strict=True)
+    ]
 
 
 def output_shape(layer, input_shape):
     if isinstance(layer, nn.Linear):
         return (*input_shape[:-1], layer.out_features)
-    sides = input_shape[-2:], padding(layer), *geometry(layer)
-    sizes = [
-        (n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, s, d in zip(*sides, strict=True)
-    ]
+    sizes = [strides + 1 for strides, _ in _strides(layer, input_shape)]
     if min(sizes) < 1:
         raise ValueError(
             f"{as_text(layer)} has a kernel larger than its padded input {input_shape}"

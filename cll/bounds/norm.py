@@ -28,28 +28,10 @@ from functools import partial
 
 from torch import nn
 
-from .convolution import (
-    LARGEST,
-    cheapest,
-    rows_norm,
-    rows_proof,
-    strip_norm,
-    strip_plans,
-    strip_proof,
-    torus_norm,
-)
+from . import convolution, linear
+from .convolution import LARGEST, torus_norm
 from .dense import exact_norm, lower_bound, proven_norm
-from .linear import (
-    CHUNK,
-    PROOFS,
-    apply_linear,
-    as_text,
-    dense_matrix,
-    geometry,
-    output_shape,
-    scaled_by,
-    shift,
-)
+from .linear import CHUNK, PROOFS, apply_linear, output_shape, scaled_by
 
 TOLERANCE = 1e-3  # a proven bound this close to the proven lower bound may stand
 LOOSE = 1e-2  # a gap that is closed even by a proof of LARGEST flops
@@ -70,8 +52,10 @@ def matrix_norm(layer, weight, input_shape, method, start=None):
     if method == "power":
         return scaled_by(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
     outputs = math.prod(output_shape(layer, input_shape))
-    linear = partial(apply_linear, layer, weight)
-    return scaled_by(exact_norm(linear, input_shape, outputs, as_text(layer)), exponent)
+    norm = exact_norm(
+        partial(apply_linear, layer, weight), input_shape, outputs, linear.as_text(layer)
+    )
+    return scaled_by(norm, exponent)
 
 
 def enclose(layer, weight, input_shape, method="guaranteed"):
@@ -90,7 +74,7 @@ def first_bound(layer, weight, input_shape):
     weight, exponent = scaled(weight)
     if weight is None:
         return 0.0
-    return scaled_by(_first_proof(layer, weight, input_shape), exponent, math.inf)
+    return scaled_by(_first_proof(layer, weight, input_shape)[0], exponent, math.inf)
 
 
 def confirm(layer, weight, input_shape, bound, proof):
@@ -99,76 +83,73 @@ def confirm(layer, weight, input_shape, bound, proof):
     weight, exponent = scaled(weight)
     if weight is None:
         return bound >= 0
-    bound = scaled_by(bound, -exponent, 0.0)
-    if proof == _first_name(layer):
-        return _first_proof(layer, weight, input_shape) <= bound
-    # the others are about the banded matrix of a zero-padded convolution, and no other map
-    if not (isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"):
-        return False
-    prepared = ()
-    if proof == "block Cholesky":
-        cost, *plan = cheapest(layer, weight, input_shape)
-        if cost <= LARGEST:
-            prepared = [rows_proof(layer, weight, input_shape, *plan)]
-    elif proof == "DFT in one direction":
-        plans = strip_plans(layer, weight, input_shape)
-        prepared = (strip_proof(layer, weight, input_shape, *plan)[0] for plan in plans)
-    attempts = (prove(bound * JUST_PROVEN) for prove in prepared)
+    bound, like = scaled_by(bound, -exponent, 0.0), (layer, weight, input_shape)
+    if proof == ("Cholesky" if isinstance(layer, nn.Linear) else "DFT"):
+        return _first_proof(*like)[0] <= bound
+    matrices = ()
+    if _is_banded(layer) and proof == "block Cholesky":
+        cost, *plan = convolution.cheapest(*like)
+        matrices = [convolution.rows(*like, *plan)] if cost <= LARGEST else ()
+    elif _is_banded(layer) and proof == "DFT in one direction":
+        plans = convolution.strip_plans(*like)
+        matrices = (convolution.strips(*like, *plan) for plan in plans)
+    attempts = (matrix.prove(bound * JUST_PROVEN) for matrix in matrices)
     return any(proven is not None and proven <= bound for proven in attempts)
 
 
 def scaled(weight):
     """(weight / 2^exponent, exponent), largest entry in [1, 2); (None, 0) if all are 0."""
-    low, high = weight.aminmax()
-    largest = max(-low.item(), high.item())
+    largest = max(abs(end.item()) for end in weight.aminmax())
     if largest == 0:
         return None, 0
     exponent = math.frexp(largest)[1] - 1
-    return shift(weight, -exponent), exponent
+    return linear.shift(weight, -exponent), exponent
+
+
+def _is_banded(layer):
+    """Whether the proofs of the banded matrix of a zero-padded convolution are about this layer."""
+    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
 
 
 def _prove(layer, weight, input_shape, tight):
     """`enclose` of a scaled weight: proofs from cheap to dear, until one is close enough."""
+    like = layer, weight, input_shape
     output_shape(layer, input_shape)  # raises for a kernel larger than its input
-    lower = lower_bound(layer, weight, input_shape)
-    upper, proof = _first_proof(layer, weight, input_shape), _first_name(layer)
-    zeros = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
-    if not zeros or upper <= lower * SAME:
+    lower = lower_bound(*like)
+    upper, proof = _first_proof(*like)
+    if not _is_banded(layer) or upper <= lower * SAME:
         return lower, upper, proof
-    cost, *plan = cheapest(layer, weight, input_shape)
+    cost, *plan = convolution.cheapest(*like)
     if cost > CHEAP:
-        for strip_plan in strip_plans(layer, weight, input_shape):
+        for strip_plan in convolution.strip_plans(*like):
             if upper <= lower * (1 + TOLERANCE / 3):
                 break
-            strip = strip_norm(layer, weight, input_shape, *strip_plan, lower, upper)
+            strip = convolution.strip_norm(*like, *strip_plan, lower, upper)
             if strip < upper:
                 upper, proof = strip, "DFT in one direction"
         tolerance = TOLERANCE if tight else min(LOOSE, TOLERANCE * cost / CHEAP)
         if upper <= lower * (1 + tolerance):
             return lower, upper, proof
     if cost <= LARGEST:
-        exact = rows_norm(layer, weight, input_shape, *plan, lower, upper)
+        exact = convolution.rows_norm(*like, *plan, lower, upper)
         if exact < upper:
             upper, proof = exact, "block Cholesky"
     return lower, upper, proof
 
 
-def _first_name(layer):
-    return "Cholesky" if isinstance(layer, nn.Linear) else "DFT"
-
-
 def _first_proof(layer, weight, input_shape):
-    """Upper bound of the norm of a linear layer whose largest weight lies in [1, 2)."""
+    """(upper bound of the norm of a linear layer whose largest weight lies in [1, 2), its proof)"""
     if isinstance(layer, nn.Linear):
-        return proven_norm(weight[None])
+        return proven_norm(weight[None]), "Cholesky"
     bound = torus_norm(layer, weight, input_shape)
     if layer.padding_mode == "zeros":  # an odd grid has no frequency pi, where norms often peak
         bound = min(bound, torus_norm(layer, weight, input_shape, 1))
     inputs, outputs = math.prod(input_shape), math.prod(output_shape(layer, input_shape))
     wraps = layer.padding_mode == "circular" and any(
-        d * (k - 1) >= n for k, _, d, n in zip(*geometry(layer), input_shape[-2:], strict=True)
+        d * (k - 1) >= n
+        for k, _, d, n in zip(*linear.geometry(layer), input_shape[-2:], strict=True)
     )  # then taps meet on one pixel and the entries of the matrix are rounded sums
     if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
-        matrix = dense_matrix(partial(apply_linear, layer, weight), input_shape)
+        matrix = linear.dense_matrix(partial(apply_linear, layer, weight), input_shape)
         bound = min(bound, proven_norm(matrix[None]))
-    return bound
+    return bound, "DFT"
