@@ -8,42 +8,24 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .linear import (
-    METHODS,
-    PROOFS,
-    apply_adjoint,
-    apply_linear,
-    as_text,
-    exact_arithmetic,
-    padding,
-    pair,
-    power,
-    round_down,
-    round_up,
-)
+from . import linear
+from .linear import METHODS, PROOFS, as_text, exact_arithmetic, pair, round_down, round_up
 from .norm import enclose, matrix_norm
 from .registry import mend, record, refuse_overridden
 from .trace import body_output_shape, evaluation_copy, float64_copy
 
 
 class ProvenLayer(NamedTuple):
-    """A layer at its place in a network, and what is proven of its Lipschitz constant.
+    """A layer at its place in a network, and what is proven of its Lipschitz constant."""
 
-    name: of its place, "body.0", or "body.2.branch.0" inside a Residual. shape: of one input.
-    parts: of a container, for each of its parts the ProvenLayers inside. upper: the bound of the
-    method; lower: what is proven from below, 0 where nothing is. proof: how `upper` was proven, see
-    `norm`; "by construction" of a layer that is no matrix. inner: of a layer whose rounding needs
-    it, the proven norm of the map inside.
-    """
-
-    name: str
+    name: str  # of its place, "body.0", or "body.2.branch.0" inside a Residual
     layer: nn.Module
-    shape: tuple
-    parts: tuple = ()
-    lower: float = 0.0
-    upper: float = math.inf
-    proof: str = ""
-    inner: float = math.inf
+    shape: tuple  # of one input
+    parts: tuple = ()  # of a container, for each of its parts the ProvenLayers inside
+    lower: float = 0.0  # what is proven from below, 0 where nothing is
+    upper: float = math.inf  # the bound of the method
+    proof: str = ""  # of `upper`, see `norm`; "by construction" of a layer that is no matrix
+    inner: float = math.inf  # see `WithInner`
 
 
 @exact_arithmetic()
@@ -56,10 +38,9 @@ def operator_norm(layer, input_shape, method="guaranteed", *, start=None):
     method       "guaranteed": never below the true norm, rounding included; seconds for a large
                  convolution, within 1 % of it where that proof is affordable, see `norm`
                  "tight": as "guaranteed", by a permille at most, minutes for a large convolution
-                 "power": the number that the paper's power iteration converges to (computed by
-                 Lanczos from a fixed start), rounded down so that it is never above the true norm;
-                 1 for SOC, CPL, SLL and Sandwich layers, as published
-                 "exact": dense singular values; at most 6e7 matrix entries. For CPL, SLL and
+                 "power": the number that the paper's power iteration converges to (by Lanczos from
+                 a fixed start), never above the true norm; 1 for SOC, CPL, SLL and Sandwich layers
+                 "exact": dense singular values, of at most 6e7 matrix entries; for CPL, SLL and
                  Sandwich layers the formula of "guaranteed" with exact in place of proven norms
     start        optional start vector of "power", of shape input_shape
 
@@ -88,27 +69,22 @@ def prove_layer(place, method):
     if any(map(parametrize.is_parametrized, layer.modules())):  # weights as float64 computes them
         layer = evaluation_copy(layer)
     matrix = as_matrix(layer, shape)
-    if matrix is not None:
-        return place._replace(**_prove_matrix(*matrix, shape, method))
-    if method in PROOFS and not record(layer).several:  # other layers know one proof only
-        method = "guaranteed"
-    answer = _ask(layer, shape, method)
-    upper = float(answer.upper if isinstance(answer, WithInner) else answer)
-    if not upper >= 0:
-        raise ValueError(f"the bound registered for {as_text(layer)} returned {upper}")
-    inner = answer.inner if isinstance(answer, WithInner) else math.inf
-    return place._replace(upper=upper, proof="by construction", inner=inner)
-
-
-def _prove_matrix(linear, weight, error, input_shape, method):
-    """The interval of a layer whose norm is within `error` of that of a matrix, see `as_matrix`."""
+    if matrix is None:
+        if method in PROOFS and not record(layer).several:  # other layers know one proof only
+            method = "guaranteed"
+        bound = layer_lipschitz(layer, shape, method)
+        upper, inner = float(bound), getattr(bound, "inner", math.inf)
+        if not upper >= 0:
+            raise ValueError(f"the bound registered for {as_text(layer)} returned {upper}")
+        return place._replace(upper=upper, proof="by construction", inner=inner)
+    layer, weight, error = matrix
     if method not in PROOFS:
-        norm = matrix_norm(linear, weight, input_shape, method)
-        return {"lower": norm, "upper": norm, "proof": method}
-    lower, upper, proof = enclose(linear, weight, input_shape, method)
+        norm = matrix_norm(layer, weight, shape, method)
+        return place._replace(lower=norm, upper=norm, proof=method)
+    lower, upper, proof = enclose(layer, weight, shape, method)
     if error:
         lower, upper = max(0.0, round_down(lower - error)), round_up(upper + error)
-    return {"lower": lower, "upper": upper, "proof": proof}
+    return place._replace(lower=lower, upper=upper, proof=proof)
 
 
 def sample_shape(given):
@@ -131,22 +107,19 @@ def layer_lipschitz(layer, input_shape, method):
     A handler returns a float: for "guaranteed" never below the Lipschitz constant of the layer in
     evaluation mode, for "power" the value that papers report.
     """
-    answer = _ask(layer, input_shape, method)
-    return answer.upper if isinstance(answer, WithInner) else answer
-
-
-class WithInner(NamedTuple):
-    """What a bound may return in place of a float: the norm of the map inside the layer as well."""
-
-    upper: float
-    inner: float
-
-
-def _ask(layer, input_shape, method):
     bound = record(layer).bound
     if bound is None:
         raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {mend(type(layer))}")
     return bound(layer, input_shape, method)
+
+
+class WithInner(float):
+    """A bound with the proven norm of the map inside the layer, which its rounding needs."""
+
+    def __new__(cls, upper, inner):
+        bound = super().__new__(cls, upper)
+        bound.inner = inner
+        return bound
 
 
 def as_matrix(layer, input_shape):
@@ -160,7 +133,7 @@ def absolute_norm(layer, weight, input_shape):
     """Upper bound of the norm of |A|, A a layer like `layer` with this weight: the geometric mean
     of the largest row sum and the largest column sum of |A|."""
     kernel = tuple(range(2, weight.ndim))
-    unit = power(weight.abs().max())  # of it, sums and their product do not leave float64
+    unit = linear.power(weight.abs().max())  # of it, sums and their product do not leave float64
     scaled = weight.abs() / unit
     rows, columns = (scaled.sum((axis, *kernel)).max().item() for axis in (1, 0))
     if getattr(layer, "padding_mode", "zeros") == "circular":
@@ -214,7 +187,7 @@ def check_attributes(layer):
     outputs, inputs, *kernel = layer.weight.shape
     same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == (*said, *sizes)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "circular":
-        copied = [n for pads in reversed(padding(layer)) for n in pads]
+        copied = [n for pads in reversed(linear.padding(layer)) for n in pads]
         same = same and list(layer._reversed_padding_repeated_twice) == copied
     if not same:
         raise ValueError(
@@ -268,15 +241,13 @@ def estimate(layer, v, iterations=5, through=False):
     (detached, unit length) for the next call: a warm start. iterations=0 re-uses v.
 
     through=False: v is held constant. At convergence it is the top right singular vector, and the
-    gradient of sigma in the weight, that of u^T A v, is the gradient of the norm itself (envelope
-    theorem; the top singular value must be simple).
+    gradient of sigma in the weight is that of the norm itself (envelope theorem; the top singular
+    value must be simple).
     through=True: the gradient flows through the iterations too, as in the published code. Equal at
-    convergence, twice the work; where the top singular values are close, it reaches all of them
-    and not just the one that v has found.
+    convergence, twice the work; where the top singular values are close, it reaches all of them.
 
     sigma never exceeds the norm by more than rounding. Pure, without host synchronisation; runs
-    under torch.func.vmap over stacked weights and vectors. Zero weights give sigma 0 with gradient
-    0 and leave v as it is.
+    under torch.func.vmap. Zero weights give sigma 0 with gradient 0 and leave v as it is.
     """
     with torch.autocast(v.device.type, enabled=False):
         with torch.set_grad_enabled(through and torch.is_grad_enabled()):
@@ -284,9 +255,10 @@ def estimate(layer, v, iterations=5, through=False):
             if iterations == 0:
                 v = v / torch.linalg.vector_norm(v)
             for _ in range(iterations):
-                y = apply_linear(layer, weight, v)
-                v = power_step(apply_adjoint(layer, weight, y, v.shape), v)
-        return torch.linalg.vector_norm(apply_linear(layer, layer.weight, v)), v.detach()
+                y = linear.apply_linear(layer, weight, v)
+                v = power_step(linear.apply_adjoint(layer, weight, y, v.shape), v)
+        y = linear.apply_linear(layer, layer.weight, v)
+        return torch.linalg.vector_norm(y), v.detach()
 
 
 def power_step(square, v):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..progress import progress_bar
+from . import linear
 from .layer import (
     ProvenLayer,
     check_attributes,
@@ -17,41 +18,20 @@ from .layer import (
     pairwise_distances,
     prove_layer,
 )
-from .linear import (
-    PROOFS,
-    SMALLEST,
-    TINY,
-    as_text,
-    exact_arithmetic,
-    gamma,
-    lengths,
-    power,
-    round_up,
-    shift,
-)
+from .linear import PROOFS, SMALLEST, TINY, as_text, exact_arithmetic, gamma, round_up
 from .registry import TABLE, is_head, mend, record, refuse_foreign, refuse_overridden
-from .trace import (
-    evaluation,
-    evaluation_copy,
-    float64_copy,
-    layer_inputs,
-    trace,
-)
+from .trace import evaluation, evaluation_copy, float64_copy, layer_inputs, trace
 
 LIKE_ONE = 1e-9  # bounds that near to 1 are not listed, of layers without weights
 
 
 class Proof(NamedTuple):
-    """What is proven about a network, for the weights that it had.
+    """What is proven about a network, for the weights that it had."""
 
-    net: the LipschitzNet; method; body: its ProvenLayers in forward order, those inside a container
-    in its `parts`; K: see `lipschitz_matrix`.
-    """
-
-    net: nn.Module
+    net: nn.Module  # the LipschitzNet
     method: str
-    body: tuple
-    K: Tensor
+    body: tuple  # its ProvenLayers in forward order, those inside a container in its `parts`
+    K: Tensor  # see `lipschitz_matrix`
 
     @property
     def layers(self):
@@ -70,12 +50,9 @@ def reader(read):
 
 
 def prove(model, method="guaranteed", progress=False, *, input_shape=None):
-    """The Proof of a model, by one trace and one search for a proof in each layer.
-
-    model, input_shape, method, progress: as in `lipschitz_matrix`. `rounding.margin_error`, local
-    bounds, tables and certificates take what it returns: nothing is proven a second time. Change
-    the weights, and it is a proof of nothing.
-    """
+    """The Proof of a model, by one trace and one search for a proof in each layer; arguments as in
+    `lipschitz_matrix`. Roundings, local bounds, tables and certificates take what it returns:
+    nothing is proven a second time. Change the weights, and it is a proof of nothing."""
     check_method(method)
     (read,) = _READER
     net = read(model, input_shape)
@@ -103,27 +80,20 @@ def prove_by(bound, net, method="guaranteed", progress=False):
         W = head_rows(float64_copy(head))
     if not W.isfinite().all():
         raise ValueError("the weight of the head holds NaN or infinite numbers: no bound")
-    return Proof(net, method, body, _matrix(body, std, row_distances(head, W), W.shape[1], method))
-
-
-def _matrix(body, std, distances, features, method):
-    """K from the bounds of the layers of a body and the distances of the rows of a head."""
     K, exponent = 1 / std.min().item(), 0  # K 2^exponent; in between it may leave float64
     for layer in body:
         norm, e = math.frexp(layer.upper)
         K, f = math.frexp(K * norm)
         exponent += e + f
-    matrix = K * distances
-    if method in PROOFS:
-        # roundings: product of the layers, distances (D + 3), last product
-        matrix = matrix * (1 + 2 * gamma(len(body) + features + 8))
+    K = K * row_distances(head, W)
+    if method in PROOFS:  # roundings: product of the layers, distances (D + 3), last product
+        K = K * (1 + 2 * gamma(len(body) + W.shape[1] + 8))
         # rounded up: a bound that underflows to 0 would certify every distance
-        matrix = torch.where(matrix > 0, shift(matrix, exponent) + SMALLEST, matrix)
+        K = torch.where(K > 0, linear.shift(K, exponent) + SMALLEST, K)
     else:
-        matrix = shift(matrix, exponent)
-    if method == "power":
-        matrix = matrix.clamp(max=sys.float_info.max)  # a lower bound
-    return matrix.fill_diagonal_(0)
+        most = sys.float_info.max if method == "power" else math.inf  # a lower bound
+        K = linear.shift(K, exponent).clamp(max=most)
+    return Proof(net, method, body, K.fill_diagonal_(0))
 
 
 def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=None):
@@ -135,7 +105,6 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
     over the layers l of model.body, w_i the rows of model.head (`head_rows`). model is a
     LipschitzNet, or an nn.Sequential as in `as_lipschitz_net` with input_shape, the shape of one
     sample. With the methods "guaranteed" and "tight" every factor and every product is rounded up.
-    The bar names the layer at work.
     """
     return prove(model, method, progress, input_shape=input_shape).K
 
@@ -189,26 +158,27 @@ def sum_of_chains(parts, method):
 
 
 def product(chain, method):
-    """Product of the bounds of proven layers."""
+    """Product of the bounds of proven layers. One that underflows on the way is TINY as an upper
+    bound, or the next factor would make an error of it, and 0 otherwise; one that overflows is
+    infinite or the largest float."""
     total = 1.0
     for layer in chain:
-        total = _times(total, layer.upper, method)
-    return round_up(total) if method in PROOFS and total > 0 else total
+        if layer.upper == 0:
+            return 0.0
+        total *= layer.upper
+        if method in PROOFS:
+            total = max(total, TINY)
+        elif total == 0 or total < TINY and method != "exact":
+            return 0.0
+        else:
+            total = min(total, sys.float_info.max)
+    return round_up(total) if method in PROOFS else total
 
 
 def prove_chain(module, input_shape, method="guaranteed"):
     """The ProvenLayers of a module alone, in forward order."""
     unproven = places(layer_inputs(module, input_shape), "chain")
     return _proven(unproven, lambda place: prove_place(place, method))
-
-
-def _times(total, norm, method):
-    """total * norm. One that underflows is TINY as an upper bound, or the next product would make
-    an error of it, and 0 otherwise; one that overflows is infinite or the largest float."""
-    product = 0.0 if 0 in (total, norm) else total * norm
-    if method in PROOFS:
-        return max(product, TINY) if min(total, norm) > 0 else 0.0
-    return min(product, sys.float_info.max) if product >= TINY or method == "exact" else 0.0
 
 
 def normalisation(model):
@@ -232,10 +202,10 @@ def normalisation(model):
 def _announce(place, bar):
     """The name of the layer at work; of a large one at once, and about how long its proof takes on
     one core."""
-    linear, seconds = place.layer, 0
-    linear = linear[0] if isinstance(linear, nn.Sequential) else linear
-    if isinstance(linear, nn.Conv2d):
-        channels = min(linear.in_channels, linear.out_channels) / linear.groups
+    layer, seconds = place.layer, 0
+    layer = layer[0] if isinstance(layer, nn.Sequential) else layer
+    if isinstance(layer, nn.Conv2d):
+        channels = min(layer.in_channels, layer.out_channels) / layer.groups
         seconds = channels**3 * math.prod(place.shape[1:]) / 1.5e8
     bar.set_postfix_str(f"{place.name}, about {seconds:.0f} s", refresh=seconds > 1)
 
@@ -262,8 +232,7 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
         for name, layer, shape, _, lower, upper, how, _ in layers:
             if next(layer.parameters(), None) is None and abs(upper - 1) < LIKE_ONE:
                 continue
-            if how == "by construction":
-                lower = _stretch(layer, shape)
+            lower = _stretch(layer, shape) if how == "by construction" else lower
             rows.append((f"{name} {type(layer).__name__}", lower, upper, how))
     import pandas as pd  # slow to import, and asked for here alone
 
@@ -288,13 +257,13 @@ def row_distances(head, W):
     """||w_i - w_j|| of the rows W (C, D) of a head, float64, to a relative gamma(D + 3), whatever
     their scale. Rows that were divided by their length are off by gamma(D) each, which may be all
     of it."""
-    unit = power(W.abs().max())
+    unit = linear.power(W.abs().max())
     scaled = pairwise_distances(W / unit)
     distances = scaled * unit
     i, j = (scaled < 1e-140).nonzero().unbind(1)
     for row in i[i != j].unique():
         others = j[i == row]
-        distances[row, others] = lengths(W[row] - W[others])
+        distances[row, others] = linear.lengths(W[row] - W[others])
     distances = torch.where(distances > 0, distances + SMALLEST, distances)
     if is_head(head):
         distances = distances + 2 * record(head).row_error(W.shape[1])

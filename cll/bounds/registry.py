@@ -5,9 +5,9 @@ because it looks like something known: the type must be exactly a registered one
 since.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import get_args
 
 import torch
@@ -19,54 +19,48 @@ from .linear import as_text
 
 @dataclass(frozen=True)
 class Record:
-    """What is known about a type of layer; see `register_ours`."""
+    """What is known about a type of layer."""
 
-    bound: Callable | None = None
-    rounding: Callable | None = None
-    ours: bool = False
-    several: bool = False
-    matrix: Callable | None = None
-    parts: tuple = ()
-    row_error: Callable | None = None
-    arguments: Callable | None = None
+    bound: Callable | None = None  # see `layer_lipschitz`
+    rounding: Callable | None = None  # ProvenLayer -> (a, b), see `rounding.layer_error`
+    ours: bool = False  # this kit proves the bound itself: a certificate may name the layer
+    several: bool = False  # the bound tells the method "tight" from "guaranteed"
+    matrix: Callable | None = None  # see `layer.as_matrix`
+    parts: tuple = ()  # names in a container of those that read its input and whose outputs it adds
+    row_error: Callable | None = None  # of a head: features -> how far a row may be off in norm
+    arguments: Callable | None = None  # layer -> those of its constructor, if not its attributes
+    # (layer, input_shape) -> (the proven norm that it is to divide by, the least that may stand)
     settle: Callable | None = None
-    methods: dict | None = None
-    extensible: bool = False
+    methods: dict | None = None  # what its class computed when it became known
+    extensible: bool = False  # a subclass may add a constructor
 
 
+NOTHING = Record()
 TABLE = {}  # type -> Record
+
+
+def _note(kinds, **facts):
+    """Facts about a type of layer or a union of types."""
+    for kind in get_args(kinds) or (kinds,):
+        TABLE[kind] = replace(TABLE.get(kind, NOTHING), **facts)
 
 
 def register(kind, bound=None):
     """Register the bound of a type of layer or of a union of types, see `layer_lipschitz`; alone,
     as a decorator."""
     if bound is None:
-        return functools.partial(register, kind)
-    for one in get_args(kind) or (kind,):
-        known = TABLE.get(one, Record())
-        TABLE[one] = replace(known, bound=bound, ours=False, several=False, matrix=None)
-        know(one)
+        return partial(register, kind)
+    _note(kind, bound=bound, ours=False, several=False, matrix=None)
+    know(kind)
     return bound
 
 
 def register_ours(kind, bound=None, **facts):
-    """`register` for the layers of torch.nn and cll whose bound this kit proves itself, which a
-    certificate may name. What else may be said about them:
-
-    several    whether the bound tells the method "tight" from "guaranteed"
-    matrix     (layer, input_shape) -> (linear layer, its float64 weight, error), where the norm of
-               the layer is within `error` of that of the linear layer with this weight; or None
-    parts      names of the parts of a container that all read its input; their outputs are added
-    row_error  of a head: the number of features -> how far a row may be off in norm
-    arguments  layer -> its constructor's arguments by name, where it has no attributes of the names
-    settle     (layer, input_shape) -> (norm, least): the proven norm that it divides by from then
-               on, and the least number that may stand for it
-    """
+    """`register`, with more facts of the Record, of a layer whose bound this kit proves itself."""
     if bound is None:
-        return functools.partial(register_ours, kind, **facts)
+        return partial(register_ours, kind, **facts)
     register(kind, bound)
-    for one in get_args(kind) or (kind,):
-        TABLE[one] = replace(TABLE[one], ours=True, **facts)
+    _note(kind, ours=True, **facts)
     return bound
 
 
@@ -74,28 +68,20 @@ def register_rounding(cls, func=None):
     """Register the rounding of a type of layer or of a union of types, a function (layer,
     input_shape) -> (a, b), see `rounding.layer_error`; alone, as a decorator."""
     if func is None:
-        return functools.partial(register_rounding, cls)
-    rounding_by_proof(cls)(lambda proven: func(proven.layer, proven.shape))
+        return partial(register_rounding, cls)
+    _note(cls, rounding=lambda proven: func(proven.layer, proven.shape))
     return func
 
 
 def rounding_by_proof(cls):
     """`register_rounding` of a function of a ProvenLayer, where the rounding needs its norm."""
-
-    def registered(func):
-        for one in get_args(cls) or (cls,):
-            TABLE[one] = replace(TABLE.get(one, Record()), rounding=func)
-        return func
-
-    return registered
+    return lambda func: _note(cls, rounding=func)
 
 
-def know(kind, extensible=False):
-    """From now on an object of this type computes what its class says at this moment. extensible:
-    a subclass may add a constructor."""
-    known = TABLE.get(kind, Record())
-    extensible = extensible or known.extensible
-    TABLE[kind] = replace(known, methods=_methods(kind), extensible=extensible)
+def know(kinds, **facts):
+    """From now on an object of such a type computes what its class says at this moment."""
+    for kind in get_args(kinds) or (kinds,):
+        _note(kind, methods=_methods(kind), **facts)
 
 
 def kind_of(layer):
@@ -106,12 +92,17 @@ def kind_of(layer):
 
 def record(layer):
     """What is known about a layer: the Record of exactly its type, empty where there is none."""
-    return TABLE.get(kind_of(layer), Record())
+    return TABLE.get(kind_of(layer), NOTHING)
 
 
 def is_head(layer):
     """Whether a layer is of exactly a type of head that says its rows."""
-    return TABLE.get(type(layer), Record()).row_error is not None
+    return TABLE.get(type(layer), NOTHING).row_error is not None
+
+
+def is_bounded_as(layer, kind):
+    """True if the bound of this layer is the one registered for `kind`."""
+    return record(layer).bound is TABLE.get(kind, NOTHING).bound
 
 
 def _methods(kind):
@@ -127,13 +118,9 @@ def _methods(kind):
 know(nn.Sequential, extensible=True)
 
 
-def is_bounded_as(layer, kind):
-    """True if the bound of this layer is the one registered for `kind`."""
-    return record(layer).bound is TABLE.get(kind, Record()).bound
-
-
-def _is_known(kind):
-    return kind in TABLE and TABLE[kind].methods is not None
+def _known_type(kind):
+    """The class itself or the nearest one above it that is known, or None."""
+    return next((one for one in kind.__mro__ if TABLE.get(one, NOTHING).methods), None)
 
 
 def refuse_overridden(layer):
@@ -145,22 +132,20 @@ def refuse_overridden(layer):
         raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {mend(type(layer))}")
     refuse_hooks(layer)
     kind = kind_of(layer)
-    known = next(filter(_is_known, kind.__mro__), None)
+    known = _known_type(kind)
     if known is None:
         return
     methods, unknown = _methods(type(layer)), f"no Lipschitz bound known for {type(layer).__name__}"
-    replaced = {
-        name
-        for name, method in methods.items()
-        if method is not TABLE[known].methods.get(name) and not _is_torchs_own(name, method)
-    }
-    replaced -= {"__init__"}  # a constructor has run already
-    replaced |= {k for k in vars(layer) if k in methods or k.startswith("__")}  # __deepcopy__ too
     if layer._compiled_call_impl is not None:
         raise TypeError(
             f"{unknown} compiled in place, by a compiler that may change what it computes: pass a "
             "network on which .compile() was not called"
         )
+    replaced = {k for k in vars(layer) if k in methods or k.startswith("__")}  # __deepcopy__ too
+    for name, method in methods.items():
+        same = method is TABLE[known].methods.get(name) or _is_torchs_own(name, method)
+        if not same and name != "__init__":  # a constructor has run already
+            replaced.add(name)
     if replaced or kind is not known and not TABLE[known].extensible:
         what = f"which replaces {min(replaced)} of" if replaced else "a subclass of"
         raise TypeError(f"{unknown}, {what} {known.__name__}: {mend(kind)}")
@@ -178,7 +163,9 @@ def refuse_overridden(layer):
 def refuse_foreign(model):
     """A certificate is about head(body((x - mean) / std)). Raise TypeError for a module whose class
     may compute anything else: no number of points shows what a network does between them."""
-    if isinstance(model, nn.Module) and not any(map(_is_known, type(model).__mro__)):
+    if not isinstance(model, nn.Module):
+        return
+    if _known_type(type(model)) is None:
         advice = (
             "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
             "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
@@ -188,8 +175,7 @@ def refuse_foreign(model):
             f"no Lipschitz bound known for {type(model).__name__}, which has a forward of its own: "
             f"{mend(type(model), advice)}"
         )
-    if isinstance(model, nn.Module):
-        refuse_overridden(model)
+    refuse_overridden(model)
 
 
 def mend(kind, otherwise=None):
@@ -226,12 +212,8 @@ def _is_plain(tensor):
 def refuse_hooks(module):
     """A hook may compute anything."""
     everywhere = nn.modules.module
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-    ):
+    before = module._forward_pre_hooks or everywhere._global_forward_pre_hooks
+    if before or module._forward_hooks or everywhere._global_forward_hooks:
         raise TypeError(
             f"no Lipschitz bound known for {as_text(module)} with forward hooks, which may change "
             "what it computes: remove them (torch.nn.utils.remove_spectral_norm, "

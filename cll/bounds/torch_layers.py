@@ -7,19 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import linear
 from .dense import proven_norm
 from .layer import TRANSPOSED, absolute_norm, as_conv2d, check_shape, float64_weight
-from .linear import (
-    DENSE_ENTRIES,
-    SAFE,
-    TINY,
-    U,
-    as_text,
-    gamma,
-    lengths,
-    round_down,
-    round_up,
-)
+from .linear import SAFE, TINY, U, as_text, gamma, lengths, round_down, round_up
 from .norm import matrix_norm
 from .registry import register_ours, register_rounding, rounding_by_proof
 from .trace import body_output_shape
@@ -35,9 +26,8 @@ def in_dimensions(*names):
 # ---------------------------------------------------------------- slopes of 1, copies and reshapes
 
 RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
-RESHAPES += (nn.ChannelShuffle,)
+RESHAPES += (nn.ChannelShuffle, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
-RESHAPES += (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 SMOOTH = (nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
 
@@ -70,7 +60,8 @@ def _softplus(layer, input_shape):
 # x phi(x) peaks at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4,
 # where the second derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha
 # at 0 from below. Of those with slope 1 above 0 the slope below: of RReLU, in evaluation mode, the
-# mean of its two; CELU: exp(x / alpha), 1 at most for alpha > 0, unbounded for alpha < 0.
+# mean of its two; CELU: exp(x / alpha), 1 at most for alpha > 0, unbounded for alpha < 0. NumPy's
+# maximum of 1 and NaN is NaN.
 SLOPES = {
     nn.Sigmoid: lambda m: 0.25,
     nn.Hardsigmoid: lambda m: 0.1667,
@@ -79,22 +70,17 @@ SLOPES = {
     nn.Mish: lambda m: 1.0885,
     nn.Hardswish: lambda m: 1.5,
     nn.SELU: lambda m: 1.7581,
-    nn.LeakyReLU: lambda m: _at_least_one(abs(m.negative_slope)),
-    nn.RReLU: lambda m: _at_least_one(abs((m.lower + m.upper) / 2)),
-    nn.PReLU: lambda m: _at_least_one(m.weight.detach().abs().max().item()),
-    nn.ELU: lambda m: _at_least_one(abs(m.alpha)),
+    nn.LeakyReLU: lambda m: np.maximum(1.0, abs(m.negative_slope)),
+    nn.RReLU: lambda m: np.maximum(1.0, abs((m.lower + m.upper) / 2)),
+    nn.PReLU: lambda m: np.maximum(1.0, m.weight.detach().abs().max().item()),
+    nn.ELU: lambda m: np.maximum(1.0, abs(m.alpha)),
     nn.CELU: lambda m: 1.0 if m.alpha > 0 else math.inf,
 }
 
 
-def _at_least_one(slope):
-    """max(1, slope), NaN if that is NaN: max(1.0, nan) is 1.0."""
-    return slope if not slope <= 1 else 1.0
-
-
 @register_ours(Union[*SLOPES])
 def _slope(layer, input_shape, method):
-    return next(slope(layer) for kind, slope in SLOPES.items() if isinstance(layer, kind))
+    return next(float(slope(layer)) for kind, slope in SLOPES.items() if isinstance(layer, kind))
 
 
 SMOOTH += (nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish)
@@ -128,36 +114,32 @@ def _matrix_norm(layer, input_shape, method):
     return matrix_norm(*as_conv2d(layer, input_shape), method)
 
 
-register_ours(
-    nn.Linear | nn.Conv2d,
-    _matrix_norm,
-    several=True,
-    matrix=lambda layer, input_shape: (layer, float64_weight(layer, input_shape), 0.0),
-)
+def _as_matrix(layer, input_shape):
+    return layer, float64_weight(layer, input_shape), 0.0
+
+
+register_ours(nn.Linear | nn.Conv2d, _matrix_norm, several=True, matrix=_as_matrix)
 
 
 @register_rounding(Union[nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED])
 def _linear(layer, input_shape):
     """gamma(n) (|| |A| || ||z|| + ||bias||), n terms per output, the bias included."""
-    weight = layer.weight.detach().cpu().double()
-    terms = weight[0].numel() + 2
+    terms = layer.weight[0].numel() + 2
     if isinstance(layer, TRANSPOSED):
-        terms = weight[:, 0].numel() // layer.groups + 2
+        terms = layer.weight[:, 0].numel() // layer.groups + 2
     positions = input_shape[:-1]
     if layer.bias is not None and not isinstance(layer, nn.Linear):
         positions = body_output_shape(layer, input_shape)[1:]
-    constant = bias_length(layer, positions)
-    layer, weight, input_shape = as_conv2d(layer, input_shape)
-    return gamma(terms) * absolute_norm(layer, weight, input_shape), gamma(terms) * constant
+    norm, constant = absolute_norm(*as_conv2d(layer, input_shape)), bias_length(layer, positions)
+    return gamma(terms) * norm, gamma(terms) * constant
 
 
 def bias_length(layer, positions):
     """Length of the bias of a layer, repeated at each of the positions."""
     if layer.bias is None:
         return 0.0
-    return lengths(layer.bias.detach().cpu().double()[None]).item() * math.sqrt(
-        math.prod(positions)
-    )
+    length = lengths(layer.bias.detach().cpu().double()[None]).item()
+    return length * math.sqrt(math.prod(positions))
 
 
 # --------------------------------------------------------------------------- stored normalisation
@@ -179,10 +161,9 @@ def batch_norm_scale(layer):
             "normalises by the image or batch at hand, not by statistics of the training"
         )
     scale = 1 / (layer.running_var.detach().to("cpu", torch.float64) + layer.eps).sqrt()
-    if layer.weight is not None:
-        scale = scale * layer.weight.detach().to("cpu", torch.float64)
-    vanishes = (scale.abs() < TINY) & (True if layer.weight is None else layer.weight.cpu() != 0)
-    if not scale.isfinite().all() or vanishes.any():
+    weight = torch.ones(()) if layer.weight is None else layer.weight.detach().cpu()
+    scale = scale * weight.double()
+    if not scale.isfinite().all() or ((scale.abs() < TINY) & (weight != 0)).any():
         raise ValueError(f"the statistics of {as_text(layer)} give scales that are no float64")
     return scale
 
@@ -244,7 +225,7 @@ def _separable(layer, input_shape, method):
     point = np.unravel_index(white.abs().argmax().item(), white.shape)
     norm = abs(white[point].item())
     for k, n in enumerate(sides):
-        if n * white.shape[k] > DENSE_ENTRIES or n * (black.numel() + white.numel()) > 2**34:
+        if n * white.shape[k] > linear.DENSE_ENTRIES or n * (black.numel() + white.numel()) > 2**34:
             raise ValueError(
                 f"no bound of {as_text(layer)} on {input_shape}: its matrix along a side of {n} "
                 "is too large to be proven; give it shorter inputs"

@@ -51,23 +51,19 @@ def _parametrised(layer):
 
 
 def layer_inputs(body, input_shape):
-    """Leaf layers of a body in forward order, with the shapes that reach them.
-
-    Returns [(name, layer, input shape of one sample)]. nn.Sequential is opened, also when nested; a
-    container with a registered bound is a leaf. Shapes come from two samples, run together and one
-    by one in evaluation mode without gradient. Raises ValueError naming the layer that does not
-    accept its input or whose answers to the two depend on each other.
-    """
+    """[(name, layer, input shape of one sample)] of the `leaves` of a body, see `trace`."""
     return trace(body, input_shape)[0]
 
 
 def body_output_shape(body, input_shape):
-    """Shape of one sample behind a body, see `layer_inputs`."""
+    """Shape of one sample behind a body, see `trace`."""
     return trace(body, input_shape)[1]
 
 
 def trace(body, input_shape):
-    """(`layer_inputs`, output shape)"""
+    """(`layer_inputs`, output shape) of a body, seen on two samples, run together and one by one in
+    evaluation mode without gradient. Raises ValueError naming the layer that does not accept its
+    input or whose answers to the two depend on each other."""
     shape = tuple(input_shape)
     tensors = itertools.chain(body.parameters(), body.buffers())
     weight = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -100,9 +96,8 @@ def trace(body, input_shape):
                     "parts have read it: give the first activation of the branch inplace=False"
                 )
             same = len(y) == 2 and y.shape == alone.shape
-            if same and not y.is_meta:  # up to the rounding of any type
-                same = not ((y - alone).abs() > 0.05 * y.abs().max()).any()
-            if not same:
+            # up to the rounding of any type
+            if not same or not y.is_meta and ((y - alone).abs() > 0.05 * y.abs().max()).any():
                 raise ValueError(
                     f"layer {name} ({as_text(layer)}) moves values between images or into the "
                     "batch: no bound holds image by image; flatten and pad from dimension 1 on"
@@ -112,9 +107,10 @@ def trace(body, input_shape):
 
 
 def leaves(module, name=""):
-    """(name, layer) in forward order; nn.Sequential is opened, also when nested."""
+    """(name, layer) in forward order. nn.Sequential is opened, also when nested, unless it has a
+    registered bound."""
     if not (isinstance(module, nn.Sequential) and is_bounded_as(module, object)):
-        yield name, module  # no container, or one with a bound
+        yield name, module
         return
     refuse_overridden(module)
     for key, child in module._modules.items():  # named_children() skips a layer used twice
