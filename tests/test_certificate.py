@@ -15,7 +15,6 @@ from torch import nn
 
 import cll
 from cll import architectures, bounds, data
-from cll.bounds.convolution import strip_norm
 from cll.bounds.layer import ProvenLayer
 from cll.bounds.network import prove
 from cll.bounds.norm import confirm, enclose
@@ -154,7 +153,9 @@ def test_proofs_hold_at_the_number_claimed_and_not_below_the_norm(proof, layer, 
         scaled = weight * 2.0**15
         options = [(flip, half) for flip in (False, True) for half in (False, True)]
         limits = lower * 2**15, 2 * upper * 2**15
-        strips = [strip_norm(layer, scaled, shape, *o, *limits) for o in options]
+        strips = [
+            bounds.convolution.strips(layer, scaled, shape, *o).search(*limits) for o in options
+        ]
         found, upper = proof, min(strips) / 2**15
     assert found == proof
     assert confirm(layer, weight, shape, upper * (1 + 1e-7), proof)

@@ -1,6 +1,7 @@
 """Upper bounds of the norm of a convolution: on the torus, in strips, by block rows."""
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -99,12 +100,11 @@ def _largest_square(phases, kernels, shape, M_h, M_w):
 
 
 class _Axis(NamedTuple):
-    """One dimension of a convolution, y[i] = sum_a w[a] x[i s + d a - before], 0 <= i < m, of an
-    input of n positions and a kernel of k taps."""
+    """One dimension of a convolution, y[i] = sum_a w[a] x[i s + d a - before], 0 <= i < m."""
 
-    n: int
+    n: int  # positions of the input
     m: int
-    k: int
+    k: int  # taps
     s: int
     d: int
     before: int
@@ -122,8 +122,7 @@ class _Axis(NamedTuple):
 
 
 def _axes(layer, input_shape, flip=False):
-    """(along, across), the dimensions that a proof goes along and across: rows and columns of the
-    image, or columns and rows if `flip`."""
+    """The dimensions (along, across) of a proof: rows and columns, or the reverse if `flip`."""
     before = [a for a, _ in padding(layer)]
     sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
     axes = [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
@@ -149,25 +148,23 @@ def _polyphase(axis, circular=False, extra=0):
 
 
 def _entry_error(taps):
-    """Relative error of a sum of so many taps times phases, see `torus_norm`; with some to spare
-    for what is computed from it."""
+    """Relative error of a sum of so many taps times phases, see `torus_norm`, and 1 % to spare."""
     return 1.01 * (math.sqrt(2) * (32 * U + gamma(taps + 1)))
 
 
-def _cost(layer, reads, width, blocks=1):
-    """Flops of a factorisation of `Banded` matrices, so many in each group of the layer."""
-    return layer.groups * blocks * len(reads) * width**3 * (1 + _reach(reads)) ** 2
+def _cost(reads, width, matrices):
+    """Flops of a factorisation of so many `Banded` matrices."""
+    return matrices * len(reads) * width**3 * (1 + _reach(reads)) ** 2
 
 
 def cheapest(layer, weight, input_shape):
     """(flops, flip, adjoint) of the cheapest `rows` to factorise."""
     plans = []
-    for flip in (False, True):
+    for flip, adjoint in itertools.product((False, True), repeat=2):
         along, across = _axes(layer, input_shape, flip)
-        outputs, inputs = len(weight) // layer.groups * across.m, weight.shape[1] * across.n
-        for adjoint, width in ((False, outputs), (True, inputs)):
-            cost = _cost(layer, along.reads(adjoint), width)
-            plans.append((float(cost), flip, adjoint))
+        width = weight.shape[1] * across.n if adjoint else len(weight) // layer.groups * across.m
+        cost = _cost(along.reads(adjoint), width, layer.groups)
+        plans.append((float(cost), flip, adjoint))
     return min(plans)
 
 
@@ -182,7 +179,7 @@ def strip_plans(layer, weight, input_shape):
             _, _, r, M = split
             inputs, outputs = weight.shape[1] * len(r.unique()), len(weight) // layer.groups
             reads, width = along.reads(inputs < outputs), 2.0 * min(inputs, outputs)
-            if _cost(layer, reads, width, M // 2 + 1) <= LARGEST:
+            if _cost(reads, width, layer.groups * (M // 2 + 1)) <= LARGEST:
                 allowed.append(flip)
     return [(flip, half) for half in (True, False) for flip in allowed]
 
@@ -201,9 +198,9 @@ def _kernel(layer, weight, flip):
 
 
 def rows(layer, weight, input_shape, flip, adjoint):
-    """A zero-padded convolution as it is: in terms of image rows (columns if `flip`) a `Banded`
-    matrix of dense blocks, the one-dimensional convolutions of a row by each row of the kernel,
-    whose entries are weights. adjoint: the transpose, for smaller blocks."""
+    """A zero-padded convolution as it is: a `Banded` matrix of dense blocks, the one-dimensional
+    convolutions of an image row (column if `flip`) by each row of the kernel. adjoint: the
+    transpose, for smaller blocks."""
     along, across = _axes(layer, input_shape, flip)
     kernel = _kernel(layer, weight, flip)
     taps = weight.new_zeros(*kernel.shape[:3], across.m, kernel.shape[3], across.n)
@@ -245,28 +242,18 @@ def strips(layer, weight, input_shape, flip, half):
     return Banded(taps.mT if adjoint else taps, along.reads(adjoint), error)
 
 
-def rows_norm(layer, weight, input_shape, flip, adjoint, lower, upper):
-    """Upper bound of the norm of a zero-padded convolution by its `rows`; `lower` and `upper`
-    enclose it."""
-    return rows(layer, weight, input_shape, flip, adjoint).search(lower, upper)
-
-
-def strip_norm(layer, weight, input_shape, flip, half, lower, upper):
-    """`rows_norm` by `strips`."""
-    banded = strips(layer, weight, input_shape, flip, half)
-    return banded.search(max(lower, banded.estimate()), upper)
-
-
 class Banded(NamedTuple):
-    """A stack of banded block matrices A with the blocks A[u, reads[u, a]] = taps[a], whose norms
-    are off by at most `error`. taps: (k, stack, p, q); reads: (blocks, k), -1 for none."""
+    """A stack of banded block matrices A with the blocks A[u, reads[u, a]] = taps[a]."""
 
-    taps: Tensor
-    reads: Tensor
-    error: float = 0.0
+    taps: Tensor  # (k, stack, p, q)
+    reads: Tensor  # (blocks, k), -1 for none
+    error: float = 0.0  # by which the norms are off, at most, of matrices that a DFT made
 
     def search(self, lower, upper):
-        """The first bound that can be proven from `lower` on, or `upper`."""
+        """Upper bound of the norm of the layer, which `lower` and `upper` enclose: the first that
+        can be proven from `lower` on, or `upper`."""
+        if self.error:  # the norm of what the layer is embedded in
+            lower = max(lower, self._estimate())
         for i in range(8):  # Lanczos is off by some 1e-7, and a first guess that fails is lost time
             guess = lower * (1 + 1e-6 * 6**i)
             if guess >= upper:
@@ -277,8 +264,8 @@ class Banded(NamedTuple):
         return upper
 
     def prove(self, s):
-        """A bound of the norms, barely above s, proven by floating-point Cholesky factorisation; or
-        None if s cannot be proven.
+        """A bound of the norms, barely above s, proven by floating-point Cholesky factorisation, or
+        None.
 
         G = A A^T has the blocks G[u, v] = sum of taps[a] taps[b]^T over reads[u, a] = reads[v, b]
         >= 0, which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks. If
@@ -303,21 +290,17 @@ class Banded(NamedTuple):
         bound = round_up(math.sqrt((s * s * (1 + factor) + off) * (1 + 8 * U)))
         return round_up(bound + self.error) if self.error else bound
 
-    def estimate(self):
-        """The largest norm, estimated by Lanczos in float32: a proof at a number that is too small
-        would fail, and take longer."""
+    def _estimate(self):
+        """The largest norm, by Lanczos in float32: a proof at too small a number takes longer."""
         taps, size = self.taps.float(), int(self.reads.max()) + 1
-        taken = [
-            (tap, (j >= 0).nonzero()[:, 0], j[j >= 0])
-            for tap, j in zip(taps, self.reads.T, strict=True)
-        ]
+        blocks = [((j >= 0).nonzero()[:, 0], j[j >= 0]) for j in self.reads.T]
 
         def gram(x):
             x = x.view(taps.shape[1], size, -1)
             y, z = x.new_zeros(len(x), len(self.reads), taps.shape[2]), torch.zeros_like(x)
-            for tap, i, j in taken:
+            for tap, (i, j) in zip(taps, blocks, strict=True):
                 y[:, i] += x[:, j] @ tap.mT
-            for tap, i, j in taken:
+            for tap, (i, j) in zip(taps, blocks, strict=True):
                 z[:, j] += y[:, i] @ tap
             return z.flatten()
 

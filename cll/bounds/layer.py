@@ -178,14 +178,14 @@ def as_conv2d(layer, input_shape):
 
 def check_attributes(layer):
     """torch computes with the weight, whatever channels and sizes a layer says to have."""
-    if isinstance(layer, nn.Linear):
-        said, sizes = (layer.out_features, layer.in_features), ()
-    else:
-        said = layer.out_channels, layer.in_channels
-        said = said[::-1] if isinstance(layer, TRANSPOSED) else said
-        sizes = pair(layer.kernel_size, layer.weight.ndim - 2)
     outputs, inputs, *kernel = layer.weight.shape
-    same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == (*said, *sizes)
+    if isinstance(layer, nn.Linear):
+        said = layer.out_features, layer.in_features
+    else:
+        channels = layer.out_channels, layer.in_channels
+        channels = channels[::-1] if isinstance(layer, TRANSPOSED) else channels
+        said = (*channels, *pair(layer.kernel_size, len(kernel)))
+    same = (outputs, inputs * getattr(layer, "groups", 1), *kernel) == said
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "circular":
         copied = [n for pads in reversed(linear.padding(layer)) for n in pads]
         same = same and list(layer._reversed_padding_repeated_twice) == copied

@@ -71,7 +71,8 @@ def prove_by(bound, net, method="guaranteed", progress=False):
         with progress_bar(len(opened(unproven)), "bounds", "layer", progress) as bar:
 
             def announced(place):
-                _announce(place, bar)
+                seconds = _seconds(place)
+                bar.set_postfix_str(f"{place.name}, about {seconds:.0f} s", refresh=seconds > 1)
                 layer = bound(place)
                 bar.update()
                 return layer
@@ -110,8 +111,8 @@ def lipschitz_matrix(model, method="guaranteed", progress=False, *, input_shape=
 
 
 def places(chain, prefix="body"):
-    """The layers (name, layer, input shape) of a chain as ProvenLayers of which nothing is proven
-    yet, their names behind a prefix; containers are traced inside."""
+    """The `layer_inputs` of a chain as ProvenLayers of which nothing is proven yet, their names
+    behind a prefix; containers are traced inside."""
     unproven = []
     for name, layer, shape in chain:
         name = f"{prefix}.{name}" if name else prefix
@@ -147,8 +148,7 @@ def prove_place(place, method):
     if not (place.parts and record(place.layer).ours):
         return prove_layer(place, method)
     refuse_overridden(place.layer)
-    upper = sum_of_chains(place.parts, method)
-    return place._replace(upper=upper, proof="by construction")
+    return place._replace(upper=sum_of_chains(place.parts, method), proof="by construction")
 
 
 def sum_of_chains(parts, method):
@@ -182,9 +182,9 @@ def prove_chain(module, input_shape, method="guaranteed"):
 
 
 def normalisation(model):
-    """(std, mean), float64, (1,) or one value per channel: what the inputs of a body are made with.
-    Of a LipschitzNet the numbers that it divides by. Raises ValueError for a std that is not
-    positive, TypeError for a model with a forward of its own."""
+    """(std, mean) that normalise the inputs of a body, float64, (1,) or one value per channel.
+    Raises ValueError for a std that is not positive, TypeError for a model with a forward of its
+    own."""
     refuse_foreign(model)
     given = getattr(model, "input_std", 1.0), getattr(model, "input_mean", 0.0)
     values = [torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in given]
@@ -199,15 +199,13 @@ def normalisation(model):
     return values
 
 
-def _announce(place, bar):
-    """The name of the layer at work; of a large one at once, and about how long its proof takes on
-    one core."""
-    layer, seconds = place.layer, 0
-    layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-    if isinstance(layer, nn.Conv2d):
-        channels = min(layer.in_channels, layer.out_channels) / layer.groups
-        seconds = channels**3 * math.prod(place.shape[1:]) / 1.5e8
-    bar.set_postfix_str(f"{place.name}, about {seconds:.0f} s", refresh=seconds > 1)
+def _seconds(place):
+    """About how long the proof of a large layer takes on one core."""
+    layer = place.layer[0] if isinstance(place.layer, nn.Sequential) else place.layer
+    if not isinstance(layer, nn.Conv2d):
+        return 0
+    channels = min(layer.in_channels, layer.out_channels) / layer.groups
+    return channels**3 * math.prod(place.shape[1:]) / 1.5e8
 
 
 @exact_arithmetic()
@@ -218,8 +216,8 @@ def layer_bounds(model, progress=True, method="guaranteed", *, input_shape=None)
     upper is the bound of the method, "guaranteed" or "tight", and proof says how it was proven, see
     `norm`; lower is what some vector shows. Of Linear and Conv2d, alone or joined with BatchNorm,
     both enclose the norm; of other layers lower is the largest stretch found at a random point. The
-    layers inside a Residual stand before it. The row of a linear head is its spectral norm as a
-    layer; the certificate does not use it, in K stand the distances ||w_i - w_j|| between its rows.
+    layers inside a Residual stand before it. K does not use the row of a linear head, its spectral
+    norm, but the distances ||w_i - w_j|| between its rows.
     """
     if method not in PROOFS:
         raise ValueError(f"method {method!r} proves no bound: use one of {', '.join(PROOFS)}")

@@ -1,18 +1,14 @@
-"""The L2 operator norm of a matrix, given as the weight of a Linear or Conv2d layer.
+"""The L2 operator norm of a matrix, given as the weight of a Linear or Conv2d layer, by the methods
+of `layer.operator_norm`.
 
-    guaranteed   an upper bound by construction, rounding included: what a certificate may use. The
-                 smallest of the proofs below; the last one, if it takes more than CHEAP flops, only
-                 where the others leave a gap of TOLERANCE for every CHEAP flops of it, or of LOOSE
-    tight        the same with a gap of TOLERANCE
-    power        what converged power iteration finds, never above the norm
-    exact        dense singular value decomposition, for small layers: the judge in tests
-
-The proofs of an upper bound s, each cheaper and less tight than the next:
+The proofs of an upper bound s, each cheaper and less tight than the next. The last one, if it takes
+more than CHEAP flops, is tried where the others leave a gap of TOLERANCE for every CHEAP flops of
+it, or of LOOSE; by the method "tight", where they leave a gap of TOLERANCE:
 
     `torus_norm`    a zero-padded convolution is a part of a circular one, which the DFT block-
                     diagonalises; exact but for what the border takes away
-    `strip_norm`    the same in one direction only, the true border in the other
-    `rows_norm`     none: s^2 I - A^T A is factorised as it is, block by block of image rows
+    `strips`        the same in one direction only, the true border in the other
+    `rows`          none: s^2 I - A^T A is factorised as it is, block by block of image rows
 
 Arithmetic assumed: IEEE float64 on the CPU, round to nearest, unit roundoff u = 2^-53, with or
 without fused multiply-add. An inner product of n terms, summed in any order, is off by at most
@@ -124,14 +120,14 @@ def _prove(layer, weight, input_shape, tight):
         for strip_plan in convolution.strip_plans(*like):
             if upper <= lower * (1 + TOLERANCE / 3):
                 break
-            strip = convolution.strip_norm(*like, *strip_plan, lower, upper)
+            strip = convolution.strips(*like, *strip_plan).search(lower, upper)
             if strip < upper:
                 upper, proof = strip, "DFT in one direction"
         tolerance = TOLERANCE if tight else min(LOOSE, TOLERANCE * cost / CHEAP)
         if upper <= lower * (1 + tolerance):
             return lower, upper, proof
     if cost <= LARGEST:
-        exact = convolution.rows_norm(*like, *plan, lower, upper)
+        exact = convolution.rows(*like, *plan).search(lower, upper)
         if exact < upper:
             upper, proof = exact, "block Cholesky"
     return lower, upper, proof

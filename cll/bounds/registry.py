@@ -6,9 +6,8 @@ since.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -17,8 +16,7 @@ from torch.nn.utils import parametrize
 from .linear import as_text
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What is known about a type of layer."""
 
     bound: Callable | None = None  # see `layer_lipschitz`
@@ -42,7 +40,7 @@ TABLE = {}  # type -> Record
 def _note(kinds, **facts):
     """Facts about a type of layer or a union of types."""
     for kind in get_args(kinds) or (kinds,):
-        TABLE[kind] = replace(TABLE.get(kind, NOTHING), **facts)
+        TABLE[kind] = TABLE.get(kind, NOTHING)._replace(**facts)
 
 
 def register(kind, bound=None):
@@ -152,7 +150,9 @@ def refuse_overridden(layer):
     kept = "frozen", "mean", "std"  # the last two of torchvision's Normalize
     loose = {k: t for k, t in vars(layer).items() if torch.is_tensor(t) and k not in kept}
     for name, tensor in (layer._parameters | layer._buffers | loose).items():
-        if tensor is not None and (name in loose or not _is_plain(tensor)):
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+        plain = plain and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
+        if tensor is not None and (name in loose or not plain):
             raise TypeError(
                 f"{unknown}, of which {name} is no plain parameter or buffer but a "
                 f"{type(tensor).__name__}: pass the network as it was before it was quantised, "
@@ -202,11 +202,6 @@ def _is_torchs_own(name, method):
     place = getattr(getattr(method, "fget", method), "__globals__", {}).get("__name__", "")
     exchanged = method is vars(nn.Module).get(name) and place.partition(".")[0] == "torch"
     return exchanged or place == parametrize.__name__
-
-
-def _is_plain(tensor):
-    strided = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return strided and not tensor.is_quantized and "__deepcopy__" not in vars(tensor)
 
 
 def refuse_hooks(module):

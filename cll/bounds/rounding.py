@@ -16,8 +16,7 @@ register = register_rounding
 def margin_error(proof, images, predicted):
     """Bound of |computed - exact| of each margin f_y - f_j, y the predicted class: (N, C) float64.
 
-    proof: of the network whose logits were computed in float64, from `network.prove`, by the method
-    "guaranteed" or "tight".
+    proof: of the network whose logits were computed in float64, "guaranteed" or "tight".
     images: (N, *input_shape), uint8 or float, not normalised; predicted: (N,) int64.
     """
     net = proof.net
@@ -25,18 +24,17 @@ def margin_error(proof, images, predicted):
     size = lengths(x.cpu().flatten(1)) * SAFE
     std, mean = normalisation(net)
     smallest, pixels = std.min().item(), math.prod(net.input_shape)
-    offset = mean.abs().max().item() * math.sqrt(pixels) / smallest  # of the normalised black image
-    head = float64_copy(net.head)
+    # of what the body sees; the second term: of the normalised black image
+    size = size / smallest + mean.abs().max().item() * math.sqrt(pixels) / smallest
     gain, shift, a, b = chain(in_float64(proof))
-    error = gain * 5 * U * (size / smallest + offset)  # of pixel / 255, - mean, / std
-    size = size / smallest + offset  # of what the body sees
+    error = gain * 5 * U * size  # of pixel / 255, - mean, / std
     error = (error + a * size + b) * SAFE  # of the features
+    head = float64_copy(net.head)
     rows, bias = head_rows(head).detach(), getattr(head, "bias", None)
-    bias = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().abs()
-    features = gain * size + shift + error
-    length = lengths(rows)
+    bias = 0.0 if bias is None else bias.detach().abs()
+    features = lengths(rows) * (gain * size + shift + error)[:, None]  # (N, C)
     # 2 D: rows that are divided by their length are themselves off by gamma(D)
-    logit = gamma(2 * rows.shape[1] + 16) * (length * features[:, None] + bias) + TINY  # (N, C)
+    logit = gamma(2 * rows.shape[1] + 16) * (features + bias) + TINY
     predicted = predicted.cpu()
     both = logit + logit.gather(1, predicted[:, None])
     return (row_distances(head, rows)[predicted] * error[:, None] + both) * SAFE
@@ -47,16 +45,12 @@ def in_float64(proof, body=None):
     body: such a copy, where there is one."""
     body = float64_copy(proof.net.body) if body is None else body
 
-    def copied(layers):
-        return tuple(
-            one._replace(
-                layer=body.get_submodule(one.name.removeprefix("body").removeprefix(".")),
-                parts=tuple(map(copied, one.parts)),
-            )
-            for one in layers
-        )
+    def copied(proven):
+        layer = body.get_submodule(proven.name.removeprefix("body").removeprefix("."))
+        parts = tuple(tuple(map(copied, part)) for part in proven.parts)
+        return proven._replace(layer=layer, parts=parts)
 
-    return copied(proof.body)
+    return tuple(map(copied, proof.body))
 
 
 def chain(layers):
@@ -69,8 +63,8 @@ def chain(layers):
         slope += SMALLEST  # and TINY: for underflow
         a = norm * a + slope * (gain + a) + TINY
         b = norm * b + slope * (shift + b) + constant + TINY
-        start = at_zero(proven.layer, proven.shape)
-        gain, shift = norm * gain + TINY, norm * shift + start + constant + TINY
+        gain = norm * gain + TINY
+        shift = norm * shift + at_zero(proven.layer, proven.shape) + constant + TINY
     return gain * SAFE, shift * SAFE, a * SAFE, b * SAFE
 
 
@@ -82,20 +76,12 @@ def at_zero(layer, input_shape):
 
 
 def layer_error(proven):
-    """(a, b) of a ProvenLayer in float64: as computed at z, it is off by at most a ||z|| + b.
-
-    Layers without an entry, such as registered ones, are taken to be computed to a relative 1e-12
-    of the norm of their output; extend the table with @cll.rounding.register(MyLayer).
-    """
-    if proven.parts:
-        return _sum_of_chains(proven.parts)
-    rounding = record(proven.layer).rounding
-    if rounding is None:
-        return 1e-12 * proven.upper, 1e-12 * at_zero(proven.layer, proven.shape)
-    return rounding(proven)
-
-
-def _sum_of_chains(parts):
-    """All parts, and the sum of their outputs."""
-    gain, shift, a, b = (sum(values) for values in zip(*map(chain, parts), strict=True))
-    return a + U * (gain + a), b + U * (shift + b)
+    """(a, b) of a ProvenLayer in float64: as computed at z, it is off by at most a ||z|| + b. One
+    without an entry is taken to be off by a relative 1e-12 of the norm of its output; extend the
+    table with @cll.rounding.register(MyLayer)."""
+    if proven.parts:  # all of them, and the sum of their outputs
+        gain, shift, a, b = (sum(values) for values in zip(*map(chain, proven.parts), strict=True))
+        return a + U * (gain + a), b + U * (shift + b)
+    if (rounding := record(proven.layer).rounding) is not None:
+        return rounding(proven)
+    return 1e-12 * proven.upper, 1e-12 * at_zero(proven.layer, proven.shape)
