@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dense import lanczos, proven_square
-from .linear import CHUNK, TINY, U, gamma, geometry, output_shape, padding, round_up
+from .linear import CHUNK, TINY, U, axes, gamma, round_up
 
 LARGEST = 3e13  # flops above which no proof is tried but the first
 
@@ -45,8 +45,8 @@ def torus_norm(layer, weight, input_shape, extra=0):
     gamma(T), so an entry of a block by sqrt(2) (32 u + gamma(T + 1)) sum_a |w[a]|. The Frobenius
     norm of that is added to the proven norm of the blocks as computed.
     """
-    circular, axes = layer.padding_mode == "circular", _axes(layer, input_shape)
-    split = [_polyphase(axis, circular, extra) for axis in axes]
+    circular, sides = layer.padding_mode == "circular", axes(layer, input_shape)
+    split = [_polyphase(axis, circular, extra) for axis in sides]
     if None in split:
         return 0.0
     phases, kernels, mass = _components(weight, layer.groups, *split)
@@ -55,7 +55,7 @@ def torus_norm(layer, weight, input_shape, extra=0):
     entry_error = _entry_error(len(rows) * len(columns)) * frobenius
     square = _largest_square(phases, kernels, mass.shape, M_h, M_w)
     repeats = 1
-    for axis in axes if circular else ():
+    for axis in sides if circular else ():
         repeats *= -(-axis.m * math.gcd(axis.s, axis.n) // axis.n)
     return round_up(math.sqrt(repeats) * (math.sqrt(square) + entry_error + TINY))
 
@@ -99,34 +99,9 @@ def _largest_square(phases, kernels, shape, M_h, M_w):
     return square
 
 
-class _Axis(NamedTuple):
-    """One dimension of a convolution, y[i] = sum_a w[a] x[i s + d a - before], 0 <= i < m."""
-
-    n: int  # positions of the input
-    m: int
-    k: int  # taps
-    s: int
-    d: int
-    before: int
-
-    def reads(self, adjoint=False):
-        """(m, k): the position that output i reads through tap a, -1 where it is padding; of the
-        adjoint (n, k): the output that reads position j through tap a, -1 where there is none."""
-        taps = self.d * torch.arange(self.k) - self.before
-        if adjoint:
-            i = torch.arange(self.n)[:, None] - taps
-            none = (i % self.s != 0) | (i < 0) | (i >= self.s * self.m)
-            return (i // self.s).masked_fill(none, -1)
-        j = self.s * torch.arange(self.m)[:, None] + taps
-        return j.masked_fill((j < 0) | (j >= self.n), -1)
-
-
-def _axes(layer, input_shape, flip=False):
-    """The dimensions (along, across) of a proof: rows and columns, or the reverse if `flip`."""
-    before = [a for a, _ in padding(layer)]
-    sizes = input_shape[-2:], output_shape(layer, input_shape)[-2:]
-    axes = [_Axis(*values) for values in zip(*sizes, *geometry(layer), before, strict=True)]
-    return axes[::-1] if flip else axes
+def _axes(layer, input_shape, flip):
+    """The axes (along, across) of a proof: rows and columns, or the reverse if `flip`."""
+    return axes(layer, input_shape)[:: -1 if flip else 1]
 
 
 def _polyphase(axis, circular=False, extra=0):

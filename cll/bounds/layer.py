@@ -137,9 +137,9 @@ def absolute_norm(layer, weight, input_shape):
     scaled = weight.abs() / unit
     rows, columns = (scaled.sum((axis, *kernel)).max().item() for axis in (1, 0))
     if getattr(layer, "padding_mode", "zeros") == "circular":
-        # a tap reads the positions s i + t mod n, i < m: one of them so many times
-        sizes = body_output_shape(layer, input_shape)[1:], pair(layer.stride), input_shape[-2:]
-        columns *= math.prod(-(-(s * (m - 1) + 1) // n) for m, s, n in zip(*sizes, strict=True))
+        for axis in linear.axes(layer, input_shape):
+            # a tap reads the positions s i + t mod n, i < m: one of them so many times
+            columns *= -(-(axis.s * (axis.m - 1) + 1) // axis.n)
     return math.sqrt(rows * columns) * unit.item() * (1 + 1e-6)
 
 

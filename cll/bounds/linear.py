@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,52 +91,77 @@ def apply_adjoint(layer, weight, y, input_shape):
     smaller image, whose norm is smaller (a fault of the published code)."""
     if isinstance(layer, nn.Linear):
         return y @ weight
-    (_, stride, dilation), sides = geometry(layer), padding(layer)
-    symmetric = layer.padding_mode == "zeros" and all(a == b for a, b in sides)
-    inside = [a if symmetric else 0 for a, _ in sides]
-    skipped = [rows for _, rows in _strides(layer, input_shape)]
+    sides = axes(layer, input_shape)
+    symmetric = layer.padding_mode == "zeros" and all(a.before == a.after for a in sides)
+    inside = [a.before if symmetric else 0 for a in sides]
+    skipped, stride, dilation = zip(*((a.last % a.s, a.s, a.d) for a in sides), strict=True)
     x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, layer.groups, dilation)
     if symmetric:
         return x
-    for axis, (a, b), n in zip((-2, -1), sides, input_shape[-2:], strict=True):
-        before, x, after = x.split([a, n, b], axis)
+    for dim, a in zip((-2, -1), sides, strict=True):
+        before, x, after = x.split([a.before, a.n, a.after], dim)
         if layer.padding_mode == "circular":  # copies of the border add up where they came from
-            for copies, zeros in ((before, (n - a, 0)), (after, (0, n - b))):
-                x = x + F.pad(copies, zeros if axis == -1 else (0, 0, *zeros))
+            for copies, zeros in ((before, (a.n - a.before, 0)), (after, (0, a.n - a.after))):
+                x = x + F.pad(copies, zeros if dim == -1 else (0, 0, *zeros))
     return x
 
 
-def geometry(layer):
-    """(kernel_size, stride, dilation), two numbers each, also where one was set later."""
-    return pair(layer.kernel_size), pair(layer.stride), pair(layer.dilation)
+class Axis(NamedTuple):
+    """One dimension of a convolution, y[i] = sum_a w[a] x[i s + d a - before], 0 <= i < m."""
+
+    n: int  # positions of the input
+    k: int  # taps
+    s: int
+    d: int
+    before: int
+    after: int
+
+    @property
+    def last(self):
+        """The last position at which the kernel fits into the padded input."""
+        return self.n + self.before + self.after - self.d * (self.k - 1) - 1
+
+    @property
+    def m(self):
+        return self.last // self.s + 1
+
+    def reads(self, adjoint=False):
+        """(m, k): the position that output i reads through tap a, -1 where it is padding; of the
+        adjoint (n, k): the output that reads position j through tap a, -1 where there is none."""
+        taps = self.d * torch.arange(self.k) - self.before
+        if adjoint:
+            i = torch.arange(self.n)[:, None] - taps
+            none = (i % self.s != 0) | (i < 0) | (i >= self.s * self.m)
+            return (i // self.s).masked_fill(none, -1)
+        j = self.s * torch.arange(self.m)[:, None] + taps
+        return j.masked_fill((j < 0) | (j >= self.n), -1)
+
+
+def axes(layer, input_shape):
+    """The Axis of each dimension of the image, rows first, as the layer is set now."""
+    settings = (pair(one) for one in (layer.kernel_size, layer.stride, layer.dilation))
+    sides = zip(input_shape[-2:], *settings, padding(layer), strict=True)
+    sides = [Axis(n, k, s, d, *pads) for n, k, s, d, pads in sides]
+    if min(axis.last for axis in sides) < 0:
+        raise ValueError(
+            f"{as_text(layer)} has a kernel larger than its padded input {input_shape}"
+        )
+    return sides
 
 
 def padding(layer):
     """((top, bottom), (left, right)) of a convolution, also for "same" and "valid"."""
     if layer.padding == "same":
-        kernel, _, dilation = geometry(layer)
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = zip(pair(layer.dilation), pair(layer.kernel_size), strict=True)
+        total = [d * (k - 1) for d, k in sides]
         return tuple((t // 2, t - t // 2) for t in total)
     return tuple((p, p) for p in ((0, 0) if layer.padding == "valid" else pair(layer.padding)))
-
-
-def _strides(layer, input_shape):
-    """[(strides that the kernel makes, rows left over behind the last one)] per dimension."""
-    sides = input_shape[-2:], padding(layer), *geometry(layer)
-    return [
-        divmod(n + a + b - d * (k - 1) - 1, s) for n, (a, b), k, s, d in zip(*sides, strict=True)
-    ]
 
 
 def output_shape(layer, input_shape):
     if isinstance(layer, nn.Linear):
         return (*input_shape[:-1], layer.out_features)
-    sizes = [strides + 1 for strides, _ in _strides(layer, input_shape)]
-    if min(sizes) < 1:
-        raise ValueError(
-            f"{as_text(layer)} has a kernel larger than its padded input {input_shape}"
-        )
-    return (layer.out_channels, *sizes)
+    return (layer.out_channels, *(axis.m for axis in axes(layer, input_shape)))
 
 
 def dense_matrix(linear, input_shape):

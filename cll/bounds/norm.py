@@ -142,8 +142,7 @@ def _first_proof(layer, weight, input_shape):
         bound = min(bound, torus_norm(layer, weight, input_shape, 1))
     inputs, outputs = math.prod(input_shape), math.prod(output_shape(layer, input_shape))
     wraps = layer.padding_mode == "circular" and any(
-        d * (k - 1) >= n
-        for k, _, d, n in zip(*linear.geometry(layer), input_shape[-2:], strict=True)
+        axis.d * (axis.k - 1) >= axis.n for axis in linear.axes(layer, input_shape)
     )  # then taps meet on one pixel and the entries of the matrix are rounded sums
     if min(inputs, outputs) <= 1024 and inputs * outputs <= CHUNK and not wraps:
         matrix = linear.dense_matrix(partial(apply_linear, layer, weight), input_shape)
