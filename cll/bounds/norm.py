@@ -38,30 +38,29 @@ JUST_PROVEN = 1 - 1e-7  # times a claimed bound: where `confirm` tries to factor
 
 def matrix_norm(layer, weight, input_shape, method, start=None):
     """Norm of a layer like `layer` with the float64 weight given, without its bias. `start` is an
-    optional start vector of "power". The weight is scaled by a power of two, exactly, to largest
-    entry in [1, 2), so that tiny and huge weights neither underflow nor overflow."""
-    if method in PROOFS:
-        return enclose(layer, weight, input_shape, method)[1]
+    optional start vector of "power"."""
+    return enclose(layer, weight, input_shape, method, start)[1]
+
+
+def enclose(layer, weight, input_shape, method="guaranteed", start=None):
+    """(lower, upper, proof) of `matrix_norm`: a proven interval, and the name of the proof of
+    `upper`; by the other methods one number twice. Where the norm is no float64, lower is the
+    largest one or 0 and upper infinite or above 0. The weight is scaled by a power of two, exactly,
+    so that tiny and huge weights neither underflow nor overflow."""
+    proven = method in PROOFS
     weight, exponent = scaled(weight)
     if weight is None:
-        return 0.0
+        return 0.0, 0.0, "zero" if proven else method
+    if proven:
+        lower, upper, proof = _prove(layer, weight, input_shape, method == "tight")
+        return scaled_by(lower, exponent, 0.0), scaled_by(upper, exponent, math.inf), proof
     if method == "power":
-        return scaled_by(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
-    outputs = math.prod(output_shape(layer, input_shape))
-    norm = exact_norm(
-        partial(apply_linear, layer, weight), input_shape, outputs, linear.as_text(layer)
-    )
-    return scaled_by(norm, exponent)
-
-
-def enclose(layer, weight, input_shape, method="guaranteed"):
-    """(lower, upper, proof): a proven interval of the norm, and the name of the proof of `upper`.
-    Where the norm is no float64, lower is the largest one or 0 and upper infinite or above 0."""
-    weight, exponent = scaled(weight)
-    if weight is None:
-        return 0.0, 0.0, "zero"
-    lower, upper, proof = _prove(layer, weight, input_shape, method == "tight")
-    return scaled_by(lower, exponent, 0.0), scaled_by(upper, exponent, math.inf), proof
+        norm = scaled_by(lower_bound(layer, weight, input_shape, start), exponent, 0.0)
+    else:
+        apply, name = partial(apply_linear, layer, weight), linear.as_text(layer)
+        outputs = math.prod(output_shape(layer, input_shape))
+        norm = scaled_by(exact_norm(apply, input_shape, outputs, name), exponent)
+    return norm, norm, method
 
 
 def first_bound(layer, weight, input_shape):

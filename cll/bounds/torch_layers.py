@@ -1,4 +1,4 @@
-"""The layers of PyTorch: their Lipschitz bounds, and what float64 may do to their outputs."""
+"""The layers of PyTorch by families: their bounds, and what float64 may do to their outputs."""
 
 import math
 from typing import Union
@@ -21,10 +21,7 @@ def in_dimensions(*names):
     return tuple(getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3))
 
 
-# Each family below: which layers, their bound, their rounding.
-
 # ---------------------------------------------------------------- slopes of 1, copies and reshapes
-
 RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 RESHAPES += (nn.ChannelShuffle, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 RESHAPES += in_dimensions("ConstantPad", "ZeroPad", "Dropout")  # a constant is a bias
@@ -55,7 +52,6 @@ def _softplus(layer, input_shape):
 
 
 # ----------------------------------------------------------------------------------- other slopes
-
 # Largest slopes of other activations. Of smooth ones rounded up in the last digit: GELU: Phi(x) +
 # x phi(x) peaks at sqrt 2; its tanh form, SiLU and Mish from their derivatives on a grid of 1e-4,
 # where the second derivative is below 1. Hardswish: (2 x + 3) / 6 up to x = 3. SELU: scale * alpha
@@ -106,8 +102,6 @@ def _sixth(layer, input_shape):
 
 
 # -------------------------------------------------------------------------------------- matrices
-
-
 @register_ours(Union[nn.Linear, nn.Conv2d, nn.Conv1d, *TRANSPOSED], several=True)
 def _matrix_norm(layer, input_shape, method):
     """Largest singular value of a linear layer."""
@@ -143,8 +137,6 @@ def bias_length(layer, positions):
 
 
 # --------------------------------------------------------------------------- stored normalisation
-
-
 @register_ours(Union[*in_dimensions("BatchNorm", "InstanceNorm")])
 def _batch_norm(layer, input_shape, method):
     """The largest scale of a channel, in evaluation mode."""
@@ -180,7 +172,6 @@ def _batch_norm_rounding(layer, input_shape):
 
 
 # ---------------------------------------------------------------------- pools, pads, interpolation
-
 AVERAGES = in_dimensions("AvgPool", "AdaptiveAvgPool")
 COPIES = in_dimensions("CircularPad", "ReflectionPad", "ReplicationPad")
 RESIZES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
