@@ -243,16 +243,12 @@ class Banded(NamedTuple):
         None.
 
         G = A A^T has the blocks G[u, v] = sum of taps[a] taps[b]^T over reads[u, a] = reads[v, b]
-        >= 0, which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks. If
-        that runs to completion, the factor R satisfies R^T R = t I - G + D with
-        |D| <= gamma(n + 1) |R|^T |R| entry by entry, n = (r + 1) p terms at most in an inner
-        product (Higham, theorem 10.3, for any order of summation). The columns of R have squared
-        lengths of at most t / (1 - gamma(n + 1)), and a row of |R|^T |R| has at most 2 n entries
-        that are not 0, so
-            ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * 2 n t
-        and G <= t I + D. One more rounding per product is allowed for libraries that multiply by
-        reciprocals of the diagonal. G as computed is off by at most gamma(q + k) |A| |A|^T entry by
-        entry, in norm by gamma(q + k) times the largest row sum and column sum of |A|.
+        >= 0, which vanish for |u - v| > r. t I - G is factorised row of blocks by row of blocks, as
+        in `dense.proven_square`, but with n = (r + 1) p terms at most in an inner product, and at
+        most 2 n entries that are not 0 in a row of |R|^T |R|, so that
+            ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * 2 n t.
+        G as computed is off by at most gamma(q + k) |A| |A|^T entry by entry, in norm by
+        gamma(q + k) times the largest row sum and column sum of |A|.
         """
         k, _, p, q = self.taps.shape
         n = (_reach(self.reads) + 1) * p

@@ -83,10 +83,8 @@ def lanczos(gram, v, tolerance, steps=1000):
             beside.append(w.norm().item())
             k, last = len(diagonal), len(diagonal) == longest or not beside[-1]
             if k % 8 == 0 or last:
-                pair = (max(0, k - 2), k - 1)
-                values, vectors = eigh_tridiagonal(
-                    diagonal, beside[:-1], select="i", select_range=pair
-                )
+                last_two = max(0, k - 2), k - 1
+                values, vectors = eigh_tridiagonal(diagonal, beside[:-1], False, "i", last_two)
                 top, residual = values[-1], beside[-1] * abs(vectors[-1, -1])
                 gap = max(top - (values[0] if k > 1 else 0.0), TINY)
                 converged = residual * min(1.0, residual / gap) <= tolerance * top
@@ -117,9 +115,10 @@ def proven_square(real, imag=None, t=0.0):
     since the columns of R have squared lengths at most t / (1 - gamma(n + 1)),
         ||D|| <= gamma(n + 1) / (1 - gamma(n + 1)) * n t,
     hence G <= t I + D, however good the estimate (Rump, "Verification of positive definiteness",
-    BIT 2006; Higham, theorem 10.3). One more rounding per product is allowed for libraries that
-    multiply by reciprocals of the diagonal. If it breaks down, t is raised by the eigenvalues of
-    blocks that failed, and these are tried again; in the end the Frobenius norm is the answer.
+    BIT 2006; Higham, theorem 10.3, for any order of summation). One more rounding per product is
+    allowed for libraries that multiply by reciprocals of the diagonal. If it breaks down, t is
+    raised by the eigenvalues of blocks that failed, and these are tried again; in the end the
+    Frobenius norm is the answer.
     """
     parts = [part.reshape(-1, *real.shape[-2:]) for part in (real, imag) if part is not None]
     if real.shape[-2] < real.shape[-1]:
