@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 import cll
 from cll import bounds, build
 from cll.bounds import estimate, layer_bounds, lipschitz_matrix, operator_norm
-from cll.bounds.convolution import rows, strips, torus_norm
+from cll.bounds.convolution import as_rows, as_strips, torus_norm
 from cll.bounds.dense import lower_bound, proven_norm, proven_square
 from cll.bounds.layer import is_linear, layer_lipschitz, pairwise_distances
 from cll.bounds.linear import (
@@ -133,9 +133,9 @@ def test_strip_and_block_proofs_on_random_convolutions(case):
     lower = lower_bound(layer, weight, shape)
     torus = torus_norm(layer, weight, shape) * (1 + 1e-12)
     for flip, other in itertools.product((False, True), repeat=2):
-        strip = strips(layer, weight, shape, flip, other).search(lower, torus)
+        strip = as_strips(layer, weight, shape, flip, other).search(lower, torus)
         assert exact <= strip <= torus
-        banded = rows(layer, weight, shape, flip, other).search(lower, torus)
+        banded = as_rows(layer, weight, shape, flip, other).search(lower, torus)
         assert exact <= banded <= max(exact * (1 + 1e-4), TINY)
 
 
@@ -145,7 +145,7 @@ def test_block_proof_refuses_a_hair_less_than_the_norm(adjoint):
     weight, _ = scaled(layer.weight.detach().double())
     exact = matrix_norm(layer, weight, shape, "exact")
     low, high = exact * (1 - 1e-9), exact * 1.5
-    matrix = rows(layer, weight, shape, False, adjoint)
+    matrix = as_rows(layer, weight, shape, False, adjoint)
     found = matrix.search(low, high)
     assert exact <= found <= exact * (1 + 1e-6) * (1 + 1e-9)
     assert matrix.search(exact * 0.5, high) == high
@@ -187,9 +187,9 @@ def test_a_proof_by_parts_of_the_frequencies_holds_where_that_of_all_does(monkey
     layer, shape = convolution("3x3")
     weight, _ = scaled(layer.weight.detach().double())
     exact = matrix_norm(layer, weight, shape, "exact")
-    whole = strips(layer, weight, shape, False, True).search(exact, 2 * exact)
+    whole = as_strips(layer, weight, shape, False, True).search(exact, 2 * exact)
     monkeypatch.setattr(bounds.convolution, "CHUNK", 1)
-    parts = strips(layer, weight, shape, False, True).search(exact, 2 * exact)
+    parts = as_strips(layer, weight, shape, False, True).search(exact, 2 * exact)
     assert exact <= parts == pytest.approx(whole, rel=1e-12) and whole < 1.2 * exact
 
 

@@ -154,7 +154,7 @@ def test_proofs_hold_at_the_number_claimed_and_not_below_the_norm(proof, layer, 
         options = [(flip, half) for flip in (False, True) for half in (False, True)]
         limits = lower * 2**15, 2 * upper * 2**15
         strips = [
-            bounds.convolution.strips(layer, scaled, shape, *o).search(*limits) for o in options
+            bounds.convolution.as_strips(layer, scaled, shape, *o).search(*limits) for o in options
         ]
         found, upper = proof, min(strips) / 2**15
     assert found == proof

@@ -133,7 +133,7 @@ def _cost(reads, width, matrices):
 
 
 def cheapest(layer, weight, input_shape):
-    """(flops, flip, adjoint) of the cheapest `rows` to factorise."""
+    """(flops, flip, adjoint) of the cheapest `as_rows` to factorise."""
     plans = []
     for flip, adjoint in itertools.product((False, True), repeat=2):
         along, across = _axes(layer, input_shape, flip)
@@ -144,8 +144,8 @@ def cheapest(layer, weight, input_shape):
 
 
 def strip_plans(layer, weight, input_shape):
-    """The (flip, half) of `strips` that LARGEST allows: between the frequencies of the first proof
-    first, which has found too large a norm there."""
+    """The (flip, half) of `as_strips` that LARGEST allows: first those between the frequencies of
+    the first proof, which has found too large a norm there."""
     allowed = []
     for flip in (False, True):
         along, across = _axes(layer, input_shape, flip)
@@ -172,7 +172,7 @@ def _kernel(layer, weight, flip):
     return kernel.unflatten(0, (layer.groups, -1)).permute(3, 0, 1, 2, 4)
 
 
-def rows(layer, weight, input_shape, flip, adjoint):
+def as_rows(layer, weight, input_shape, flip, adjoint):
     """A zero-padded convolution as it is: a `Banded` matrix of dense blocks, the one-dimensional
     convolutions of an image row (column if `flip`) by each row of the kernel. adjoint: the
     transpose, for smaller blocks."""
@@ -186,7 +186,7 @@ def rows(layer, weight, input_shape, flip, adjoint):
     return Banded(taps.mT if adjoint else taps, along.reads(adjoint))
 
 
-def strips(layer, weight, input_shape, flip, half):
+def as_strips(layer, weight, input_shape, flip, half):
     """A zero-padded convolution after the DFT along image rows alone (along columns if `flip`),
     where it is embedded as in `torus_norm`; the other direction keeps its border. For each
     frequency there remains a convolution of one dimension, a `Banded` matrix whose blocks are

@@ -7,8 +7,8 @@ it, or of LOOSE; by the method "tight", where they leave a gap of TOLERANCE:
 
     `torus_norm`    a zero-padded convolution is a part of a circular one, which the DFT block-
                     diagonalises; exact but for what the border takes away
-    `strips`        the same in one direction only, the true border in the other
-    `rows`          none: s^2 I - A^T A is factorised as it is, block by block of image rows
+    `as_strips`     the same in one direction only, the true border in the other
+    `as_rows`       none: s^2 I - A^T A is factorised as it is, block by block of image rows
 
 Arithmetic assumed: IEEE float64 on the CPU, round to nearest, unit roundoff u = 2^-53, with or
 without fused multiply-add. An inner product of n terms, summed in any order, is off by at most
@@ -84,10 +84,10 @@ def confirm(layer, weight, input_shape, bound, proof):
     matrices = ()
     if _is_banded(layer) and proof == "block Cholesky":
         cost, *plan = convolution.cheapest(*like)
-        matrices = [convolution.rows(*like, *plan)] if cost <= LARGEST else ()
+        matrices = [convolution.as_rows(*like, *plan)] if cost <= LARGEST else ()
     elif _is_banded(layer) and proof == "DFT in one direction":
         plans = convolution.strip_plans(*like)
-        matrices = (convolution.strips(*like, *plan) for plan in plans)
+        matrices = (convolution.as_strips(*like, *plan) for plan in plans)
     attempts = (matrix.prove(bound * JUST_PROVEN) for matrix in matrices)
     return any(proven is not None and proven <= bound for proven in attempts)
 
@@ -119,14 +119,14 @@ def _prove(layer, weight, input_shape, tight):
         for strip_plan in convolution.strip_plans(*like):
             if upper <= lower * (1 + TOLERANCE / 3):
                 break
-            strip = convolution.strips(*like, *strip_plan).search(lower, upper)
+            strip = convolution.as_strips(*like, *strip_plan).search(lower, upper)
             if strip < upper:
                 upper, proof = strip, "DFT in one direction"
         tolerance = TOLERANCE if tight else min(LOOSE, TOLERANCE * cost / CHEAP)
         if upper <= lower * (1 + tolerance):
             return lower, upper, proof
     if cost <= LARGEST:
-        exact = convolution.rows(*like, *plan).search(lower, upper)
+        exact = convolution.as_rows(*like, *plan).search(lower, upper)
         if exact < upper:
             upper, proof = exact, "block Cholesky"
     return lower, upper, proof

@@ -73,7 +73,12 @@ def register_rounding(cls, func=None):
 
 def rounding_by_proof(cls):
     """`register_rounding` of a function of a ProvenLayer, where the rounding needs its norm."""
-    return lambda func: _note(cls, rounding=func)
+
+    def registered(func):
+        _note(cls, rounding=func)
+        return func
+
+    return registered
 
 
 def know(kinds, **facts):
