@@ -93,9 +93,8 @@ def apply_adjoint(layer, weight, y, input_shape):
         return y @ weight
     sides = axes(layer, input_shape)
     symmetric = layer.padding_mode == "zeros" and all(a.before == a.after for a in sides)
-    inside = [a.before if symmetric else 0 for a in sides]
-    skipped, stride, dilation = zip(*((a.last % a.s, a.s, a.d) for a in sides), strict=True)
-    x = F.conv_transpose2d(y, weight, None, stride, inside, skipped, layer.groups, dilation)
+    pads, rest = [a.before if symmetric else 0 for a in sides], [a.last % a.s for a in sides]
+    x = F.conv_transpose2d(y, weight, None, layer.stride, pads, rest, layer.groups, layer.dilation)
     if symmetric:
         return x
     for dim, a in zip((-2, -1), sides, strict=True):
