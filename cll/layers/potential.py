@@ -32,17 +32,31 @@ class _PotentialStep(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
         self.frozen = None
 
+    # the constructors' arguments
+    inner = property(lambda layer: layer.weight.shape[0])
+    features = channels = property(lambda layer: layer.weight.shape[1])
+    kernel_size = property(lambda layer: layer.weight.shape[-1])
+
+    def _apply_weight(self, x, bias=None):
+        """W x + b; x is one sample or a batch."""
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, bias)
+        return F.conv2d(x, self.weight, bias, padding=self.kernel_size // 2)
+
+    def _apply_adjoint(self, h):
+        """W^T h"""
+        if self.weight.ndim == 2:
+            return h @ self.weight
+        return F.conv_transpose2d(h, self.weight, padding=self.kernel_size // 2)
+
     def forward(self, x):
         D = self.effective() if self.frozen is None else self.frozen
-        if self.weight.ndim == 2:
-            return x - 2 * (D * F.relu(F.linear(x, self.weight, self.bias))) @ self.weight
-        padding = self.weight.shape[-1] // 2
-        h = F.relu(F.conv2d(x, self.weight, self.bias, padding=padding))
-        return x - 2 * F.conv_transpose2d(D.view(-1, 1, 1) * h, self.weight, padding=padding)
+        h = F.relu(self._apply_weight(x, self.bias))
+        return x - 2 * self._apply_adjoint(D.view(-1, *[1] * (self.weight.ndim - 2)) * h)
 
     def extra_repr(self):
-        inner, features, *kernel = self.weight.shape
-        return f"{features}, inner={inner}" + (f", kernel_size={kernel[0]}" if kernel else "")
+        kernel = f", kernel_size={self.kernel_size}" if self.weight.ndim > 2 else ""
+        return f"{self.features}, inner={self.inner}{kernel}"
 
 
 class _CPL(_PotentialStep):
@@ -59,18 +73,12 @@ class _CPL(_PotentialStep):
         self.register_buffer("v", v / v.norm())
         self.register_buffer("norm", torch.ones(()))
 
-    def _apply_weight(self, x, adjoint=False):
-        if self.weight.ndim == 2:
-            return x @ self.weight if adjoint else F.linear(x, self.weight)
-        convolve = F.conv_transpose2d if adjoint else F.conv2d
-        return convolve(x[None], self.weight, padding=self.weight.shape[-1] // 2)[0]
-
     @torch.no_grad()
     def advance(self, iterations):
         """Move v by steps of power iteration, in place."""
         v = self.v
         for _ in range(iterations):
-            v = power_step(self._apply_weight(self._apply_weight(v), adjoint=True), v)
+            v = power_step(self._apply_adjoint(self._apply_weight(v)), v)
         self.v.copy_(v)
 
     def effective(self):
@@ -95,6 +103,8 @@ class CPLConv2d(_CPL):
 
     input_shape: (channels, H, W), the shape on which power iteration works. Odd kernels only.
     """
+
+    input_shape = property(lambda layer: list(layer.v.shape))
 
     def __init__(self, input_shape, inner=5, kernel_size=3):
         require_odd(kernel_size, "CPLConv2d")
@@ -179,27 +189,8 @@ def _settle(layer, input_shape):
     return first_bound(without_weight(W), W, input_shape), 0.0
 
 
-def _of_matrix(layer):
-    return {"features": layer.weight.shape[1], "inner": len(layer.weight)}
-
-
-def _of_kernel(layer):
-    return {"inner": len(layer.weight), "kernel_size": layer.weight.shape[-1]}
-
-
-register_ours(CPLLinear, _lipschitz_constant, arguments=_of_matrix, settle=_settle)
-register_ours(
-    CPLConv2d,
-    _lipschitz_constant,
-    arguments=lambda layer: {"input_shape": list(layer.v.shape), **_of_kernel(layer)},
-    settle=_settle,
-)
-register_ours(SLLLinear, _lipschitz_constant, arguments=_of_matrix)
-register_ours(
-    SLLConv2d,
-    _lipschitz_constant,
-    arguments=lambda layer: {"channels": layer.weight.shape[1], **_of_kernel(layer)},
-)
+register_ours(CPLLinear | CPLConv2d, _lipschitz_constant, settle=_settle)
+register_ours(SLLLinear | SLLConv2d, _lipschitz_constant)
 
 
 @register_rounding(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)

@@ -125,7 +125,8 @@ def _largest_gain(layer, input_shape, method):
         return 1.0
     layer = evaluation_copy(layer)
     if method == "exact":
-        return _exact(layer, input_shape)
+        bias = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
+        return exact_norm(lambda x: layer(x) - bias, input_shape, bias.numel(), as_text(layer))
     kernel, terms = layer.effective(), layer.terms[1]
     inner = layer.kernel_size * _unfolded_norm(kernel)
     gain = taylor_gain(terms, round_up(inner))
@@ -142,12 +143,6 @@ def _unfolded_norm(kernel):
     return min(first_bound(without_weight(side), side, side.shape[1:]) for side in sides)
 
 
-@torch.no_grad()
-def _exact(layer, input_shape):
-    start = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
-    return exact_norm(lambda x: layer(x) - start, input_shape, start.numel(), as_text(layer))
-
-
 @functools.lru_cache(maxsize=4096)
 def taylor_gain(terms, norm):
     """Upper bound of |p(i t)| over 0 <= t <= norm, p(z) = sum_k z^k / k! up to k = terms. Float.
@@ -159,16 +154,13 @@ def taylor_gain(terms, norm):
     """
     if not norm < 64:
         return math.inf
-    parts = [[Fraction(0)] * (terms + 1) for _ in range(2)]  # real and imaginary, in powers of t
-    for k in range(terms + 1):
-        parts[k % 2][k] = Fraction((-1) ** (k // 2), math.factorial(k))
-    square = [Fraction(0)] * (terms + 1)
-    for part in parts:
-        for i, a in enumerate(part):
-            for j, b in enumerate(part):
-                square[(i + j) // 2] += a * b  # odd powers do not occur within a part
-    n, end = terms, Fraction(norm) ** 2
-    scaled = [c * end**i for i, c in enumerate(square)]  # on [0, 1]
+    n, end, scaled = terms, Fraction(norm) ** 2, []
+    for k in range(n + 1):  # u^k of the products of t^i and t^(2 k - i); odd powers cancel
+        coefficient = Fraction(0)
+        for i in range(max(0, 2 * k - n), min(n, 2 * k) + 1):
+            product = math.factorial(i) * math.factorial(2 * k - i)
+            coefficient += Fraction((-1) ** (i + k), product)
+        scaled.append(coefficient * end**k)  # on [0, 1]
     bernstein = [
         sum(Fraction(math.comb(k, i), math.comb(n, i)) * scaled[i] for i in range(k + 1))
         for k in range(n + 1)
