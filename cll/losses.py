@@ -10,8 +10,8 @@ Notation, used throughout:
   calibrated logistic leaves outside the margin, p/2 on each side.
 * ``reduction`` is "mean", "sum" or "none", over the samples.
 
-All raise ValueError for wrong shapes and types, an option or a float out of range, and (CPU) a
-label outside 0..C-1. Values of tensors are not checked: none is read on the host.
+All raise ValueError for wrong shapes and types, an unknown option and a float out of range. Labels
+outside 0..C-1 are an error on the CPU; no other value of a tensor is read on the host.
 
 Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
 Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
@@ -198,11 +198,10 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
     _check("epsilon", epsilon, lambda e: 0 <= e < math.inf, "a finite margin >= 0")
     _check("kappa", kappa, lambda k: 0 <= k <= 1, "a weight in [0, 1]")
     f, K = _prepare(logits, targets, K)
-    plain = _cross_entropy(f, targets)
     rows = _rows(K, targets, _one_hot(targets, f))
     worst = _cross_entropy(f + _as(f, epsilon) * rows, targets)
     kappa = _as(worst, kappa)
-    return _reduce(kappa * plain + (1 - kappa) * worst, reduction)
+    return _reduce(kappa * _cross_entropy(f, targets) + (1 - kappa) * worst, reduction)
 
 
 def lipschitz_penalty(K, lam):

@@ -23,7 +23,7 @@ class MaxMin(nn.Module):
     """
 
     def forward(self, x):
-        a, b = _pairs(x, "MaxMin").unbind(2)  # (N, C/2, ...) each
+        a, b = _groups(x, 2, "MaxMin").unbind(2)  # (N, C/2, ...) each
         if x.ndim > 2:
             return _SortPairs.apply(x)[0]
         in_order = a >= b
@@ -119,11 +119,14 @@ class ClampedMaxMin(nn.Module):
         self.high = nn.Parameter(torch.full(half, float(high)))
         self.low = nn.Parameter(torch.full(half, float(low)))
 
+    @property
+    def shape(self):
+        return [2 * len(self.high), *self.high.shape[1:]]
+
     def forward(self, x):
-        wanted = (2 * self.high.shape[0], *self.high.shape[1:])
-        if tuple(x.shape[1:]) != wanted:  # broadcasting would repeat the input
-            raise ValueError(f"ClampedMaxMin({wanted}) got an input of shape {tuple(x.shape)}")
-        a, b = _pairs(x, "ClampedMaxMin").unbind(2)  # (N, C/2, ...) each
+        if list(x.shape[1:]) != self.shape:  # broadcasting would repeat the input
+            raise ValueError(f"ClampedMaxMin({self.shape}) got an input of shape {tuple(x.shape)}")
+        a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
         high = torch.minimum(torch.maximum(a, b), self.high)
         return torch.cat([high, torch.maximum(torch.minimum(a, b), self.low)], 1)
 
@@ -144,31 +147,18 @@ class Householder(nn.Module):
         super().__init__()
         if channels % 2:
             raise ValueError(f"Householder pairs channels and got {channels}: use an even number")
+        self.channels = channels
         self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
 
     def forward(self, x):
-        if x.shape[1] != 2 * len(self.angle):  # broadcasting would repeat the input
-            raise ValueError(
-                f"Householder({2 * len(self.angle)}) got an input of shape {tuple(x.shape)}"
-            )
+        if x.shape[1] != self.channels:  # broadcasting would repeat the input
+            raise ValueError(f"Householder({self.channels}) got an input of shape {tuple(x.shape)}")
         a, b = x.chunk(2, 1)  # (N, C/2, ...) each
         angle = self.angle.view(-1, *[1] * (x.ndim - 2))
         mirrored = a * torch.sin(angle / 2) > b * torch.cos(angle / 2)
         cosine, sine = torch.cos(angle), torch.sin(angle)
         first = torch.where(mirrored, cosine * a + sine * b, a)
         return torch.cat([first, torch.where(mirrored, sine * a - cosine * b, b)], 1)
-
-
-register_ours(
-    Householder, one_lipschitz, arguments=lambda layer: {"channels": 2 * len(layer.angle)}
-)
-
-
-@register_rounding(Householder)
-def _householder_rounding(layer, input_shape):
-    """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
-    the two sides agree up to rounding, costs no more."""
-    return 64 * U, 0.0
 
 
 class GroupSort(nn.Module):
@@ -183,31 +173,30 @@ class GroupSort(nn.Module):
         self.group_size = group_size
 
     def forward(self, x):
-        if x.ndim < 2 or x.shape[1] % self.group_size:
-            raise ValueError(
-                f"GroupSort({self.group_size}) sorts the channels of dimension 1 in groups and got "
-                f"shape {tuple(x.shape)}: use a multiple of {self.group_size} channels"
-            )
-        return x.unflatten(1, (-1, self.group_size)).sort(2).values.flatten(1, 2)
+        return _groups(x, self.group_size, "GroupSort").sort(2).values.flatten(1, 2)
 
     def extra_repr(self):
         return str(self.group_size)
 
 
-def _pairs(x, name):
-    """Adjacent channels in pairs: (N, C, ...) -> (N, C/2, 2, ...)."""
-    if x.ndim < 2 or x.shape[1] % 2:
+def _groups(x, size, name):
+    """Adjacent channels in groups: (N, C, ...) -> (N, C/size, size, ...)."""
+    if x.ndim < 2 or x.shape[1] % size:
+        number = "an even number" if size == 2 else f"a multiple of {size}"
         raise ValueError(
-            f"{name} pairs the channels of dimension 1 and got shape {tuple(x.shape)}: "
-            "use an even number of channels"
+            f"{name} groups the channels of dimension 1 by {size} and got shape {tuple(x.shape)}: "
+            f"use {number} of channels"
         )
-    return x.unflatten(1, (-1, 2))
+    return x.unflatten(1, (-1, size))
 
 
-register_ours(MaxMin | GroupSort, one_lipschitz)
-register_ours(
-    ClampedMaxMin,
-    one_lipschitz,
-    arguments=lambda layer: {"shape": [2 * len(layer.high), *layer.high.shape[1:]]},
-)
+register_ours(MaxMin | GroupSort | Householder, one_lipschitz)
+register_ours(ClampedMaxMin, one_lipschitz, arguments=lambda layer: {"shape": layer.shape})
 register_rounding(MaxMin | ClampedMaxMin | GroupSort, nothing_rounded)
+
+
+@register_rounding(Householder)
+def _householder_rounding(layer, input_shape):
+    """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
+    the two sides agree up to rounding, costs no more."""
+    return 64 * U, 0.0
