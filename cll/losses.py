@@ -16,8 +16,7 @@ outside 0..C-1 are an error on the CPU; no other value of a tensor is read on th
 Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
 Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
 For a stack of runs map a loss with ``torch.func.vmap`` over logits, targets, K and numbers such as
-epsilon and p, which may be 0-dim tensors. Nothing larger than (N, C) is allocated unless K itself
-is per sample.
+epsilon and p, which may be 0-dim tensors.
 
 Source: Losch, Stutz, Schiele, Fritz, "Certified Robust Models with Slack Control and Large
 Lipschitz Constants", GCPR 2023, arXiv 2309.06166 (CLL). Equation numbers are that paper's.
@@ -115,8 +114,6 @@ def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
     = -ln(1 - P(bot)), with the same gradient whether softmax(f) is detached or not. The code of
     Losch et al. takes -ln of P(y) with the extra logit and a cross-entropy as divergence: at weight
     lambda that is this form at lambda + 1, plus lambda times an entropy that has no gradient.
-
-    K: (C, C) or (N, C, C). epsilon >= 0 (0 while annealed).
     """
     _check("epsilon", epsilon, lambda e: 0 <= e < math.inf, "a finite margin >= 0")
     f, K = _prepare(logits, targets, K)
@@ -161,8 +158,6 @@ def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean")
         CE(f, y) - gamma relu(r),  r = min_{j != y} (f_y - f_j) / K_yj,
 
     where relu(r) is the certified radius of a correct prediction and 0 otherwise.
-
-    K: (C, C) or (N, C, C).
     """
     f, K = _prepare(logits, targets, K)
     is_target = _one_hot(targets, f)
@@ -205,10 +200,8 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
 
 
 def lipschitz_penalty(K, lam):
-    """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
-
-    Without it K grows without limit under ``cll_loss``, which is scale-invariant in (f, K).
-    """
+    """The regulariser of eq. 3: lam max(K)^2, over all of K; a 0-dim tensor. Without it K grows
+    without limit under ``cll_loss``, which is scale-invariant in (f, K)."""
     return lam * K.flatten().amax(-1) ** 2
 
 

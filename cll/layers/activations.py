@@ -14,12 +14,11 @@ class MaxMin(nn.Module):
     """Sort pairs of channels: (N, C, ...) -> (N, C, ...), all C/2 maxima first, then all minima.
 
     Channels (2i, 2i + 1) form a pair. On each pair the layer is (a, b) -> (max, min): continuous,
-    and everywhere a permutation of the pair, hence 1-Lipschitz in the L2 norm and, unlike ReLU,
-    without loss of gradient norm. On a tie the gradient is that of the identity, also a
-    permutation. The order of the outputs is that of the paper's published weights.
+    and everywhere a permutation of the pair, on a tie the identity, hence 1-Lipschitz in the L2
+    norm and, unlike ReLU, without loss of gradient norm. The order of the outputs is that of the
+    paper's published weights. Raises ValueError for an odd number of channels.
 
     Anil, Lucas and Grosse, "Sorting out Lipschitz function approximation", ICML 2019.
-    Raises ValueError for an odd number of channels.
     """
 
     def forward(self, x):
@@ -32,10 +31,8 @@ class MaxMin(nn.Module):
 
 def sort_pairs(x):
     """(MaxMin of x (N, C, ...), 1 where a pair was in order and 0 elsewhere), without a gradient.
-
-    Each result is written once, where it belongs, and 0 and 1 as numbers let `lerp` choose
-    exactly: together 3.5 times as fast on a CPU as `where`, `cat` and `stack`.
-    """
+    Each result is written where it belongs, and 0 and 1 as numbers let `lerp` choose exactly:
+    together 3.5 times as fast on a CPU as `where`, `cat` and `stack`."""
     a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
     y, in_order = torch.empty_like(x), torch.empty_like(a)
     high, low = y.chunk(2, 1)
@@ -70,7 +67,8 @@ class _SortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x):
-        outputs = _SortPairs.apply(batch_in_front(x, in_dims[0], info).flatten(0, 1))
+        (x,) = batch_in_front(info, in_dims, x)
+        outputs = _SortPairs.apply(x.flatten(0, 1))
         return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0)
 
 
@@ -91,26 +89,28 @@ class _UnsortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, y, in_order):
-        both = (y, in_dims[0]), (in_order, in_dims[1])
-        x = _UnsortPairs.apply(*(batch_in_front(*t, info).flatten(0, 1) for t in both))
+        y, in_order = batch_in_front(info, in_dims, y, in_order)
+        x = _UnsortPairs.apply(y.flatten(0, 1), in_order.flatten(0, 1))
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
-def batch_in_front(x, axis, info):
-    """Under vmap over `axis`, None for a tensor that all share: that axis before the others. With
-    the next one it is one batch to a layer without weights."""
-    return x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+def batch_in_front(info, axes, *tensors):
+    """Under vmap over these axes, None for a tensor that all share: the tensors with that axis
+    before the others. With the next one it is one batch to a layer without weights."""
+    return [
+        x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+        for x, axis in zip(tensors, axes, strict=True)
+    ]
 
 
 class ClampedMaxMin(nn.Module):
     """MaxMin whose maxima are cut off at `high` and whose minima at `low`, one learnable threshold
     per output: (N, C, ...) -> (N, C, ...), cat(min(max(a, b), high), max(min(a, b), low)).
 
-    shape: that of one sample, (C, H, W) or (C,). The thresholds .high and .low have shape
-    (C/2, ...). 1-Lipschitz whatever they are: cutting off has slope 0 or 1 in each element. An
-    element that is cut off in a whole neighbourhood is constant there, which local bounds use
-    (Huang et al., "Training certifiably robust neural networks with efficient local Lipschitz
-    bounds", NeurIPS 2021).
+    shape: that of one sample, (C, H, W) or (C,); of .high and .low (C/2, ...). 1-Lipschitz whatever
+    they are: cutting off has slope 0 or 1 in each element. An element that is cut off in a whole
+    neighbourhood is constant there, which local bounds use (Huang et al., "Training certifiably
+    robust neural networks with efficient local Lipschitz bounds", NeurIPS 2021).
     """
 
     def __init__(self, shape, high=1.0, low=-1.0):
@@ -163,10 +163,8 @@ class Householder(nn.Module):
 
 class GroupSort(nn.Module):
     """Sort groups of adjacent channels, ascending: (N, C, ...) -> (N, C, ...). Everywhere a
-    permutation of each group and continuous, hence 1-Lipschitz.
-
-    Anil, Lucas and Grosse, ICML 2019. Raises ValueError where C is no multiple of group_size.
-    """
+    permutation of each group and continuous, hence 1-Lipschitz (Anil, Lucas and Grosse, ICML 2019).
+    Raises ValueError where C is no multiple of group_size."""
 
     def __init__(self, group_size=2):
         super().__init__()

@@ -31,6 +31,27 @@ from ..bounds.trace import body_output_shape, layer_inputs, leaves
 from .structure import BatchNormalized, Normalising, Normalize, Residual, Truncation, freeze
 
 
+@exact_arithmetic()
+def settle(net):
+    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
+    their buffer `norm`, rounded up to its own type. Call it once, after training; returns the net.
+    One that was not settled is certified all the same, with the constants that its norms give."""
+    for _, layer, shape in layer_inputs(net.body, net.input_shape):
+        if registry.record(layer).settle is None:
+            continue
+        norm, lowest = registry.record(layer).settle(layer, shape)
+        stored = torch.tensor(norm, dtype=layer.norm.dtype)
+        if stored.double() < norm:
+            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        if not lowest <= stored.item() < math.inf:
+            raise ValueError(
+                f"the norm of {as_text(layer)}, {norm:.1e}, is no {stored.dtype} of full "
+                "precision: scale its weight"
+            )
+        layer.norm.copy_(stored)
+    return net
+
+
 class LipschitzNet(Normalising):
     """A classifier that can say how fast its margins change.
 
@@ -71,21 +92,15 @@ class LipschitzNet(Normalising):
                 v = torch.randn(shape, device=like.device, dtype=like.dtype)
                 self.register_buffer(f"v{i}", v)
 
-    @property
-    def input_std(self):  # set .std in place to change it
-        return self.std.tolist()
-
-    @property
-    def input_mean(self):
-        return self.mean.tolist()
+    input_std = property(lambda net: net.std.tolist())  # set .std in place to change it
+    input_mean = property(lambda net: net.mean.tolist())
+    settle = settle
 
     def forward(self, x):
         """Logits (N, C) of un-normalised inputs x (N, *input_shape) in [0, 1]."""
         if tuple(x.shape[1:]) != self.input_shape:
-            wanted = ", ".join(map(str, self.input_shape))
-            raise ValueError(
-                f"wrong input shape {tuple(x.shape)}: this network takes (N, {wanted})"
-            )
+            wanted = ("N", *self.input_shape)
+            raise ValueError(f"wrong input shape {tuple(x.shape)}: this network takes {wanted}")
         return self.head(self.body(self.normalised(x)))
 
     def body_lipschitz(self, iterations=5, through=False):
@@ -122,44 +137,14 @@ class LipschitzNet(Normalising):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1). From
         below, also by its former name `net.lipschitz_matrix`: for certificates take the proof from
         above, `cll.lipschitz_matrix(net)`."""
-        rows = head_rows(self.head)
-        return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
+        return self.body_lipschitz(iterations, through) * pairwise_distances(head_rows(self.head))
 
     lipschitz_matrix = estimate_lipschitz_matrix  # its former name
-
-    def settle(self):
-        """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see
-        bounds.settle. Call it once, after training; other layers do not need it."""
-        settle(self)
-        return self
 
 
 registry.know(LipschitzNet, extensible=True)
 for _kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # see `unwrapped`
     registry.know(_kind)
-
-
-@exact_arithmetic()
-def settle(model):
-    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
-    their buffer `norm`, rounded up to its own type. Call it once, after training.
-
-    model: a LipschitzNet. One that was not settled is certified all the same, with the constants
-    that its present norms give.
-    """
-    for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        if registry.record(layer).settle is None:
-            continue
-        norm, lowest = registry.record(layer).settle(layer, shape)
-        stored = torch.tensor(norm, dtype=layer.norm.dtype)
-        if stored.double() < norm:
-            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
-        if not lowest <= stored.item() < math.inf:
-            raise ValueError(
-                f"the norm of {as_text(layer)}, {norm:.1e}, is no {stored.dtype} of full "
-                "precision: scale its weight"
-            )
-        layer.norm.copy_(stored)
 
 
 @reader
@@ -169,8 +154,7 @@ def as_lipschitz_net(model, input_shape):
 
     model: an nn.Sequential, also of nested ones, of Linear, Conv2d, activations, pools, BatchNorm,
         Flatten, Dropout, transforms.Normalize (first), cll.Residual, our layers and registered
-        ones; or a LipschitzNet, which is returned as it is. torch.compile and DataParallel are
-        taken off.
+        ones; or a LipschitzNet. torch.compile and DataParallel are taken off.
     input_shape: of one sample, (C, H, W) or (features,).
 
     The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
@@ -178,7 +162,7 @@ def as_lipschitz_net(model, input_shape):
     themselves are shared with `model`, not copied, and nothing is computed anew.
     A model with one output f (binary, as `binary_cll_loss` trains it) gets the logits (0, f), by a
     head that is exact in every arithmetic: class 1 where f > 0, K_01 the Lipschitz constant of f.
-    Raises TypeError for a model with a forward of its own and for a layer without a known bound,
+    Raises TypeError for a layer without a known bound and for a model with a forward of its own,
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     model = unwrapped(model)
@@ -269,9 +253,10 @@ def unwrapped(model):
 
 def _normalize(layer):
     """Our layer for torchvision's Normalize, which is told by its place, not by an import."""
-    kind, place = type(layer), sys.modules.get(type(layer).__module__)
-    known = kind.__module__.startswith("torchvision.transforms.") and kind.__name__ == "Normalize"
-    if not (known and getattr(place, "Normalize", None) is kind):
+    kind = type(layer)
+    transform = kind.__module__.startswith("torchvision.transforms.")
+    place = sys.modules.get(kind.__module__) if transform else None
+    if getattr(place, "Normalize", None) is not kind:
         return None
     registry.know(kind)
     registry.refuse_overridden(layer)

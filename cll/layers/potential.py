@@ -20,7 +20,7 @@ class _PotentialStep(nn.Module):
     W is a matrix (inner, features) or a zero-padded convolution kernel (inner, channels, k, k).
     With S = diag(slopes of relu) in [0, 1] the Jacobian is I - 2 V^T S V, V = D^(1/2) W, symmetric
     with eigenvalues in [1 - 2 ||V||^2, 1]: the layer is 1-Lipschitz if ||V|| <= 1, and in any case
-    max(1, 2 ||V||^2 - 1)-Lipschitz, which is what `bounds` proves from D as it is.
+    max(1, 2 ||V||^2 - 1)-Lipschitz.
     """
 
     def __init__(self, shape, initialise):
@@ -64,7 +64,10 @@ class _CPL(_PotentialStep):
 
     In training ||W|| is estimated by power iteration on the vector `v` (one sample's shape;
     `advance`, once per step) and differentiated; in evaluation it is the buffer `norm`, which
-    `bounds.settle` sets to a proven bound.
+    `settle` sets to a proven bound.
+
+    Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz neural
+    networks", ICML 2022.
     """
 
     def __init__(self, shape, input_shape):
@@ -88,21 +91,15 @@ class _CPL(_PotentialStep):
 
 
 class CPLLinear(_CPL):
-    """Dense convex potential layer, (N, features) -> (N, features); see `_PotentialStep`.
-
-    Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz neural
-    networks", ICML 2022.
-    """
+    """Dense convex potential layer, (N, features) -> (N, features)."""
 
     def __init__(self, features, inner):
         super().__init__((inner, features), (features,))
 
 
 class CPLConv2d(_CPL):
-    """Convolutional convex potential layer, (N, channels, H, W) -> same; see `CPLLinear`.
-
-    input_shape: (channels, H, W), the shape on which power iteration works. Odd kernels only.
-    """
+    """Convolutional convex potential layer, (N, channels, H, W) -> same. input_shape: (channels, H,
+    W), the shape on which power iteration works. Odd kernels only."""
 
     input_shape = property(lambda layer: list(layer.v.shape))
 
@@ -112,10 +109,13 @@ class CPLConv2d(_CPL):
 
 
 class _SLL(_PotentialStep):
-    """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q > 0.
+    """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q = exp(.q) > 0.
 
-    T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. q = exp(.q) is positive
-    by construction, and the sum runs over the same axis as q_j.
+    T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. A convolution's T is
+    made for an endless image: zero padding cuts a part out of it, of no larger norm.
+
+    Araujo, Havens, Delattre, Allauzen, Hu, "A unified algebraic perspective on Lipschitz neural
+    networks", ICLR 2023, theorem 1.
     """
 
     def __init__(self, shape):
@@ -129,30 +129,22 @@ class _SLL(_PotentialStep):
             if self.weight.ndim == 2:
                 G = (self.weight @ self.weight.mT).abs()
             else:  # correlations of the kernels at all offsets: the rows of G on an endless image
-                pad = self.weight.shape[-1] - 1
-                G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
+                G = F.conv2d(self.weight, self.weight, padding=self.kernel_size - 1)
+                G = G.abs().sum((2, 3))
             q = torch.exp(self.q - self.q.max()).clamp_min(small)
             total = G @ q
             return q / torch.where(total > small, total, math.inf)
 
 
 class SLLLinear(_SLL):
-    """Dense SDP-based layer, (N, features) -> (N, features); see `_SLL` and `_PotentialStep`.
-
-    Araujo, Havens, Delattre, Allauzen, Hu, "A unified algebraic perspective on Lipschitz neural
-    networks", ICLR 2023, theorem 1.
-    """
+    """Dense SDP-based layer, (N, features) -> (N, features)."""
 
     def __init__(self, features, inner):
         super().__init__((inner, features))
 
 
 class SLLConv2d(_SLL):
-    """Convolutional SDP-based layer, (N, channels, H, W) -> same; see `SLLLinear`.
-
-    Zero padding cuts a part out of the endless image for which T is made, and a part of an
-    operator has no larger norm. Odd kernels only.
-    """
+    """Convolutional SDP-based layer, (N, channels, H, W) -> same. Odd kernels only."""
 
     def __init__(self, channels, inner=5, kernel_size=3):
         require_odd(kernel_size, "SLLConv2d")
@@ -160,8 +152,8 @@ class SLLConv2d(_SLL):
 
 
 def _lipschitz_constant(layer, input_shape, method):
-    """max(1, 2 ||D^(1/2) W||^2 - 1), see `_PotentialStep`, for the D that the layer applies in
-    evaluation mode: whatever norm or q it was made from, the bound holds."""
+    """max(1, 2 ||D^(1/2) W||^2 - 1) for the D that the layer applies in evaluation mode: whatever
+    norm or q it was made from, the bound holds."""
     if method == "power":
         return 1.0
     layer = evaluation_copy(layer)

@@ -21,11 +21,11 @@ class _Sandwich(nn.Module):
     (the diagonal P drops out), so ||2 A^T w||^2 = 4 w^T (I - B B^T) w <= 4 w^T B d - 4 ||B^T w||^2
     = ||d||^2 - ||d - 2 B^T w||^2 <= ||d||^2. [A B] comes from the Cayley transform of a free
     matrix, so that training is unconstrained. If rounding leaves ||[A B]||^2 = 1 + e, the same
-    lines give the constant sqrt(1 + 4 e (1 + e)), which `bounds` proves.
+    lines give the constant sqrt(1 + 4 e (1 + e)).
 
     Initialised near A = cos(pi/4) I and B of the same size, where a layer keeps lengths up to what
-    relu loses. The published Xavier weights make A small and shrink differences of images to a
-    thousandth over the eleven layers of the LBDN network, which then takes epochs to wake up.
+    relu loses. The published Xavier weights shrink differences of images to a thousandth over the
+    eleven layers of the LBDN network, which then takes epochs to wake up.
 
     Wang and Manchester, "Direct parameterization of Lipschitz-bounded deep networks", ICML 2023.
     """
@@ -55,8 +55,7 @@ class _Sandwich(nn.Module):
 
     def forward(self, x):
         both = self.effective() if self.frozen is None else self.frozen
-        out = both.shape[-2]
-        vector = (-1, *[1] * (self.weight.ndim - 2))
+        out, vector = both.shape[-2], (-1, *[1] * (self.weight.ndim - 2))
         P, bias = torch.exp(self.psi).view(vector), self.bias.view(vector)
         h = F.relu(math.sqrt(2) / P * self._apply_matrix(both[..., out:], x) + bias)
         return self._apply_matrix(both[..., :out].mH, math.sqrt(2) * P * h)
@@ -95,9 +94,7 @@ class _RightSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B):
-        return _RightSolve.apply(
-            batch_in_front(A, in_dims[0], info), batch_in_front(B, in_dims[1], info)
-        ), 0
+        return _RightSolve.apply(*batch_in_front(info, in_dims, A, B)), 0
 
 
 class SandwichLinear(_Sandwich):
@@ -121,11 +118,9 @@ class SandwichConv2d(_Sandwich):
     """Convolutional sandwich layer with circular padding, (N, in, H, W) -> (N, out, H/s, W/s).
 
     A and B are circular convolutions of the whole image: the Cayley transform acts on each
-    frequency of the kernel's Fourier transform, after which kernels have no finite support. The
-    transform is unitary, so the proof of `_Sandwich` holds as it stands. Strides are taken by
-    space-to-depth with half the kernel.
-
-    input_shape: (in, H, W). Raises ValueError for a kernel larger than the image.
+    frequency of the kernel's Fourier transform, which is unitary: the proof of `_Sandwich` holds as
+    it stands. Strides are taken by space-to-depth with half the kernel. input_shape: (in, H, W).
+    Raises ValueError for a kernel larger than the image.
     """
 
     def __init__(self, input_shape, out_channels, kernel_size=3, stride=1):

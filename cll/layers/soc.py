@@ -23,14 +23,14 @@ class SOCConv2d(nn.Module):
     (N, in, H, W) -> (N, out, H/stride, W/stride). A is a zero-padded convolution whose kernel, over
     c = max(in stride^2, out) channels, is minus its own adjoint; strides are taken by
     space-to-depth, missing input channels are zero, surplus outputs are dropped. exp(A) would be
-    orthogonal. The series stops after terms[0] powers in training and terms[1] in evaluation, and
-    is non-expansive as long as ||A|| is small enough: `bounds` proves that for the norm at hand.
+    orthogonal. The series stops after terms[0] powers in training and terms[1] in evaluation; with
+    a small enough ||A|| it does not expand.
 
     The kernel is scaled to 0.7 / s, where s is the smaller norm of its two unfoldings; then
     ||A|| <= 0.7 k (Singla and Feizi, "Fantastic four", ICLR 2021; for a skew kernel their four
     unfoldings have two different norms). 1x1 kernels are scaled to norm 1. In training s is
     estimated by power iteration (`advance`, once per step) and differentiated; in evaluation it is
-    the buffer `norm`, which `bounds.settle` sets to a proven bound.
+    the buffer `norm`, which `settle` sets to a proven bound.
 
     Singla and Feizi, "Skew orthogonal convolutions", ICML 2021. Raises ValueError for an even
     kernel, whose adjoint does not fit the same padding, and for terms beyond 1 to 64.
@@ -98,10 +98,8 @@ class SOCConv2d(nn.Module):
         return y[:, : self.out_channels] + self.bias.view(-1, 1, 1)
 
     def extra_repr(self):
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, terms={self.terms}"
-        )
+        settings = ", ".join(f"{k}={getattr(self, k)}" for k in ("kernel_size", "stride", "terms"))
+        return f"{self.in_channels}, {self.out_channels}, {settings}"
 
 
 def _settle(layer, input_shape):
