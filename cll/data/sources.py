@@ -107,10 +107,8 @@ def check_values(images, split=""):
     if images.dtype == torch.uint8:
         if points or images.max() == 1:
             kind = "points" if points else "images that hold only 0 and 1"
-            raise ValueError(
-                f"{split}samples are {kind} but uint8, which is divided by 255: give float values, "
-                "or multiply 0 and 1 by 255"
-            )
+            advice = "give float values, or multiply 0 and 1 by 255"
+            raise ValueError(f"{split}samples are {kind} but uint8, divided by 255: {advice}")
         return
     if not images.is_floating_point():
         raise ValueError(f"{split}images must be uint8 or floating point, got {images.dtype}")
@@ -142,7 +140,7 @@ def load(
     """Load a data source into memory.
 
     source: one of
-        "two_moons"     2,000 + 20,000 points drawn with `seed`; true margin exactly 0.15
+        "two_moons"     2,000 + 20,000 points; true margin exactly 0.15
         "cifar10", "cifar100"   torchvision's files and checksums, downloaded to `root` if missing
         "tiny-imagenet" the official folder tiny-imagenet-200 in `root`; decoded once, then cached
         "digits"        scikit-learn's 1,797 real digits, enlarged to `input_shape`; no download
@@ -156,11 +154,10 @@ def load(
         beside this package.
     input_shape: (C, H, W) that the network takes. Images of another shape are an error, except
         for digits and folders, which are resized.
-    train_size, test_size: for two_moons the numbers of points; elsewhere the size of a random
-        subset, the same one for every seed.
-    seed: draws two_moons alone.
-    label: name of the data in all results; default: the source, for npz with the file's stem and
-        for folder with the folder's name in place of the path.
+    train_size, test_size: for two_moons the numbers of points, drawn with `seed`; elsewhere the
+        size of a random subset, the same one for every seed.
+    label: name of the data in all results; default: the source, with the file's stem or the
+        folder's name in place of a path.
     download: False never touches the network and writes nothing, no cache either.
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, for missing data and ValueError
@@ -169,9 +166,7 @@ def load(
     """
     if input_shape is not None:
         if not _are_counts(input_shape):
-            raise ValueError(
-                f"input_shape = {input_shape!r}: write (channels, height, width), or (features,)"
-            )
+            raise ValueError(f"input_shape = {input_shape!r}: write (C, H, W) or (features,)")
         input_shape = tuple(input_shape)
     for argument, size in (("train_size", train_size), ("test_size", test_size)):
         if size is not None and not _are_counts([size]):
@@ -201,10 +196,10 @@ def load(
         _subset(dataset, "train", train_size)
         _subset(dataset, "test", test_size)
         if input_shape is not None and dataset.input_shape != input_shape:
+            shapes = f"{_size(dataset.input_shape)} but the network takes {_size(input_shape)}"
             raise ValueError(
-                f"samples are {_size(dataset.input_shape)} but the network takes "
-                f"{_size(input_shape)} (channels x height x width): build it with input_shape="
-                f"{list(dataset.input_shape)} or convert the data (folder:PATH resizes by itself)"
+                f"samples are {shapes}: build it with input_shape={list(dataset.input_shape)} or "
+                "convert the data (folder:PATH resizes by itself)"
             )
     except DataNotFound:
         raise
@@ -347,8 +342,8 @@ def _digits(input_shape):
     Image, digits = kit("PIL.Image"), kit("sklearn.datasets").load_digits()
     channels, height, width = input_shape
     size, bicubic = (width, height), Image.Resampling.BICUBIC
-    grey = map(Image.fromarray, np.round(digits.images * (255 / 16)).astype(np.uint8))
-    grey = np.stack([np.asarray(image.resize(size, bicubic)) for image in grey])
+    small = map(Image.fromarray, np.round(digits.images * (255 / 16)).astype(np.uint8))
+    grey = np.stack([np.asarray(image.resize(size, bicubic)) for image in small])
     images, targets = np.repeat(grey[:, None], channels, axis=1), digits.target.astype(np.int64)
     train, test = np.split(np.random.RandomState(0).permutation(len(images)), [1437])
     return (images[train], targets[train], images[test], targets[test]), list("0123456789")
@@ -385,18 +380,17 @@ def _array(key, values):
             raise ValueError(f"{key} is {values.dtype}: labels must be whole numbers 0, 1, 2, ...")
         return (values[:, 0] if values.shape[1:] == (1,) else values).astype(np.int64)
     if values.dtype != np.uint8:
-        nan = [f" with NaN (image {at[0]})" for at in np.argwhere(values != values)[:1]]
-        raise ValueError(
-            f"{key} is {values.dtype}{''.join(nan)}: images must be uint8 in 0..255; from floats "
-            "in [0, 1] write (255 * x).round().astype('uint8')"
+        nan = "".join(f" with NaN (image {at[0]})" for at in np.argwhere(values != values)[:1])
+        advice = "from floats in [0, 1] write (255 * x).round().astype('uint8')"
+        raise ValueError(f"{key} is {values.dtype}{nan}, not uint8 in 0..255: {advice}")
+    if values.ndim == 3:
+        values = values[..., None]
+    if values.ndim != 4 or values.shape[3] > 4:
+        wanted = (
+            "(N, H, W) or (N, H, W, C), C <= 4; from (N, C, H, W) write x.transpose(0, 2, 3, 1)"
         )
-    if values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] > 4):
-        raise ValueError(
-            f"{key} has shape {values.shape}: images must be (N, H, W) or (N, H, W, C), C <= 4; "
-            "from (N, C, H, W) write x.transpose(0, 2, 3, 1)"
-        )
-    values = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(values)
+        raise ValueError(f"{key} has shape {values.shape}, not {wanted}")
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
 def _count_classes(y_train, y_test):
@@ -411,10 +405,9 @@ def _count_classes(y_train, y_test):
     gaps = np.diff(seen, prepend=-1)
     if gaps.max() > len(seen) + 8:
         culprit = seen[gaps.argmax()]
-        raise ValueError(
-            f"y_train holds label {culprit} (index {(y_train == culprit).argmax()}) but none of "
-            f"the {gaps.max() - 1} below: number the classes 0, 1, 2, ... or add class_names"
-        )
+        where = f"label {culprit} (index {(y_train == culprit).argmax()})"
+        advice = "number the classes 0, 1, 2, ... or add class_names"
+        raise ValueError(f"y_train holds {where} but none of the {gaps.max() - 1} below: {advice}")
     if seen[0] > 0 and 0 not in y_test:
         raise ValueError(f"y_train begins with label {seen[0]}: write y - {seen[0]} or class_names")
     return int(seen[-1]) + 1
@@ -544,10 +537,9 @@ def _read(file, shape, laid):
     if wide:
         levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
         if not (levels.min() >= 0 and levels.max() <= top):
-            raise ValueError(
-                f"image {file} has values in [{levels.min():.5g}, {levels.max():.5g}], mode "
-                f"{image.mode}: write 8 or 16 bits without sign, or float in [0, 1]"
-            )
+            values = f"values in [{levels.min():.5g}, {levels.max():.5g}], mode {image.mode}"
+            advice = "write 8 or 16 bits without sign, or float in [0, 1]"
+            raise ValueError(f"image {file} has {values}: {advice}")
         image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
     if clear and image.getextrema()[3][0] < 255:
         laid.add(file)
