@@ -105,9 +105,9 @@ def build(
     return LipschitzNet(nn.Sequential(*sequence), last, input_shape, input_std, input_mean)
 
 
-def _scaled(n, factor, multiple=2):
+def _scaled(n, factor):
     """A width times a factor, a multiple of 2 (pairs of channels), never zero."""
-    return n if factor == 1 else max(multiple, round(n * factor / multiple) * multiple)
+    return n if factor == 1 else max(2, round(n * factor / 2) * 2)
 
 
 def _plain_body(name, input_shape, width, activation):

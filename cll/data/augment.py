@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from .sources import _size
 
-JITTER = ("brightness", "contrast", "saturation", "hue")
+# of each change: the value that changes nothing, the lowest and the highest
+JITTER = dict.fromkeys(("brightness", "contrast", "saturation"), (1, 0, sys.float_info.max))
+JITTER["hue"] = (0, -0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,20 @@ class Augmentation:
 
 def _jitter_ranges(jitter):
     """[(centre, half width)] of each of JITTER in turn; without hue where that does not change."""
-    named = jitter if isinstance(jitter, dict) else dict.fromkeys(JITTER[:3], jitter)
+    named = jitter if isinstance(jitter, dict) else dict.fromkeys([*JITTER][:3], jitter)
     for name in [name for name in named if name not in JITTER]:
         nearest = difflib.get_close_matches(str(name), JITTER, 1, cutoff=0)[0]
         raise ValueError(f"unknown jitter {name!r}; nearest: {nearest!r}")
     ranges = []
-    for name in JITTER:
-        # x stands for the range around no change that ColorJitter takes it for
-        value, middle = named.get(name, 0.0), 0 if name == "hue" else 1
-        lowest, highest = (0, sys.float_info.max) if middle else (-0.5, 0.5)
+    for name, (middle, lowest, highest) in JITTER.items():
+        value = named.get(name, 0.0)
         low, high = value if isinstance(value, tuple | list) else (middle - value, middle + value)
         if not lowest <= low <= high <= highest:
             where = f"jitter.{name}" if isinstance(jitter, dict) else "jitter"
-            allowed = "1 or (low, high) of factors >= 0"
-            allowed = allowed if middle else "0.5 or (low, high) in -0.5..0.5"
-            raise ValueError(f"{where} = {value!r}: give a number in 0..{allowed}")
+            most, pair = ("1", "of factors >= 0") if middle else ("0.5", "in -0.5..0.5")
+            raise ValueError(
+                f"{where} = {value!r}: give a number in 0..{most} or (low, high) {pair}"
+            )
         ranges.append(((low + high) / 2, (high - low) / 2))
     return ranges[: 4 if any(ranges[3]) else 3]
 

@@ -11,7 +11,7 @@ from ..bounds.linear import SAFE, TINY, U, as_text, gamma, lengths, round_up
 from ..bounds.norm import first_bound, matrix_norm
 from ..bounds.registry import register_ours, register_rounding
 from ..bounds.trace import evaluation_copy
-from .structure import require_odd, without_autocast
+from .structure import without_autocast
 
 
 class _PotentialStep(nn.Module):
@@ -25,6 +25,8 @@ class _PotentialStep(nn.Module):
 
     def __init__(self, shape, initialise):
         super().__init__()
+        if len(shape) > 2 and shape[-1] % 2 == 0:
+            raise ValueError(f"{type(self).__name__} needs an odd kernel, got {shape[-1]}")
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0]))
         initialise(self.weight)
@@ -104,7 +106,6 @@ class CPLConv2d(_CPL):
     input_shape = property(lambda layer: list(layer.v.shape))
 
     def __init__(self, input_shape, inner=5, kernel_size=3):
-        require_odd(kernel_size, "CPLConv2d")
         super().__init__((inner, input_shape[0], kernel_size, kernel_size), input_shape)
 
 
@@ -147,7 +148,6 @@ class SLLConv2d(_SLL):
     """Convolutional SDP-based layer, (N, channels, H, W) -> same. Odd kernels only."""
 
     def __init__(self, channels, inner=5, kernel_size=3):
-        require_odd(kernel_size, "SLLConv2d")
         super().__init__((inner, channels, kernel_size, kernel_size))
 
 

@@ -14,7 +14,6 @@ from ..bounds.linear import SAFE, U, as_text, gamma, lengths, power_of_two, roun
 from ..bounds.norm import first_bound
 from ..bounds.registry import register_ours, rounding_by_proof
 from ..bounds.trace import evaluation_copy
-from .structure import require_odd
 
 
 class SOCConv2d(nn.Module):
@@ -38,7 +37,8 @@ class SOCConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
-        require_odd(kernel_size, "SOCConv2d")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"SOCConv2d needs an odd kernel, got {kernel_size}")
         if not all(1 <= count <= 64 for count in terms):
             raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels

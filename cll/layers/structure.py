@@ -35,10 +35,6 @@ class PadChannels(nn.Module):
         return str(self.channels)
 
 
-register_ours(PadChannels, one_lipschitz)
-register_rounding(PadChannels, nothing_rounded)
-
-
 class Normalising(nn.Module):
     """A module with the numbers that inputs are normalised by: buffers .mean and .std, one value or
     one per channel. They keep the caller's float64 numbers whatever type the module is converted
@@ -180,8 +176,7 @@ def _one_after_the_other(layer, input_shape, method):
 
 @register_rounding(BatchNormalized)
 def _batch_normalized_rounding(layer, input_shape):
-    """The two one after the other. The norm of the first alone was not proven: || |A| || bounds
-    it."""
+    """The two one after the other; || |A| || bounds the norm of the first, not proven alone."""
     linear, norm = layer
     shape, shift = trace.body_output_shape(linear, input_shape), at_zero(linear, input_shape)
     gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
@@ -192,15 +187,10 @@ def _batch_normalized_rounding(layer, input_shape):
     return a * SAFE + TINY, b * SAFE + TINY
 
 
-# What these compute from their weights alone is `effective()`: the tensors that `forward` applies
-# to the input. Training recomputes them at every step; `freeze` fixes them for inference.
-
-
 def freeze(module):
-    """Compute what layers derive from their weights once, for inference with fixed weights.
-
-    For a private copy: the layers of `module` do not notice a later change of weights or dtype.
-    """
+    """Compute `effective()` of all layers that have it once, for inference: what they apply to
+    their input, derived from their weights, which training computes anew at every step. For a
+    private copy: the layers of `module` do not notice a later change of weights or dtype."""
     with torch.no_grad():
         for layer in module.modules():
             if hasattr(layer, "effective"):
@@ -264,11 +254,9 @@ class Truncation(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
+register_ours(PadChannels, one_lipschitz)
 register_ours(Truncation, one_lipschitz, row_error=lambda features: 0.0)
-register_rounding(Truncation, nothing_rounded)
-
-
-# ------------------------------------------------------------------ what the other families share
+register_rounding(PadChannels | Truncation, nothing_rounded)
 
 
 def length_of(x):
@@ -282,8 +270,3 @@ def without_autocast(tensor):
     """Autocast off on the tensor's device (the meta device knows no autocast)."""
     kind = tensor.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-def require_odd(kernel_size, name):
-    if kernel_size % 2 == 0:
-        raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
