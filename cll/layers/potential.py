@@ -34,7 +34,7 @@ class _PotentialStep(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
         self.frozen = None
 
-    # the constructors' arguments
+    # the constructors' arguments, which a certificate names
     inner = property(lambda layer: layer.weight.shape[0])
     features = channels = property(lambda layer: layer.weight.shape[1])
     kernel_size = property(lambda layer: layer.weight.shape[-1])

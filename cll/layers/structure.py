@@ -138,6 +138,7 @@ class BatchNormalized(nn.Sequential):
     """A Linear or Conv2d and the BatchNorm after it, bounded as the one linear map that they are in
     evaluation mode. `architectures.as_lipschitz_net` makes these pairs."""
 
+    # the constructor's arguments, which a certificate names
     linear = property(lambda pair: pair[0])
     norm = property(lambda pair: pair[1])
 
