@@ -167,7 +167,7 @@ def load(
     if input_shape is not None:
         if not _are_counts(input_shape):
             raise ValueError(f"input_shape = {input_shape!r}: write (C, H, W) or (features,)")
-        input_shape = tuple(input_shape)
+        input_shape = tuple(map(int, input_shape))
     for argument, size in (("train_size", train_size), ("test_size", test_size)):
         if size is not None and not _are_counts([size]):
             raise ValueError(f"{argument} = {size!r}: give a positive whole number or None for all")
@@ -562,9 +562,10 @@ def _subset(dataset, split, size):
 
 
 def _are_counts(numbers):
-    with suppress(TypeError, ValueError):
+    """Whether these are positive whole numbers, at least one."""
+    with suppress(TypeError, ValueError, OverflowError):
         numbers = tuple(numbers)
-        return numbers != () and all(n is not True and int(n) == n > 0 for n in numbers)
+        return numbers != () and all(int(n) == n > 0 and n is not True for n in numbers)
     return False
 
 
