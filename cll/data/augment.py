@@ -29,7 +29,7 @@ class Augmentation:
     flip: bool = False  # mirror left-right with probability 1/2 (RandomHorizontalFlip)
     jitter: float | dict[str, float | tuple[float, float]] = 0.0
     rotation: float = 0.0  # in +-rotation degrees, nearest pixel, zeros moving in (RandomRotation)
-    pad: str = "zeros"  # a crop moves in; or "reflect", the mirror image without the border pixel
+    pad: str = "zeros"  # move in with a crop; "reflect": the mirror image without border pixels
 
     @property
     def active(self):
@@ -68,7 +68,7 @@ def _jitter_ranges(jitter):
 
 def draw(n, augmentation, image_size, generator=None):
     """Draw the randomness for n images; image_size is H, (H, W) or (C, H, W). Drawn on the CPU, so
-    that CPU and CUDA runs see the same pictures. Returns what the augmentation needs of:
+    that CPU and CUDA runs see the same pictures. Returns a dict of those that it needs of:
 
         shift   (n, 2) int64    rows, columns added to a pixel's source coordinates
         reflect (n, 2) int64    the same where pad is "reflect"
@@ -122,7 +122,7 @@ def augment(images, parameters):
     parameters: from `draw` and `select`, leading dimension N; {} makes this `to_float`.
 
     Returns float32 (N, C, H, W) in [0, 1], up to rounding what torchvision's tensor transforms give
-    with the same parameters.
+    with the same parameters. Saturation leaves a grey image alone.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(

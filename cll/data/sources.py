@@ -42,6 +42,7 @@ class DataNotFound(FileNotFoundError, ValueError):
 
     @classmethod
     def of(cls, name, reason, url, root):
+        """The error for a data set that is to be downloaded into the folder root."""
         return cls(
             f"no usable {name}: {reason}. Two ways out: download {url} where there is a network, "
             f"unpack it into {root} (or set CLL_DATA to the folder that has it), or use {OWN_DATA}"

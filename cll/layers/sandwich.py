@@ -129,7 +129,7 @@ class SandwichConv2d(_Sandwich):
         self.size = tuple(n // stride for n in size)
         if min(self.size) < k:
             raise ValueError(f"SandwichConv2d: a {k}x{k} kernel is larger than its image {size}")
-        # the arguments in the end, which a certificate names
+        # the arguments as they take effect, which a certificate names
         self.input_shape = [channels, *(n * stride for n in self.size)]
         self.out_channels, self.kernel_size, self.stride = out_channels, k * stride, stride
         super().__init__(out_channels, channels * stride**2, (k, k))
