@@ -32,25 +32,15 @@ _THRESHOLDS = {
 # Residual networks: convolutions, channels, dense layers, dense inner width. S to L as in the code
 # of SLL, which has the widths of CPL's; CPL-XL with 4096 features is the one that CLL's authors
 # trained (472 M parameters), the other 236 M.
-_RESIDUAL = {
-    "CPL-S": (20, 45, 7, 2048),
-    "CPL-M": (30, 60, 10, 2048),
-    "CPL-L": (50, 90, 10, 2048),
-    "CPL-XL": (70, 120, 15, 4096),
-    "CPL-XL-236M": (70, 120, 15, 2048),
-    "SLL-S": (20, 45, 7, 2048),
-    "SLL-M": (30, 60, 10, 2048),
-    "SLL-L": (50, 90, 10, 2048),
-    "SLL-XL": (70, 120, 15, 2048),
-}
+_WIDTHS = {"S": (20, 45, 7, 2048), "M": (30, 60, 10, 2048), "L": (50, 90, 10, 2048)}
+_WIDTHS["XL"] = (70, 120, 15, 2048)
+_RESIDUAL = {f"CPL-{size}": widths for size, widths in _WIDTHS.items()}
+_RESIDUAL |= {"CPL-XL": (70, 120, 15, 4096), "CPL-XL-236M": _WIDTHS["XL"]}
+_RESIDUAL |= {f"SLL-{size}": widths for size, widths in _WIDTHS.items()}
 _INNER = 5  # channels inside a convolutional residual layer
 _LIPCONV = {f"LipConvNet-{n}": n // 5 for n in (5, 10, 15, 20, 25, 30, 35, 40)}
 NAMES = (*_CONVOLUTIONS, *_LIPCONV, *_RESIDUAL, "Sandwich")
-_HEADS = {
-    "linear": nn.Linear,
-    "normalized": NormalizedLinear,
-    "truncated": Truncation,
-}
+_HEADS = {"linear": nn.Linear, "normalized": NormalizedLinear, "truncated": Truncation}
 _ACTIVATIONS = ("MaxMin", "ClampedMaxMin", "ReLU")
 
 
@@ -81,28 +71,22 @@ def build(
     """
     if name not in NAMES:
         nearest = difflib.get_close_matches(str(name), NAMES, 1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown network {name!r}; nearest: {nearest!r} (known: {', '.join(NAMES)})"
-        )
-    for option, value, known in (
-        ("head", head, tuple(_HEADS)),
-        ("activation", activation, _ACTIVATIONS),
-    ):
+        known = ", ".join(NAMES)
+        raise ValueError(f"unknown network {name!r}; nearest: {nearest!r} (known: {known})")
+    options = {"head": (head, tuple(_HEADS)), "activation": (activation, _ACTIVATIONS)}
+    for option, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"{option} = {value!r} is not one of {', '.join(known)}")
     if not (0 < width <= 1 and 0 < depth <= 1):
         raise ValueError(f"width = {width} and depth = {depth} are factors in (0, 1]")
     plain = name in _CONVOLUTIONS
-    unused = [("depth", depth != 1 and name not in (*_LIPCONV, *_RESIDUAL))]
-    unused += [("activation", activation != "MaxMin" and not plain)]
-    for option, given in unused:
-        if given:
-            raise ValueError(f"{name} takes no {option}: leave it out")
+    if depth != 1 and name not in (*_LIPCONV, *_RESIDUAL):
+        raise ValueError(f"{name} takes no depth: leave it out")
+    if activation != "MaxMin" and not plain:
+        raise ValueError(f"{name} takes no activation: leave it out")
     input_shape = tuple(input_shape)
     if name != "MLP" and len(input_shape) != 3:
-        raise ValueError(
-            f"{name} takes images of shape (channels, height, width), got {input_shape}"
-        )
+        raise ValueError(f"{name} takes images (channels, height, width), got {input_shape}")
     if plain:
         sequence, features = _plain_body(name, input_shape, width, activation)
     elif name in _LIPCONV:
@@ -121,9 +105,9 @@ def build(
     return LipschitzNet(nn.Sequential(*sequence), last, input_shape, input_std, input_mean)
 
 
-def _scaled(n, factor, multiple=2):
+def _scaled(n, factor):
     """A width times a factor, a multiple of 2 (pairs of channels), never zero."""
-    return n if factor == 1 else max(multiple, round(n * factor / multiple) * multiple)
+    return n if factor == 1 else max(2, round(n * factor / 2) * 2)
 
 
 def _plain_body(name, input_shape, width, activation):
@@ -164,11 +148,8 @@ def _lipconv_body(name, blocks, input_shape, width, head):
         for block in range(blocks):
             last = block + 1 == blocks
             outputs = 2 * channels if last else channels
-            kernel = 1 if last and stage == 4 else 3
-            sequence += [
-                SOCConv2d(inputs, outputs, kernel, 2 if last else 1),
-                Householder(outputs),
-            ]
+            kernel, stride = 1 if last and stage == 4 else 3, 2 if last else 1
+            sequence += [SOCConv2d(inputs, outputs, kernel, stride), Householder(outputs)]
             inputs = outputs
         channels = inputs
     sequence.append(nn.Flatten())
@@ -205,9 +186,8 @@ def _sandwich_body(input_shape, width):
     stages = 4 if min(input_shape[1:]) >= 64 else 3
     if any(n % 2**stages or n < 3 * 2 ** (stages - 1) for n in input_shape[1:]):
         raise ValueError(
-            f"Sandwich halves the image {stages} times and its kernels are 3x3: input "
-            f"{input_shape} has sides that do not fit, take multiples of {2**stages} from "
-            f"{4 * 2 ** (stages - 1)} on"
+            f"Sandwich halves the image {stages} times by 3x3 kernels: input {input_shape} has "
+            f"sides that do not fit, take multiples of {2**stages} from {2 ** (stages + 1)} on"
         )
     sequence, shape = [], input_shape
     for stage in range(stages):
@@ -218,6 +198,7 @@ def _sandwich_body(input_shape, width):
     sequence.append(nn.Flatten())
     features = math.prod(shape)
     for hidden in (2048, 2048, 1024):
-        sequence.append(SandwichLinear(features, _scaled(hidden, width)))
-        features = _scaled(hidden, width)
+        hidden = _scaled(hidden, width)
+        sequence.append(SandwichLinear(features, hidden))
+        features = hidden
     return sequence, features

@@ -10,11 +10,13 @@ Notation, used throughout:
   calibrated logistic leaves outside the margin, p/2 on each side.
 * ``reduction`` is "mean", "sum" or "none", over the samples.
 
+All raise ValueError for wrong shapes and types, an unknown option and a float out of range. Labels
+outside 0..C-1 are an error on the CPU; no other value of a tensor is read on the host.
+
 Arithmetic is at least float32 for bfloat16 and float16 logits, and float64 for float64 logits.
 Autocast cannot lower it: it acts on matrix products and convolutions, and there are none here.
 For a stack of runs map a loss with ``torch.func.vmap`` over logits, targets, K and numbers such as
-epsilon and p, which may be 0-dim tensors. No tensor value is read on the host, and nothing larger
-than (N, C) is allocated unless K itself is per sample.
+epsilon and p, which may be 0-dim tensors.
 
 Source: Losch, Stutz, Schiele, Fritz, "Certified Robust Models with Slack Control and Large
 Lipschitz Constants", GCPR 2023, arXiv 2309.06166 (CLL). Equation numbers are that paper's.
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OFFSETS = ("two-sided", "one-sided", "none")
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda values: values}
 
 
 def cll_scale(epsilon, p):
@@ -39,11 +41,9 @@ def cll_scale(epsilon, p):
     follows the form above, with p the mass of both.
 
     epsilon and p: floats, in input units and in (0, 1); or tensors, which make the result a tensor.
-    Raises ValueError for a float epsilon <= 0 or a float p outside (0, 1); tensors are not checked.
     """
-    _check_epsilon(epsilon, zero=False)
-    if not isinstance(p, Tensor) and not 0 < p < 1:
-        raise ValueError(f"p = {p} is out of range: the mass outside the margin lies in (0, 1)")
+    _check("epsilon", epsilon, lambda e: 0 < e < math.inf, "a finite margin > 0")
+    _check("p", p, lambda p: 0 < p < 1, "the mass outside the margin lies in (0, 1)")
     # (2 - p) / p = 1 + 2 (1 - p) / p: exact to the last digits both for p -> 0 and for p -> 1
     odds = 2 * (1 - p) / p
     return epsilon / (torch.log1p(odds) if isinstance(odds, Tensor) else math.log1p(odds))
@@ -62,20 +62,16 @@ def cll_loss(logits, targets, K, *, epsilon, p, offset="two-sided", reduction="m
 
     K is used as given: the paper detaches it here and lets lambda K^2 (``lipschitz_penalty``) alone
     act on it. The value is invariant under (f, K) -> (c f, c K).
-
-    Raises ValueError on wrong shapes, an unknown offset or reduction, epsilon or p out of range,
-    and (CPU) on a label outside 0..C-1.
     """
-    if offset not in OFFSETS:
-        raise ValueError(f"offset = {offset!r} is not one of {', '.join(map(repr, OFFSETS))}")
-    f, K = _prepare(logits, targets, K, reduction, per_logit=True)
+    _check_option("offset", offset, OFFSETS)
+    f, K = _prepare(logits, targets, K, per_logit=True)
     sigma = _as(f, cll_scale(epsilon, p))
     epsilon = _as(f, epsilon)
     is_target = _one_hot(targets, f)  # (N, C)
     if K.ndim == 1:
         distance = f / K.masked_fill(K == 0, 1)
     else:
-        distance = (f - _at(f, targets)) / _rows(K, targets, is_target)  # (N, C), 0 at the target
+        distance = _distances(f, targets, K, is_target)
     if offset != "none":
         at_target = distance - epsilon if offset == "two-sided" else distance
         distance = torch.where(is_target, at_target, distance + epsilon)
@@ -89,16 +85,13 @@ def binary_cll_loss(scores, targets, K, *, epsilon, p, reduction="mean"):
     loss is ln 2 at d = epsilon, on the margin, and -ln(p/2) at d = 0: p is the price of slack.
 
     scores f: (N,); targets: (N,) in {0, 1}; K > 0: Lipschitz constant of f, scalar or (N,).
-    Raises ValueError as ``cll_loss`` does, and for a float K <= 0.
     """
     if scores.ndim != 1 or targets.shape != scores.shape:
         raise ValueError(
             f"scores and targets must both have shape (N,), got {tuple(scores.shape)} and "
             f"{tuple(targets.shape)}; for logits (N, C) use cll_loss"
         )
-    if not isinstance(K, Tensor) and not K > 0:
-        raise ValueError(f"K = {K} is out of range: the Lipschitz constant of the scores is > 0")
-    _check_reduction(reduction)
+    _check("K", K, lambda K: K > 0, "a Lipschitz constant of the scores > 0")
     f = scores.to(torch.promote_types(scores.dtype, torch.float32))
     sigma = _as(f, cll_scale(epsilon, p))
     distance = _at(torch.stack([-f, f], dim=1), targets.to(torch.int64))[:, 0] / _as(f, K)
@@ -121,15 +114,12 @@ def gloro_loss(logits, targets, K, *, epsilon, trades=None, reduction="mean"):
     = -ln(1 - P(bot)), with the same gradient whether softmax(f) is detached or not. The code of
     Losch et al. takes -ln of P(y) with the extra logit and a cross-entropy as divergence: at weight
     lambda that is this form at lambda + 1, plus lambda times an entropy that has no gradient.
-
-    K: (C, C) or (N, C, C). epsilon >= 0 (0 while annealed). Raises ValueError as ``cll_loss`` does.
     """
-    _check_epsilon(epsilon, zero=True)
-    f, K = _prepare(logits, targets, K, reduction)
+    _check("epsilon", epsilon, lambda e: 0 <= e < math.inf, "a finite margin >= 0")
+    f, K = _prepare(logits, targets, K)
     j = f.detach().argmax(dim=1)  # (N,)
     is_j = _one_hot(j, f)
-    # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
-    f_bot = f + _as(f, epsilon) * _gather_rows(K, j).masked_fill(is_j, 0)
+    f_bot = f + _as(f, epsilon) * _rows(K, j, is_j)
     f_bot = f_bot.masked_fill(is_j, -math.inf).amax(dim=1, keepdim=True)  # (N, 1)
     if trades is None:
         log_probability = torch.cat([f, f_bot], dim=1).log_softmax(dim=1)
@@ -146,11 +136,9 @@ def aol_loss(logits, targets, *, offset=2**0.5 * 1.5, temperature=0.25, reductio
 
     The defaults are those of SLL and LBDN; AOL itself has u = sqrt(2). Where all pairs have the
     same bound, this is t times two-sided ``cll_loss``, see ``aol_as_cll``.
-    Raises ValueError on wrong shapes, an unknown reduction or a float temperature <= 0.
     """
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature = {temperature} must be > 0")
-    f, _ = _prepare(logits, targets, None, reduction)
+    _check("temperature", temperature, lambda t: t > 0, "a temperature > 0")
+    f, _ = _prepare(logits, targets)
     t = _as(f, temperature)
     shifted = torch.where(_one_hot(targets, f), f - _as(f, offset), f)
     values = _cross_entropy(shifted / t, targets)
@@ -170,12 +158,10 @@ def certificate_regularized_loss(logits, targets, K, *, gamma, reduction="mean")
         CE(f, y) - gamma relu(r),  r = min_{j != y} (f_y - f_j) / K_yj,
 
     where relu(r) is the certified radius of a correct prediction and 0 otherwise.
-
-    K: (C, C) or (N, C, C). Raises ValueError as ``cll_loss`` does.
     """
-    f, K = _prepare(logits, targets, K, reduction)
+    f, K = _prepare(logits, targets, K)
     is_target = _one_hot(targets, f)
-    distance = (_at(f, targets) - f) / _rows(K, targets, is_target)
+    distance = -_distances(f, targets, K, is_target)
     radius = distance.masked_fill(is_target, math.inf).amin(dim=1)  # (N,)
     return _reduce(_cross_entropy(f, targets) - _as(radius, gamma) * F.relu(radius), reduction)
 
@@ -187,11 +173,9 @@ def hinge_loss(logits, targets, *, margin=0.7, reduction="mean"):
 
     margin is in units of logits, 0.7 as published: with 1-Lipschitz logits and the factor sqrt(2)
     of their differences, a loss of 0 certifies the radius margin / sqrt(2).
-    Raises ValueError on wrong shapes, an unknown reduction or a float margin <= 0.
     """
-    if not isinstance(margin, Tensor) and not 0 < margin < math.inf:
-        raise ValueError(f"margin = {margin} is out of range: a finite margin > 0 is needed")
-    f, _ = _prepare(logits, targets, None, reduction)
+    _check("margin", margin, lambda m: 0 < m < math.inf, "a finite margin > 0")
+    f, _ = _prepare(logits, targets)
     missing = F.relu(_as(f, margin) - _at(f, targets) + f)  # (N, C)
     return _reduce(missing.masked_fill(_one_hot(targets, f), 0).mean(dim=1), reduction)
 
@@ -205,25 +189,19 @@ def local_bcp_loss(logits, targets, K, *, epsilon, kappa, reduction="mean"):
     z are the logits as seen from f_y in the worst case within distance epsilon. The gradient flows
     through K: with K of shape (N, C, C) from ``local.local_estimate`` as in the paper, or (C, C).
     In training kappa falls from 1 to 0 while epsilon rises from 0.
-
-    Raises ValueError as ``cll_loss`` does, and for epsilon < 0 or a float kappa outside [0, 1].
     """
-    _check_epsilon(epsilon, zero=True)
-    if not isinstance(kappa, Tensor) and not 0 <= kappa <= 1:
-        raise ValueError(f"kappa = {kappa} is out of range: a weight in [0, 1] is needed")
-    f, K = _prepare(logits, targets, K, reduction)
-    # the diagonal of K is cleared first: a placeholder there, even NaN, must not reach the gradient
-    rows = _gather_rows(K, targets).masked_fill(_one_hot(targets, f), 0)
+    _check("epsilon", epsilon, lambda e: 0 <= e < math.inf, "a finite margin >= 0")
+    _check("kappa", kappa, lambda k: 0 <= k <= 1, "a weight in [0, 1]")
+    f, K = _prepare(logits, targets, K)
+    rows = _rows(K, targets, _one_hot(targets, f))
     worst = _cross_entropy(f + _as(f, epsilon) * rows, targets)
     kappa = _as(worst, kappa)
     return _reduce(kappa * _cross_entropy(f, targets) + (1 - kappa) * worst, reduction)
 
 
 def lipschitz_penalty(K, lam):
-    """The regulariser of eq. 3: lam max(K)^2, over all of K, (C, C) or (N, C, C); a 0-dim tensor.
-
-    Without it K grows without limit under ``cll_loss``, which is scale-invariant in (f, K).
-    """
+    """The regulariser of eq. 3: lam max(K)^2, over all of K; a 0-dim tensor. Without it K grows
+    without limit under ``cll_loss``, which is scale-invariant in (f, K)."""
     return lam * K.flatten().amax(-1) ** 2
 
 
@@ -240,9 +218,18 @@ def polynomial_schedule(start, end, power, progress):
     return start * weight + end * (1 - weight)
 
 
-def _prepare(logits, targets, K, reduction, per_logit=False):
+def _check(name, value, fits, wanted):
+    if not isinstance(value, Tensor) and not fits(value):
+        raise ValueError(f"{name} = {value} is out of range: {wanted}")
+
+
+def _check_option(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(map(repr, known))}")
+
+
+def _prepare(logits, targets, K=None, per_logit=False):
     """Check shapes (never values) and return logits and K in the type the loss is computed in."""
-    _check_reduction(reduction)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"logits must have shape (N, C) with C >= 2, got {tuple(logits.shape)}; "
@@ -264,18 +251,6 @@ def _prepare(logits, targets, K, reduction, per_logit=False):
         got = tuple(K.shape) if isinstance(K, Tensor) else type(K).__name__
         raise ValueError(f"K must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
     return f, K.to(f.dtype)
-
-
-def _check_reduction(reduction):
-    if reduction not in REDUCTIONS:
-        names = ", ".join(map(repr, REDUCTIONS))
-        raise ValueError(f"reduction = {reduction!r} is not one of {names}")
-
-
-def _check_epsilon(epsilon, zero):
-    if not isinstance(epsilon, Tensor) and not (0 <= epsilon < math.inf and (zero or epsilon)):
-        least = ">= 0" if zero else "> 0"
-        raise ValueError(f"epsilon = {epsilon} is out of range: a finite margin {least} is needed")
 
 
 def _as(f, value):
@@ -302,17 +277,21 @@ def _cross_entropy(f, targets):
     return -_at(f.log_softmax(dim=1), targets)[:, 0]
 
 
-def _gather_rows(K, index):
-    """K (C, C) or (N, C, C), index (N,) -> K[index] or K[n, index[n]], shape (N, C)."""
+def _rows(K, index, is_index):
+    """K[index] or, per sample, K[n, index[n]], (N, C); 0 at the index itself, where K may hold a
+    placeholder, even NaN, that must not reach the gradient."""
     if K.ndim == 2:
-        return K[index]
-    return K.gather(1, index[:, None, None].expand(-1, 1, K.shape[2])).squeeze(1)
+        rows = K[index]
+    else:
+        rows = K.gather(1, index[:, None, None].expand(-1, 1, K.shape[2])).squeeze(1)
+    return rows.masked_fill(is_index, 0)
 
 
-def _rows(K, targets, is_target):
-    """Rows K_y as divisors, (N, C): 1 at the target and for a zero bound; other NaN stay NaN."""
-    rows = _gather_rows(K, targets)
-    return rows.masked_fill(is_target | (rows == 0), 1)
+def _distances(f, targets, K, is_target):
+    """(f_j - f_y) / K_yj, (N, C); over 1 where K_yj is 0."""
+    difference = f - _at(f, targets)  # first: it refuses wrong labels
+    rows = _rows(K, targets, is_target)
+    return difference / rows.masked_fill(rows == 0, 1)
 
 
 def _softplus(x):
@@ -321,6 +300,5 @@ def _softplus(x):
 
 
 def _reduce(values, reduction):
-    if reduction == "none":
-        return values
-    return values.mean() if reduction == "mean" else values.sum()
+    _check_option("reduction", reduction, REDUCTIONS)
+    return REDUCTIONS[reduction](values)

@@ -373,9 +373,9 @@ def test_convolutional_sandwich_is_the_dense_one_with_circulant_matrices():
     both = layer.effective().detach()
     size = 15
     pixels = torch.eye(4 * size, dtype=torch.float64).view(-1, 4, 3, 5)
-    A = layer._convolve(both[..., :4].mH, pixels).flatten(1)  # rows: A of each pixel
+    A = layer._apply_matrix(both[..., :4].mH, pixels).flatten(1)  # rows: A of each pixel
     pixels = torch.eye(2 * size, dtype=torch.float64).view(-1, 2, 3, 5)
-    B = layer._convolve(both[..., 4:], pixels).flatten(1).T
+    B = layer._apply_matrix(both[..., 4:], pixels).flatten(1).T
     assert torch.allclose(A @ A.T + B @ B.T, torch.eye(4 * size, dtype=torch.float64), atol=1e-12)
     x = torch.randn(3, 2, 3, 5, dtype=torch.float64)
     P, b = (t.detach().repeat_interleave(size) for t in (layer.psi.exp(), layer.bias))

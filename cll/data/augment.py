@@ -9,29 +9,27 @@ import torch.nn.functional as F
 
 from .sources import _size
 
-JITTER = ("brightness", "contrast", "saturation", "hue")
+# of each change: the value that changes nothing, the lowest and the highest
+JITTER = dict.fromkeys(("brightness", "contrast", "saturation"), (1, 0, sys.float_info.max))
+JITTER["hue"] = (0, -0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of training images, drawn for each sample, applied in this order.
 
-    crop: shift by up to crop pixels either way (RandomCrop(size, padding=crop)).
-    flip: mirror left-right with probability 1/2 (RandomHorizontalFlip).
     jitter: colour changes in random order (ColorJitter). x: brightness, contrast and saturation
         factors in 1 +- x; or a mapping from some of "brightness", "contrast", "saturation", "hue"
         to x or to a pair (low, high). Hue is a shift in +-x, in turns of the colour wheel.
-    rotation: angle in +-rotation degrees, nearest pixel, zeros moving in (RandomRotation).
-    pad: what a crop moves in: "zeros", or "reflect", the mirror image without the border pixel.
 
     Raises ValueError naming the value that does not fit.
     """
 
-    crop: int = 0
-    flip: bool = False
+    crop: int = 0  # shift by up to crop pixels either way (RandomCrop(size, padding=crop))
+    flip: bool = False  # mirror left-right with probability 1/2 (RandomHorizontalFlip)
     jitter: float | dict[str, float | tuple[float, float]] = 0.0
-    rotation: float = 0.0
-    pad: str = "zeros"
+    rotation: float = 0.0  # in +-rotation degrees, nearest pixel, zeros moving in (RandomRotation)
+    pad: str = "zeros"  # move in with a crop; "reflect": the mirror image without border pixels
 
     @property
     def active(self):
@@ -49,34 +47,29 @@ class Augmentation:
 
 
 def _jitter_ranges(jitter):
-    """[(centre, half width)] of each of JITTER in turn; without hue where that does not change.
-
-    Raises ValueError for an unknown name and for a range that is none.
-    """
-    named = jitter if isinstance(jitter, dict) else dict.fromkeys(JITTER[:3], jitter)
+    """[(centre, half width)] of each of JITTER in turn; without hue where that does not change."""
+    named = jitter if isinstance(jitter, dict) else dict.fromkeys([*JITTER][:3], jitter)
     for name in [name for name in named if name not in JITTER]:
         nearest = difflib.get_close_matches(str(name), JITTER, 1, cutoff=0)[0]
         raise ValueError(f"unknown jitter {name!r}; nearest: {nearest!r}")
     ranges = []
-    for name in JITTER:
-        # x stands for the range around no change that ColorJitter takes it for
-        value, middle = named.get(name, 0.0), 0 if name == "hue" else 1
-        lowest, highest = (0, sys.float_info.max) if middle else (-0.5, 0.5)
+    for name, (middle, lowest, highest) in JITTER.items():
+        value = named.get(name, 0.0)
         low, high = value if isinstance(value, tuple | list) else (middle - value, middle + value)
         if not lowest <= low <= high <= highest:
             where = f"jitter.{name}" if isinstance(jitter, dict) else "jitter"
-            allowed = "1 or (low, high) of factors >= 0"
-            allowed = allowed if middle else "0.5 or (low, high) in -0.5..0.5"
-            raise ValueError(f"{where} = {value!r}: give a number in 0..{allowed}")
+            most, pair = ("1", "of factors >= 0") if middle else ("0.5", "in -0.5..0.5")
+            raise ValueError(
+                f"{where} = {value!r}: give a number in 0..{most} or (low, high) {pair}"
+            )
         ranges.append(((low + high) / 2, (high - low) / 2))
     return ranges[: 4 if any(ranges[3]) else 3]
 
 
 def draw(n, augmentation, image_size, generator=None):
-    """Draw the randomness for n images; image_size is H, (H, W) or (C, H, W).
+    """Draw the randomness for n images; image_size is H, (H, W) or (C, H, W). Drawn on the CPU, so
+    that CPU and CUDA runs see the same pictures. Returns a dict of those that it needs of:
 
-    Drawn on the CPU, so that CPU and CUDA runs see the same pictures. Returns a dict of tensors
-    with leading dimension n, holding only what the augmentation needs:
         shift   (n, 2) int64    rows, columns added to a pixel's source coordinates
         reflect (n, 2) int64    the same where pad is "reflect"
         flip    (n,) bool
@@ -88,10 +81,8 @@ def draw(n, augmentation, image_size, generator=None):
     """
     size = (image_size,) if isinstance(image_size, int) else tuple(image_size)[-2:]
     if augmentation.crop and augmentation.crop >= min(size):
-        raise ValueError(
-            f"crop = {augmentation.crop} can move a {_size(size)} image out of its frame: give a "
-            "smaller crop"
-        )
+        moved = f"crop = {augmentation.crop} can move a {_size(size)} image out of its frame"
+        raise ValueError(f"{moved}: give a smaller crop")
     parameters = {}
     if augmentation.crop:
         crop, name = int(augmentation.crop), "reflect" if augmentation.pad == "reflect" else "shift"
@@ -140,10 +131,8 @@ def augment(images, parameters):
         )
     for name, values in parameters.items():
         if len(values) != len(images):
-            raise ValueError(
-                f"{len(values)} values of {name} for {len(images)} images: "
-                "use select(parameters, rows)"
-            )
+            drawn = f"{len(values)} values of {name} for {len(images)} images"
+            raise ValueError(f"{drawn}: use select(parameters, rows)")
     parameters = {name: v.to(images.device, non_blocking=True) for name, v in parameters.items()}
     # On a CPU, pieces that fit its cache are 3.8 times as fast as passes over 4,096 images at once.
     piece = max(1, 2**20 // images.shape[1:].numel())

@@ -40,57 +40,61 @@ OWN_DATA = (
 class DataNotFound(FileNotFoundError, ValueError):
     """No data where they were looked for, or a damaged copy; the message says how to get them."""
 
+    @classmethod
+    def of(cls, name, reason, url, root):
+        """The error for a data set that is to be downloaded into the folder root."""
+        return cls(
+            f"no usable {name}: {reason}. Two ways out: download {url} where there is a network, "
+            f"unpack it into {root} (or set CLL_DATA to the folder that has it), or use {OWN_DATA}"
+        )
+
 
 @dataclass
 class Dataset:
     """Train and test split, in memory.
 
-    name: the source label that results carry, e.g. "cifar10", "digits", "npz:stem".
-    train_images, test_images: uint8 (N, C, H, W) in 0..255, or float32 (N, features).
-    train_targets, test_targets: int64 (N,) in 0..num_classes - 1.
-    class_names: num_classes strings, or None.
-    input_shape: shape of one sample, (C, H, W) or (features,).
-
     Raises ValueError (one line) for an empty split, a count, shape or type that does not fit, a
     target out of range, and what `check_values` refuses.
     """
 
-    name: str
-    train_images: torch.Tensor
-    train_targets: torch.Tensor
+    name: str  # that results carry, e.g. "cifar10", "digits", "npz:stem"
+    train_images: torch.Tensor  # uint8 (N, C, H, W) in 0..255, or float32 (N, features)
+    train_targets: torch.Tensor  # int64 (N,) in 0..num_classes - 1
     test_images: torch.Tensor
     test_targets: torch.Tensor
     num_classes: int
     class_names: list[str] | None
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # of one sample, (C, H, W) or (features,)
 
     def __post_init__(self):
         self.input_shape = tuple(self.input_shape)
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
-        for split in ("train", "test"):
-            images, targets = getattr(self, f"{split}_images"), getattr(self, f"{split}_targets")
-            if len(images) == 0:
-                raise ValueError(f"the {split} split is empty: x_{split} needs at least one sample")
-            if targets.dtype != torch.int64 or targets.shape != (len(images),):
-                raise ValueError(
-                    f"the {split} split has {len(images)} images but {targets.numel()} labels, "
-                    f"y_{split} of {targets.dtype} and shape {tuple(targets.shape)}: give one "
-                    "int64 class number per image (from one-hot rows: y.argmax(1))"
-                )
-            shape = tuple(images.shape[1:])
-            if shape != self.input_shape:
-                raise ValueError(
-                    f"samples of x_{split} are {_size(shape)}, shape {shape}, but input_shape, as "
-                    f"of x_train, is {_size(self.input_shape)}, {self.input_shape}"
-                )
-            check_values(images, f"{split} ")
-            for i in ((targets < 0) | (targets >= self.num_classes)).nonzero()[:1, 0].tolist():
-                raise ValueError(
-                    f"{split} target {targets[i]} (index {i}) is out of range: y_{split} holds "
-                    f"label {targets[i]}, but class_names or the labels of y_train give classes "
-                    f"0..{self.num_classes - 1}; number them from 0"
-                )
+        self._check("train", self.train_images, self.train_targets)
+        self._check("test", self.test_images, self.test_targets)
+
+    def _check(self, split, images, targets):
+        if len(images) == 0:
+            raise ValueError(f"the {split} split is empty: x_{split} needs at least one sample")
+        if targets.dtype != torch.int64 or targets.shape != (len(images),):
+            raise ValueError(
+                f"{split}: {len(images)} images but {targets.numel()} labels, y_{split} of "
+                f"{targets.dtype} and shape {tuple(targets.shape)}: give one int64 class number an "
+                "image (from one-hot rows: y.argmax(1))"
+            )
+        shape = tuple(images.shape[1:])
+        if shape != self.input_shape:
+            raise ValueError(
+                f"samples of x_{split} are {_size(shape)}, {shape}, but input_shape, that of "
+                f"x_train, is {_size(self.input_shape)}, {self.input_shape}"
+            )
+        check_values(images, f"{split} ")
+        for i in ((targets < 0) | (targets >= self.num_classes)).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"{split} target {targets[i]} (index {i}), label {targets[i]} of y_{split}, is out "
+                f"of range: class_names or y_train give classes 0..{self.num_classes - 1}; number "
+                "them from 0"
+            )
 
 
 def check_values(images, split=""):
@@ -104,10 +108,8 @@ def check_values(images, split=""):
     if images.dtype == torch.uint8:
         if points or images.max() == 1:
             kind = "points" if points else "images that hold only 0 and 1"
-            raise ValueError(
-                f"the {split}samples are {kind} but uint8, which are divided by 255: give float "
-                "values, or multiply 0 and 1 by 255"
-            )
+            advice = "give float values, or multiply 0 and 1 by 255"
+            raise ValueError(f"{split}samples are {kind} but uint8, divided by 255: {advice}")
         return
     if not images.is_floating_point():
         raise ValueError(f"{split}images must be uint8 or floating point, got {images.dtype}")
@@ -139,7 +141,7 @@ def load(
     """Load a data source into memory.
 
     source: one of
-        "two_moons"     2,000 + 20,000 points drawn with `seed`; true margin exactly 0.15
+        "two_moons"     2,000 + 20,000 points; true margin exactly 0.15
         "cifar10", "cifar100"   torchvision's files and checksums, downloaded to `root` if missing
         "tiny-imagenet" the official folder tiny-imagenet-200 in `root`; decoded once, then cached
         "digits"        scikit-learn's 1,797 real digits, enlarged to `input_shape`; no download
@@ -153,11 +155,10 @@ def load(
         beside this package.
     input_shape: (C, H, W) that the network takes. Images of another shape are an error, except
         for digits and folders, which are resized.
-    train_size, test_size: for two_moons the numbers of points; elsewhere the size of a random
-        subset, the same one for every seed.
-    seed: draws two_moons alone.
-    label: name of the data in all results; default: the source, for npz with the file's stem and
-        for folder with the folder's name in place of the path.
+    train_size, test_size: for two_moons the numbers of points, drawn with `seed`; elsewhere the
+        size of a random subset, the same one for every seed.
+    label: name of the data in all results; default: the source, with the file's stem or the
+        folder's name in place of a path.
     download: False never touches the network and writes nothing, no cache either.
 
     Returns a `Dataset`. Raises DataNotFound, a FileNotFoundError, for missing data and ValueError
@@ -165,9 +166,11 @@ def load(
     classes without images, one class alone and nearly black images.
     """
     if input_shape is not None:
-        input_shape = _checked_shape(input_shape)
+        if not _are_counts(input_shape):
+            raise ValueError(f"input_shape = {input_shape!r}: write (C, H, W) or (features,)")
+        input_shape = tuple(map(int, input_shape))
     for argument, size in (("train_size", train_size), ("test_size", test_size)):
-        if size is not None and (isinstance(size, bool) or int(size) != size or size < 1):
+        if size is not None and not _are_counts([size]):
             raise ValueError(f"{argument} = {size!r}: give a positive whole number or None for all")
     kind, path = _parse(source)
     root = Path(root or os.environ.get("CLL_DATA") or Path(__file__).resolve().parents[2] / "data")
@@ -194,10 +197,10 @@ def load(
         _subset(dataset, "train", train_size)
         _subset(dataset, "test", test_size)
         if input_shape is not None and dataset.input_shape != input_shape:
+            shapes = f"{_size(dataset.input_shape)} but the network takes {_size(input_shape)}"
             raise ValueError(
-                f"samples are {_size(dataset.input_shape)} but the network is built for "
-                f"{_size(input_shape)} (channels x height x width): build it with input_shape="
-                f"{list(dataset.input_shape)} or convert the data (folder:PATH resizes by itself)"
+                f"samples are {shapes}: build it with input_shape={list(dataset.input_shape)} or "
+                "convert the data (folder:PATH resizes by itself)"
             )
     except DataNotFound:
         raise
@@ -219,12 +222,9 @@ def _parse(source):
         return kind, path
     if text in BY_NAME:
         return text, None
-    if text.endswith(".npz"):
-        near = [f"npz:{text}"]
-    elif os.path.isdir(text):
-        near = [f"folder:{text}"]
-    else:
-        near = difflib.get_close_matches(text.lower(), SOURCES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(text.lower(), SOURCES, n=1, cutoff=0.5)
+    if text.endswith(".npz") or os.path.isdir(text):
+        near = [f"{'npz' if text.endswith('.npz') else 'folder'}:{text}"]
     hint = f' (did you mean "{near[0]}"?)' if near else ""
     raise ValueError(f'unknown data source "{text}"{hint}: write one of {", ".join(SOURCES)}')
 
@@ -254,17 +254,13 @@ def _cifar(kind, root, download):
     try:  # whole files cost no network, nor does an archive to be unpacked
         splits = [cls(root, train, download=download and train) for train in (True, False)]
     except Exception as error:  # a damaged file raises anything
-        check_integrity = datasets.utils.check_integrity
         archive, folder = root / cls.filename, root / cls.base_folder
-        files = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
-        files = [(archive, cls.tgz_md5), *((folder / name, md5) for name, md5 in files)]
-        damaged = [str(p) for p, md5 in files if p.exists() and not check_integrity(p, md5)]
-        raise DataNotFound(
-            f"no usable {kind}: missing, truncated or damaged: "
-            f"{', '.join(damaged) or f'{folder} and {archive}'} ({_one_line(error)}). Two ways "
-            f"out: download {cls.url} where there is a network and unpack it into {root} (or set "
-            f"CLL_DATA to the folder that has it), or use {OWN_DATA}"
-        ) from None
+        parts = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
+        files = {archive: cls.tgz_md5} | {folder / name: md5 for name, md5 in parts}
+        whole = datasets.utils.check_integrity
+        damaged = [str(p) for p, md5 in files.items() if p.exists() and not whole(p, md5)]
+        reason = f"missing, truncated or damaged: {', '.join(damaged) or f'{folder} and {archive}'}"
+        raise DataNotFound.of(kind, f"{reason} ({_one_line(error)})", cls.url, root) from None
     finally:
         socket.setdefaulttimeout(timeout)
     arrays = [(_array("x", split.data), _array("y", np.array(split.targets))) for split in splits]
@@ -281,15 +277,10 @@ def _tiny_imagenet(root, download):
     folders = root / "tiny-imagenet-200", root
     folder = next((f for f in folders if (f / "wnids.txt").exists()), None)
     if folder is None:
-        raise DataNotFound(
-            f"no usable tiny-imagenet: looked for {folders[0] / 'wnids.txt'}. Two ways out: "
-            f"download http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it into {root} "
-            f"(or set CLL_DATA to the folder that has it), or use {OWN_DATA}"
-        )
+        reason, url = f"looked for {folders[0] / 'wnids.txt'}", "http://cs231n.stanford.edu/"
+        raise DataNotFound.of("tiny-imagenet", reason, f"{url}tiny-imagenet-200.zip", root)
     wnids = sorted((folder / "wnids.txt").read_text().split())
-    listed = _tiny_imagenet_files(folder, wnids)
-    files = {split: [file for file, _ in pairs] for split, pairs in listed.items()}
-    targets = {split: [wnids.index(wnid) for _, wnid in pairs] for split, pairs in listed.items()}
+    files, targets = _tiny_imagenet_files(folder, wnids)
     listing = "\n".join(str(p.relative_to(folder)) for p in files["train"] + files["test"])
     digest = hashlib.sha256((listing + repr(targets)).encode()).hexdigest()
     images = _decode_once(files, digest, folder / "decoded.npz", keep=download)
@@ -302,22 +293,25 @@ def _tiny_imagenet(root, download):
 
 
 def _tiny_imagenet_files(folder, wnids):
-    """{split: [(file, WordNet id)]}; the test split is val/."""
-    train = []
-    for wnid in wnids:
-        images = folder / "train" / wnid / "images"
-        train += [(file, wnid) for file in sorted(images.glob("*.JPEG"))]
-        if not train or train[-1][1] != wnid:
-            raise ValueError(f"no images in {images} although wnids.txt lists {wnid}: unzip again")
-    annotations, test = folder / "val" / "val_annotations.txt", []
+    """({split: files}, {split: class numbers}); the test split is val/."""
+    files, targets = {"train": [], "test": []}, {"train": [], "test": []}
+    for number, wnid in enumerate(wnids):
+        where = folder / "train" / wnid / "images"
+        images = sorted(where.glob("*.JPEG"))
+        if not images:
+            raise ValueError(f"no images in {where} although wnids.txt lists {wnid}: unzip again")
+        files["train"] += images
+        targets["train"] += [number] * len(images)
+    annotations = folder / "val" / "val_annotations.txt"
     if not annotations.exists():
         raise ValueError(f"{annotations} is missing: unzip again")
     for row, line in enumerate(annotations.read_text().splitlines(), 1):
         name, wnid = (line.split("\t") + [""])[:2]
         if wnid not in wnids:
             raise ValueError(f"line {row} of {annotations} names class {wnid!r}, not in wnids.txt")
-        test.append((folder / "val" / "images" / name, wnid))
-    return {"train": train, "test": test}
+        files["test"].append(folder / "val" / "images" / name)
+        targets["test"].append(wnids.index(wnid))
+    return files, targets
 
 
 def _decode_once(files, digest, cache, keep):
@@ -342,23 +336,18 @@ def _digits(input_shape):
 
     Pillow's bicubic filter enlarges them in integer arithmetic: the same pixels on every machine.
     """
-    Image, load_digits = kit("PIL.Image"), kit("sklearn.datasets").load_digits
-
     if len(input_shape) != 3:
         raise ValueError(f"digits are images: input_shape {input_shape} is not (C, H, W)")
-    channels, height, width = input_shape
     if math.prod(input_shape) > 2**20:  # of 1,797 images, 2 GB
         raise ValueError(f"digits of {_size(input_shape)} are too large: take fewer pixels")
-    digits = load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    Image, digits = kit("PIL.Image"), kit("sklearn.datasets").load_digits()
+    channels, height, width = input_shape
     size, bicubic = (width, height), Image.Resampling.BICUBIC
-    grey = np.stack([np.asarray(Image.fromarray(image).resize(size, bicubic)) for image in grey])
-    images = np.repeat(grey[:, None], channels, axis=1)
-    order = np.random.RandomState(0).permutation(len(images))
-    train, test = order[:1437], order[1437:]
-    targets = digits.target.astype(np.int64)
-    arrays = images[train], targets[train], images[test], targets[test]
-    return arrays, [str(i) for i in range(10)]
+    small = map(Image.fromarray, np.round(digits.images * (255 / 16)).astype(np.uint8))
+    grey = np.stack([np.asarray(image.resize(size, bicubic)) for image in small])
+    images, targets = np.repeat(grey[:, None], channels, axis=1), digits.target.astype(np.int64)
+    train, test = np.split(np.random.RandomState(0).permutation(len(images)), [1437])
+    return (images[train], targets[train], images[test], targets[test]), list("0123456789")
 
 
 def _npz(path):
@@ -371,17 +360,17 @@ def _npz(path):
         with file:
             present = list(file.files)
             keys = MEDMNIST if MEDMNIST[0] in present and ARRAYS[0] not in present else ARRAYS
-            missing = [key for key in keys if key not in present]
-            arrays = [] if missing else [file[key] for key in keys]
-            names = file["class_names"].astype(str) if "class_names" in present else None
+            stored = {key: file[key] for key in (*keys, "class_names") if key in present}
     except Exception as error:  # numpy's and zipfile's are of many kinds
         raise ValueError(f"no readable .npz, truncated or damaged? ({_one_line(error)})") from None
-    if missing:
-        raise ValueError(f"array {missing[0]} is missing, only {', '.join(present)} there: {save}")
+    for key in keys:
+        if key not in stored:
+            raise ValueError(f"array {key} is missing, only {', '.join(present)} there: {save}")
+    names = stored.get("class_names")
     if names is not None and names.ndim != 1:
         raise ValueError(f"class_names has shape {names.shape}: give a list of one name per class")
-    arrays = [_array(*item) for item in zip(keys, arrays, strict=True)]
-    return tuple(arrays), None if names is None else names.tolist()
+    names = None if names is None else names.astype(str).tolist()
+    return [_array(key, stored[key]) for key in keys], names
 
 
 def _array(key, values):
@@ -392,18 +381,17 @@ def _array(key, values):
             raise ValueError(f"{key} is {values.dtype}: labels must be whole numbers 0, 1, 2, ...")
         return (values[:, 0] if values.shape[1:] == (1,) else values).astype(np.int64)
     if values.dtype != np.uint8:
-        nan = [f" with NaN (image {at[0]})" for at in np.argwhere(values != values)[:1]]
-        raise ValueError(
-            f"{key} is {values.dtype}{''.join(nan)}: images must be uint8 in 0..255; from floats "
-            "in [0, 1] write (255 * x).round().astype('uint8')"
+        nan = "".join(f" with NaN (image {at[0]})" for at in np.argwhere(values != values)[:1])
+        advice = "from floats in [0, 1] write (255 * x).round().astype('uint8')"
+        raise ValueError(f"{key} is {values.dtype}{nan}, not uint8 in 0..255: {advice}")
+    if values.ndim == 3:
+        values = values[..., None]
+    if values.ndim != 4 or values.shape[3] > 4:
+        wanted = (
+            "(N, H, W) or (N, H, W, C), C <= 4; from (N, C, H, W) write x.transpose(0, 2, 3, 1)"
         )
-    if values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] > 4):
-        raise ValueError(
-            f"{key} has shape {values.shape}: images must be (N, H, W) or (N, H, W, C), C <= 4; "
-            "from (N, C, H, W) write x.transpose(0, 2, 3, 1)"
-        )
-    values = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(values)
+        raise ValueError(f"{key} has shape {values.shape}, not {wanted}")
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
 def _count_classes(y_train, y_test):
@@ -418,10 +406,9 @@ def _count_classes(y_train, y_test):
     gaps = np.diff(seen, prepend=-1)
     if gaps.max() > len(seen) + 8:
         culprit = seen[gaps.argmax()]
-        raise ValueError(
-            f"y_train holds label {culprit} (index {(y_train == culprit).argmax()}) but none of "
-            f"the {gaps.max() - 1} below: number the classes 0, 1, 2, ... or add class_names"
-        )
+        where = f"label {culprit} (index {(y_train == culprit).argmax()})"
+        advice = "number the classes 0, 1, 2, ... or add class_names"
+        raise ValueError(f"y_train holds {where} but none of the {gaps.max() - 1} below: {advice}")
     if seen[0] > 0 and 0 not in y_test:
         raise ValueError(f"y_train begins with label {seen[0]}: write y - {seen[0]} or class_names")
     return int(seen[-1]) + 1
@@ -460,7 +447,7 @@ def _folder(path, input_shape):
         warnings.warn(f"{path / tests[0]} has no training class: {test}/ is read", stacklevel=3)
     arrays = []
     for split, where in (("train", path / "train"), ("test", path / test)):
-        files, targets = zip(*_image_files(split, where, names), strict=True)
+        files, targets = _image_files(split, where, names)
         arrays += [_decode(files, input_shape), np.array(targets)]
     return tuple(arrays), names
 
@@ -475,27 +462,26 @@ def _hidden(name):
 
 
 def _image_files(split, where, names):
-    """[(file, class number)] of where/CLASS/** in ImageFolder's order; a warning counts others."""
-    folders, files = _folders(where), []
+    """(files, class numbers) of where/CLASS/** in ImageFolder's order; a warning counts others."""
+    folders, files, targets, empty = _folders(where), [], [], []
     for name in sorted(set(folders) - set(names)):
         raise ValueError(f"class {name} of {where} is not among the training classes")
     left = [str(p) for p in where.iterdir() if p.is_file() and not _hidden(p.name)]
-    number = {name: i for i, name in enumerate(names)}
     for name in folders:
-        for file in sorted(_below(str(where / name)), key=os.path.split):
-            known = file.lower().endswith(SUFFIXES)
-            files += [(file, number[name])] if known else []
-            left += [] if known else [file]
+        inside = sorted(_below(str(where / name)), key=os.path.split)
+        images = [file for file in inside if file.lower().endswith(SUFFIXES)]
+        left += sorted(set(inside) - set(images))
+        files += images
+        targets += [names.index(name)] * len(images)
+        empty += [] if images else [f"class {name}"]
     kinds = Counter(Path(file).suffix.lower() or "without suffix" for file in left)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
     said = f"left out: {counts or 'nothing'}{', such as ' + min(left) if left else ''}"
-    empty = [f"class {name}" for name in folders if number[name] not in dict(map(reversed, files))]
-    if empty or not files:
-        what = empty[0] if files else f"the {split} split"
+    for what in empty if files else [f"the {split} split"]:
         raise ValueError(f"{what} is empty: no images in its class folders of {where} ({said})")
     if left:
         warnings.warn(f"{where}: {said}: no images, or in no class folder", stacklevel=4)
-    return files
+    return files, targets
 
 
 def _below(folder, above=()):
@@ -518,9 +504,9 @@ def _decode(files, shape):
         for i, image in enumerate(pool.map(lambda file: _read(file, shape, laid), files)):
             images = np.empty((len(files), *image.shape), np.uint8) if i == 0 else images
             if image.shape != images.shape[1:]:
-                sizes = f"{files[i]} is {_size(image.shape)} but {files[0]} is "
-                sizes += _size(images.shape[1:])
-                raise ValueError(f"image {sizes}: give input_shape to resize them all")
+                sizes = _size(image.shape), f"{files[0]} is {_size(images.shape[1:])}"
+                advice = "give input_shape to resize them all"
+                raise ValueError(f"image {files[i]} is {' but '.join(sizes)}: {advice}")
             images[i] = image
             bar.update()
     if laid:
@@ -552,10 +538,9 @@ def _read(file, shape, laid):
     if wide:
         levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
         if not (levels.min() >= 0 and levels.max() <= top):
-            raise ValueError(
-                f"image {file} has values in [{levels.min():.5g}, {levels.max():.5g}], mode "
-                f"{image.mode}: write 8 or 16 bits without sign, or float in [0, 1]"
-            )
+            values = f"values in [{levels.min():.5g}, {levels.max():.5g}], mode {image.mode}"
+            advice = "write 8 or 16 bits without sign, or float in [0, 1]"
+            raise ValueError(f"image {file} has {values}: {advice}")
         image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
     if clear and image.getextrema()[3][0] < 255:
         laid.add(file)
@@ -577,14 +562,12 @@ def _subset(dataset, split, size):
             setattr(dataset, field, getattr(dataset, field)[rows])
 
 
-def _checked_shape(shape):
-    with suppress(TypeError, ValueError):
-        checked = tuple(int(n) for n in shape)
-        if checked and min(checked) > 0 and checked == tuple(shape):
-            return checked
-    raise ValueError(
-        f"input_shape = {shape!r}: write (channels, height, width), or (features,) for points"
-    )
+def _are_counts(numbers):
+    """Whether these are positive whole numbers, at least one."""
+    with suppress(TypeError, ValueError, OverflowError):
+        numbers = tuple(numbers)
+        return numbers != () and all(int(n) == n > 0 and n is not True for n in numbers)
+    return False
 
 
 def _size(shape):

@@ -14,16 +14,15 @@ class MaxMin(nn.Module):
     """Sort pairs of channels: (N, C, ...) -> (N, C, ...), all C/2 maxima first, then all minima.
 
     Channels (2i, 2i + 1) form a pair. On each pair the layer is (a, b) -> (max, min): continuous,
-    and everywhere a permutation of the pair, hence 1-Lipschitz in the L2 norm and, unlike ReLU,
-    without loss of gradient norm. On a tie the gradient is that of the identity, also a
-    permutation. The order of the outputs is that of the paper's published weights.
+    and everywhere a permutation of the pair, on a tie the identity, hence 1-Lipschitz in the L2
+    norm and, unlike ReLU, without loss of gradient norm. The order of the outputs is that of the
+    paper's published weights. Raises ValueError for an odd number of channels.
 
     Anil, Lucas and Grosse, "Sorting out Lipschitz function approximation", ICML 2019.
-    Raises ValueError for an odd number of channels.
     """
 
     def forward(self, x):
-        a, b = _pairs(x, "MaxMin").unbind(2)  # (N, C/2, ...) each
+        a, b = _groups(x, 2, "MaxMin").unbind(2)  # (N, C/2, ...) each
         if x.ndim > 2:
             return _SortPairs.apply(x)[0]
         in_order = a >= b
@@ -32,10 +31,8 @@ class MaxMin(nn.Module):
 
 def sort_pairs(x):
     """(MaxMin of x (N, C, ...), 1 where a pair was in order and 0 elsewhere), without a gradient.
-
-    Each result is written once, where it belongs, and 0 and 1 as numbers let `lerp` choose
-    exactly: together 3.5 times as fast on a CPU as `where`, `cat` and `stack`.
-    """
+    Each result is written where it belongs, and 0 and 1 as numbers let `lerp` choose exactly:
+    together 3.5 times as fast on a CPU as `where`, `cat` and `stack`."""
     a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
     y, in_order = torch.empty_like(x), torch.empty_like(a)
     high, low = y.chunk(2, 1)
@@ -70,7 +67,8 @@ class _SortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x):
-        outputs = _SortPairs.apply(batch_in_front(x, in_dims[0], info).flatten(0, 1))
+        (x,) = batch_in_front(info, in_dims, x)
+        outputs = _SortPairs.apply(x.flatten(0, 1))
         return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0)
 
 
@@ -91,26 +89,28 @@ class _UnsortPairs(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, y, in_order):
-        both = (y, in_dims[0]), (in_order, in_dims[1])
-        x = _UnsortPairs.apply(*(batch_in_front(*t, info).flatten(0, 1) for t in both))
+        y, in_order = batch_in_front(info, in_dims, y, in_order)
+        x = _UnsortPairs.apply(y.flatten(0, 1), in_order.flatten(0, 1))
         return x.unflatten(0, (info.batch_size, -1)), 0
 
 
-def batch_in_front(x, axis, info):
-    """Under vmap over `axis`, None for a tensor that all share: that axis before the others. With
-    the next one it is one batch to a layer without weights."""
-    return x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+def batch_in_front(info, axes, *tensors):
+    """Under vmap over these axes, None for a tensor that all share: the tensors with that axis
+    before the others. With the next one it is one batch to a layer without weights."""
+    return [
+        x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+        for x, axis in zip(tensors, axes, strict=True)
+    ]
 
 
 class ClampedMaxMin(nn.Module):
     """MaxMin whose maxima are cut off at `high` and whose minima at `low`, one learnable threshold
     per output: (N, C, ...) -> (N, C, ...), cat(min(max(a, b), high), max(min(a, b), low)).
 
-    shape: that of one sample, (C, H, W) or (C,). The thresholds .high and .low have shape
-    (C/2, ...). 1-Lipschitz whatever they are: cutting off has slope 0 or 1 in each element. An
-    element that is cut off in a whole neighbourhood is constant there, which local bounds use
-    (Huang et al., "Training certifiably robust neural networks with efficient local Lipschitz
-    bounds", NeurIPS 2021).
+    shape: that of one sample, (C, H, W) or (C,); of .high and .low (C/2, ...). 1-Lipschitz whatever
+    they are: cutting off has slope 0 or 1 in each element. An element that is cut off in a whole
+    neighbourhood is constant there, which local bounds use (Huang et al., "Training certifiably
+    robust neural networks with efficient local Lipschitz bounds", NeurIPS 2021).
     """
 
     def __init__(self, shape, high=1.0, low=-1.0):
@@ -119,11 +119,14 @@ class ClampedMaxMin(nn.Module):
         self.high = nn.Parameter(torch.full(half, float(high)))
         self.low = nn.Parameter(torch.full(half, float(low)))
 
+    @property
+    def shape(self):
+        return [2 * len(self.high), *self.high.shape[1:]]
+
     def forward(self, x):
-        wanted = (2 * self.high.shape[0], *self.high.shape[1:])
-        if tuple(x.shape[1:]) != wanted:  # broadcasting would repeat the input
-            raise ValueError(f"ClampedMaxMin({wanted}) got an input of shape {tuple(x.shape)}")
-        a, b = _pairs(x, "ClampedMaxMin").unbind(2)  # (N, C/2, ...) each
+        if list(x.shape[1:]) != self.shape:  # broadcasting would repeat the input
+            raise ValueError(f"ClampedMaxMin({self.shape}) got an input of shape {tuple(x.shape)}")
+        a, b = x.unflatten(1, (-1, 2)).unbind(2)  # (N, C/2, ...) each
         high = torch.minimum(torch.maximum(a, b), self.high)
         return torch.cat([high, torch.maximum(torch.minimum(a, b), self.low)], 1)
 
@@ -144,13 +147,12 @@ class Householder(nn.Module):
         super().__init__()
         if channels % 2:
             raise ValueError(f"Householder pairs channels and got {channels}: use an even number")
+        self.channels = channels
         self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
 
     def forward(self, x):
-        if x.shape[1] != 2 * len(self.angle):  # broadcasting would repeat the input
-            raise ValueError(
-                f"Householder({2 * len(self.angle)}) got an input of shape {tuple(x.shape)}"
-            )
+        if x.shape[1] != self.channels:  # broadcasting would repeat the input
+            raise ValueError(f"Householder({self.channels}) got an input of shape {tuple(x.shape)}")
         a, b = x.chunk(2, 1)  # (N, C/2, ...) each
         angle = self.angle.view(-1, *[1] * (x.ndim - 2))
         mirrored = a * torch.sin(angle / 2) > b * torch.cos(angle / 2)
@@ -159,9 +161,36 @@ class Householder(nn.Module):
         return torch.cat([first, torch.where(mirrored, sine * a - cosine * b, b)], 1)
 
 
-register_ours(
-    Householder, one_lipschitz, arguments=lambda layer: {"channels": 2 * len(layer.angle)}
-)
+class GroupSort(nn.Module):
+    """Sort groups of adjacent channels, ascending: (N, C, ...) -> (N, C, ...). Everywhere a
+    permutation of each group and continuous, hence 1-Lipschitz (Anil, Lucas and Grosse, ICML 2019).
+    Raises ValueError where C is no multiple of group_size."""
+
+    def __init__(self, group_size=2):
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x):
+        return _groups(x, self.group_size, "GroupSort").sort(2).values.flatten(1, 2)
+
+    def extra_repr(self):
+        return str(self.group_size)
+
+
+def _groups(x, size, name):
+    """Adjacent channels in groups: (N, C, ...) -> (N, C/size, size, ...)."""
+    if x.ndim < 2 or x.shape[1] % size:
+        number = "an even number" if size == 2 else f"a multiple of {size}"
+        raise ValueError(
+            f"{name} groups the channels of dimension 1 by {size} and got shape {tuple(x.shape)}: "
+            f"use {number} of channels"
+        )
+    return x.unflatten(1, (-1, size))
+
+
+register_ours(MaxMin | GroupSort | Householder, one_lipschitz)
+register_ours(ClampedMaxMin, one_lipschitz, arguments=lambda layer: {"shape": layer.shape})
+register_rounding(MaxMin | ClampedMaxMin | GroupSort, nothing_rounded)
 
 
 @register_rounding(Householder)
@@ -169,45 +198,3 @@ def _householder_rounding(layer, input_shape):
     """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
     the two sides agree up to rounding, costs no more."""
     return 64 * U, 0.0
-
-
-class GroupSort(nn.Module):
-    """Sort groups of adjacent channels, ascending: (N, C, ...) -> (N, C, ...). Everywhere a
-    permutation of each group and continuous, hence 1-Lipschitz.
-
-    Anil, Lucas and Grosse, ICML 2019. Raises ValueError where C is no multiple of group_size.
-    """
-
-    def __init__(self, group_size=2):
-        super().__init__()
-        self.group_size = group_size
-
-    def forward(self, x):
-        if x.ndim < 2 or x.shape[1] % self.group_size:
-            raise ValueError(
-                f"GroupSort({self.group_size}) sorts the channels of dimension 1 in groups and got "
-                f"shape {tuple(x.shape)}: use a multiple of {self.group_size} channels"
-            )
-        return x.unflatten(1, (-1, self.group_size)).sort(2).values.flatten(1, 2)
-
-    def extra_repr(self):
-        return str(self.group_size)
-
-
-def _pairs(x, name):
-    """Adjacent channels in pairs: (N, C, ...) -> (N, C/2, 2, ...)."""
-    if x.ndim < 2 or x.shape[1] % 2:
-        raise ValueError(
-            f"{name} pairs the channels of dimension 1 and got shape {tuple(x.shape)}: "
-            "use an even number of channels"
-        )
-    return x.unflatten(1, (-1, 2))
-
-
-register_ours(MaxMin | GroupSort, one_lipschitz)
-register_ours(
-    ClampedMaxMin,
-    one_lipschitz,
-    arguments=lambda layer: {"shape": [2 * len(layer.high), *layer.high.shape[1:]]},
-)
-register_rounding(MaxMin | ClampedMaxMin | GroupSort, nothing_rounded)

@@ -7,12 +7,15 @@ head whose rows enter pairwise, so that one matrix K bounds every margin:
 """
 
 import copy
+import itertools
 import math
 import sys
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
+from ..bounds import registry
 from ..bounds.layer import (
     estimate,
     is_linear,
@@ -23,18 +26,30 @@ from ..bounds.layer import (
 )
 from ..bounds.linear import as_text, exact_arithmetic, tensor_of
 from ..bounds.network import checked_head, head_rows, normalisation, reader
-from ..bounds.registry import (
-    is_bounded_as,
-    is_head,
-    know,
-    record,
-    refuse_foreign,
-    refuse_hooks,
-    refuse_overridden,
-)
 from ..bounds.torch_layers import batch_norm_scale
 from ..bounds.trace import body_output_shape, layer_inputs, leaves
 from .structure import BatchNormalized, Normalising, Normalize, Residual, Truncation, freeze
+
+
+@exact_arithmetic()
+def settle(net):
+    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
+    their buffer `norm`, rounded up to its own type. Call it once, after training; returns the net.
+    One that was not settled is certified all the same, with the constants that its norms give."""
+    for _, layer, shape in layer_inputs(net.body, net.input_shape):
+        if registry.record(layer).settle is None:
+            continue
+        norm, lowest = registry.record(layer).settle(layer, shape)
+        stored = torch.tensor(norm, dtype=layer.norm.dtype)
+        if stored.double() < norm:
+            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
+        if not lowest <= stored.item() < math.inf:
+            raise ValueError(
+                f"the norm of {as_text(layer)}, {norm:.1e}, is no {stored.dtype} of full "
+                "precision: scale its weight"
+            )
+        layer.norm.copy_(stored)
+    return net
 
 
 class LipschitzNet(Normalising):
@@ -53,12 +68,9 @@ class LipschitzNet(Normalising):
     """
 
     def __init__(self, body, head, input_shape, input_std=1.0, input_mean=0.0):
-        super().__init__()
+        super().__init__(input_mean, input_std, persistent=False)
         self.body, self.head = body, head
         self.input_shape = sample_shape(input_shape)
-        self.keep(input_mean, input_std)
-        if not (self.std.isfinite().all() and self.std.min() > 0):
-            raise ValueError(f"input_std must be positive and finite, got {input_std}")
         if not {self.std.numel(), self.mean.numel()} <= {1, self.input_shape[0]}:
             raise ValueError(
                 f"input_std = {input_std} and input_mean = {input_mean} do not fit inputs of shape "
@@ -80,29 +92,22 @@ class LipschitzNet(Normalising):
                 v = torch.randn(shape, device=like.device, dtype=like.dtype)
                 self.register_buffer(f"v{i}", v)
 
-    @property
-    def input_std(self):  # set .std in place to change it
-        return self.std.tolist()
-
-    @property
-    def input_mean(self):
-        return self.mean.tolist()
+    input_std = property(lambda net: net.std.tolist())  # set .std in place to change it
+    input_mean = property(lambda net: net.mean.tolist())
+    settle = settle
 
     def forward(self, x):
         """Logits (N, C) of un-normalised inputs x (N, *input_shape) in [0, 1]."""
         if tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(
-                f"wrong input shape {tuple(x.shape)}: this network takes (N, "
-                f"{', '.join(map(str, self.input_shape))})"
-            )
+            wanted = ("N", *self.input_shape)
+            raise ValueError(f"wrong input shape {tuple(x.shape)}: this network takes {wanted}")
         return self.head(self.body(self.normalised(x)))
 
     def body_lipschitz(self, iterations=5, through=False):
         """Training estimate of the Lipschitz constant of x -> body(x): a differentiable scalar.
 
         Advances the warm-started power iteration of each linear layer by `iterations` steps (0
-        re-uses the vectors); through: see bounds.estimate. An estimate from below: for
-        certificates use `cll.lipschitz_matrix(model, "guaranteed")`.
+        re-uses the vectors); through: see bounds.estimate.
         """
         total = 1 / self.std.min().to(next(self.parameters()).dtype)
         for i, (name, shape, constant) in enumerate(self._layers):
@@ -130,48 +135,16 @@ class LipschitzNet(Normalising):
 
     def estimate_lipschitz_matrix(self, iterations=5, through=False):
         """Training estimate of K, shape (C, C), differentiable in all weights (paper, eq. 1). From
-        below: `cll.lipschitz_matrix(net)` is the proof from above."""
-        rows = head_rows(self.head)
-        return self.body_lipschitz(iterations, through) * pairwise_distances(rows)
+        below, also by its former name `net.lipschitz_matrix`: for certificates take the proof from
+        above, `cll.lipschitz_matrix(net)`."""
+        return self.body_lipschitz(iterations, through) * pairwise_distances(head_rows(self.head))
 
-    def lipschitz_matrix(self, iterations=5, through=False):
-        """The former name of `estimate_lipschitz_matrix`: an estimate of K from below, for training
-        and for no certificate. The proven K is `cll.lipschitz_matrix(net)`."""
-        return self.estimate_lipschitz_matrix(iterations, through)
-
-    def settle(self):
-        """Fix the norms that SOC and CPL layers divide by in evaluation at proven upper bounds, see
-        bounds.settle. Call it once, after training; other layers do not need it."""
-        settle(self)
-        return self
+    lipschitz_matrix = estimate_lipschitz_matrix  # its former name
 
 
-know(LipschitzNet, extensible=True)
+registry.know(LipschitzNet, extensible=True)
 for _kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # see `unwrapped`
-    know(_kind)
-
-
-@exact_arithmetic()
-def settle(model):
-    """Fix the norms that SOC and CPL layers divide by in evaluation mode at proven upper bounds:
-    their buffer `norm`, rounded up to its own type. Call it once, after training.
-
-    model: a LipschitzNet. One that was not settled is certified all the same, with the constants
-    that its present norms give.
-    """
-    for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        if record(layer).settle is None:
-            continue
-        norm, lowest = record(layer).settle(layer, shape)
-        stored = torch.tensor(norm, dtype=layer.norm.dtype)
-        if stored.double() < norm:
-            stored = torch.nextafter(stored, torch.full_like(stored, math.inf))
-        if not lowest <= stored.item() < math.inf:
-            raise ValueError(
-                f"the norm of {as_text(layer)}, {norm:.1e}, is no {stored.dtype} of full "
-                "precision: scale its weight"
-            )
-        layer.norm.copy_(stored)
+    registry.know(_kind)
 
 
 @reader
@@ -181,8 +154,7 @@ def as_lipschitz_net(model, input_shape):
 
     model: an nn.Sequential, also of nested ones, of Linear, Conv2d, activations, pools, BatchNorm,
         Flatten, Dropout, transforms.Normalize (first), cll.Residual, our layers and registered
-        ones; or a LipschitzNet, which is returned as it is. torch.compile and DataParallel are
-        taken off.
+        ones; or a LipschitzNet. torch.compile and DataParallel are taken off.
     input_shape: of one sample, (C, H, W) or (features,).
 
     The last Linear (or NormalizedLinear, Truncation) becomes the head; without one, the outputs of
@@ -190,11 +162,11 @@ def as_lipschitz_net(model, input_shape):
     themselves are shared with `model`, not copied, and nothing is computed anew.
     A model with one output f (binary, as `binary_cll_loss` trains it) gets the logits (0, f), by a
     head that is exact in every arithmetic: class 1 where f > 0, K_01 the Lipschitz constant of f.
-    Raises TypeError for a model with a forward of its own and for a layer without a known bound,
+    Raises TypeError for a layer without a known bound and for a model with a forward of its own,
     ValueError for logits behind a softmax and for an input_shape that does not fit.
     """
     model = unwrapped(model)
-    refuse_foreign(model)
+    registry.refuse_foreign(model)
     if not isinstance(model, nn.Module):
         if hasattr(model, "body"):  # attributes alone, without a forward
             return model
@@ -211,51 +183,48 @@ def as_lipschitz_net(model, input_shape):
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("the model lies on the meta device, without numbers: load its weights")
     if isinstance(model, LipschitzNet):
-        return _two_logits(model) if checked_head(model).out_features == 1 else model
+        return _with_two_logits(model)
     input_shape = sample_shape(input_shape)
-    weight = next(model.parameters(), torch.empty(0))
-    sequence = _joined(model, weight.device)
+    device = next(model.parameters(), torch.empty(0)).device
+    sequence = _joined(model, device)
     while sequence and type(sequence[-1]) in (nn.Identity, nn.Dropout):
         sequence.pop()
-    if sequence and isinstance(sequence[-1], _SOFTMAX):
-        raise ValueError(
-            f"the model ends in {type(sequence[-1]).__name__}: certificates are about logits, of "
-            "the same argmax; leave that layer out"
-        )
-    body, head = sequence, None
     last = sequence[-1] if sequence else None
-    if is_head(last) or isinstance(last, nn.Linear) and is_linear(last):
-        body, head = sequence[:-1], last
-    body = nn.Sequential(*body)
-    if head is None:
-        features = body_output_shape(body, input_shape)
-        if len(features) != 1:
-            raise ValueError(
-                f"the model's outputs have shape {features}, not (classes,): end it with "
-                "nn.Flatten() and nn.Linear"
-            )
-        if features == (1,) and isinstance(last, nn.Sigmoid | nn.Hardsigmoid | nn.LogSigmoid):
-            raise ValueError(
-                f"the model ends in {type(last).__name__}: certificates are about a single score "
-                "whose sign is the answer; leave that layer out"
-            )
-        head = Truncation(features[0], features[0])
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices):  # the vectors for training, which nobody asked for
-        net = LipschitzNet(body, head, input_shape)
-    return as_lipschitz_net(net, input_shape)
+    if registry.is_head(last) or isinstance(last, nn.Linear) and is_linear(last):
+        return _with_two_logits(_built(nn.Sequential(*sequence[:-1]), last, input_shape))
+    body = nn.Sequential(*sequence)
+    features = body_output_shape(body, input_shape)
+    if len(features) != 1:
+        raise ValueError(
+            f"the model's outputs have shape {features}, not (classes,): end it with "
+            "nn.Flatten() and nn.Linear"
+        )
+    scores = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid) if features == (1,) else ()
+    if isinstance(last, _SOFTMAX + scores):
+        raise ValueError(
+            f"the model ends in {type(last).__name__}: certificates are about logits, of the same "
+            "argmax, or a single score whose sign is the answer; leave that layer out"
+        )
+    return _with_two_logits(_built(body, Truncation(*features, *features), input_shape))
 
 
-def _two_logits(model):
-    """The LipschitzNet with logits (0, f) of one with the output f."""
-    checked_head(model, body_output_shape(model.body, model.input_shape))  # raises if it is none
-    like = next(model.parameters(), model.std)
+def _built(body, head, *arguments):
+    """LipschitzNet(body, head, *arguments), which draws nothing from the caller's generators."""
+    like = next(itertools.chain(body.parameters(), head.parameters()), torch.empty(0))
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        head = nn.Linear(1, 2, bias=False, device=like.device, dtype=like.dtype)
-        head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
-        std, mean = normalisation(model)
-        body = nn.Sequential(model.body, model.head)
-        return LipschitzNet(body, head, model.input_shape, std, mean)
+        return LipschitzNet(body, head, *arguments)
+
+
+def _with_two_logits(net):
+    """A LipschitzNet with one output f as one with the logits (0, f); any other as it is."""
+    if checked_head(net).out_features != 1:
+        return net
+    checked_head(net, body_output_shape(net.body, net.input_shape))  # raises if it is none
+    like = next(net.parameters(), net.std)
+    head = skip_init(nn.Linear, 1, 2, bias=False, device=like.device, dtype=like.dtype)
+    head.requires_grad_(False).weight.copy_(torch.tensor([[0.0], [1.0]]))
+    std, mean = normalisation(net)
+    return _built(nn.Sequential(net.body, net.head), head, net.input_shape, std, mean)
 
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
@@ -266,13 +235,13 @@ def unwrapped(model):
     compute. Raises TypeError for compiled scripts, of which no layers can be read."""
     kind, compiler = type(model), sys.modules.get("torch._dynamo.eval_frame")
     if kind is getattr(compiler, "OptimizedModule", None):
-        refuse_hooks(model)
+        registry.refuse_hooks(model)
         forward = vars(model).get("forward")
         if getattr(forward, "__globals__", {}).get("__name__") != compiler.__name__:
             raise TypeError("no Lipschitz bound known for a compiled model with another forward")
         return unwrapped(model._orig_mod)
     if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        refuse_overridden(model)
+        registry.refuse_overridden(model)
         return unwrapped(model.module)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -284,12 +253,13 @@ def unwrapped(model):
 
 def _normalize(layer):
     """Our layer for torchvision's Normalize, which is told by its place, not by an import."""
-    kind, place = type(layer), sys.modules.get(type(layer).__module__)
-    known = kind.__module__.startswith("torchvision.transforms.") and kind.__name__ == "Normalize"
-    if not (known and getattr(place, "Normalize", None) is kind):
+    kind = type(layer)
+    transform = kind.__module__.startswith("torchvision.transforms.")
+    place = sys.modules.get(kind.__module__) if transform else None
+    if getattr(place, "Normalize", None) is not kind:
         return None
-    know(kind)
-    refuse_overridden(layer)
+    registry.know(kind)
+    registry.refuse_overridden(layer)
     values = [tensor_of(getattr(layer, name), name) for name in ("mean", "std")]
     if layer.inplace or max(value.ndim for value in values) > 1:
         raise TypeError(  # others may read its changed input; rows of an image may have own means
@@ -306,19 +276,21 @@ def _joined(module, device):
         if unwrapped(layer) is not layer:
             sequence += _joined(unwrapped(layer), device)
             continue
-        if not is_head(layer):  # before anything is run, taken apart or left out
-            refuse_overridden(layer)
-        if is_bounded_as(layer, Residual):
+        if not registry.is_head(layer):  # before anything is run, taken apart or left out
+            registry.refuse_overridden(layer)
+        if registry.is_bounded_as(layer, Residual):
             parts = layer.branch, layer.shortcut
             layer = Residual(*(nn.Sequential(*_joined(part, device)) for part in parts))
         elif (normalize := _normalize(layer)) is not None:
             layer = normalize.to(device)
-        elif is_bounded_as(layer, object) and not (is_head(layer) or isinstance(layer, _SOFTMAX)):
+        elif registry.is_bounded_as(layer, object) and not (
+            registry.is_head(layer) or isinstance(layer, _SOFTMAX)
+        ):
             layer_lipschitz(layer, (), "guaranteed")  # raises, naming the layer
-        elif is_bounded_as(layer, nn.BatchNorm2d):
+        elif registry.is_bounded_as(layer, nn.BatchNorm2d):
             batch_norm_scale(layer)  # raises where statistics of the batch are used
         pair = (sequence[-1] if sequence else None, layer)
-        if is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
+        if registry.is_bounded_as(layer, nn.BatchNorm2d) and is_linear(pair[0]):
             sequence[-1] = BatchNormalized(*pair)
         else:
             sequence.append(layer)

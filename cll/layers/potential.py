@@ -11,7 +11,7 @@ from ..bounds.linear import SAFE, TINY, U, as_text, gamma, lengths, round_up
 from ..bounds.norm import first_bound, matrix_norm
 from ..bounds.registry import register_ours, register_rounding
 from ..bounds.trace import evaluation_copy
-from .structure import require_odd, without_autocast
+from .structure import without_autocast
 
 
 class _PotentialStep(nn.Module):
@@ -20,11 +20,13 @@ class _PotentialStep(nn.Module):
     W is a matrix (inner, features) or a zero-padded convolution kernel (inner, channels, k, k).
     With S = diag(slopes of relu) in [0, 1] the Jacobian is I - 2 V^T S V, V = D^(1/2) W, symmetric
     with eigenvalues in [1 - 2 ||V||^2, 1]: the layer is 1-Lipschitz if ||V|| <= 1, and in any case
-    max(1, 2 ||V||^2 - 1)-Lipschitz, which is what `bounds` proves from D as it is.
+    max(1, 2 ||V||^2 - 1)-Lipschitz.
     """
 
     def __init__(self, shape, initialise):
         super().__init__()
+        if len(shape) > 2 and shape[-1] % 2 == 0:
+            raise ValueError(f"{type(self).__name__} needs an odd kernel, got {shape[-1]}")
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0]))
         initialise(self.weight)
@@ -32,17 +34,31 @@ class _PotentialStep(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
         self.frozen = None
 
+    # the constructors' arguments, which a certificate names
+    inner = property(lambda layer: layer.weight.shape[0])
+    features = channels = property(lambda layer: layer.weight.shape[1])
+    kernel_size = property(lambda layer: layer.weight.shape[-1])
+
+    def _apply_weight(self, x, bias=None):
+        """W x + b; x is one sample or a batch."""
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, bias)
+        return F.conv2d(x, self.weight, bias, padding=self.kernel_size // 2)
+
+    def _apply_adjoint(self, h):
+        """W^T h"""
+        if self.weight.ndim == 2:
+            return h @ self.weight
+        return F.conv_transpose2d(h, self.weight, padding=self.kernel_size // 2)
+
     def forward(self, x):
         D = self.effective() if self.frozen is None else self.frozen
-        if self.weight.ndim == 2:
-            return x - 2 * (D * F.relu(F.linear(x, self.weight, self.bias))) @ self.weight
-        padding = self.weight.shape[-1] // 2
-        h = F.relu(F.conv2d(x, self.weight, self.bias, padding=padding))
-        return x - 2 * F.conv_transpose2d(D.view(-1, 1, 1) * h, self.weight, padding=padding)
+        h = F.relu(self._apply_weight(x, self.bias))
+        return x - 2 * self._apply_adjoint(D.view(-1, *[1] * (self.weight.ndim - 2)) * h)
 
     def extra_repr(self):
-        inner, features, *kernel = self.weight.shape
-        return f"{features}, inner={inner}" + (f", kernel_size={kernel[0]}" if kernel else "")
+        kernel = f", kernel_size={self.kernel_size}" if self.weight.ndim > 2 else ""
+        return f"{self.features}, inner={self.inner}{kernel}"
 
 
 class _CPL(_PotentialStep):
@@ -50,7 +66,10 @@ class _CPL(_PotentialStep):
 
     In training ||W|| is estimated by power iteration on the vector `v` (one sample's shape;
     `advance`, once per step) and differentiated; in evaluation it is the buffer `norm`, which
-    `bounds.settle` sets to a proven bound.
+    `settle` sets to a proven bound.
+
+    Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz neural
+    networks", ICML 2022.
     """
 
     def __init__(self, shape, input_shape):
@@ -59,18 +78,12 @@ class _CPL(_PotentialStep):
         self.register_buffer("v", v / v.norm())
         self.register_buffer("norm", torch.ones(()))
 
-    def _apply_weight(self, x, adjoint=False):
-        if self.weight.ndim == 2:
-            return x @ self.weight if adjoint else F.linear(x, self.weight)
-        convolve = F.conv_transpose2d if adjoint else F.conv2d
-        return convolve(x[None], self.weight, padding=self.weight.shape[-1] // 2)[0]
-
     @torch.no_grad()
     def advance(self, iterations):
         """Move v by steps of power iteration, in place."""
         v = self.v
         for _ in range(iterations):
-            v = power_step(self._apply_weight(self._apply_weight(v), adjoint=True), v)
+            v = power_step(self._apply_adjoint(self._apply_weight(v)), v)
         self.v.copy_(v)
 
     def effective(self):
@@ -80,32 +93,30 @@ class _CPL(_PotentialStep):
 
 
 class CPLLinear(_CPL):
-    """Dense convex potential layer, (N, features) -> (N, features); see `_PotentialStep`.
-
-    Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz neural
-    networks", ICML 2022.
-    """
+    """Dense convex potential layer, (N, features) -> (N, features)."""
 
     def __init__(self, features, inner):
         super().__init__((inner, features), (features,))
 
 
 class CPLConv2d(_CPL):
-    """Convolutional convex potential layer, (N, channels, H, W) -> same; see `CPLLinear`.
+    """Convolutional convex potential layer, (N, channels, H, W) -> same. input_shape: (channels, H,
+    W), the shape on which power iteration works. Odd kernels only."""
 
-    input_shape: (channels, H, W), the shape on which power iteration works. Odd kernels only.
-    """
+    input_shape = property(lambda layer: list(layer.v.shape))
 
     def __init__(self, input_shape, inner=5, kernel_size=3):
-        require_odd(kernel_size, "CPLConv2d")
         super().__init__((inner, input_shape[0], kernel_size, kernel_size), input_shape)
 
 
 class _SLL(_PotentialStep):
-    """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q > 0.
+    """SDP-based layer: D = 1 / T, T_i = sum_j |G_ij| q_j / q_i, G = W W^T, q = exp(.q) > 0.
 
-    T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. q = exp(.q) is positive
-    by construction, and the sum runs over the same axis as q_j.
+    T - G is diagonally dominant after the scaling by q, hence W^T D W <= I. A convolution's T is
+    made for an endless image: zero padding cuts a part out of it, of no larger norm.
+
+    Araujo, Havens, Delattre, Allauzen, Hu, "A unified algebraic perspective on Lipschitz neural
+    networks", ICLR 2023, theorem 1.
     """
 
     def __init__(self, shape):
@@ -119,39 +130,30 @@ class _SLL(_PotentialStep):
             if self.weight.ndim == 2:
                 G = (self.weight @ self.weight.mT).abs()
             else:  # correlations of the kernels at all offsets: the rows of G on an endless image
-                pad = self.weight.shape[-1] - 1
-                G = F.conv2d(self.weight, self.weight, padding=pad).abs().sum((2, 3))
+                G = F.conv2d(self.weight, self.weight, padding=self.kernel_size - 1)
+                G = G.abs().sum((2, 3))
             q = torch.exp(self.q - self.q.max()).clamp_min(small)
             total = G @ q
             return q / torch.where(total > small, total, math.inf)
 
 
 class SLLLinear(_SLL):
-    """Dense SDP-based layer, (N, features) -> (N, features); see `_SLL` and `_PotentialStep`.
-
-    Araujo, Havens, Delattre, Allauzen, Hu, "A unified algebraic perspective on Lipschitz neural
-    networks", ICLR 2023, theorem 1.
-    """
+    """Dense SDP-based layer, (N, features) -> (N, features)."""
 
     def __init__(self, features, inner):
         super().__init__((inner, features))
 
 
 class SLLConv2d(_SLL):
-    """Convolutional SDP-based layer, (N, channels, H, W) -> same; see `SLLLinear`.
-
-    Zero padding cuts a part out of the endless image for which T is made, and a part of an
-    operator has no larger norm. Odd kernels only.
-    """
+    """Convolutional SDP-based layer, (N, channels, H, W) -> same. Odd kernels only."""
 
     def __init__(self, channels, inner=5, kernel_size=3):
-        require_odd(kernel_size, "SLLConv2d")
         super().__init__((inner, channels, kernel_size, kernel_size))
 
 
 def _lipschitz_constant(layer, input_shape, method):
-    """max(1, 2 ||D^(1/2) W||^2 - 1), see `_PotentialStep`, for the D that the layer applies in
-    evaluation mode: whatever norm or q it was made from, the bound holds."""
+    """max(1, 2 ||D^(1/2) W||^2 - 1) for the D that the layer applies in evaluation mode: whatever
+    norm or q it was made from, the bound holds."""
     if method == "power":
         return 1.0
     layer = evaluation_copy(layer)
@@ -179,27 +181,8 @@ def _settle(layer, input_shape):
     return first_bound(without_weight(W), W, input_shape), 0.0
 
 
-def _of_matrix(layer):
-    return {"features": layer.weight.shape[1], "inner": len(layer.weight)}
-
-
-def _of_kernel(layer):
-    return {"inner": len(layer.weight), "kernel_size": layer.weight.shape[-1]}
-
-
-register_ours(CPLLinear, _lipschitz_constant, arguments=_of_matrix, settle=_settle)
-register_ours(
-    CPLConv2d,
-    _lipschitz_constant,
-    arguments=lambda layer: {"input_shape": list(layer.v.shape), **_of_kernel(layer)},
-    settle=_settle,
-)
-register_ours(SLLLinear, _lipschitz_constant, arguments=_of_matrix)
-register_ours(
-    SLLConv2d,
-    _lipschitz_constant,
-    arguments=lambda layer: {"channels": layer.weight.shape[1], **_of_kernel(layer)},
-)
+register_ours(CPLLinear | CPLConv2d, _lipschitz_constant, settle=_settle)
+register_ours(SLLLinear | SLLConv2d, _lipschitz_constant)
 
 
 @register_rounding(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)

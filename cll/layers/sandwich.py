@@ -7,17 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..bounds.dense import proven_square
-from ..bounds.linear import (
-    CHUNK,
-    SAFE,
-    TINY,
-    U,
-    as_text,
-    gamma,
-    lengths,
-    power_of_two,
-    round_up,
-)
+from ..bounds.linear import CHUNK, SAFE, TINY, U, as_text, gamma, lengths, power_of_two, round_up
 from ..bounds.registry import register_ours, register_rounding
 from ..bounds.trace import evaluation_copy
 from .activations import batch_in_front
@@ -31,30 +21,44 @@ class _Sandwich(nn.Module):
     (the diagonal P drops out), so ||2 A^T w||^2 = 4 w^T (I - B B^T) w <= 4 w^T B d - 4 ||B^T w||^2
     = ||d||^2 - ||d - 2 B^T w||^2 <= ||d||^2. [A B] comes from the Cayley transform of a free
     matrix, so that training is unconstrained. If rounding leaves ||[A B]||^2 = 1 + e, the same
-    lines give the constant sqrt(1 + 4 e (1 + e)), which `bounds` proves.
+    lines give the constant sqrt(1 + 4 e (1 + e)).
 
     Initialised near A = cos(pi/4) I and B of the same size, where a layer keeps lengths up to what
-    relu loses. The published Xavier weights make A small and shrink differences of images to a
-    thousandth over the eleven layers of the LBDN network, which then takes epochs to wake up.
+    relu loses. The published Xavier weights shrink differences of images to a thousandth over the
+    eleven layers of the LBDN network, which then takes epochs to wake up.
 
     Wang and Manchester, "Direct parameterization of Lipschitz-bounded deep networks", ICML 2023.
     """
 
-    def __init__(self, shape):
+    def __init__(self, out, inputs, kernel=()):
         super().__init__()
-        out = shape[0]
-        self.weight = nn.Parameter(torch.empty(shape))  # (out, out + in, ...)
+        shape = (out, out + inputs, *kernel)
+        self.weight = nn.Parameter(torch.empty(shape))
         nn.init.xavier_normal_(self.weight, gain=0.1)
         with torch.no_grad():  # V^T V = (tan(pi/8))^2 I, at all frequencies: then A and B are alike
-            middle = (..., *(k // 2 for k in shape[2:]))
-            start = torch.empty(out, shape[1] - out)
+            middle = (..., *(k // 2 for k in kernel))
+            start = torch.empty(out, inputs)
             nn.init.orthogonal_(start, gain=math.tan(math.pi / 8))
             self.weight[:, out:][middle] += start
         self.bias = nn.Parameter(torch.empty(out))
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         nn.init.uniform_(self.bias, -bound, bound)
         self.psi = nn.Parameter(torch.zeros(out))
+        self.alpha = nn.Parameter(length_of(self._spectrum(self.weight.detach())))
         self.frozen = None
+
+    def effective(self):
+        """[A B], (out, out + in); of a convolution at each frequency, (H, W/2 + 1, out, out + in),
+        complex."""
+        with without_autocast(self.weight):
+            return self._cayley(self._spectrum(self.weight / power_of_two(self.weight)))
+
+    def forward(self, x):
+        both = self.effective() if self.frozen is None else self.frozen
+        out, vector = both.shape[-2], (-1, *[1] * (self.weight.ndim - 2))
+        P, bias = torch.exp(self.psi).view(vector), self.bias.view(vector)
+        h = F.relu(math.sqrt(2) / P * self._apply_matrix(both[..., out:], x) + bias)
+        return self._apply_matrix(both[..., :out].mH, math.sqrt(2) * P * h)
 
     def _cayley(self, W):
         """[A B], (..., n, n + m), with orthonormal rows, of W (..., n, n + m), real or complex,
@@ -65,10 +69,6 @@ class _Sandwich(nn.Module):
         identity = torch.eye(n, dtype=W.dtype, device=W.device)
         # (I + Z) has a positive definite symmetric part, so that it is never singular
         return _RightSolve.apply(identity + Z, torch.cat([identity - Z, -2 * V], -2)).mH
-
-    def extra_repr(self):
-        out, both = self.weight.shape[:2]
-        return f"{both - out}, {out}"
 
 
 class _RightSolve(torch.autograd.Function):
@@ -94,50 +94,45 @@ class _RightSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B):
-        return _RightSolve.apply(
-            batch_in_front(A, in_dims[0], info), batch_in_front(B, in_dims[1], info)
-        ), 0
+        return _RightSolve.apply(*batch_in_front(info, in_dims, A, B)), 0
 
 
 class SandwichLinear(_Sandwich):
     """Dense sandwich layer, (N, in) -> (N, out); see `_Sandwich`."""
 
     def __init__(self, in_features, out_features):
-        super().__init__((out_features, out_features + in_features))
-        self.alpha = nn.Parameter(length_of(self.weight.detach()))
+        super().__init__(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
 
-    def effective(self):
-        """[A B], (out, out + in)."""
-        with without_autocast(self.weight):
-            return self._cayley(self.weight / power_of_two(self.weight))
+    def _spectrum(self, weight):
+        return weight
 
-    def forward(self, x):
-        both = self.effective() if self.frozen is None else self.frozen
-        A, B = both[:, : len(both)], both[:, len(both) :]
-        P = torch.exp(self.psi)
-        h = F.relu(math.sqrt(2) / P * F.linear(x, B) + self.bias)
-        return (math.sqrt(2) * P * h) @ A
+    def _apply_matrix(self, matrix, x):
+        return F.linear(x, matrix)
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}"
 
 
 class SandwichConv2d(_Sandwich):
     """Convolutional sandwich layer with circular padding, (N, in, H, W) -> (N, out, H/s, W/s).
 
     A and B are circular convolutions of the whole image: the Cayley transform acts on each
-    frequency of the kernel's Fourier transform, after which kernels have no finite support. The
-    transform is unitary, so the proof of `_Sandwich` holds as it stands. Strides are taken by
-    space-to-depth with half the kernel.
-
-    input_shape: (in, H, W). Raises ValueError for a kernel larger than the image.
+    frequency of the kernel's Fourier transform, which is unitary: the proof of `_Sandwich` holds as
+    it stands. Strides are taken by space-to-depth with half the kernel. input_shape: (in, H, W).
+    Raises ValueError for a kernel larger than the image.
     """
 
     def __init__(self, input_shape, out_channels, kernel_size=3, stride=1):
         channels, *size = input_shape
         k = max(1, kernel_size // stride)
-        self.size, self.stride = tuple(n // stride for n in size), stride
+        self.size = tuple(n // stride for n in size)
         if min(self.size) < k:
             raise ValueError(f"SandwichConv2d: a {k}x{k} kernel is larger than its image {size}")
-        super().__init__((out_channels, out_channels + channels * stride**2, k, k))
-        self.alpha = nn.Parameter(length_of(self._spectrum(self.weight.detach())))
+        # the arguments as they take effect, which a certificate names
+        self.input_shape = [channels, *(n * stride for n in self.size)]
+        self.out_channels, self.kernel_size, self.stride = out_channels, k * stride, stride
+        super().__init__(out_channels, channels * stride**2, (k, k))
 
     def _spectrum(self, weight):
         """Fourier transform of the centred kernel, (H, W/2 + 1, out, out + in)."""
@@ -146,38 +141,25 @@ class SandwichConv2d(_Sandwich):
         kernel = kernel.roll((-(k // 2), -(k // 2)), (2, 3))
         return torch.fft.rfft2(kernel).permute(2, 3, 0, 1)
 
-    def effective(self):
-        """[A B] of each frequency, (H, W/2 + 1, out, out + in), complex."""
-        with without_autocast(self.weight):
-            return self._cayley(self._spectrum(self.weight / power_of_two(self.weight)))
+    def _apply_matrix(self, matrices, x):
+        """The circular convolution with these frequency responses (H, W/2 + 1, o, i)."""
+        spectrum = torch.fft.rfft2(x).permute(2, 3, 1, 0)  # (H, W/2 + 1, i, N)
+        return torch.fft.irfft2((matrices @ spectrum).permute(3, 2, 0, 1), s=self.size)
 
     def forward(self, x):
-        both = self.effective() if self.frozen is None else self.frozen
         with without_autocast(self.weight):  # no FFT in half precision
             if self.stride > 1:
                 x = F.pixel_unshuffle(x, self.stride)
             if tuple(x.shape[-2:]) != self.size:  # another FFT would crop or repeat the image
                 raise ValueError(
-                    f"SandwichConv2d for images of {[n * self.stride for n in self.size]} got "
-                    f"an input of shape {tuple(x.shape)}"
+                    f"SandwichConv2d for images of {self.input_shape[1:]} got an input of shape "
+                    f"{tuple(x.shape)}"
                 )
-            out = both.shape[-2]
-            A, B = both[..., :out], both[..., out:]
-            P = torch.exp(self.psi).view(-1, 1, 1)
-            z = self._convolve(B, x.to(self.weight.dtype))
-            h = F.relu(math.sqrt(2) / P * z + self.bias.view(-1, 1, 1))
-            return self._convolve(A.mH, math.sqrt(2) * P * h)
-
-    def _convolve(self, matrices, x):
-        """The circular convolution with these frequency responses (H, W/2 + 1, o, i)."""
-        spectrum = torch.fft.rfft2(x).permute(2, 3, 1, 0)  # (H, W/2 + 1, i, N)
-        return torch.fft.irfft2((matrices @ spectrum).permute(3, 2, 0, 1), s=self.size)
+            return super().forward(x.to(self.weight.dtype))
 
     def extra_repr(self):
-        return (
-            super().extra_repr() + f", kernel_size={self.weight.shape[-1]}, stride={self.stride}, "
-            f"size={self.size}"
-        )
+        out, both, k, _ = self.weight.shape
+        return f"{both - out}, {out}, kernel_size={k}, stride={self.stride}, size={self.size}"
 
 
 def _lipschitz_constant(layer, input_shape, method):
@@ -206,24 +188,7 @@ def _lipschitz_constant(layer, input_shape, method):
     return round_up(math.sqrt(1 + round_up(4 * excess * (1 + excess))))
 
 
-def _of_matrix(layer):
-    out, both = layer.weight.shape
-    return {"in_features": both - out, "out_features": out}
-
-
-def _of_kernel(layer):
-    out, both, k, _ = layer.weight.shape
-    size = (n * layer.stride for n in layer.size)
-    return {
-        "input_shape": [(both - out) // layer.stride**2, *size],
-        "out_channels": out,
-        "kernel_size": k * layer.stride,
-        "stride": layer.stride,
-    }
-
-
-register_ours(SandwichLinear, _lipschitz_constant, arguments=_of_matrix)
-register_ours(SandwichConv2d, _lipschitz_constant, arguments=_of_kernel)
+register_ours(SandwichLinear | SandwichConv2d, _lipschitz_constant)
 
 
 @register_rounding(SandwichLinear | SandwichConv2d)

@@ -14,7 +14,6 @@ from ..bounds.linear import SAFE, U, as_text, gamma, lengths, power_of_two, roun
 from ..bounds.norm import first_bound
 from ..bounds.registry import register_ours, rounding_by_proof
 from ..bounds.trace import evaluation_copy
-from .structure import require_odd
 
 
 class SOCConv2d(nn.Module):
@@ -23,14 +22,14 @@ class SOCConv2d(nn.Module):
     (N, in, H, W) -> (N, out, H/stride, W/stride). A is a zero-padded convolution whose kernel, over
     c = max(in stride^2, out) channels, is minus its own adjoint; strides are taken by
     space-to-depth, missing input channels are zero, surplus outputs are dropped. exp(A) would be
-    orthogonal. The series stops after terms[0] powers in training and terms[1] in evaluation, and
-    is non-expansive as long as ||A|| is small enough: `bounds` proves that for the norm at hand.
+    orthogonal. The series stops after terms[0] powers in training and terms[1] in evaluation; with
+    a small enough ||A|| it does not expand.
 
     The kernel is scaled to 0.7 / s, where s is the smaller norm of its two unfoldings; then
     ||A|| <= 0.7 k (Singla and Feizi, "Fantastic four", ICLR 2021; for a skew kernel their four
     unfoldings have two different norms). 1x1 kernels are scaled to norm 1. In training s is
     estimated by power iteration (`advance`, once per step) and differentiated; in evaluation it is
-    the buffer `norm`, which `bounds.settle` sets to a proven bound.
+    the buffer `norm`, which `settle` sets to a proven bound.
 
     Singla and Feizi, "Skew orthogonal convolutions", ICML 2021. Raises ValueError for an even
     kernel, whose adjoint does not fit the same padding, and for terms beyond 1 to 64.
@@ -38,7 +37,8 @@ class SOCConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, terms=(5, 12)):
         super().__init__()
-        require_odd(kernel_size, "SOCConv2d")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"SOCConv2d needs an odd kernel, got {kernel_size}")
         if not all(1 <= count <= 64 for count in terms):
             raise ValueError(f"SOCConv2d needs 1 to 64 terms of its series, got {terms}")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -98,10 +98,8 @@ class SOCConv2d(nn.Module):
         return y[:, : self.out_channels] + self.bias.view(-1, 1, 1)
 
     def extra_repr(self):
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, terms={self.terms}"
-        )
+        settings = ", ".join(f"{k}={getattr(self, k)}" for k in ("kernel_size", "stride", "terms"))
+        return f"{self.in_channels}, {self.out_channels}, {settings}"
 
 
 def _settle(layer, input_shape):
@@ -125,7 +123,8 @@ def _largest_gain(layer, input_shape, method):
         return 1.0
     layer = evaluation_copy(layer)
     if method == "exact":
-        return _exact(layer, input_shape)
+        bias = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
+        return exact_norm(lambda x: layer(x) - bias, input_shape, bias.numel(), as_text(layer))
     kernel, terms = layer.effective(), layer.terms[1]
     inner = layer.kernel_size * _unfolded_norm(kernel)
     gain = taylor_gain(terms, round_up(inner))
@@ -142,12 +141,6 @@ def _unfolded_norm(kernel):
     return min(first_bound(without_weight(side), side, side.shape[1:]) for side in sides)
 
 
-@torch.no_grad()
-def _exact(layer, input_shape):
-    start = layer(torch.zeros(1, *input_shape, dtype=torch.float64))
-    return exact_norm(lambda x: layer(x) - start, input_shape, start.numel(), as_text(layer))
-
-
 @functools.lru_cache(maxsize=4096)
 def taylor_gain(terms, norm):
     """Upper bound of |p(i t)| over 0 <= t <= norm, p(z) = sum_k z^k / k! up to k = terms. Float.
@@ -159,16 +152,13 @@ def taylor_gain(terms, norm):
     """
     if not norm < 64:
         return math.inf
-    parts = [[Fraction(0)] * (terms + 1) for _ in range(2)]  # real and imaginary, in powers of t
-    for k in range(terms + 1):
-        parts[k % 2][k] = Fraction((-1) ** (k // 2), math.factorial(k))
-    square = [Fraction(0)] * (terms + 1)
-    for part in parts:
-        for i, a in enumerate(part):
-            for j, b in enumerate(part):
-                square[(i + j) // 2] += a * b  # odd powers do not occur within a part
-    n, end = terms, Fraction(norm) ** 2
-    scaled = [c * end**i for i, c in enumerate(square)]  # on [0, 1]
+    n, end, scaled = terms, Fraction(norm) ** 2, []
+    for k in range(n + 1):  # u^k of the products of t^i and t^(2 k - i); odd powers cancel
+        coefficient = Fraction(0)
+        for i in range(max(0, 2 * k - n), min(n, 2 * k) + 1):
+            product = math.factorial(i) * math.factorial(2 * k - i)
+            coefficient += Fraction((-1) ** (i + k), product)
+        scaled.append(coefficient * end**k)  # on [0, 1]
     bernstein = [
         sum(Fraction(math.comb(k, i), math.comb(n, i)) * scaled[i] for i in range(k + 1))
         for k in range(n + 1)

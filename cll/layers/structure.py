@@ -11,35 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bounds.layer import (
-    ProvenLayer,
-    absolute_norm,
-    float64_weight,
-    is_linear,
-    operator_norm,
-    without_weight,
-)
-from ..bounds.linear import (
-    SAFE,
-    TINY,
-    U,
-    as_text,
-    gamma,
-    power_of_two,
-    round_up,
-    tensor_of,
-)
+from ..bounds import registry, trace
+from ..bounds.layer import ProvenLayer, absolute_norm, float64_weight, is_linear, without_weight
+from ..bounds.linear import SAFE, TINY, U, as_text, gamma, power_of_two, round_up, tensor_of
 from ..bounds.network import product, prove_chain, sum_of_chains
 from ..bounds.norm import matrix_norm
-from ..bounds.registry import (
-    is_bounded_as,
-    refuse_overridden,
-    register_ours,
-    register_rounding,
-)
+from ..bounds.registry import register_ours, register_rounding
 from ..bounds.rounding import at_zero, layer_error
 from ..bounds.torch_layers import batch_norm_scale, bias_length, nothing_rounded, one_lipschitz
-from ..bounds.trace import body_output_shape, evaluation_copy, layer_inputs
 
 
 class PadChannels(nn.Module):
@@ -56,19 +35,21 @@ class PadChannels(nn.Module):
         return str(self.channels)
 
 
-register_ours(PadChannels, one_lipschitz)
-register_rounding(PadChannels, nothing_rounded)
-
-
 class Normalising(nn.Module):
     """A module with the numbers that inputs are normalised by: buffers .mean and .std, one value or
     one per channel. They keep the caller's float64 numbers whatever type the module is converted
-    to, and both its forward pass and its certificate read them, also after a change in place."""
+    to, and both its forward pass and its certificate read them, also after a change in place.
 
-    def keep(self, mean, std, persistent=False):
+    Raises ValueError for a std that is not positive.
+    """
+
+    def __init__(self, mean, std, persistent):
+        super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             value = tensor_of(values, name).to("cpu", torch.float64)
             self.register_buffer(name, value.reshape(-1).clone(), persistent)
+        if not (self.std.isfinite().all() and (self.std > 0).all()):
+            raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
 
     def _apply(self, fn, recurse=True):
         kept = self.mean, self.std
@@ -89,15 +70,12 @@ class Normalize(Normalising):
     """(x - mean) / std per channel, as the first layer of a classifier that certifies
     un-normalised images: (N, C, ...) -> (N, C, ...), 1 / min(std)-Lipschitz.
 
-    mean, std: float or one value per channel. Raises ValueError for a std that is not positive and
-    for an input with another number of channels: broadcasting would repeat it, sqrt(C) longer.
+    mean, std: float or one value per channel. Raises ValueError for an input with another number
+    of channels: broadcasting would repeat it, sqrt(C) longer.
     """
 
     def __init__(self, mean, std):
-        super().__init__()
-        self.keep(mean, std, persistent=True)
-        if not (self.std.isfinite().all() and (self.std > 0).all()):
-            raise ValueError(f"std must be positive and finite, got {self.std.tolist()}")
+        super().__init__(mean, std, persistent=True)
 
     def forward(self, x):
         if not {self.mean.numel(), self.std.numel()} <= {1, x.shape[1]}:
@@ -149,13 +127,9 @@ class Residual(nn.Module):
         return kept + added
 
 
-def _branch_and_shortcut(layer):
-    return {"branch": layer.branch, "shortcut": layer.shortcut}
-
-
-@register_ours(Residual, several=True, parts=("branch", "shortcut"), arguments=_branch_and_shortcut)
+@register_ours(Residual, several=True, parts=("branch", "shortcut"))
 def _sum(layer, input_shape, method):
-    layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
+    trace.layer_inputs(nn.Sequential(layer), input_shape)  # raises if the parts do not fit together
     parts = (prove_chain(part, input_shape, method) for part in (layer.branch, layer.shortcut))
     return sum_of_chains(parts, method)
 
@@ -163,6 +137,10 @@ def _sum(layer, input_shape, method):
 class BatchNormalized(nn.Sequential):
     """A Linear or Conv2d and the BatchNorm after it, bounded as the one linear map that they are in
     evaluation mode. `architectures.as_lipschitz_net` makes these pairs."""
+
+    # the constructor's arguments, which a certificate names
+    linear = property(lambda pair: pair[0])
+    norm = property(lambda pair: pair[1])
 
     def __init__(self, linear, norm):
         super().__init__(linear, norm)
@@ -173,8 +151,10 @@ def _as_one_matrix(layer, input_shape):
     Its entries are off by 5 u of their size, in norm by that times the norm of the matrix of
     absolute values."""
     for one in layer:  # a hook or a forward of their own
-        refuse_overridden(one)
-    if len(layer) != 2 or not (is_linear(layer[0]) and is_bounded_as(layer[1], nn.BatchNorm2d)):
+        registry.refuse_overridden(one)
+    if len(layer) != 2 or not (
+        is_linear(layer[0]) and registry.is_bounded_as(layer[1], nn.BatchNorm2d)
+    ):
         raise TypeError(
             f"no Lipschitz bound known for {as_text(layer)} of {len(layer)} layers that are no "
             "Linear or Conv2d and its BatchNorm: use nn.Sequential"
@@ -189,11 +169,7 @@ def _as_one_matrix(layer, input_shape):
     return layer[0], scaled, error
 
 
-def _linear_and_norm(layer):
-    return {"linear": layer[0], "norm": layer[1]}
-
-
-@register_ours(BatchNormalized, several=True, matrix=_as_one_matrix, arguments=_linear_and_norm)
+@register_ours(BatchNormalized, several=True, matrix=_as_one_matrix)
 def _one_after_the_other(layer, input_shape, method):
     """Where the two are no one matrix: BatchNorm scales rows, Linear mixes columns."""
     return product(prove_chain(nn.Sequential(*layer), input_shape, method), method)
@@ -201,27 +177,21 @@ def _one_after_the_other(layer, input_shape, method):
 
 @register_rounding(BatchNormalized)
 def _batch_normalized_rounding(layer, input_shape):
-    """The two one after the other. The norm of the first alone was not proven: || |A| || bounds
-    it."""
+    """The two one after the other; || |A| || bounds the norm of the first, not proven alone."""
     linear, norm = layer
-    shape, shift = body_output_shape(linear, input_shape), at_zero(linear, input_shape)
+    shape, shift = trace.body_output_shape(linear, input_shape), at_zero(linear, input_shape)
     gain = absolute_norm(linear, linear.weight.detach().cpu().double(), input_shape)
-    scale = operator_norm(norm, shape)
+    scale = round_up(batch_norm_scale(norm).abs().max().item())
     a, b = layer_error(ProvenLayer("linear", linear, input_shape, upper=gain))
     slope, constant = layer_error(ProvenLayer("norm", norm, shape, upper=scale))
     a, b = scale * a + slope * (gain + a), scale * b + slope * (shift + b) + constant
     return a * SAFE + TINY, b * SAFE + TINY
 
 
-# What these compute from their weights alone is `effective()`: the tensors that `forward` applies
-# to the input. Training recomputes them at every step; `freeze` fixes them for inference.
-
-
 def freeze(module):
-    """Compute what layers derive from their weights once, for inference with fixed weights.
-
-    For a private copy: the layers of `module` do not notice a later change of weights or dtype.
-    """
+    """Compute `effective()` of all layers that have it once, for inference: what they apply to
+    their input, derived from their weights, which training computes anew at every step. For a
+    private copy: the layers of `module` do not notice a later change of weights or dtype."""
     with torch.no_grad():
         for layer in module.modules():
             if hasattr(layer, "effective"):
@@ -248,7 +218,7 @@ class NormalizedLinear(nn.Linear):
 def _normalized(layer, input_shape, method):
     """The rows that it computes, each off by gamma(D + 8) of its length 1."""
     float64_weight(layer, input_shape)  # checked
-    W = evaluation_copy(layer).rows()
+    W = trace.evaluation_copy(layer).rows()
     norm = matrix_norm(without_weight(W), W, input_shape, method)
     error = gamma(W.shape[1] + 8) * math.sqrt(len(W))
     return round_up(norm + error) if method == "guaranteed" else max(0.0, norm - error)
@@ -285,11 +255,9 @@ class Truncation(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
+register_ours(PadChannels, one_lipschitz)
 register_ours(Truncation, one_lipschitz, row_error=lambda features: 0.0)
-register_rounding(Truncation, nothing_rounded)
-
-
-# ------------------------------------------------------------------ what the other families share
+register_rounding(PadChannels | Truncation, nothing_rounded)
 
 
 def length_of(x):
@@ -303,8 +271,3 @@ def without_autocast(tensor):
     """Autocast off on the tensor's device (the meta device knows no autocast)."""
     kind = tensor.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-def require_odd(kernel_size, name):
-    if kernel_size % 2 == 0:
-        raise ValueError(f"{name} needs an odd kernel, got {kernel_size}")
