@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,6 @@ from cll.certify.__main__ import main
 from cll.certify.file import (
     Invalid,
     _check_bound,
-    _Images,
     _sign,
     _summary,
     _tensor_record,
@@ -454,7 +454,7 @@ def dead():
 
 
 def signed(path, c):
-    c["summary"] = _summary(_Images(**c["images"]), list(c["summary"]["cra"]))
+    c["summary"] = _summary(c["images"], list(c["summary"]["cra"]))
     c["digest"] = _sign(c)
     path.write_text(json.dumps(c))
     return path
@@ -764,9 +764,8 @@ def test_a_proof_that_takes_too_long_is_refused(tmp_path):
     """A 1x1 convolution of 1,000 channels on 300 x 300 pixels: 1e13 operations per image and
     frequency."""
     conv = nn.Conv2d(1000, 1000, 1, bias=False)
-    claims = {"body.0": {"bound": 100.0, "proof": "DFT"}}
     with pytest.raises(Invalid, match=r"body\.0 .* operations to prove"):
-        _check_bound(ProvenLayer("body.0", conv, (1000, 300, 300)), claims)
+        _check_bound(ProvenLayer("body.0", conv, (1000, 300, 300)), 100.0, "DFT")
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -808,6 +807,24 @@ def test_command_line(run_folder, capsys):
     (run_folder / "forged.json").write_text(json.dumps(certificate))
     assert main(["verify", str(run_folder / "forged.json")]) == 1
     assert capsys.readouterr().out.startswith("certificate fails: K: the entry of classes 0 and 1")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["write", "nowhere"], "nowhere/result.json does not exist: give the folder of a finished"),
+        (["verify", "no.json"], "no.json does not exist: give the path of a certificate.json"),
+        (["verify", "moved.json"], "weights: gone.safetensors does not exist: give .*--weights"),
+    ],
+)
+def test_a_missing_file_is_named_with_what_to_give(
+    arguments, message, digits, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = forged(digits, lambda c: c["weights"].update(file="gone.safetensors"))
+    path.rename(tmp_path / "moved.json")
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_exit_codes_of_the_module(run_folder):

@@ -21,24 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..architectures import as_lipschitz_net
 from ..bounds.linear import PROOFS, U, exact_arithmetic
 from ..bounds.network import prove
 from ..bounds.rounding import margin_error
-from .inputs import as_float64, check_images, check_targets, predict_logits, test_split
+from .inputs import as_float64, check_targets, checked, predict_logits, test_split
 from .local import local_radius
 
 RADII = (36 / 255, 72 / 255, 108 / 255)  # exact k/255: .141 would certify a smaller ball
 
 
 def certified_radius(logits, K, error=None):
-    """L2 distance within which the argmax provably cannot change: min_{j != y} (f_y - f_j) / K_yj.
+    """L2 distance within which the argmax provably cannot change: min_{j != y} (f_y - f_j) / K_yj,
+    over all other classes: the runner-up need not be the nearest.
 
-    logits: (N, C); K: (C, C), or (N, C, C) with one bound per sample that holds everywhere (a
-    local bound certifies only inside the region it was made for). The minimum runs over all other
-    classes: the runner-up need not be the nearest. The diagonal of K is not read.
-    error: optional bound of the rounding error of the margins f_y - f_j, (N, C) or broadcasting to
-    it, see ``rounding.margin_error``: it is subtracted from them, and the radius is rounded down.
+    logits: (N, C); K: (C, C), or (N, C, C) with one bound per sample that holds everywhere (a local
+        bound certifies only inside the region it was made for); its diagonal is not read.
+    error: optional bound of the rounding error of the margins f_y - f_j, broadcasting to (N, C),
+        see ``rounding.margin_error``: it is subtracted, and the radius is rounded down.
 
     Returns (N,) float64: 0 on exact ties and wherever a logit or a bound K_yj is NaN or infinite;
     infinite where every K_yj is 0 and the margins are positive (f_y - f_j is constant).
@@ -72,8 +71,8 @@ def certified_radius(logits, K, error=None):
 def certified_accuracy(logits, targets, K, epsilon):
     """CRA(epsilon), a fraction in [0, 1]: prediction correct and certified radius > epsilon.
 
-    logits: (N, C); targets: (N,); K: (C, C) or (N, C, C); epsilon >= 0 in input units. A sample
-    whose radius equals epsilon is not counted. Raises ValueError on bad shapes, labels, epsilon.
+    logits, K: as in `certified_radius`; targets: (N,); epsilon >= 0 in input units. Raises
+    ValueError on bad shapes, labels, epsilon.
     """
     if not epsilon >= 0:
         raise ValueError(f"epsilon = {epsilon} is out of range: a radius >= 0 is needed")
@@ -87,14 +86,13 @@ def certified_accuracy(logits, targets, K, epsilon):
 def cra_curve(radius, correct, radii):
     """CRA at each of `radii`: fraction of all N samples that are correct with radius > r.
 
-    radius: (N,) certified radii; correct: (N,) bool; radii: (R,). Returns a float64 array (R,).
-    A NaN radius counts as not certified.
+    radius: (N,) certified radii, NaN where there is none; correct: (N,) bool; radii: (R,).
+    Returns a float64 array (R,).
     """
     radius, correct = np.asarray(radius, dtype=np.float64), np.asarray(correct, dtype=bool)
     if radius.ndim != 1 or radius.shape != correct.shape:
-        raise ValueError(
-            f"radius and correct must both have shape (N,), got {radius.shape} and {correct.shape}"
-        )
+        shapes = f"{radius.shape} and {correct.shape}"
+        raise ValueError(f"radius and correct must both have shape (N,), got {shapes}")
     certified = np.sort(radius[correct & ~np.isnan(radius)])
     # side="right": radii equal to r count as not larger
     larger = len(certified) - np.searchsorted(certified, np.asarray(radii, float), side="right")
@@ -102,15 +100,13 @@ def cra_curve(radius, correct, radii):
 
 
 class Certification(NamedTuple):
-    """What `evaluate` returns about N samples. logits: (N, C) float64; prediction: (N,) int64;
-    correct: (N,) bool; proofs: {method: bounds.network.Proof}; radius: {method: (N,) float64}, with
-    the key "local" for local bounds. All on the CPU."""
+    """What `evaluate` returns about N samples, on the CPU."""
 
-    logits: Tensor
-    prediction: Tensor
-    correct: Tensor
-    proofs: dict
-    radius: dict
+    logits: Tensor  # (N, C) float64
+    prediction: Tensor  # (N,) int64
+    correct: Tensor  # (N,) bool
+    proofs: dict  # {method: bounds.network.Proof}
+    radius: dict  # {method: (N,) float64}, of local bounds with the key "local"
 
     def cra(self, radii, method="guaranteed"):
         """{radius: CRA} for `radii` as in `distance`."""
@@ -151,17 +147,11 @@ def evaluate(
     Four steps: K of every method; the logits, once, in float64; for a method that proves its bound,
     a bound of the rounding error of the margins; the radii.
 
-    model: as in `certify`; images: (N, *input_shape), uint8 or float, not normalised; targets:
-        (N,) class numbers; methods: names as in ``cll.lipschitz_matrix``.
-    local: distances at which local bounds are tried as well, see ``local.local_radius``, if not
-        None; this needs the method "guaranteed".
+    model, images, targets: as in `certify`; methods: names as in ``cll.lipschitz_matrix``.
+    local: distances at which local bounds are tried as well, or None; needs "guaranteed".
     proofs: {method: Proof} of this model where known, as of the `Certification` of other images.
-
-    Raises ValueError naming the first bad image or label.
     """
-    model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
-    targets = check_targets(targets, len(images), model.head.out_features).cpu()
+    model, images, targets = checked(model, images, targets)
     proofs = dict(proofs or {})
     proofs |= {m: prove(model, m, progress) for m in methods if m not in proofs}
     logits = predict_logits(model, images, batch_size, progress=progress)
@@ -171,8 +161,8 @@ def evaluate(
         error = margin_error(proof, images, prediction) if method in PROOFS else None
         radius[method] = certified_radius(logits, proof.K, error)
     correct = prediction == targets
-    if local is not None:
-        radius["local"] = radius["guaranteed"].clone()  # stays, where the prediction is wrong
+    if local is not None:  # where the prediction is wrong, the radius stays
+        radius["local"] = radius["guaranteed"].clone()
         at = images.cpu()[correct], logits[correct], radius["local"][correct]
         radius["local"][correct] = local_radius(proofs["guaranteed"], *at, local, progress)
     return Certification(logits, prediction, correct, proofs, radius)
@@ -180,20 +170,12 @@ def evaluate(
 
 @exact_arithmetic()
 def certify(
-    model,
-    dataset,
-    radii=RADII,
-    *,
-    method="guaranteed",
-    batch_size=1000,
-    progress=True,
-    local=False,
+    model, dataset, radii=RADII, *, method="guaranteed", batch_size=1000, progress=True, local=False
 ):
     """Certify every test sample of `dataset`; float64 logits, one row per sample.
 
-    model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``;
-        or a ``cll.LipschitzNet``.
-        With one output f, of Lipschitz constant K: class 1 where f > 0, else 0; radius |f| / K.
+    model: any nn.Sequential of layers with known bounds, see ``cll.as_lipschitz_net``; or a
+        ``cll.LipschitzNet``. Of one output f: class 1 where f > 0, else 0; radius |f| / K.
     dataset: a ``cll.data.Dataset`` (its test split), a pair (images, targets) of tensors or arrays,
         or a torch Dataset of (image, target). Images: uint8 (N, C, H, W), or float in [0, 1], not
         normalised; or float points (N, features).
@@ -211,9 +193,7 @@ def certify(
     Raises ValueError naming the first bad image or label, and for `local` with another method.
     """
     if local and method != "guaranteed":
-        raise ValueError(
-            f'local bounds are guaranteed ones: use method="guaranteed", not {method!r}'
-        )
+        raise ValueError(f'local bounds take method="guaranteed", not {method!r}')
     radii = [distance(r) if isinstance(r, str) else float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and >= 0, got {radii}")

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from ..data.sources import load
 from . import file as certificate
-from .run_folder import WEIGHTS, data_arguments, load_model, read_record
+from .run_folder import WEIGHTS, load_model, read_record
 
 EPILOG = """examples:
   python -m cll.certify write outputs/quick/runs/digits-MLP-CLL-seed1-5f893c
   python -m cll.certify verify outputs/quick/runs/digits-MLP-CLL-seed1-5f893c/certificate.json
 
 verify exits with 0 and "certificate holds: ...", with 1 and "certificate fails: ..." naming what is
-wrong, or with 2 where it cannot check (a file or the data are missing)."""
+wrong, or with 2 where it cannot check (a file or the data are missing). A certificate names its
+weights by their path from its folder: send both, or give their path to the reader for --weights."""
 
 
 def main(arguments=None):
@@ -29,22 +30,22 @@ def main(arguments=None):
     writer.add_argument("--data", help="source of its images, e.g. npz:PATH; default: its own")
     writer.add_argument("--out", type=Path, help="default: certificate.json in that folder")
     checker = commands.add_parser("verify", help="check a certificate, believing nothing in it")
-    checker.add_argument("certificate", type=Path)
+    checker.add_argument("path", type=Path, metavar="certificate")
     checker.add_argument("--weights", type=Path, help="safetensors file; default: the one it names")
     checker.add_argument("--data", help="source of the images, e.g. npz:PATH; default: as it names")
     checker.add_argument("--images", type=int, metavar="N", help="the first N alone; default: all")
-    args = parser.parse_args(arguments)
+    args = vars(parser.parse_args(arguments))
+    command = args.pop("command")
     try:
-        if args.command == "write":
-            print(write_run(args.run, args.out, args.data))
+        if command == "write":
+            print(write_run(**args))
             return 0
-        options = {"weights": args.weights, "data": args.data, "images": args.images}
-        content = certificate.verify(args.certificate, **options, progress=True)
+        content = certificate.verify(**args, progress=True)
     except certificate.Invalid as error:
-        print(f"certificate {'fails' if args.command == 'verify' else 'not written'}: {error}")
+        print(f"certificate {'fails' if command == 'verify' else 'not written'}: {error}")
         return 1
     except (OSError, ValueError, TypeError) as error:
-        print(f"cannot {args.command}: {error}", file=sys.stderr)
+        print(f"cannot {command}: {error}", file=sys.stderr)
         return 2
     checked = content["checked"]
     cra = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in checked["cra"].items())
@@ -62,11 +63,13 @@ def write_run(run, out=None, data=None):
     """Write the certificate of the weights in a run folder; returns its path. data: the source of
     the images, where it is not the run's."""
     record = read_record(run)
-    source = data_arguments(record["params"])
-    source["source"] = data or source["source"]
-    options = {"weights": run / WEIGHTS, "source": source, "progress": True}
-    out = out or run / "certificate.json"
-    return certificate.write(load_model(run), load(**source), out, list(record["cra"]), **options)
+    params = record["params"]
+    source = {"source": data or params["data"], "input_shape": list(params["input_shape"])}
+    source |= {key: params[key] for key in ("train_size", "test_size")}
+    source |= {"seed": params["seed"]} if params["data"] == "two_moons" else {}
+    options = {"radii": list(record["cra"]), "weights": run / WEIGHTS, "source": source}
+    model, out = load_model(run), out or run / "certificate.json"
+    return certificate.write(model, load(**source), out, **options, progress=True)
 
 
 if __name__ == "__main__":

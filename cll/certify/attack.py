@@ -4,19 +4,15 @@ AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) comes from the library py
 authors' code as a package: an optional extra. What counts as broken is decided here, in float64.
 """
 
-import copy
 import logging
 import math
 import sys
 
-import numpy as np
 import torch
 
-from ..architectures import as_lipschitz_net
 from ..bounds.linear import full_precision
-from ..layers.structure import freeze
 from ..progress import progress_bar
-from .inputs import as_pixels, check_images, check_targets, predict_logits
+from .inputs import as_pixels, checked, frozen_copy, per_image, predict_logits
 
 # the library's attacks and their target classes; steps and restarts of pgd_attack, which follows
 VERSIONS = {
@@ -42,7 +38,6 @@ def autoattack(
     """Try to make a classifier wrong within L2 distance epsilon: AutoAttack, then ``pgd_attack``.
 
     model, images: as in ``certify``; images (N, C, H, W), no points. targets: (N,) true classes.
-    epsilon: float >= 0, in input units.
     version: "standard" is AutoAttack as published (APGD on cross-entropy, targeted APGD and FAB
         with up to 9 target classes, 5000 queries of Square) and 5 restarts of 100 PGD steps;
         "apgd" its two APGD attacks with 3 target classes and 2 x 50 steps, a tenth of the work and
@@ -51,61 +46,37 @@ def autoattack(
         none does. Square needs 5 rows of pixels.
     steps, restarts: of ``pgd_attack``; default: those of the version.
 
-    The library's search stays in [0, 1] and keeps its points in float32. They are then moved in
-    float64 to a distance of at most epsilon and judged there.
-
+    The library's search stays in [0, 1] and float32; what it finds is judged as in ``pgd_attack``.
     Returns (adversarial images, float64, on the CPU: the original where none was found; robust,
     (N,) bool: right before and after every attack). Wrong predictions are not attacked. The same
     seed gives the same result, whatever the state of the global generators, which is kept.
     Raises ImportError where the library is missing, ValueError for bad arguments.
     """
-    try:
-        import pyautoattack
-    except ImportError:
-        raise ImportError(
-            "AutoAttack needs the extra `attack` of cll: pip install -e '.[attack]' in the "
-            "checkout, or pip install 'pyautoattack>=0.2'"
-        ) from None
     if version not in VERSIONS:
         raise ValueError(f"version = {version!r} is not one of {', '.join(map(repr, VERSIONS))}")
-    model, x, y, predicted = _checked(model, images, targets)
+    model, x, y, predicted = _attacked(model, images, targets)
     if x.ndim != 4:
-        raise ValueError(
-            f"AutoAttack takes images (N, C, H, W) in [0, 1], not points {tuple(x.shape)}: "
-            "use pgd_attack"
-        )
+        raise ValueError(f"images (N, C, H, W) needed, not points {tuple(x.shape)}: use pgd_attack")
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} must be finite and >= 0, a distance in input units")
+    *_, usual_steps, usual_restarts = VERSIONS[version]
+    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    library = {"version": version} | options
+    pgd = {"steps": steps or usual_steps, "restarts": restarts or usual_restarts} | options
     adversarial, robust = x.clone(), predicted == y
-    options = {"batch_size": batch_size, "progress": progress}
-
-    def keep_broken(points):
-        wrong = predict_logits(model, points).argmax(dim=1) != y[robust]
-        broken = robust.nonzero()[:, 0][wrong]
-        adversarial[broken], robust[broken] = points[wrong], False
-
-    if epsilon == 0:
-        return adversarial, robust
-    if robust.any():
-        attack = _library_attack(pyautoattack, model, x, epsilon, version, seed)
-        device = next(model.parameters()).device
-        moved = _search(attack, device, x[robust], y[robust], **options)
-        keep_broken(_within(x[robust], moved, epsilon))
-    if robust.any():
-        *_, usual_steps, usual_restarts = VERSIONS[version]
-        options |= {"steps": steps or usual_steps, "restarts": restarts or usual_restarts}
-        keep_broken(pgd_attack(model, x[robust], y[robust], epsilon, seed=seed, **options)[0])
+    for attack, settings in ((_library_attack, library), (pgd_attack, pgd)):
+        if epsilon > 0 and robust.any():
+            points, wrong = attack(model, x[robust], y[robust], epsilon, **settings)
+            broken = robust.nonzero()[:, 0][wrong]
+            adversarial[broken], robust[broken] = points[wrong], False
     return adversarial, robust
 
 
-def _checked(model, images, targets):
+def _attacked(model, images, targets):
     """(LipschitzNet, images float64 on the CPU, classes (N,), predictions (N,)) of an attack."""
-    model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
+    model, images, y = checked(model, images, targets)
     predicted = predict_logits(model, images).argmax(dim=1)
-    y = predicted if targets is None else torch.as_tensor(targets).cpu()
-    y = check_targets(y, len(images), model.head.out_features)
-    return model, as_pixels(images.cpu(), torch.float64), y, predicted
+    return model, as_pixels(images.cpu(), torch.float64), predicted if y is None else y, predicted
 
 
 def attack_name(version):
@@ -118,8 +89,8 @@ def attack_name(version):
 def autoattack_curve(model, images, targets, radii, **options):
     """Which predictions are right and withstand ``autoattack`` at each radius: (R, N) bool.
 
-    radii: R distances in any order; options: those of ``autoattack``. An image that is broken at
-    one radius is broken at every larger one and not attacked again.
+    radii: R distances in any order; an image that is broken at one is broken at every larger one
+    and not attacked again.
     """
     images, targets = torch.as_tensor(images), torch.as_tensor(targets).cpu()
     robust = torch.zeros(len(radii), len(images), dtype=torch.bool)
@@ -133,13 +104,20 @@ def autoattack_curve(model, images, targets, radii, **options):
     return robust
 
 
-def _library_attack(library, model, images, epsilon, version, seed):
-    """The library's attack on a model, with those of its searches that the images and the number of
-    classes allow."""
-    names, aims, *_ = VERSIONS[version]
-    net = _searched(model)
+def _library_attack(model, x, y, epsilon, *, version, seed, batch_size, progress):
+    """What `pgd_attack` returns, by those of the version's searches that the images and the number
+    of classes allow. The library seeds the global generators, takes the tracer of coverage and
+    debuggers away and logs warnings about classifiers; afterwards all is as before."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise ImportError(
+            "AutoAttack needs the extra `attack` of cll: pip install -e '.[attack]' in the "
+            "checkout, or pip install 'pyautoattack>=0.2'"
+        ) from None
+    net, (names, aims, *_) = frozen_copy(model), VERSIONS[version]
     weight, C = next(net.parameters()), net.head.out_features
-    unfit = {"square"} if images.shape[2] < 5 else set()
+    unfit = {"square"} if x.shape[2] < 5 else set()
     if C < 4:
         unfit.add("apgd-t")
         names = [*names, "apgd-dlr"] if C == 3 else names
@@ -147,40 +125,25 @@ def _library_attack(library, model, images, epsilon, version, seed):
     def logits(points):
         return net(points.to(weight.dtype)).float()
 
-    attack = library.AutoAttack(logits, norm="L2", eps=epsilon, seed=seed, device=weight.device)
+    attack = AutoAttack(logits, norm="L2", eps=epsilon, seed=seed, device=weight.device)
     attack.attacks_to_run = [name for name in names if name not in unfit]
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(aims, C - 1)
-    return attack
-
-
-def _search(attack, device, x, y, batch_size, progress):
-    """Displacements (n, *input_shape) float64 of the points that the library calls broken, else ~0.
-
-    x: (n, *input_shape) float64, y: (n,), classes that the model predicts. The library seeds the
-    global generators, takes the tracer of coverage and debuggers away and logs warnings about
-    classifiers; afterwards all is as before.
-    """
+    batches, moved = [*zip(x.float().split(batch_size), y.split(batch_size), strict=True)], []
     logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
-    batches, points = [*zip(x.float().split(batch_size), y.split(batch_size), strict=True)], []
-    kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    kept = torch.random.fork_rng([weight.device] if weight.is_cuda else [])
     disabled, logger.disabled = logger.disabled, True
     try:
         bar = progress_bar(len(batches), "AutoAttack", "batch", progress)
-        with bar, full_precision(device), kept:
+        with bar, full_precision(weight.device), kept:
             for batch in batches:
-                batch = [t.to(device) for t in batch]
-                moved, _ = attack.run_standard_evaluation(*batch, batch_size=batch_size)
-                points.append(moved.cpu().double())
+                batch = [t.to(weight.device) for t in batch]
+                points, _ = attack.run_standard_evaluation(*batch, batch_size=batch_size)
+                moved.append(points.cpu().double())
                 bar.update()
     finally:
         logger.disabled = disabled
         sys.settrace(trace)
-    return torch.cat(points) - x
-
-
-def _searched(model):
-    """A frozen copy of a model in its own precision, whose gradients are those of the images."""
-    return freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    return _judged(model, x, y, torch.cat(moved) - x, epsilon)
 
 
 def pgd_attack(
@@ -196,8 +159,7 @@ def pgd_attack(
     progress=False,
 ):
     """Try to change predictions within L2 distance epsilon: projected gradient descent on the
-    margin f_y - f_j. A sanity check that tries to break certificates; not an evaluation of
-    empirical robustness, for which stronger attacks exist.
+    margin f_y - f_j. A sanity check of certificates, no evaluation of empirical robustness.
 
     model, images: as in ``certify``. targets: (N,), the classes y to leave; None for the model's
         own predictions. epsilon: float or (N,), one distance per image (a certified radius).
@@ -207,37 +169,36 @@ def pgd_attack(
         r-th best one of the image (after the last, at the best again).
 
     Points may leave [0, 1]: certificates hold for every x'. The search runs in the model's
-    precision; the best point of each image is then moved in float64 to a distance of at most
-    epsilon, and judged there.
+    precision; the best point of each image is judged in float64, at most epsilon away.
 
     Returns (adversarial images, float64, on the CPU; broken, (N,) bool: the prediction is not y).
     """
-    model, x, y, _ = _checked(model, images, targets)
+    model, x, y, _ = _attacked(model, images, targets)
     epsilon = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(len(x))
     if not (epsilon.isfinite().all() and (epsilon >= 0).all()):
         raise ValueError("epsilon must be finite and >= 0, a distance in input units")
-    net = _searched(model)
-    generator = torch.Generator().manual_seed(seed)
+    net, generator = frozen_copy(model), torch.Generator().manual_seed(seed)
     batches = [*zip(*(values.split(batch_size) for values in (x, y, epsilon)), strict=True)]
     with progress_bar(len(batches) * restarts, "attack", "restart", progress) as bar:
         moved = [_descend(net, *batch, steps, restarts, generator, bar) for batch in batches]
-    adversarial = _within(x, torch.cat(moved), epsilon)
-    return adversarial, predict_logits(model, adversarial).argmax(dim=1) != y
+    return _judged(model, x, y, torch.cat(moved), epsilon)
 
 
-def _within(x, delta, epsilon):
-    """x + delta, shortened where needed to a distance of at most epsilon, a float or (N,)."""
+def _judged(model, x, y, delta, epsilon):
+    """(points, whether the prediction is not y) in float64: x + delta, shortened where needed to a
+    distance of at most epsilon."""
     # a hair inside, for the rounding of x + delta and of the distance between the two
     limit = epsilon * (1 - 1e-9) - 1e-15 * x.flatten(1).norm(dim=1)
-    limit = _per_image(limit.clamp_min(0), x)
-    return x + delta * (limit / _length(delta).clamp_min(1e-300)).clamp(max=1)
+    limit = per_image(limit.clamp_min(0), x)
+    points = x + delta * (limit / _length(delta).clamp_min(1e-300)).clamp(max=1)
+    return points, predict_logits(model, points).argmax(dim=1) != y
 
 
 def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
     """The displacements (n, *input_shape) with the smallest margins that the search finds."""
     weight = next(net.parameters())
     x, epsilon = (t.to(weight.dtype).to(weight.device) for t in (x, epsilon))
-    y, radius, C = y.to(weight.device), _per_image(epsilon, x), net.head.out_features
+    y, radius, C = y.to(weight.device), per_image(epsilon, x), net.head.out_features
     is_y = y[:, None] == torch.arange(C, device=weight.device)
     best, best_margin = torch.zeros_like(x), torch.full_like(epsilon, math.inf)
     with full_precision(weight.device), torch.enable_grad():
@@ -245,7 +206,7 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
         for restart in range(restarts):
             noise = torch.randn(x.shape, generator=generator).to(x)
             share = torch.rand(len(x), generator=generator).to(x) ** (1 / x[0].numel())
-            delta = noise * (_per_image(epsilon * share, x) / _length(noise))
+            delta = noise * (per_image(epsilon * share, x) / _length(noise))
             for step in range(steps + 1):
                 delta.requires_grad_()
                 f = net(x + delta)
@@ -258,7 +219,7 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
                 delta = delta.detach()
                 better = margin.detach() < best_margin
                 best_margin = torch.where(better, margin.detach(), best_margin)
-                best = torch.where(_per_image(better, x), delta, best)
+                best = torch.where(per_image(better, x), delta, best)
                 if step == steps:
                     break
                 stride = radius * min(1, 25 / steps) * (1 - step / steps)
@@ -270,9 +231,4 @@ def _descend(net, x, y, epsilon, steps, restarts, generator, bar):
 
 def _length(images):
     """The L2 norm of each image, to broadcast over the images."""
-    return _per_image(images.flatten(1).norm(dim=1), images)
-
-
-def _per_image(values, x):
-    """(N,) -> (N, 1, ...), to broadcast over the images x."""
-    return values.view(-1, *[1] * (x.ndim - 1))
+    return per_image(images.flatten(1).norm(dim=1), images)

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..architectures import LipschitzNet
@@ -114,12 +115,11 @@ class _Budget(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        for tensor in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(tensor, torch.Tensor):
-                sides = tensor.shape[2:] if tensor.ndim == 4 and len(tensor) == 1 else ()
-                self.left -= tensor.numel() + sum(n * n for n in sides)  # a pool is two matrices
-                if self.left < 0 or max(sides, default=0) > SIDE:
-                    raise ValueError("the network makes too much of one image to be checked")
+        for tensor in filter(torch.is_tensor, tree_leaves(results)):
+            sides = tensor.shape[2:] if tensor.ndim == 4 and len(tensor) == 1 else ()
+            self.left -= tensor.numel() + sum(n * n for n in sides)  # a pool is two matrices
+            if self.left < 0 or max(sides, default=0) > SIDE:
+                raise ValueError("the network makes too much of one image to be checked")
         return results
 
 
@@ -142,9 +142,9 @@ def _description(module, name):
     kind = type(module)
     if _kinds().get(kind.__name__) is not kind:
         raise TypeError(
-            f"{name} ({as_text(module)}) cannot go into a certificate, which names only "
-            "layers of torch.nn and cll with a bound proven by cll: write it with these, and undo "
-            "spectral_norm or weight_norm with torch.nn.utils.parametrize.remove_parametrizations"
+            f"{name} ({as_text(module)}) cannot go into a certificate: use layers of torch.nn and "
+            "cll with a bound proven by cll, and undo spectral_norm or weight_norm with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     refuse_overridden(module)
     if kind is nn.Sequential:

@@ -33,54 +33,49 @@ ROUNDED = 1 + 1e-9  # more than the roundings of sums of up to a million terms, 
 
 
 class _Stage(NamedTuple):
-    """The folds of an activation that act at once. pairs: u = (a - b) / sqrt(2) of two channels;
-    ball: the radius of the ball that holds the vector u, reach: how far each u_i may move, a tensor
-    that broadcasts to u, both in units of rho. So ball is also the Lipschitz constant of u."""
+    """The folds of an activation that act at once. Lengths in units of rho."""
 
-    pairs: bool
-    ball: float
-    reach: Tensor
+    pairs: bool  # whether u = (a - b) / sqrt(2) of two channels
+    ball: float  # radius of the ball that holds the vector u, and so the Lipschitz constant of u
+    reach: Tensor  # how far each u_i may move, broadcasts to u
 
 
 class _Layer(NamedTuple):
-    """What is known about a layer beforehand, in the units of a _Network. norm: its guaranteed
-    Lipschitz constant; error: (a, b) of the layer, see `rounding.layer_error`; stages: of an
-    activation. Of a Conv2d or Linear also its `weight`, `rows`, the lengths of its rows per output
-    channel (at borders they are shorter), of (w_a - w_b) / sqrt(2) `pair_rows` and their norm
-    `pair_norm`, None where the channels form no pairs; and `adjoint_error`, such that A^T y as
-    computed is off by at most adjoint_error ||y||."""
+    """What is known about a layer beforehand, in the units of a _Network; the last fields only of a
+    Conv2d or Linear. At borders its rows are shorter than `rows` says."""
 
     layer: nn.Module
     shape: tuple
-    norm: float
-    error: tuple
-    stages: list
+    norm: float  # guaranteed Lipschitz constant
+    error: tuple  # (a, b), see `rounding.layer_error`
+    stages: list  # _Stages of an activation
     weight: Tensor | None = None
-    rows: Tensor | None = None
-    pair_norm: float | None = None
-    pair_rows: Tensor | None = None
-    adjoint_error: float = 0.0
+    rows: Tensor | None = None  # lengths of its rows per output channel
+    pair_norm: float | None = None  # of the rows (w_a - w_b) / sqrt(2), None where there are none
+    pair_rows: Tensor | None = None  # their lengths
+    adjoint_error: float = 0.0  # A^T y as computed is off by at most adjoint_error ||y||
 
 
 class _Network(NamedTuple):
     """A float64 copy of a model on the CPU in evaluation mode, and what is known about it. Lengths
     are in units 2^e, in which norms are about 1 and their products do not leave float64, whatever
-    the scale of the weights. units: e of each layer's inputs, of the features and of the logits.
-    gains: the radius of the ball of each layer's inputs and of the features, for images in a ball
-    of radius 1. rows (C, features) of the head and the distances (C, C) between them."""
+    the scale of the weights."""
 
     model: nn.Module
+    std: Tensor  # these two to broadcast over images, in input units
+    mean: Tensor
     layers: list
-    units: list
-    gains: list
-    rows: Tensor
-    distances: Tensor
+    units: list  # e of each layer's inputs, of the features and of the logits
+    gains: list  # radius of the ball of each layer's inputs and of the features, for rho = 1
+    rows: Tensor  # of the head, (C, features)
+    distances: Tensor  # between them, (C, C)
 
 
 def prepare(proof):
     """The _Network of a guaranteed `bounds.network.Proof`."""
     model = freeze(float64_copy(proof.net))
-    smallest, rows = normalisation(model)[0].min().item(), head_rows(model.head)
+    std, mean = (v.view(-1, *[1] * (len(model.input_shape) - 1)) for v in normalisation(model))
+    smallest, rows = std.min().item(), head_rows(model.head)
     layers, units = [], [1 - math.frexp(smallest)[1]]
     gains = [ROUNDED / shift(smallest, units[0])]
     for proven in in_float64(proof, model.body):
@@ -91,8 +86,9 @@ def prepare(proof):
         gains.append(gains[-1] * step.norm * ROUNDED + LEAST)
     exponent = math.frexp(rows.abs().max().item())[1] - 1
     units.append(units[-1] + exponent)
-    distances = row_distances(model.head, rows)
-    return _Network(model, layers, units, gains, *(shift(t, -exponent) for t in (rows, distances)))
+    distances = shift(row_distances(model.head, rows), -exponent)
+    rows = shift(rows, -exponent)
+    return _Network(model, std, mean, layers, units, gains, rows, distances)
 
 
 def _layer(proven, unit, stages):
@@ -106,8 +102,9 @@ def _layer(proven, unit, stages):
     norm, unit = shift(norm, -exponent), unit + exponent
     # for underflow, also of the logits, which were computed in other units
     error = shift(a + SMALLEST, -exponent), shift(b + TINY, -unit)
+    step = _Layer(layer, shape, norm, error, stages)
     if not known:
-        return _Layer(layer, shape, norm, error, stages), unit
+        return step, unit
     W = shift(layer.weight, -exponent)
     terms = W.numel() // W.shape[1] + 4  # of an inner product of the adjoint, at most
     wraps = getattr(layer, "padding_mode", "zeros") != "zeros"  # taps may meet on one pixel
@@ -116,15 +113,16 @@ def _layer(proven, unit, stages):
         rows = lengths(W.flatten(1)).view(1, -1, *[1] * (len(shape) - 1)) * (factor * ROUNDED)
         return torch.full_like(rows, largest) if wraps else rows
 
-    facts = {"weight": W, "rows": row_lengths(W, norm)}
-    facts["adjoint_error"] = gamma(terms) * absolute_norm(layer, W, shape)
+    adjoint_error = gamma(terms) * absolute_norm(layer, W, shape)
+    step = step._replace(weight=W, rows=row_lengths(W, norm), adjoint_error=adjoint_error)
     if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
         first, second = _pairs(W, 0)
         half = (first - second) / 2  # +-half: the projection of W onto differences
-        both = _from_pairs(half, -half, 0)
-        facts["pair_norm"] = first_bound(layer, both, shape) * ROUNDED
-        facts["pair_rows"] = row_lengths(half, facts["pair_norm"], math.sqrt(2))
-    return _Layer(layer, shape, norm, error, stages, **facts), unit
+        both = torch.stack([half, -half], 1).flatten(0, 1)
+        pair_norm = first_bound(layer, both, shape) * ROUNDED
+        pair_rows = row_lengths(half, pair_norm, math.sqrt(2))
+        step = step._replace(pair_norm=pair_norm, pair_rows=pair_rows)
+    return step, unit
 
 
 def _stages(layer, below, *gains):
@@ -148,28 +146,19 @@ def _pairs(x, axis=1):
     return x.unflatten(axis, (-1, 2)).unbind(axis + 1)
 
 
-def _from_pairs(a, b, axis=1):
-    """The inverse of `_pairs`."""
-    return torch.stack([a, b], axis + 1).flatten(axis, axis + 1)
-
-
 class _State(NamedTuple):
-    """Of a batch of images, in the units of a _Network: `folds`, per layer a list of (|u|, sign of
-    u), (N, folds) in the shape of the layer; `errors`, per layer input (N,): how far its computed
-    value may be from the exact one; `head_error` (N,), of the computed margins."""
+    """Where N images stand, in the units of a _Network."""
 
-    folds: list
-    errors: list
-    head_error: Tensor
+    folds: list  # per layer, of each stage (|u|, sign of u), in the shape of the layer
+    errors: list  # per layer input, how far its computed value may be from the exact one, (N,)
+    head_error: Tensor  # of the computed margins, (N,)
 
 
 def forward(net, images):
     """The _State of a batch. Errors add up from layer to layer."""
     x = images.double() / 255 if images.dtype == torch.uint8 else images.double()
-    channels = (-1,) + (1,) * (x.ndim - 2)
-    std, mean = (value.reshape(channels) for value in normalisation(net.model))
-    h = (x - mean) / std
-    size = lengths(((x.abs() + mean.abs()) / std).flatten(1))
+    h = (x - net.mean) / net.std
+    size = lengths(((x.abs() + net.mean.abs()) / net.std).flatten(1))
     error = shift(4 * U * size + TINY, -net.units[0])
     folds, errors = [], [error]
     for step, unit in zip(net.layers, net.units, strict=False):
@@ -198,22 +187,21 @@ def _folds(layer, z, unit):
     return [(shift(u.abs() / ROUNDED, -unit), 2 * (u >= 0).double() - 1) for u in stages]
 
 
-def backward(net, state, index, v, rho, rule):
-    """(K (M,), E (M,)) of the margins with rows v (M, features) at images index (M,) of the batch.
+def backward(net, state, n, c, rho, rule):
+    """(K (M,), E (M,)) of the margins with rows c (M, features) at images n (M,) of the batch.
 
     rule tilt: K bounds the Lipschitz constant on the ball of radius rho, E is of no use.
     rule fall: m(x) >= m(image) - E - K ||x - image|| in the ball, m(image) the computed margin.
+
+    Lengths are in units of rho too: gain[i] is the radius of the ball of layer i's inputs, and the
+    Lipschitz constant of all below. The charge includes the rounding of the gradient c. E collects
+    what the error of the computed activations costs: ||c|| times that error, and 2 ||k|| times it
+    for every fold.
     """
-    pieces = zip(index.split(BATCH), v.split(BATCH), strict=True)
-    pieces = [_follow(net, state, n, c, rho, rule) for n, c in pieces]
-    return tuple(map(torch.cat, zip(*pieces, strict=True)))
-
-
-def _follow(net, state, n, c, rho, rule):
-    """`backward` of some rows c. Lengths are in units of rho too: gain[i] is the radius of the
-    ball of layer i's inputs, and the Lipschitz constant of all below. charge: the sum of the
-    charges; the rounding of c itself is among them. E collects what the error of the computed
-    activations costs: ||c|| times that error, and 2 ||k|| times it for every fold."""
+    if len(c) > BATCH:
+        pieces = zip(n.split(BATCH), c.split(BATCH), strict=True)
+        pieces = [backward(net, state, *piece, rho, rule) for piece in pieces]
+        return tuple(map(torch.cat, zip(*pieces, strict=True)))
     layers, gain, errors = net.layers, net.gains, [e[n] for e in state.errors]
     size = lengths(c)
     charge = 8 * U * size * gain[-1]
@@ -238,8 +226,8 @@ def _follow(net, state, n, c, rho, rule):
         bound = torch.minimum(bound, charge + size * gain[depth])
     E = E + size * errors[depth]
     if depth == 0:  # the gradient in the un-normalised input
-        std = shift(normalisation(net.model)[0], net.units[0]).view(-1, *[1] * (c.ndim - 2))
-        bound = torch.minimum(bound, charge + lengths((c / std).flatten(1)))
+        gradient = c / shift(net.std, net.units[0])
+        bound = torch.minimum(bound, charge + lengths(gradient.flatten(1)))
     return bound * ROUNDED + LEAST, (E + state.head_error[n]) * ROUNDED
 
 
@@ -256,7 +244,7 @@ def _bent(c, slope, pairs):
     if not pairs:
         return c / 2 + slope
     mean, slope = sum(c.chunk(2, 1)) / 2, slope / math.sqrt(2)
-    return _from_pairs(mean + slope, mean - slope)
+    return torch.stack([mean + slope, mean - slope], 2).flatten(1, 2)  # as `_pairs` takes them
 
 
 def fall(k, tau, stage, error):

@@ -1,11 +1,11 @@
 """Images and targets as a certificate takes them, and the logits in float64."""
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..architectures import as_lipschitz_net
 from ..bounds.linear import full_precision, tensor_of
@@ -73,54 +73,58 @@ def float64_network(model):
     return exact.to(device), device
 
 
+def frozen_copy(model):
+    """A copy of a model in its own precision for searches, whose gradients are those of the
+    images."""
+    return freeze(copy.deepcopy(model).eval().requires_grad_(False))
+
+
 def as_pixels(images, dtype):
     """uint8 to [0, 1]; float as is."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
+def per_image(values, x):
+    """(N,) -> (N, 1, ...), to broadcast over the images x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
 def test_split(dataset):
     """(images, targets) of a cll Dataset, a pair or a torch Dataset, as tensors."""
     if hasattr(dataset, "test_images"):
-        images, targets = dataset.test_images, dataset.test_targets
-    elif isinstance(dataset, (tuple, list)) and len(dataset) == 2:
-        images, targets = dataset
+        dataset = dataset.test_images, dataset.test_targets
     elif isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
-        samples = [_sample(dataset[i], i) for i in range(len(dataset))]
-        images, targets = ([sample[k] for sample in samples] for k in (0, 1))
-        for i, image in enumerate(images):
-            if image.shape != images[0].shape:
-                raise ValueError(
-                    f"image {i} has shape {tuple(image.shape)}, image 0 has "
-                    f"{tuple(images[0].shape)}: all images must have one size"
-                )
-        images = torch.stack(images) if images else images
-    else:
-        raise ValueError(
-            f"cannot read samples from a {type(dataset).__name__}: give a cll Dataset, a pair "
-            "(images, targets) or a torch Dataset"
-        )
-    images = tensor_of(images, "images")
+        dataset = _collected(dataset)
+    if not (isinstance(dataset, tuple | list) and len(dataset) == 2):
+        wanted = "a cll Dataset, a pair (images, targets) or a torch Dataset"
+        raise ValueError(f"cannot read samples from a {type(dataset).__name__}: give {wanted}")
+    images = tensor_of(dataset[0], "images")
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must have shape (N, ...) with N >= 1, got {tuple(images.shape)}")
-    return images, _integers(targets, "targets")
+    return images, _integers(dataset[1], "targets")
 
 
-def _sample(sample, i):
-    """Image and class number of sample i of a torch Dataset, of (image, target, ...)."""
-    if not isinstance(sample, (tuple, list)) or len(sample) < 2:
-        raise ValueError(
-            f"sample {i} of the dataset is a {type(sample).__name__}, not a pair (image, target)"
-        )
-    image, target = sample[:2]
-    if not isinstance(image, (Tensor, np.ndarray)):
-        raise ValueError(
-            f"image {i} of the dataset is a {type(image).__name__}, not a tensor: "
-            "give the dataset transform=torchvision.transforms.ToTensor()"
-        )
-    name = f"target {i} of the dataset"
-    if (target := _integers(target, name)).numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(target.shape)}: give the number of its class")
-    return tensor_of(image, f"image {i} of the dataset"), target.item()
+def _collected(dataset):
+    """(images, class numbers) of the samples (image, target, ...) of a torch Dataset."""
+    images, targets = [], []
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        if not isinstance(sample, tuple | list) or len(sample) < 2:
+            kind = type(sample).__name__
+            raise ValueError(f"sample {i} of the dataset is a {kind}, not a pair (image, target)")
+        image, target = sample[:2]
+        if not isinstance(image, torch.Tensor | np.ndarray):
+            kind, mend = type(image).__name__, "transform=torchvision.transforms.ToTensor()"
+            raise ValueError(f"image {i} of the dataset is a {kind}, not a tensor: give it {mend}")
+        target = _integers(target, name := f"target {i} of the dataset")
+        if target.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(target.shape)}: give its class number")
+        images.append(tensor_of(image, f"image {i} of the dataset"))
+        targets.append(target.item())
+        if image.shape != images[0].shape:
+            shapes = f"{tuple(image.shape)}, image 0 has {tuple(images[0].shape)}"
+            raise ValueError(f"image {i} has shape {shapes}: all images must have one size")
+    return torch.stack(images) if images else images, targets
 
 
 def _integers(values, name):
@@ -131,24 +135,32 @@ def _integers(values, name):
     return (values[:, 0] if values.shape[1:] == (1,) else values).to(torch.int64)
 
 
+def checked(model, images, targets=None):
+    """(LipschitzNet, images, targets on the CPU or None), or ValueError naming the first image or
+    label at fault."""
+    net = as_lipschitz_net(model, np.shape(images)[1:])
+    images = check_images(images, net)
+    if targets is not None:
+        targets = check_targets(targets, len(images), net.head.out_features).cpu()
+    return net, images, targets
+
+
 def check_images(images, model):
-    """Images as a CPU-or-device tensor, or ValueError naming the first image at fault."""
+    """Images as a tensor, where they are."""
     images = tensor_of(images, "images")
     shape = tuple(model.input_shape)
     if tuple(images.shape[1:]) != shape or len(images) == 0:
         hint = ""
         if images.ndim == 4 and (*images.shape[3:], *images.shape[1:3]) == shape:
             hint = ": channels come first, use images.transpose(0, 3, 1, 2) or permute"
-        raise ValueError(
-            f"images must have shape (N, {', '.join(map(str, shape))}) with N >= 1, "
-            f"got {tuple(images.shape)}{hint}"
-        )
+        wanted = f"(N, {', '.join(map(str, shape))}) with N >= 1"
+        raise ValueError(f"images must have shape {wanted}, got {tuple(images.shape)}{hint}")
     check_values(images)
     return images
 
 
 def check_targets(targets, N, C):
-    """Labels (N,) or (N, 1) as int64 (N,), or ValueError naming the first label at fault."""
+    """Labels (N,) or (N, 1) as int64 (N,)."""
     targets = _integers(targets, "targets")
     if targets.shape != (N,):
         raise ValueError(f"targets must have shape ({N},), got {tuple(targets.shape)}")

@@ -4,10 +4,10 @@
     local_radius       bounds how far a margin can fall from its value at the image, which is less:
                        certified radii, what ``certify(..., local=True)`` uses
 
-Both are guaranteed. They follow a margin backward through the layers with slopes that hold at the
-image, and pay for the activations that may leave their piece in the ball. The ball that holds each
-layer's values tells which ones may; its radius is a product of proven norms. Neither needs training
-of a special kind, and neither exceeds the global bound.
+Both are guaranteed, need no special training and never exceed the global bound. They follow a
+margin backward through the layers with slopes that hold at the image, and pay for the activations
+that may leave their piece in the ball. The ball that holds each layer's values tells which ones
+may; its radius is a product of proven norms.
 """
 
 import math
@@ -24,13 +24,10 @@ RANGE = 800  # of the exponents of units in which local bounds are tried, see `l
 
 @exact_arithmetic()
 def local_lipschitz(model, images, epsilon):
-    """Guaranteed local bounds: of the Lipschitz constant of f_i - f_j on the closed ball of radius
-    epsilon > 0 around an image, never above the global bound. float64, on the CPU.
+    """Guaranteed bounds of the Lipschitz constant of each f_i - f_j on the closed ball of radius
+    epsilon > 0 around each image: (N, C, C), float64, symmetric with zero diagonal, on the CPU.
 
-    model: as in `cll.certify`, with model(x) = head(body((x - input_mean) / input_std)).
-    images: (N, *input_shape), uint8 or float in [0, 1].
-
-    Returns (N, C, C), symmetric with zero diagonal.
+    model: as in `cll.certify`; images: (N, *input_shape), uint8 or float in [0, 1].
 
     Proof. m = f_i - f_j is piecewise linear above the last layer of an unknown kind (all but
     Conv2d, Linear, MaxMin, ClampedMaxMin, ReLU and reshapes), and its Lipschitz constant on a
@@ -54,9 +51,8 @@ def local_lipschitz(model, images, epsilon):
     becomes one of at most E times the Lipschitz constant of u: the norms of all layers below, the
     last of them that of the rows (w_a - w_b) / sqrt(2) where u is made of pairs. The sum of these
     charges, and at any depth ||c|| times the Lipschitz constant of all below, together are a bound,
-    and the smallest counts. (Where u_i = 0 on an open set, its slope is free: any value
-    gives the gradient.) For epsilon -> 0 the bound becomes the norm of the gradient if no fold is
-    at its edge.
+    and the smallest counts. (Where u_i = 0 on an open set, its slope is free: any value gives the
+    gradient.) For epsilon -> 0 it becomes the norm of the gradient if no fold is at its edge.
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon} is out of range: a finite radius > 0 is needed")
@@ -66,13 +62,12 @@ def local_lipschitz(model, images, epsilon):
     i, j = torch.triu_indices(*K.shape, 1)
     matrix = torch.zeros(len(images), *K.shape, dtype=torch.float64)
     with torch.inference_mode():
-        for first in range(0, len(images), BATCH):
-            state = forward(net, images[first : first + BATCH])
-            n = torch.arange(len(state.head_error)).repeat_interleave(len(i))
-            v = (net.rows[i] - net.rows[j]).repeat(len(state.head_error), 1)
-            local, _ = backward(net, state, n, v, epsilon, tilt)
+        for some, held in zip(images.split(BATCH), matrix.split(BATCH), strict=True):
+            n = torch.arange(len(some)).repeat_interleave(len(i))
+            v = (net.rows[i] - net.rows[j]).repeat(len(some), 1)
+            local, _ = backward(net, forward(net, some), n, v, epsilon, tilt)
             local = shift(local, net.units[-1]).view(-1, len(i)) + TINY
-            matrix[first : first + BATCH, i, j] = torch.where(local < K[i, j], local, K[i, j])
+            held[:, i, j] = torch.where(local < K[i, j], local, K[i, j])
     return matrix + matrix.mT
 
 
@@ -81,8 +76,8 @@ def local_radius(proof, images, logits, radius, radii, progress=False):
     """Certified radii (N,), float64: `radius`, raised where local bounds prove more.
 
     proof: of the network, guaranteed, from `bounds.prove`; images: as in `local_lipschitz`; logits:
-    (N, C) in float64 as from certify.predict_logits; radius: (N,) certified with the global bound
-    K of the proof; radii: the distances rho at which local bounds are tried, in input units.
+    (N, C) as from `predict_logits`; radius: (N,) certified with the global bound K of the proof;
+    radii: the distances rho at which local bounds are tried, in input units.
 
     For the prediction y and the margin m_j = f_y - f_j, `backward` proves numbers K_j and E_j with
         m_j(x) >= m_j(image) - E_j - K_j ||x - image||   for ||x - image|| <= rho,
@@ -116,18 +111,17 @@ def local_radius(proof, images, logits, radius, radii, progress=False):
     K, logits = (t.to("cpu", torch.float64) for t in (proof.K, logits))
     K = torch.where(K > 0, shift(K, -net.units[-1]) + LEAST, K)
     logits = shift(logits, -net.units[-1])
-    images = tensor_of(images, "images").cpu()
-    batches = range(0, len(images), BATCH)
+    every = (t.split(BATCH) for t in (tensor_of(images, "images").cpu(), logits, radius))
+    batches = [*zip(*every, strict=True)]
     with torch.inference_mode(), progress_bar(len(batches), "local", "batch", progress) as bar:
-        for first in batches:
-            batch = slice(first, first + BATCH)
-            radius[batch] = _raised(net, K, images[batch], logits[batch], radius[batch], radii)
+        for some, f, held in batches:
+            held.copy_(_raised(net, K, some, f, held, radii))
             bar.update()
     return radius
 
 
 def _raised(net, K, images, f, radius, radii):
-    """`local_radius` of a batch; K (C, C) and the logits f (n, C) in the units of the network."""
+    """`local_radius` of a batch; K (C, C) and logits f (n, C) in the units of the network."""
     y = f.argmax(dim=1)
     margin = f.gather(1, y[:, None]) - f  # (n, C)
     is_y = y[:, None] == torch.arange(f.shape[1])
@@ -139,32 +133,22 @@ def _raised(net, K, images, f, radius, radii):
         if not tried.any():
             continue
         state = state or forward(net, images)
-        local, lost, holds = _at(net, state, y, margin, top, rho, tried)
+        # the rounding E_j of every margin, also of those that no local bound is asked for
+        apart = net.distances[y] * state.errors[-1][:, None]
+        local, lost, holds = top.clone(), (state.head_error[:, None] + apart) * ROUNDED, tried
+        ratio = torch.where(is_y, math.inf, (margin - lost) / top)
+        nearest = ratio.argmin(dim=1)[:, None] == torch.arange(f.shape[1])
+        # the nearest class first: where it fails, the others need no work
+        for asked in (nearest, ~nearest & (ratio <= rho)):
+            n, j = (asked & holds[:, None] & ~is_y).nonzero().unbind(1)
+            bound, lost[n, j] = backward(net, state, n, net.rows[y[n]] - net.rows[j], rho, fall)
+            local[n, j] = torch.minimum(bound, top[n, j])
+            holds = holds & ((margin - lost - rho * local > 0) | is_y).all(dim=1)
         within = ((margin - lost) / local).masked_fill(is_y, math.inf).amin(dim=1)
         left = margin - lost - rho * local
         beyond = rho + (left / top).masked_fill(is_y, math.inf).amin(dim=1)
         larger = torch.where(holds, beyond, within.clamp(max=rho))
-        better = tried & (larger > radius)  # never where `larger` is NaN
-        radius = torch.where(better, larger, radius)
+        # never where `larger` is NaN
+        radius = torch.where(tried & (larger > radius), larger, radius)
         failed = failed | (tried & ~holds)
     return radius
-
-
-def _at(net, state, y, margin, top, rho, tried):
-    """(K_j (n, C), E_j (n, C), whether the prediction holds in the ball of radius rho (n,)), see
-    `local_radius`, where `tried`. top: the rows of the global bound."""
-    classes = torch.arange(margin.shape[1])
-    is_y, holds = y[:, None] == classes, tried
-    # the rounding of every margin, also of those that no local bound is asked for
-    apart = net.distances[y] * state.errors[-1][:, None]
-    local, lost = top.clone(), (state.head_error[:, None] + apart) * ROUNDED
-    ratio = torch.where(is_y, math.inf, (margin - lost) / top)
-    nearest = ratio.argmin(dim=1)[:, None] == classes
-    # the nearest class first: where it fails, the others need no work
-    for asked in (nearest, ~nearest & (ratio <= rho)):
-        n, j = (asked & holds[:, None] & ~is_y).nonzero().unbind(1)
-        v = net.rows[y[n]] - net.rows[j]
-        bound, E = backward(net, state, n, v, rho, fall)
-        local[n, j], lost[n, j] = torch.minimum(bound, top[n, j]), E
-        holds = holds & ((margin - lost - rho * local > 0) | is_y).all(dim=1)
-    return local, lost, holds

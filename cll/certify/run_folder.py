@@ -1,7 +1,5 @@
-"""The folder of a finished run, read as plain data: its trained network, and where its images are.
-
-A certificate of a run needs nothing of ``cll.experiment``, which trained it.
-"""
+"""The folder of a finished run, read as plain data: a certificate of it needs nothing of
+``cll.experiment``, which trained it."""
 
 import json
 from pathlib import Path
@@ -15,7 +13,12 @@ WEIGHTS = "checkpoint.safetensors"
 
 def read_record(folder):
     """The result record of a finished run: a dict, its parameters under "params"."""
-    return json.loads((Path(folder) / "result.json").read_text())
+    path = Path(folder) / "result.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: give the folder of a finished run, outputs/PROFILE/runs/NAME"
+        )
+    return json.loads(path.read_text())
 
 
 def load_model(out_dir):
@@ -40,14 +43,6 @@ def load_model(out_dir):
         net.load_state_dict(load_file(path))
     except Exception as error:  # safetensors and torch raise several types for a damaged file
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(
-            f"damaged weights {path} ({reason}); delete the folder to redo the run"
-        ) from None
+        text = f"damaged weights {path} ({reason}); delete the folder to redo the run"
+        raise ValueError(text) from None
     return net.eval()
-
-
-def data_arguments(params):
-    """The arguments of ``data.load`` that give a run's images; params: a mapping."""
-    arguments = {"source": params["data"], "input_shape": list(params["input_shape"])}
-    arguments |= {key: params[key] for key in ("train_size", "test_size")}
-    return arguments | ({"seed": params["seed"]} if params["data"] == "two_moons" else {})

@@ -1,6 +1,5 @@
 """A lower bound of the Lipschitz constant by search: how tight a certificate is."""
 
-import copy
 import itertools
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 
 from ..architectures import LipschitzNet, as_lipschitz_net
 from ..bounds.linear import exact_arithmetic, full_precision
-from ..layers.structure import freeze
 from ..progress import progress_bar
-from .inputs import CPU_BATCH, as_pixels, check_images, float64_network, predict_logits
+from . import inputs
+from .inputs import as_pixels, per_image
 
 
 @torch.inference_mode(False)
@@ -28,30 +27,27 @@ def lipschitz_lower_bound(
     batch_size=500,
     progress=False,
 ):
-    """Empirical lower bound of K_f = max_ij K[i, j]: the numerator of the paper's tightness.
-
-    The largest quotient |m(x) - m(x')| / ||x - x'||, m = f_j - f_i, that two points exhibit. With
-    D = f(x) - f(x') all class pairs at once give max D - min D.
+    """Empirical lower bound of K_f = max_ij K[i, j]: the numerator of the paper's tightness. The
+    largest quotient |m(x) - m(x')| / ||x - x'||, m = f_j - f_i, that two points exhibit.
 
     method "optimized" (the published code): `pairs` random pairs of different `images`; Adam with
-        step size `lr` climbs max_i |D_j - D_i| / ||x - x'||, j = argmax f(x), in both x and x' for
-        `steps` steps; the best of all pairs and steps counts.
-    method "pairs" (the paper's text): the best pair among 2 * `pairs` random `images`, all classes.
-        With fewer images than that, either method takes what there is.
+        step size `lr` climbs max_i |D_j - D_i| / ||x - x'||, D = f(x) - f(x'), j = argmax f(x), in
+        both x and x' for `steps` steps; the best of all pairs and steps counts.
+    method "pairs" (the paper's text): the best pair among 2 * `pairs` random `images`, of all
+        classes: max D - min D. With fewer images, either method takes what there is.
     images: as in ``certify``. clamp: (low, high) range the points are kept in, or None; "auto" is
         (0, 1) for images (N, [C,] H, W), None for points (N, features).
     batch_size: pairs optimised at a time; changes memory, not the result beyond rounding.
 
-    The search runs in the model's own precision, but the quotients returned are recomputed in
-    float64 from the points found: when x' comes close to x, float32 logits have lost the digits of
-    m(x) - m(x') and the quotient can exceed the true constant. Pairs at distance 0 are left out;
-    nothing is added to a denominator.
+    The search runs in the model's precision; the quotients are recomputed in float64, because close
+    points cost float32 logits the digits of m(x) - m(x'), and the quotient can exceed the true
+    constant. Pairs at distance 0 are left out; nothing is added to a denominator.
     """
     if method not in ("optimized", "pairs"):
         raise ValueError(f"method = {method!r} is not one of 'optimized', 'pairs'")
     if isinstance(model, LipschitzNet) or not hasattr(model, "input_shape"):  # else any module
         model = as_lipschitz_net(model, np.shape(images)[1:])
-    images = check_images(images, model)
+    images = inputs.check_images(images, model)
     if pairs < 1 or len(images) < 2:
         raise ValueError(f"a pair of images is needed: got pairs = {pairs}, {len(images)} images")
     if clamp == "auto":
@@ -70,8 +66,8 @@ def lipschitz_lower_bound(
 
 def _optimise(model, a, b, steps, lr, clamp, bar):
     """Largest float64 quotient that Adam, starting from the pairs a, b (n, *input_shape), finds."""
-    exact, device = float64_network(model)
-    net = freeze(copy.deepcopy(model).eval().requires_grad_(False))
+    exact, device = inputs.float64_network(model)
+    net = inputs.frozen_copy(model)
     weight = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0))
     a, b = (as_pixels(x.to(weight.device), weight.dtype).clone().requires_grad_() for x in (a, b))
     optimizer = torch.optim.Adam([a, b], lr=lr)
@@ -81,8 +77,7 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
             q = _quotient(net, a, b)  # (n,)
             with torch.no_grad():  # per pair, because a float32 record may prove false in float64
                 better = q > best
-                best = torch.where(better, q, best)
-                keep = better.view(-1, *[1] * (a.ndim - 1))
+                best, keep = torch.where(better, q, best), per_image(better, a)
                 best_a, best_b = torch.where(keep, a, best_a), torch.where(keep, b, best_b)
             if step == steps:
                 break
@@ -92,9 +87,8 @@ def _optimise(model, a, b, steps, lr, clamp, bar):
                 x.data.clamp_(*clamp)
             bar.update()
         with torch.no_grad():
-            best_a, best_b = best_a.to(device).double(), best_b.to(device).double()
-            batches = zip(best_a.split(CPU_BATCH), best_b.split(CPU_BATCH), strict=True)
-            return max(_quotient(exact, *points).max().item() for points in batches)
+            points = (x.to(device).double().split(inputs.CPU_BATCH) for x in (best_a, best_b))
+            return max(_quotient(exact, *pair).max().item() for pair in zip(*points, strict=True))
 
 
 def _quotient(net, a, b):
@@ -110,7 +104,7 @@ def _quotient(net, a, b):
 
 def _best_pair(model, images, progress):
     """Largest quotient over all pairs of images and classes, float64."""
-    f = predict_logits(model, images, progress=progress)  # (N, C)
+    f = inputs.predict_logits(model, images, progress=progress)  # (N, C)
     x = as_pixels(images.cpu(), torch.float64).flatten(1)
     norms = x.square().sum(dim=1)
     N, C = f.shape
