@@ -59,17 +59,16 @@ def on_main(function, engine):
     engine: from `connect`."""
     if engine is None:
         return function()
-    outcome = [None, None]
+    outcome = [None, None]  # value, error
     if engine.is_main_process:
         try:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome)
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def close():

@@ -1,5 +1,6 @@
 """Folders of runs: where results lie, when they count as finished, how they are read."""
 
+import contextlib
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -77,26 +79,38 @@ def read_record(params, out_dir, since=0.0):
     return record | ({"data": params.label} if params.label else {})
 
 
-def lacks_attack(params, record):
-    """Whether a finished run was not attacked as its parameters ask for."""
+def lacks(params, record):
+    """What a run with this record, or None, still needs: "training", "certificate", by this version
+    of the kit, "attack", as its parameters ask for it, or None."""
+    if record is None:
+        return "training"
+    if record.get("certifier") != CERTIFIER:
+        return "certificate"
     if params.attack is None:
-        return False
+        return None
     done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
-    return (done.get("images"), done.get("version")) != (images, params.attack.version)
+    asked = images, params.attack.version
+    return None if (done.get("images"), done.get("version")) == asked else "attack"
 
 
-def write(path, text):
-    """Write a file whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """A path to write to; at the end of the block the file goes to `path`, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_record(record, out_dir):
+    """Write result.json, which says that the run has finished."""
+    with whole(out_dir / "result.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1))
 
 
 def save_weights(tensors, path):
-    """Write {name: tensor}, as `write` does."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    """Write {name: tensor}."""
+    with whole(path) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
 
 
 def only_finished():
@@ -117,11 +131,10 @@ def finished(runs, root):
     """
     records = [read_record(params, run_dir(params, root)) for params in runs]
     if only_finished():
-        whole = {record["name"] for record in records if record}
-        records = [
-            record or (None if params.name in whole else _shortened(params, root))
-            for params, record in zip(runs, records, strict=True)
-        ]
+        names = {record["name"] for record in records if record}
+        for i, params in enumerate(runs):
+            if records[i] is None and params.name not in names:
+                records[i] = _shortened(params, root)
     return [record for record in records if record is not None]
 
 
@@ -156,23 +169,20 @@ def set_aside(out_dir):
 
 def provenance(device="cpu"):
     """Device, versions, git revision and date: where a number comes from."""
-    from importlib.metadata import version
 
     def git(*command):
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
 
-    revision = git("rev-parse", "HEAD")
-    if revision and git("status", "--porcelain", "--untracked-files=no"):
+    revision = git("rev-parse", "HEAD") or "unknown"
+    if git("status", "--porcelain", "--untracked-files=no"):
         revision += " with local changes"
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")},
-        },
-        "git_revision": revision or "unknown",
+        "versions": {"python": platform.python_version(), **packages},
+        "git_revision": revision,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
