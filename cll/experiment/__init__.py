@@ -10,7 +10,6 @@ from .schema import (
     PROFILES,
     ROOT,
     Params,
-    default_profile,
     experiment_params,
     load_params,
     load_runs,

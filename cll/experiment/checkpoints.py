@@ -12,22 +12,20 @@ from .ranks import on_main
 from .stack import build_network
 from .store import device_name, save_weights, whole
 
+GENERATIONS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
 CHECKPOINT_SECONDS = 20
 
 
-def open_curve(path, epochs_done):
+def open_curve(out_dir, epochs_done):
     """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
+    path = out_dir / "curve.csv"
     lines = path.read_text().splitlines() if epochs_done and path.exists() else []
     rows = list(csv.reader(lines))[1 : epochs_done + 1]
     curve = open(path, "w", newline="", buffering=1)  # hands each line on once it is written
     csv.writer(curve).writerows([CURVE, *rows])
     return curve
-
-
-def _generations(out_dir):
-    return out_dir / "checkpoint.pt", out_dir / "checkpoint.previous.pt"
 
 
 def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
@@ -39,7 +37,7 @@ def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
     """
     began = time.monotonic()
     for s, (run, out_dir) in enumerate(zip(stack.runs, out_dirs, strict=True)):
-        newest, previous = _generations(out_dir)
+        newest, previous = (out_dir / name for name in GENERATIONS)
         record = {
             "params_hash": run.hash(),
             "epoch": epoch,
@@ -80,7 +78,7 @@ def load_checkpoints(run, out_dir):
     """{epoch: checkpoint} in a run's folder, without those of other parameters. Raises ValueError
     naming a damaged file."""
     checkpoints = {}
-    for path in filter(Path.exists, _generations(Path(out_dir))):
+    for path in filter(Path.exists, (Path(out_dir) / name for name in GENERATIONS)):
         try:
             record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if record["params_hash"] == run.hash():

@@ -21,9 +21,8 @@ BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate fr
 
 
 class Trained(NamedTuple):
-    """A network that has finished training. seconds: its share of the wall time; together: number
-    of runs that trained as one program; earlier: the record of an earlier certificate of the same
-    weights, if there is one."""
+    """A trained network. seconds: its share of the wall time; together: number of runs that trained
+    as one program; earlier: the record of an earlier certificate of the same weights, or {}."""
 
     params: object
     net: torch.nn.Module
@@ -37,8 +36,8 @@ class Trained(NamedTuple):
 def evaluate(run, progress):
     """Certify a Trained by both bounds; write radii, weights and result.json. Returns the record,
     which keeps the lower bound of K and the snapshots of an earlier one."""
-    params, device = run.params, run.params.torch_device
-    run.net.to(device)
+    params = run.params
+    run.net.to(params.torch_device)
     epsilon = getattr(params.loss, "epsilon", None)  # is one of the radii of its CRA
     names = list(dict.fromkeys([*params.radii, *([f"{epsilon:g}"] if epsilon else [])]))
     local = list(map(distance, names)) if params.local else None
@@ -53,9 +52,12 @@ def evaluate(run, progress):
     if params.attack is not None:
         attack = attacked(params, run.net, run.dataset, result.radius, result.correct, progress)
         record |= {"attack": attack} if attack else {}
-    record |= _provenance(run, device)
+    record |= _provenance(run)
+    radii = {"radius": "guaranteed", "radius_paper_style": "power", "radius_local": "local"}
+    arrays = {key: result.radius[b] for key, b in radii.items() if b in result.radius}
+    arrays |= {"correct": result.correct, "prediction": result.prediction, "target": test[1].cpu()}
+    np.savez_compressed(run.out_dir / "radii.npz", **arrays)
     # last of all result.json; then checkpoints are no longer needed
-    _save_radii(run, result)
     save_weights(run.net.cpu().state_dict(), run.out_dir / "checkpoint.safetensors")
     write_record(record, run.out_dir)
     for path in (*run.out_dir.glob("checkpoint*.pt"), *run.out_dir.glob("snapshot-*.safetensors")):
@@ -184,9 +186,9 @@ def attacked(params, net, dataset, radii, correct, progress):
     }
 
 
-def _provenance(run, device):
+def _provenance(run):
     """Where, when and how the run was trained and certified."""
-    now = provenance(device)
+    now = provenance(run.params.torch_device)
     trained = {key: (run.earlier or now)[key] for key in ("device", "git_revision", "date")}
     # they may have been made elsewhere and brought here to be certified
     if checkpoints := load_checkpoints(run.params, run.out_dir):
@@ -201,14 +203,3 @@ def _provenance(run, device):
         "params_hash": run.params.hash(),
         **now,
     }
-
-
-def _save_radii(run, result):
-    radii = {"radius": "guaranteed", "radius_paper_style": "power", "radius_local": "local"}
-    np.savez_compressed(
-        run.out_dir / "radii.npz",
-        **{key: result.radius[b].numpy() for key, b in radii.items() if b in result.radius},
-        correct=result.correct.numpy(),
-        prediction=result.prediction.numpy(),
-        target=run.dataset.test_targets.cpu().numpy(),
-    )

@@ -1,13 +1,13 @@
 """Two faster ways to take the steps of a Stack: `use_dense` and `use_compiled`.
 
-A step of a network with a few thousand weights takes as long as the number of its operations,
-whatever these compute: seven layers under torch.func.vmap are 1,400 of them. In a dense stack a
-layer of all runs is one batched product, samples lie last so that MaxMin works on whole rows, the
-backward pass of the network is written out, and the power iterations of all layers run as one, on
-matrices padded to a common size. The mathematics is that of the layers and of `bounds.estimate`.
+A step of a network with a few thousand weights takes as long as the number of its operations:
+seven layers under torch.func.vmap are 1,400 of them. In a dense stack a layer of all runs is one
+batched product, samples lie last so that MaxMin works on whole rows, the backward pass of the
+network is written out, and the power iterations of all layers run as one, on matrices padded to a
+common size. The mathematics is that of the layers and of `bounds.estimate`.
 
-On CUDA, hundreds of small kernels take longer to start than to run. There torch.compile joins
-them, and replays the step as one CUDA graph.
+On CUDA, where hundreds of small kernels take longer to start than to run, torch.compile joins them
+and replays the step as one CUDA graph.
 """
 
 import warnings
@@ -26,10 +26,8 @@ COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
 
 
 def use_dense(stack):
-    """Let a stack of small perceptrons compute as a DenseStack; returns whether it is one.
-
-    Their networks have Linear layers with MaxMin between them and float32 arithmetic, and the
-    gradient of K is that of the envelope theorem.
+    """Let a stack of small perceptrons compute as a DenseStack; returns whether it is one: Linear
+    layers with MaxMin between them, float32 arithmetic, the gradient of K by the envelope theorem.
     """
     program, layers = stack.program, [*stack.nets[0].body, stack.nets[0].head]
     linear, between = layers[::2], layers[1::2]
@@ -113,8 +111,8 @@ def _difference(stack, compiled, eager, batch):
 
 
 class DenseStack:
-    """The forward pass and the bounds of the S >= 1 runs of a Stack that `use_dense` found to fit;
-    depth: number of linear layers in the body."""
+    """The forward pass and the bounds of the S >= 1 runs of a Stack, see `use_dense`. depth: number
+    of linear layers in the body."""
 
     def __init__(self, stack, depth):
         self.stack, net = stack, stack.nets[0]

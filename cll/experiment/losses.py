@@ -23,6 +23,16 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
+    def mistakes(self):
+        """What is wrong with values that are right one by one, and what to write: texts."""
+        return ()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if mistakes := "; ".join(self.mistakes()):
+            raise ValueError(mistakes)
+        return self
+
 
 def numbers(value, name=""):
     """The value; ValueError where it holds true or false, which Python counts as 1 or 0."""
@@ -30,12 +40,11 @@ def numbers(value, name=""):
         raise ValueError(f"{name}true or false is no number")
     for number in value if isinstance(value, list | tuple) else ():
         numbers(number)
-    for key in IN_AUGMENTATION if isinstance(value, dict) else ():
-        numbers(value.get(key), f"{key}: ")
+    for key in ("crop", "rotation", "jitter", *JITTER) if isinstance(value, dict) else ():
+        numbers(value.get(key), f"{key}: ")  # of an augmentation
     return value
 
 
-IN_AUGMENTATION = ("crop", "rotation", "jitter", *JITTER)  # its keys for numbers
 # Kinds of numbers in a parameter file, each with the range that it may lie in.
 Number = BeforeValidator(numbers)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
@@ -149,13 +158,11 @@ class GloRo(Loss):
     )
     moves_K: ClassVar[bool] = True
 
-    @model_validator(mode="after")
-    def _check(self):
+    def mistakes(self):
         if self.trades_start is not None and self.trades is None:
-            raise ValueError("trades_start needs trades, the weight at which the ramp ends")
+            yield "trades_start needs trades, the weight at which the ramp ends"
         if self.trades_until != 1 and self.trades_start is None:
-            raise ValueError("trades_until needs trades_start, the weight at which the ramp starts")
-        return self
+            yield "trades_until needs trades_start, the weight at which the ramp starts"
 
     def values(self, progress):
         epsilon, weight = self.epsilon, self.trades
@@ -244,11 +251,9 @@ class LocalLipB(Loss):
     rampup: Share = 0.5
     iterations: Count = 2  # of power, per sample and layer
 
-    @model_validator(mode="after")
-    def _check(self):
+    def mistakes(self):
         if self.warmup >= self.rampup:
-            raise ValueError(f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}")
-        return self
+            yield f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}"
 
     def values(self, progress):
         risen = (progress - self.warmup) / (self.rampup - self.warmup)

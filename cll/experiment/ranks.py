@@ -31,9 +31,7 @@ def is_main():
 @functools.cache
 def connect(device):
     """The accelerate.Accelerator of this rank, or None in a process alone; waits for all ranks.
-
-    RuntimeError where accelerate is missing, ValueError where there are fewer GPUs than ranks.
-    """
+    RuntimeError where accelerate is missing, ValueError where there are fewer GPUs than ranks."""
     if count() == 1:
         return None
     try:
@@ -72,12 +70,10 @@ def on_main(function, engine):
 
 
 def close():
-    """Leave the group of processes, if there is one, and end the program with status 0.
-
-    Without a shutdown of the interpreter: worker threads of the group outlive
-    destroy_process_group, and one that then asks for the interpreter's lock aborts the process,
-    which torchrun takes for a lost rank (github.com/pytorch/pytorch/pull/179291).
-    """
+    """Leave the group of processes, if there is one, and end the program with status 0, without a
+    shutdown of the interpreter: worker threads of the group outlive it, and one that then asks for
+    the interpreter's lock aborts the process, which torchrun takes for a lost rank
+    (github.com/pytorch/pytorch/pull/179291)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

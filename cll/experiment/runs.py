@@ -1,7 +1,7 @@
 """Runs: train what has not finished, certify it, read the rest.
 
-A run is one network, one seed: everything it depends on is in one record (`Params`), and everything
-it leaves is in one folder:
+A run is one network, one seed: all that it depends on is in one record (`Params`), and all that it
+leaves in one folder:
 
     outputs/<profile>/runs/<name>-seed<k>-<hash>/  result.json  curve.csv  radii.npz
                                                    checkpoint.safetensors
@@ -14,6 +14,7 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..progress import progress_bar
 from . import store
@@ -104,7 +105,7 @@ def _run_together(runs, out_dirs, progress):
             # one order for all processes, so that none waits in a ring
             for out_dir in sorted(out_dirs):
                 out_dir.mkdir(parents=True, exist_ok=True)
-                claimed.enter_context(store.lock(out_dir))
+                claimed.enter_context(FileLock(out_dir / ".lock"))
             # another process may have finished some of them while this one waited
             records = _read(runs, out_dirs)
             for out_dir, record in zip(out_dirs, records, strict=True):
@@ -174,7 +175,7 @@ def recertify(params, out_dir, progress=True):
     if store.lacks(params, record) != "certificate":
         return record
     net, together = store.load_model(out_dir), record["trained_together"]
-    with store.lock(out_dir):
+    with FileLock(out_dir / ".lock"):
         dataset = store.load_dataset(params)
         old = Trained(params, net, dataset, out_dir, record["seconds"], together, record)
         return evaluate(old, progress)

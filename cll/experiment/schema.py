@@ -42,21 +42,16 @@ class Optimizer(Record):
     decay_from: Start = 0.5  # fraction of training
     final_lr: Positive | None = None
 
-    @model_validator(mode="after")
-    def _check(self):
-        """A value that its own optimiser or schedule would not use is a mistake."""
+    def mistakes(self):
         unused = {"betas"} if self.name == "SGD" else {"momentum"}
         unused |= {"milestones", "gamma"} if self.schedule != "milestones" else set()
         unused |= {"decay_from", "final_lr"} if self.schedule != "exponential" else set()
+        used_by = f"{self.name} with schedule = {self.schedule!r}"
         for key in sorted(unused):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is not used by {self.name} with schedule = {self.schedule!r}: leave it "
-                    "out"
-                )
+            if getattr(self, key) != Optimizer.model_fields[key].default:
+                yield f"{key} is not used by {used_by}: leave it out"
         if self.schedule == "exponential" and self.final_lr is None:
-            raise ValueError("schedule = 'exponential' needs final_lr, where it ends")
-        return self
+            yield "schedule = 'exponential' needs final_lr, where it ends"
 
     def rate(self, iteration, total):
         """Learning rate of one iteration (from 0) of `total`."""
@@ -155,14 +150,13 @@ class Params(Record):
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, values):
-        if not isinstance(values, dict):
-            return values
+        values = dict(values)
         for key, only in RETIRED.items():
-            if values.get(key, only) != only:
+            if (given := values.pop(key, only)) != only:
                 raise ValueError(
-                    f"{key} = {values[key]!r}: this version knows {only!r} alone, leave the key out"
+                    f"{key} = {given!r}: this version knows {only!r} alone, leave the key out"
                 )
-        return {key: value for key, value in values.items() if key not in RETIRED}
+        return values
 
     @field_validator("model")
     @classmethod
@@ -173,44 +167,31 @@ class Params(Record):
 
     @field_validator("input_mean", "input_std", mode="before")
     @classmethod
-    def _per_channel(cls, value, info):
+    def _finite(cls, value, info):
         values = losses.numbers(value if isinstance(value, list | tuple) else [value])
         least, above = (0, " > 0") if info.field_name == "input_std" else (-math.inf, "")
-        if not values or not all(
-            isinstance(v, int | float) and least < v < math.inf for v in values
-        ):
+        numbers = all(isinstance(v, int | float) and least < v < math.inf for v in values)
+        if not values or not numbers:
             raise ValueError(f"give one finite number{above}, or a list with one per channel")
-        channels = info.data.get("input_shape", values)[:1]
-        if len(values) > 1 and len(values) != channels[0]:
-            raise ValueError(
-                f"{info.field_name} has {len(values)} values for {channels[0]} channels: give one, "
-                "or one per channel"
-            )
         return value
 
-    @model_validator(mode="after")
-    def _check(self):
-        last = max(self.snapshots, default=0)
+    def mistakes(self):
         plain = f"needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
-        is_plain, per_sample = self.model in PLAIN, self.loss.local_K is not None
-        published = getattr(self.loss, "gradient", "exact") == "published"
-        no_images = f"not input_shape = {list(self.input_shape)}: leave it out"
-        for wrong, message in (
-            (per_sample and not is_plain, f"loss {self.loss.name} {plain}"),
-            (self.local and not is_plain, f"local: true {plain}"),
-            (last > self.epochs, f"snapshots: there is no epoch {last}, epochs = {self.epochs}"),
-            (
-                self.attack is not None and len(self.input_shape) != 3,
-                f"attack needs images (C, H, W), {no_images}",
-            ),
-            (
-                published and self.head != "linear",
-                f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
-        return self
+        if self.loss.local_K is not None and self.model not in PLAIN:
+            yield f"loss {self.loss.name} {plain}"
+        if self.local and self.model not in PLAIN:
+            yield f"local: true {plain}"
+        if max(self.snapshots, default=0) > self.epochs:
+            yield f"snapshots: there is no epoch {max(self.snapshots)}, epochs = {self.epochs}"
+        if self.attack is not None and len(self.input_shape) != 3:
+            shape = list(self.input_shape)
+            yield f"attack needs images (C, H, W), not input_shape = {shape}: leave it out"
+        if getattr(self.loss, "gradient", "exact") == "published" and self.head != "linear":
+            yield f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}"
+        for key in ("input_mean", "input_std"):
+            value, channels = getattr(self, key), self.input_shape[0]
+            if isinstance(value, tuple) and len(value) not in (1, channels):
+                yield f"{key} has {len(value)} values for {channels} channels: give 1 or {channels}"
 
     def hash(self):
         """Identity of the run: changes with any parameter except label, device and attack.
@@ -288,11 +269,6 @@ def _read(source):
     return values["params"] if path.name == "result.json" else values, str(source)
 
 
-def default_profile():
-    """ "paper" where a CUDA device is there, else "quick"."""
-    return "paper" if torch.cuda.is_available() else "quick"
-
-
 def load_params(source, profile=None, **overrides):
     """Validated parameters of one run.
 
@@ -336,11 +312,12 @@ def _resolved(source, profile, overrides):
         if not known or not seeds or len(set(seeds)) < len(seeds):
             wanted = f"write a list of different numbers from 0 to {SEEDS - 1}, such as [1, 2, 3]"
             raise ValueError(f"{where}: seeds = {seeds!r}: {wanted}")
-    profile = profile or values.get("profile") or (default_profile() if blocks else "paper")
+    usual = "quick" if blocks and not torch.cuda.is_available() else "paper"
+    profile = profile or values.get("profile") or usual
     for name in (profile, *blocks):
         if name not in PROFILES:
-            nearest = _nearest(name, PROFILES)
-            raise ValueError(f"{where}: unknown profile {name!r}; nearest: {nearest!r}")
+            known = f"nearest: {_nearest(name, PROFILES)!r}"
+            raise ValueError(f"{where}: unknown profile {name!r}; {known}")
     values = merge(values, blocks.get(profile, {})) | {"profile": profile}
     seeds = values.pop("seeds", [])
     values.pop("profiles", None)

@@ -1,7 +1,5 @@
-"""The training step of one network, or of several of one shape side by side.
-
-Here is the plain way. `fast` has quicker ones to the same numbers.
-"""
+"""The training step of one network, or of several of one shape side by side: the plain way. `fast`
+has quicker ones to the same numbers."""
 
 import contextlib
 import itertools
@@ -78,18 +76,15 @@ class Stack:
         self.module = self.program
         if engine is not None:
             self.module = engine.prepare_model(self.program)  # may replace buffers
-        trained = {k for k, t in nets[0].named_parameters(prefix="net") if t.requires_grad}
-        members = [
-            dict(itertools.chain(net.named_parameters("net"), net.named_buffers("net")))
-            for net in nets
-        ]
-        tensors = members[0]
+        named = [dict([*net.named_parameters("net"), *net.named_buffers("net")]) for net in nets]
+        trained = {k for k, t in named[0].items() if t.requires_grad}
         if len(runs) > 1:
-            tensors = tree_map(
-                lambda *one: torch.stack([t.detach().to(self.device) for t in one]), *members
-            )
-        self.parameters = {k: t.requires_grad_() for k, t in tensors.items() if k in trained}
-        self.buffers = {k: t for k, t in tensors.items() if k not in trained}
+            named[0] = {
+                k: torch.stack([tensors[k].detach().to(self.device) for tensors in named])
+                for k in named[0]
+            }
+        self.parameters = {k: t.requires_grad_() for k, t in named[0].items() if k in trained}
+        self.buffers = {k: t for k, t in named[0].items() if k not in trained}
         self.tensors = self.parameters | self.buffers
         self.optimizer = _optimizer(runs[0].optimizer, self.parameters)
         self.groups = []  # (loss, slice) of neighbours that share one call of their loss
@@ -222,10 +217,10 @@ def _mapped(loss, *stacked):
 
 def _optimizer(config, parameters):
     """The optimiser of {name: tensor}; angles and thresholds know no weight decay."""
-    spared = [t for name, t in parameters.items() if name.endswith(NOT_DECAYED)]
-    others = [t for name, t in parameters.items() if not name.endswith(NOT_DECAYED)]
-    groups = [{"params": others}, {"params": spared, "weight_decay": 0.0}]
+    decayed, spared = {"params": []}, {"params": [], "weight_decay": 0.0}
+    for name, t in parameters.items():
+        (spared if name.endswith(NOT_DECAYED) else decayed)["params"].append(t)
     key = "momentum" if config.name == "SGD" else "betas"
     options = {"lr": config.lr, "weight_decay": config.weight_decay, key: getattr(config, key)}
-    kind = getattr(torch.optim, config.name)
-    return kind([group for group in groups if group["params"]], fused=True, **options)
+    groups = [group for group in (decayed, spared) if group["params"]]
+    return getattr(torch.optim, config.name)(groups, fused=True, **options)

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 
+from ..certify import run_folder
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
 from .schema import ROOT, SCHEDULE, Params
@@ -34,10 +34,8 @@ def outputs_dir(outputs="", profile="smoke"):
     root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
     if outputs == "drive":
         if "google.colab" not in sys.modules:
-            raise ValueError(
-                'outputs = "drive" is for Google Colab: name a folder, or leave it empty for '
-                "outputs/"
-            )
+            wanted = "name a folder, or leave it empty for outputs/"
+            raise ValueError(f'outputs = "drive" is for Google Colab: {wanted}')
         from google.colab import drive
 
         root = DRIVE / "MyDrive" / "cll"
@@ -59,9 +57,9 @@ _load_once = functools.lru_cache(maxsize=32)(load)
 
 def load_dataset(params):
     """The data.Dataset of a run (read once per process)."""
-    sizes = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
-    seed = params.seed if params.data == "two_moons" else 0
-    return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
+    given = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
+    given["seed"] = params.seed if params.data == "two_moons" else 0
+    return _load_once(params.data, **given, label=params.label or None)
 
 
 def read_record(params, out_dir, since=0.0):
@@ -74,9 +72,8 @@ def read_record(params, out_dir, since=0.0):
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"damaged result {path} ({error}); delete it to redo the run") from None
-    if record["params_hash"] != params.hash():
-        return None
-    return record | ({"data": params.label} if params.label else {})
+    renamed = {"data": params.label} if params.label else {}
+    return record | renamed if record["params_hash"] == params.hash() else None
 
 
 def lacks(params, record):
@@ -151,16 +148,10 @@ def _shortened(params, root):
     return max(shorter, key=lambda record: record["epochs"], default=None)
 
 
-def lock(folder):
-    """Two processes never work in one run folder: the second waits."""
-    return FileLock(folder / ".lock")
-
-
 def set_aside(out_dir):
     """Move a finished result of other parameters away, so that it is not overwritten."""
-    path = out_dir / "result.json"
-    if path.exists():
-        old = out_dir / f"previous-{json.loads(path.read_text())['params_hash'][:6]}"
+    if (out_dir / "result.json").exists():
+        old = out_dir / f"previous-{run_folder.read_record(out_dir)['params_hash'][:6]}"
         old.mkdir(exist_ok=True)
         for name in ("result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"):
             if (out_dir / name).exists():

@@ -1,9 +1,9 @@
 """One training loop for every system, many runs at a time.
 
-Runs that share architecture, data size, optimiser and schedule train as one program, so that nine
-seeds or a sweep over epsilon cost little more than one. Each run has its own initialisation and its
-own generator for order and augmentation: its companions change its result by rounding alone.
-Several ranks may share the steps of a run alone.
+Runs that share architecture, data size, optimiser and schedule train as one program: nine seeds
+cost little more than one. Each run has its own initialisation and its own generator for order and
+augmentation: its companions change its result by rounding alone. Several ranks may share the steps
+of a run alone.
 """
 
 import contextlib
@@ -42,16 +42,13 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         due = save_checkpoints(stack, out_dirs, batches, 0, diverged, 0.0)
 
-    began = time.monotonic()
+    began, seconds = time.monotonic(), former_seconds
     with contextlib.ExitStack() as opened:
         opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
         opened.enter_context(bar).update(start * batches.steps)
-        curves = [open_curve(d / "curve.csv", start) for d in out_dirs] if main else []
-        for curve in curves:
-            opened.enter_context(curve)
-
+        curves = [opened.enter_context(open_curve(d, start)) for d in out_dirs if main]
         for epoch in range(start, epochs):
             # Run: the steps of the epoch. The host waits for the device once, at its end.
             rows = _run_epoch(stack, batches, epoch, bar)
@@ -60,9 +57,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
             # Report: a row in every curve.csv, a line on the screen, and who has diverged.
             for curve, row in zip(curves, rows, strict=False):
                 csv.writer(curve).writerow([*row.values(), round(seconds / len(runs), 3)])
-            diverged = [
-                d or _divergence(*one) for d, *one in zip(diverged, runs, rows, strict=True)
-            ]
+            for s, row in enumerate(rows):
+                diverged[s] = diverged[s] or _divergence(runs[s], row)
             bar.set_postfix_str(_line(rows, epochs), refresh=False)
 
             # Save: snapshots that were asked for, and a checkpoint now and then.
@@ -78,7 +74,6 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         raise FloatingPointError("; ".join(filter(None, diverged)))
     if stack.engine is not None:
         stack.engine.free_memory()  # it would keep this network while the next one trains
-    seconds = former_seconds + time.monotonic() - began
     return stack.networks() if main else None, seconds / len(runs)
 
 
@@ -112,7 +107,14 @@ class Batches:
     def __init__(self, runs, datasets, device, engine=None):
         self.run, self.device, self.n = runs[0], device, len(datasets[0].train_targets)
         self.size = min(self.run.batch_size, self.n)
-        self.steps, self.share = self.n // self.size, _share(self.size, engine)
+        self.steps = self.n // self.size
+        count, rank = (engine.num_processes, engine.process_index) if engine else (1, 0)
+        if self.size % count:
+            raise ValueError(
+                f"batch_size {self.size} is the number of images in a step over all ranks and "
+                f"{count} ranks cannot share it evenly: start a number of processes that divides it"
+            )
+        self.share = slice(rank * self.size // count, (rank + 1) * self.size // count)
         shared = all(data is datasets[0] for data in datasets)
         sources = datasets[:1] if shared else datasets
         self.images = torch.cat([data.train_images for data in sources]).to(device)
@@ -152,19 +154,6 @@ class Batches:
             x = to_float(x).unflatten(0, ids.shape)
             for i in range(ids.shape[1]):
                 yield x[:, i], y[:, i]
-
-
-def _share(batch, engine):
-    """The slice of every batch that this rank takes."""
-    if engine is None:
-        return slice(batch)
-    count, rank = engine.num_processes, engine.process_index
-    if batch % count:
-        raise ValueError(
-            f"batch_size {batch} is the number of images in a step over all ranks and {count} "
-            f"ranks cannot share it evenly: start a number of processes that divides {batch}"
-        )
-    return slice(rank * batch // count, (rank + 1) * batch // count)
 
 
 def _run_epoch(stack, batches, epoch, bar):
@@ -219,5 +208,5 @@ def _line(rows, epochs):
 
 def _describe(runs):
     names, seeds = sorted({run.name for run in runs}), sorted({run.seed for run in runs})
-    label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return f"{label}, seed{'s' if len(seeds) > 1 else ''} {','.join(map(str, seeds))}"
+    more = f" and {len(names) - 1} more" * (len(names) > 1)
+    return f"{names[0]}{more}, seed{'s' * (len(seeds) > 1)} {','.join(map(str, seeds))}"
