@@ -68,21 +68,18 @@ def evaluate(run, progress):
 def _identity(run):
     """Which run it is: its parameters, its data and the size of its network."""
     params, dataset = run.params, run.dataset
-    record = params.model_dump(include={"name", "row", "seed", "profile", "model", "head"})
-    record |= {
+    keys = {"name", "row", "seed", "profile", "model", "head", "epochs", "published_epochs"}
+    return params.model_dump(include=keys | ({"size"} if params.size != Size() else set())) | {
         "method": params.loss.name,
         "data": dataset.name,
         "epsilon": getattr(params.loss, "epsilon", None),
         "p": getattr(params.loss, "p", None),
-        "epochs": params.epochs,
-        "published_epochs": params.published_epochs,
         "train_size": len(dataset.train_targets),
         "test_size": len(dataset.test_targets),
         "num_classes": dataset.num_classes,
         "input_shape": list(dataset.input_shape),
         "parameters": sum(p.numel() for p in run.net.parameters()),
     }
-    return record | ({"size": params.size.model_dump()} if params.size != Size() else {})
 
 
 def _certificates(run, result, names, progress):
@@ -112,10 +109,10 @@ def _tightness(run, result, progress):
     lower = run.earlier.get("K_lower")
     lower = _lower_bound(run, run.net, progress) if lower is None else lower
     if lower > K_f * (1 + 1e-6):
+        moved = f"two inputs are moved apart {lower:.6g} times, but the guaranteed K is {K_f:.6g}"
         raise RuntimeError(
-            f"{run.params.name}, seed {run.params.seed}: two inputs are moved apart {lower:.6g} "
-            f"times, but the guaranteed K is {K_f:.6g}: a bound of this kit is false, please "
-            "report it"
+            f"{run.params.name}, seed {run.params.seed}: {moved}: a bound of this kit is false, "
+            "please report it"
         )
     shares = {"tightness": lower / K_f, "tightness_paper_style": lower / K_f_paper}
     return {"K_lower": lower, **shares, "tightness_method": run.params.tightness.method}

@@ -47,12 +47,10 @@ def use_dense(stack):
 
 
 def use_compiled(stack, steps):
-    """Let torch.compile make the losses of a stack, if it takes so many steps that this pays.
-
-    For plain networks on CUDA. The first batch is computed both ways: where compiling fails, e.g.
-    without a C++ compiler, or the gradients differ, one warning says so and training goes on as
-    before, to the same result.
-    """
+    """Let torch.compile make the losses of a stack of plain networks on CUDA, where its number of
+    steps pays that back. The first batch is computed both ways: where compiling fails, e.g. without
+    a C++ compiler, or the gradients differ, one warning says so and training goes on as before, to
+    the same result."""
     first, program = stack.runs[0], stack.program
     plain = first.model in PLAIN and program.local_K is None and not program.tf32
     worth = stack.device.type in COMPILED_DEVICES and steps >= COMPILED_STEPS
@@ -78,12 +76,9 @@ def use_compiled(stack, steps):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
             stack.losses = replayed
         except Exception as error:  # a compiler raises many types
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(
-                f"training of {first.model} is not compiled ({type(error).__name__}: {reason}): it "
-                "goes on without, to the same result and slower",
-                stacklevel=2,
-            )
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            message = f"training of {first.model} is not compiled ({reason}): it goes on without"
+            warnings.warn(f"{message}, to the same result and slower", stacklevel=2)
         return stack.losses(*batch)
 
     stack.losses = on_trial

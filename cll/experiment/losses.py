@@ -57,12 +57,9 @@ Count = Annotated[int, Field(gt=0), Number]
 
 
 class Bound(NamedTuple):
-    """What a step knows of Lipschitz constants, differentiable where the loss moves K.
-
-    K: of all pairs of logits, (C, C), which is body times distances; body: the constant of the
-    network without its head, 0-dim; rows: of the head, (C, D); distances: ||w_i - w_j|| of the
-    rows, (C, C). Of local bounds K alone, (N, C, C).
-    """
+    """What a step knows of Lipschitz constants, differentiable where the loss moves K: K (C, C) of
+    all pairs of logits is body, the constant of the network without its head, 0-dim, times the
+    distances ||w_i - w_j|| (C, C) of the head's rows (C, D). Of local bounds K alone, (N, C, C)."""
 
     K: torch.Tensor
     body: torch.Tensor | None = None
@@ -239,11 +236,9 @@ class SOC(Loss):
 
 
 class LocalLipB(Loss):
-    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample.
-
-    Between the moments warmup and rampup, fractions of training, epsilon rises from 0 and the
-    weight kappa of the clean cross-entropy falls from 1 to 0.
-    """
+    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample. Between warmup
+    and rampup, fractions of training, epsilon rises from 0 and the weight kappa of the clean
+    cross-entropy falls from 1 to 0."""
 
     name: Literal["Local-Lip-B"]
     epsilon: Positive

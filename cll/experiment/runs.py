@@ -141,10 +141,10 @@ def _completed(params, record, out_dir, progress):
     """The record of a finished run with the attack that its parameters ask for."""
     missing = store.lacks(params, record)
     if missing == "certificate":
+        anew = "certify its weights anew with python -m cll FILE --recertify"
         raise ValueError(
             f"{params.name}, seed {params.seed}, was certified by an earlier version of this kit, "
-            f"in {out_dir}: certify its weights anew with python -m cll FILE --recertify, or "
-            "experiment.recertify"
+            f"in {out_dir}: {anew}, or experiment.recertify"
         )
     if missing is None or not (out_dir / "checkpoint.safetensors").exists():
         return record
@@ -162,12 +162,9 @@ def _completed(params, record, out_dir, progress):
 
 
 def recertify(params, out_dir, progress=True):
-    """Certify a finished run of an earlier version anew, from its weights; returns its record.
-
-    Where and when it was trained stays on record, and so do its lower bound of K and its snapshots.
-    A run that this version certified is read. Raises FileNotFoundError where there is no finished
-    run, or one without its weights.
-    """
+    """Certify a finished run of an earlier version anew, from its weights. Returns its record;
+    place and time of training, the lower bound of K and the snapshots stay. A run that this
+    version certified is read. FileNotFoundError: there is no finished run, or it has no weights."""
     out_dir = Path(out_dir)
     record = store.read_record(params, out_dir)
     if record is None:

@@ -66,7 +66,7 @@ class Optimizer(Record):
 
 
 class Size(Record):
-    """Factors on an architecture, for runs of a size that fits a CPU; see architectures.build."""
+    """Factors on an architecture, see architectures.build."""
 
     width: Share = 1.0
     depth: Share = 1.0
@@ -81,8 +81,7 @@ class Tightness(Record):
 
 
 class Attack(Record):
-    """Attack the first test images at each of the radii (attack.autoattack): accuracy from above,
-    where the certificate is accuracy from below."""
+    """Attack the first test images at each of the radii (attack.autoattack): from above."""
 
     images: Count = 1000
     version: Literal["standard", "apgd", "apgd-ce"] = "standard"
@@ -194,23 +193,21 @@ class Params(Record):
                 yield f"{key} has {len(value)} values for {channels} channels: give 1 or {channels}"
 
     def hash(self):
-        """Identity of the run: changes with any parameter except label, device and attack.
-
-        Values equal to their default are left out, so that a new key does not disown old results.
-        """
-        values = self.model_dump(
-            mode="json", by_alias=True, exclude={"label", "device", "attack"}, exclude_defaults=True
-        )
+        """Identity of the run: changes with any parameter except label, device and attack. Values
+        equal to their default are left out, so that a new key does not disown old results."""
+        kept = {"exclude": {"label", "device", "attack"}, "exclude_defaults": True}
+        values = self.model_dump(mode="json", by_alias=True, **kept)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def torch_device(self):
         """ "cpu" or "cuda"; ValueError where CUDA is asked for and absent."""
-        if self.device == "cuda" and not torch.cuda.is_available():
+        found = torch.cuda.is_available()
+        if self.device == "cuda" and not found:
             raise ValueError(
                 "device = 'cuda' but PyTorch finds no CUDA device: use 'auto' or 'cpu'"
             )
-        return "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
+        return "cuda" if self.device != "cpu" and found else "cpu"
 
 
 def _nearest(name, known):
@@ -224,12 +221,9 @@ def _params(values, where):
     except ValidationError as error:
         # a list is too short as well once its values are refused
         errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
-    missing = [_key(e) for e in errors if e["type"] == "missing"]
     complaints = [_complaint(e, values) for e in errors if e["type"] != "missing"]
-    if missing:
-        complaints.append(
-            f"nothing says {', '.join(missing)}: write it, or run a file that has this as its base"
-        )
+    if missing := ", ".join(_key(e) for e in errors if e["type"] == "missing"):
+        complaints.append(f"{missing} missing: write it, or run a file that has this as its base")
     raise ValueError(f"{where}: " + "; ".join(complaints))
 
 
@@ -335,10 +329,7 @@ SCHEDULE = ("epochs", "optimizer", "precision", "tightness")
 
 def sized_as(other, runs, **changes):
     """The runs with the data, size and schedule of another, and no attack: a table's runs among
-    those of a sweep.
-
-    Where those are equal already, as in the profiles quick and paper, the table's finished runs
-    are read: an attack is no part of a run's identity.
-    """
+    those of a sweep. Where those are equal already, as in the profiles quick and paper, these are
+    the table's finished runs: an attack is no part of a run's identity."""
     same = {key: getattr(other, key) for key in SIZES} | {"attack": None} | changes
     return [run.model_copy(update=same) for run in runs]

@@ -121,11 +121,9 @@ def fresh_since():
 
 
 def finished(runs, root):
-    """The result records of the runs that have finished under `root`, in order. Trains nothing.
-
-    With CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by
-    its longest shortened schedule there; records and captions then say "40 of 801 epochs".
-    """
+    """The result records of runs that have finished under `root`, in order; trains nothing. With
+    CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by its
+    longest shortened schedule there; records and captions then say "40 of 801 epochs"."""
     records = [read_record(params, run_dir(params, root)) for params in runs]
     if only_finished():
         names = {record["name"] for record in records if record}

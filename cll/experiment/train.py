@@ -59,7 +59,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
                 csv.writer(curve).writerow([*row.values(), round(seconds / len(runs), 3)])
             for s, row in enumerate(rows):
                 diverged[s] = diverged[s] or _divergence(runs[s], row)
-            bar.set_postfix_str(_line(rows, epochs), refresh=False)
+            mean = {k: sum(row[k] for row in rows) / len(rows) for k in ("loss", "train_accuracy")}
+            bar.set_postfix(mean, epoch=epoch + 1, K=max(r["K"] for r in rows), refresh=False)
 
             # Save: snapshots that were asked for, and a checkpoint now and then.
             done = epoch + 1 == epochs or all(diverged)
@@ -194,15 +195,6 @@ def _divergence(run, row):
         f"training of {run.name} seed {run.seed} diverged in epoch {row['epoch']}: "
         f"loss {row['loss']:.4g}, K = {row['K']:.4g}; "
         f"lower optimizer.lr (now {run.optimizer.lr:g}){run.loss.remedy}"
-    )
-
-
-def _line(rows, epochs):
-    """What the progress bar says of an epoch."""
-    loss, accuracy = (sum(row[k] for row in rows) / len(rows) for k in ("loss", "train_accuracy"))
-    return (
-        f"epoch {rows[0]['epoch']}/{epochs}, loss {loss:.3g}, train {100 * accuracy:.1f} %, "
-        f"K {max(row['K'] for row in rows):.3g}"
     )
 
 
