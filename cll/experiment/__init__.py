@@ -10,9 +10,9 @@ from .schema import (
     PROFILES,
     ROOT,
     Params,
-    default_profile,
     experiment_params,
     load_params,
+    load_runs,
     sized_as,
 )
 from .store import finished, load_dataset, load_model, outputs_dir, provenance, run_dir

@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 
 from .ranks import on_main
 from .stack import build_network
-from .store import device_name, save_weights
+from .store import device_name, save_weights, whole
 
+GENERATIONS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 CURVE = ("epoch", "loss", "train_accuracy", "K", "lr", "epsilon", "p", "seconds")
 # A kill loses at most this much work, plus one epoch; where saving takes s > 1 seconds, s times it.
 CHECKPOINT_SECONDS = 20
 
 
-def open_curve(path, epochs_done):
+def open_curve(out_dir, epochs_done):
     """curve.csv of one run, open for a row per epoch, cut back to the checkpoint on resuming."""
+    path = out_dir / "curve.csv"
     lines = path.read_text().splitlines() if epochs_done and path.exists() else []
     rows = list(csv.reader(lines))[1 : epochs_done + 1]
     curve = open(path, "w", newline="", buffering=1)  # hands each line on once it is written
@@ -26,88 +28,67 @@ def open_curve(path, epochs_done):
     return curve
 
 
-def _generations(out_dir):
-    return out_dir / "checkpoint.pt", out_dir / "checkpoint.previous.pt"
+def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
+    """Write one file per run, atomically, of a stack as it is now, before the next epoch of its
+    batches; returns when the next checkpoint is due, by time.monotonic.
 
-
-class Saver:
-    """Writes the checkpoints of a stack: one file per run, atomically."""
-
-    def __init__(self, stack, out_dirs):
-        self.stack, self.out_dirs = stack, out_dirs
-        self.next = time.monotonic() + CHECKPOINT_SECONDS
-
-    def due(self):
-        """Whether it is time for the next checkpoint."""
-        return time.monotonic() > self.next
-
-    def save(self, generators, epoch, diverged, seconds):
-        """The runs as they are now; generators: the states of theirs."""
-        began = time.monotonic()
-        for s, (run, out_dir) in enumerate(zip(self.stack.runs, self.out_dirs, strict=True)):
-            record = {
-                "params_hash": run.hash(),
-                "epoch": epoch,
-                "generator": generators[s],
-                "diverged": diverged[s],
-                "seconds": seconds / len(self.stack.runs),
-                "device": device_name(self.stack.device),
-                **self.stack.state(s),
-            }
-            _write(record, *_generations(out_dir))
-        now = time.monotonic()
-        self.next = now + CHECKPOINT_SECONDS * max(1.0, now - began)
-
-
-def _write(record, newest, previous):
-    """The generation before is kept: a kill between the files of two runs must not leave a stack
-    without a common epoch."""
-    temporary = newest.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if newest.exists():
-        os.replace(newest, previous)
-    os.replace(temporary, newest)
-
-
-def _snapshot(out_dir, epoch):
-    return Path(out_dir) / f"snapshot-{epoch}.safetensors"
+    The generation before is kept: a kill between the files of two runs must not leave a stack
+    without a common epoch.
+    """
+    began = time.monotonic()
+    for s, (run, out_dir) in enumerate(zip(stack.runs, out_dirs, strict=True)):
+        newest, previous = (out_dir / name for name in GENERATIONS)
+        record = {
+            "params_hash": run.hash(),
+            "epoch": epoch,
+            "generator": batches.states[s],
+            "diverged": diverged[s],
+            "seconds": seconds / len(stack.runs),
+            "device": device_name(stack.device),
+            **stack.state(s),
+        }
+        with whole(newest) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if newest.exists():
+                os.replace(newest, previous)
+    now = time.monotonic()
+    return now + CHECKPOINT_SECONDS * max(1.0, now - began)
 
 
 def save_snapshots(stack, out_dirs, epoch):
     """The weights after an epoch, to be certified when training is done. A resumed run writes those
     after its checkpoint again, with the same content."""
     for s, out_dir in enumerate(out_dirs):
-        save_weights(stack.weights(s), _snapshot(out_dir, epoch))
+        save_weights(stack.weights(s), out_dir / f"snapshot-{epoch}.safetensors")
 
 
 def load_snapshots(run, dataset, out_dir):
     """(epoch, settled network in eval mode) of each snapshot of a run, one at a time."""
     for epoch in sorted(set(run.snapshots)):
         net = build_network(run, dataset.num_classes, dataset.input_shape)
-        net.load_state_dict(load_file(_snapshot(out_dir, epoch)), strict=False)
-        net.eval().settle()
-        yield epoch, net
+        weights = load_file(Path(out_dir) / f"snapshot-{epoch}.safetensors")
+        net.load_state_dict(weights, strict=False)
+        yield epoch, net.eval().settle()
 
 
 def load_checkpoints(run, out_dir):
     """{epoch: checkpoint} in a run's folder, without those of other parameters. Raises ValueError
     naming a damaged file."""
     checkpoints = {}
-    for path in _generations(Path(out_dir)):
-        if path.exists():
-            try:
-                record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                if record["params_hash"] == run.hash():
-                    checkpoints[record["epoch"]] = record
-            except Exception as error:  # torch.load raises many types; all mean the same here
-                reason = (str(error).splitlines() or [""])[0][:80]
-                raise ValueError(
-                    f"damaged checkpoint {path} ({type(error).__name__}: {reason}); "
-                    "delete this file to go on without it"
-                ) from None
+    for path in filter(Path.exists, (Path(out_dir) / name for name in GENERATIONS)):
+        try:
+            record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if record["params_hash"] == run.hash():
+                checkpoints[record["epoch"]] = record
+        except Exception as error:  # torch.load raises many types; all mean the same here
+            reason = (str(error).splitlines() or [""])[0][:80]
+            raise ValueError(
+                f"damaged checkpoint {path} ({type(error).__name__}: {reason}); "
+                "delete this file to go on without it"
+            ) from None
     return checkpoints
 
 
@@ -118,9 +99,10 @@ def restore(stack, out_dirs, generators):
     def available():
         return [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
 
-    epoch = on_main(
-        lambda: max(set.intersection(*map(set, available())), default=None), stack.engine
-    )
+    def newest():
+        return max(set.intersection(*map(set, available())), default=None)
+
+    epoch = on_main(newest, stack.engine)
     if epoch is None:
         return 0, [None] * len(stack.runs), 0.0
     try:

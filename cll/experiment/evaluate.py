@@ -1,6 +1,5 @@
 """A trained network's certificates, tightness and attack: the result record of a run."""
 
-import json
 import time
 import warnings
 from typing import NamedTuple
@@ -16,15 +15,14 @@ from ..progress import progress_bar
 from .checkpoints import load_checkpoints, load_snapshots
 from .ranks import count
 from .schema import Size
-from .store import CERTIFIER, provenance, save_weights, write
+from .store import CERTIFIER, provenance, save_weights, write_record
 
 BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate from below
 
 
 class Trained(NamedTuple):
-    """A network that has finished training. seconds: its share of the wall time; together: number
-    of runs that trained as one program; earlier: the record of an earlier certificate of the same
-    weights, if there is one."""
+    """A trained network. seconds: its share of the wall time; together: number of runs that trained
+    as one program; earlier: the record of an earlier certificate of the same weights, or {}."""
 
     params: object
     net: torch.nn.Module
@@ -38,52 +36,56 @@ class Trained(NamedTuple):
 def evaluate(run, progress):
     """Certify a Trained by both bounds; write radii, weights and result.json. Returns the record,
     which keeps the lower bound of K and the snapshots of an earlier one."""
-    params, device = run.params, run.params.torch_device
-    run.net.to(device)
-    epsilon = getattr(params.loss, "epsilon", None)  # the run's own is one of the radii of its CRA
-    names = [*params.radii, *([] if epsilon is None else [f"{epsilon:g}"])]
-    names = list(dict.fromkeys(names))
+    params = run.params
+    run.net.to(params.torch_device)
+    epsilon = getattr(params.loss, "epsilon", None)  # is one of the radii of its CRA
+    names = list(dict.fromkeys([*params.radii, *([f"{epsilon:g}"] if epsilon else [])]))
     local = list(map(distance, names)) if params.local else None
     test = run.dataset.test_images, run.dataset.test_targets
     result = certified(run.net, *test, BOUNDS, local=local, progress=progress)
     record = _identity(run) | _certificates(run, result, names, progress)
-    record |= _tightness(run, result, progress)
+    if params.tightness is not None:
+        record |= _tightness(run, result, progress)
     if params.snapshots:
         # weights of a finished run's snapshots are gone: its numbers stay
         record["snapshots"] = run.earlier.get("snapshots") or _snapshots(run, names, progress)
     if params.attack is not None:
         attack = attacked(params, run.net, run.dataset, result.radius, result.correct, progress)
         record |= {"attack": attack} if attack else {}
-    record |= _provenance(run, device)
-    _save(run, result, record)
+    record |= _provenance(run)
+    radii = {"radius": "guaranteed", "radius_paper_style": "power", "radius_local": "local"}
+    arrays = {key: result.radius[b] for key, b in radii.items() if b in result.radius}
+    arrays |= {"correct": result.correct, "prediction": result.prediction, "target": test[1].cpu()}
+    np.savez_compressed(run.out_dir / "radii.npz", **arrays)
+    # last of all result.json; then checkpoints are no longer needed
+    save_weights(run.net.cpu().state_dict(), run.out_dir / "checkpoint.safetensors")
+    write_record(record, run.out_dir)
+    for path in (*run.out_dir.glob("checkpoint*.pt"), *run.out_dir.glob("snapshot-*.safetensors")):
+        path.unlink()
     return record
 
 
 def _identity(run):
     """Which run it is: its parameters, its data and the size of its network."""
     params, dataset = run.params, run.dataset
-    record = {
-        **params.model_dump(include={"name", "row", "seed", "profile", "model", "head"}),
+    keys = {"name", "row", "seed", "profile", "model", "head", "epochs", "published_epochs"}
+    return params.model_dump(include=keys | ({"size"} if params.size != Size() else set())) | {
         "method": params.loss.name,
         "data": dataset.name,
         "epsilon": getattr(params.loss, "epsilon", None),
         "p": getattr(params.loss, "p", None),
-        "epochs": params.epochs,
-        "published_epochs": params.published_epochs,
         "train_size": len(dataset.train_targets),
         "test_size": len(dataset.test_targets),
         "num_classes": dataset.num_classes,
         "input_shape": list(dataset.input_shape),
         "parameters": sum(p.numel() for p in run.net.parameters()),
     }
-    return record | ({"size": params.size.model_dump()} if params.size != Size() else {})
 
 
 def _certificates(run, result, names, progress):
     """Clean accuracy, CRA and K of the test images by both bounds; of local bounds and of the
     training images where asked for."""
-    params, power = run.params, result.summary(names, "power")
-    summary = result.summary(names)
+    params, summary, power = run.params, result.summary(names), result.summary(names, "power")
     record = {key: summary[key] for key in ("clean", "cra", "mean_certified_radius", "K_f")}
     record["K_hf"] = params.loss.K_hf(summary["K_f"])
     record |= {"cra_paper_style": power["cra"], "K_f_paper_style": power["K_f"]}
@@ -103,23 +105,17 @@ def _tightness(run, result, progress):
 
     Raises RuntimeError if it exceeds the guaranteed K: that is a bug of this kit, and no result.
     """
-    params = run.params
-    if params.tightness is None:
-        return {}
     K_f, K_f_paper = (result.proofs[method].K.max().item() for method in BOUNDS)
     lower = run.earlier.get("K_lower")
     lower = _lower_bound(run, run.net, progress) if lower is None else lower
     if lower > K_f * (1 + 1e-6):
+        moved = f"two inputs are moved apart {lower:.6g} times, but the guaranteed K is {K_f:.6g}"
         raise RuntimeError(
-            f"{params.name}, seed {params.seed}: two inputs are moved apart {lower:.6g} times, "
-            f"but the guaranteed K is {K_f:.6g}: a bound of this kit is false, please report it"
+            f"{run.params.name}, seed {run.params.seed}: {moved}: a bound of this kit is false, "
+            "please report it"
         )
-    return {
-        "K_lower": lower,
-        "tightness": lower / K_f,
-        "tightness_paper_style": lower / K_f_paper,
-        "tightness_method": params.tightness.method,
-    }
+    shares = {"tightness": lower / K_f, "tightness_paper_style": lower / K_f_paper}
+    return {"K_lower": lower, **shares, "tightness_method": run.params.tightness.method}
 
 
 def _lower_bound(run, net, progress=False):
@@ -152,23 +148,18 @@ def attacked(params, net, dataset, radii, correct, progress):
     Raises RuntimeError, which names the image, if an attack breaks a certificate: that is a bug of
     this kit, and no result.
     """
-    n, start = min(params.attack.images, len(correct)), time.perf_counter()
+    n, start, version = params.attack.images, time.perf_counter(), params.attack.version
+    images, targets = dataset.test_images[:n], dataset.test_targets[:n]
+    options = {"version": version, "seed": params.seed, "progress": progress}
     distances = list(map(distance, params.radii))
     try:
-        robust = autoattack_curve(
-            net, dataset.test_images[:n], dataset.test_targets[:n], distances,
-            version=params.attack.version, seed=params.seed, progress=progress,
-        ).numpy()  # fmt: skip
+        robust = autoattack_curve(net, images, targets, distances, **options).numpy()
     except ImportError as error:
         warnings.warn(f"{params.name} was not attacked: {error}", stacklevel=2)
         return None
     correct = np.asarray(correct)[:n]
     radii = {bound: np.asarray(radius)[:n] for bound, radius in radii.items()}
     largest = radii.get("local", radii["guaranteed"])
-
-    def by_radius(values):
-        return dict(zip(params.radii, values.tolist(), strict=True))
-
     for name, at, withstood in zip(params.radii, distances, robust, strict=True):
         broken = np.flatnonzero(correct & (largest > at) & ~withstood)
         if len(broken):
@@ -177,26 +168,24 @@ def attacked(params, net, dataset, radii, correct, progress):
                 f"first that of test image {broken[0]}, whose radius is {largest[broken[0]]:.6g}: "
                 "please report this bug; no result was written"
             )
-    cra = {
-        key: by_radius(cra_curve(radii[bound], correct, distances))
-        for key, bound in (("cra", "guaranteed"), ("cra_local", "local"))
-        if bound in radii
-    }
+    curves = {"cra": cra_curve(radii["guaranteed"], correct, distances)}
+    if "local" in radii:
+        curves["cra_local"] = cra_curve(radii["local"], correct, distances)
+    curves["accuracy"] = robust.mean(axis=1)
     return {
-        "images": n,
-        "version": params.attack.version,
-        "method": attack_name(params.attack.version),
+        "images": len(images),
+        "version": version,
+        "method": attack_name(version),
         "clean": correct.mean().item(),
-        **cra,
-        "accuracy": by_radius(robust.mean(axis=1)),
+        **{k: dict(zip(params.radii, v.tolist(), strict=True)) for k, v in curves.items()},
         "broken": 0,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def _provenance(run, device):
+def _provenance(run):
     """Where, when and how the run was trained and certified."""
-    now = provenance(device)
+    now = provenance(run.params.torch_device)
     trained = {key: (run.earlier or now)[key] for key in ("device", "git_revision", "date")}
     # they may have been made elsewhere and brought here to be certified
     if checkpoints := load_checkpoints(run.params, run.out_dir):
@@ -211,19 +200,3 @@ def _provenance(run, device):
         "params_hash": run.params.hash(),
         **now,
     }
-
-
-def _save(run, result, record):
-    """radii.npz, the weights, and last of all result.json; checkpoints are no longer needed."""
-    radii = {"radius": "guaranteed", "radius_paper_style": "power", "radius_local": "local"}
-    np.savez_compressed(
-        run.out_dir / "radii.npz",
-        **{key: result.radius[b].numpy() for key, b in radii.items() if b in result.radius},
-        correct=result.correct.numpy(),
-        prediction=result.prediction.numpy(),
-        target=run.dataset.test_targets.cpu().numpy(),
-    )
-    save_weights(run.net.cpu().state_dict(), run.out_dir / "checkpoint.safetensors")
-    write(run.out_dir / "result.json", json.dumps(record, indent=1))
-    for path in (*run.out_dir.glob("checkpoint*.pt"), *run.out_dir.glob("snapshot-*.safetensors")):
-        path.unlink()

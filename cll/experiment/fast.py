@@ -1,13 +1,13 @@
 """Two faster ways to take the steps of a Stack: `use_dense` and `use_compiled`.
 
-A step of a network with a few thousand weights takes as long as the number of its operations,
-whatever these compute: seven layers under torch.func.vmap are 1,400 of them. In a dense stack a
-layer of all runs is one batched product, samples lie last so that MaxMin works on whole rows, the
-backward pass of the network is written out, and the power iterations of all layers run as one, on
-matrices padded to a common size. The mathematics is that of the layers and of `bounds.estimate`.
+A step of a network with a few thousand weights takes as long as the number of its operations:
+seven layers under torch.func.vmap are 1,400 of them. In a dense stack a layer of all runs is one
+batched product, samples lie last so that MaxMin works on whole rows, the backward pass of the
+network is written out, and the power iterations of all layers run as one, on matrices padded to a
+common size. The mathematics is that of the layers and of `bounds.estimate`.
 
-On CUDA, hundreds of small kernels take longer to start than to run. There torch.compile joins
-them, and replays the step as one CUDA graph.
+On CUDA, where hundreds of small kernels take longer to start than to run, torch.compile joins them
+and replays the step as one CUDA graph.
 """
 
 import warnings
@@ -26,35 +26,31 @@ COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
 
 
 def use_dense(stack):
-    """Let a stack of small perceptrons compute as a DenseStack; returns whether it is one.
-
-    Their networks have Linear layers with MaxMin between them and float32 arithmetic, and the
-    gradient of K is that of the envelope theorem.
+    """Let a stack of small perceptrons compute as a DenseStack; returns whether it is one: Linear
+    layers with MaxMin between them, float32 arithmetic, the gradient of K by the envelope theorem.
     """
-    first, program = stack.runs[0], stack.program
-    fits = stack.engine is None and program.local_K is None and DenseStack.fits(stack.nets[0])
-    if not fits or program.through or first.precision != "float32":
-        return False
-    dense = DenseStack(stack.nets[0], len(stack.runs), stack.device)
-
-    def forward(images, epsilon=None):
-        tensors = {**stack.parameters, **stack.buffers}
-        with torch.set_grad_enabled(program.moves_K and torch.is_grad_enabled()):
-            body = dense.body_lipschitz(tensors, program.iterations)
-            bound = bound_of(body, dense.rows(tensors))
-        return dense.logits(tensors, images), bound
-
-    stack.forward = forward
-    return True
+    program, layers = stack.program, [*stack.nets[0].body, stack.nets[0].head]
+    linear, between = layers[::2], layers[1::2]
+    fits = (
+        len(linear) == len(between) + 1 > 1
+        and all(type(layer) is nn.Linear and layer.bias is not None for layer in linear)
+        and all(type(layer) is MaxMin for layer in between)
+        and max(max(layer.weight.shape) for layer in linear) <= WIDEST
+        and stack.engine is None
+        and program.local_K is None
+        and not program.through
+        and stack.runs[0].precision == "float32"
+    )
+    if fits:
+        stack.forward = DenseStack(stack, len(linear) - 1).forward
+    return fits
 
 
 def use_compiled(stack, steps):
-    """Let torch.compile make the losses of a stack, if it takes so many steps that this pays.
-
-    For plain networks on CUDA. The first batch is computed both ways: where compiling fails, e.g.
-    without a C++ compiler, or the gradients differ, one warning says so and training goes on as
-    before, to the same result.
-    """
+    """Let torch.compile make the losses of a stack of plain networks on CUDA, where its number of
+    steps pays that back. The first batch is computed both ways: where compiling fails, e.g. without
+    a C++ compiler, or the gradients differ, one warning says so and training goes on as before, to
+    the same result."""
     first, program = stack.runs[0], stack.program
     plain = first.model in PLAIN and program.local_K is None and not program.tf32
     worth = stack.device.type in COMPILED_DEVICES and steps >= COMPILED_STEPS
@@ -66,39 +62,37 @@ def use_compiled(stack, steps):
         """Chooses between both ways, which from here on is `losses`."""
         stack.losses = eager
         try:
-            for t in {**stack.parameters, **stack.buffers}.values():
+            for t in stack.tensors.values():
                 torch._dynamo.mark_static_address(t)  # a graph reads and writes them in place
             compiled = torch.compile(eager, dynamic=False, **COMPILER)
-            error = _difference(stack, compiled, eager, batch)
+
+            def replayed(*batch):
+                # outputs of the step before may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
+                return compiled(*batch)
+
+            error = _difference(stack, replayed, eager, batch)
             if not error <= (1e-3 if first.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
-            stack.losses = lambda *batch: _next_step(compiled, batch)
+            stack.losses = replayed
         except Exception as error:  # a compiler raises many types
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(
-                f"training of {first.model} is not compiled ({type(error).__name__}: {reason}): it "
-                "goes on without, to the same result and slower",
-                stacklevel=2,
-            )
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            message = f"training of {first.model} is not compiled ({reason}): it goes on without"
+            warnings.warn(f"{message}, to the same result and slower", stacklevel=2)
         return stack.losses(*batch)
 
     stack.losses = on_trial
-
-
-def _next_step(compiled, batch):
-    torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
-    return compiled(*batch)
 
 
 def _difference(stack, compiled, eager, batch):
     """The largest distance of loss, K and gradients of both ways on a batch, relative to the size
     of each; NaN and infinity left out. The buffers of the stack end as they were."""
     before = {k: t.clone() for k, t in stack.buffers.items()}
-    parameters = list(stack.parameters.values())
 
     def outcome(losses):
         loss, _, K = losses(*batch)
-        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        weights = list(stack.parameters.values())
+        gradients = torch.autograd.grad(loss.sum(), weights, allow_unused=True)
         results = [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
         for k, t in stack.buffers.items():
             t.copy_(before[k])
@@ -106,85 +100,64 @@ def _difference(stack, compiled, eager, batch):
 
     expected = outcome(eager)
     for _ in range(3):  # graphs are captured in the second call and replayed from the third
-        replayed = outcome(lambda *batch: _next_step(compiled, batch))
+        replayed = outcome(compiled)
     pairs = zip(replayed, expected, strict=True)
     return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
 class DenseStack:
-    """The forward pass and the bounds of S runs of one network, S >= 1.
+    """The forward pass and the bounds of the S >= 1 runs of a Stack, see `use_dense`. depth: number
+    of linear layers in the body."""
 
-    net: the network of one run, see `fits`; tensors, in calls: its parameters and buffers by name
-    (prefix "net."), of shape (S, ...), or with S = 1 those of the network itself.
-    """
-
-    def __init__(self, net, runs, device):
-        layers = [(i, layer) for i, layer in enumerate(net.body) if isinstance(layer, nn.Linear)]
-        self.layers = [f"net.body.{i}." for i, _ in layers] + ["net.head."]
-        self.vectors = [f"net.v{i}" for i, _ in layers]
+    def __init__(self, stack, depth):
+        self.stack, net = stack, stack.nets[0]
+        self.layers = [f"net.body.{2 * i}." for i in range(depth)] + ["net.head."]
+        self.vectors = [f"net.v{2 * i}" for i in range(depth)]
         self.scale = 1 / min(net.input_std)
         self.mean, self.std = (
-            torch.tensor(v, device=device)[:, None] for v in (net.input_mean, net.input_std)
+            torch.tensor(v, device=stack.device)[:, None] for v in (net.input_mean, net.input_std)
         )
         self.normalises = bool((net.std != 1).any() or (net.mean != 0).any())
-        sizes = [tuple(layer.weight.shape) for _, layer in layers]
+        sizes = [tuple(layer.weight.shape) for layer in net.body[::2]]
         m = max(map(max, sizes))
-        # (layers, runs, m, m) and (layers, runs, m): zero outside the part of each layer
-        self.padded = torch.zeros(len(layers), runs, m, m, device=device)
+        # (layers, S, m, m) and (layers, S, m): zero outside the part of each layer
+        self.padded = torch.zeros(depth, len(stack.runs), m, m, device=stack.device)
         self.parts = [a[:, :n, :k] for a, (n, k) in zip(self.padded, sizes, strict=True)]
-        self.iterates = torch.zeros(len(layers), runs, m, device=device)
+        self.iterates = torch.zeros(depth, len(stack.runs), m, device=stack.device)
         self.starts = [v[:, :k] for v, (_, k) in zip(self.iterates, sizes, strict=True)]
 
-    @staticmethod
-    def fits(net):
-        """Whether a network is one for this class: Linear layers, MaxMin between them."""
-        layers = [*net.body, net.head]
-        linear, between = layers[::2], layers[1::2]
-        return (
-            all(type(layer) is nn.Linear and layer.bias is not None for layer in linear)
-            and all(type(layer) is MaxMin for layer in between)
-            and len(layers) % 2 == 1
-            and len(layers) > 1
-            and max(max(layer.weight.shape) for layer in linear) <= WIDEST
-        )
-
-    def logits(self, tensors, images):
-        """(S, N, C) of images (S, N, features)."""
+    def forward(self, images, epsilon=None):
+        """As Stack.forward."""
+        weights, biases = (self._stacked(self.layers, name) for name in ("weight", "bias"))
+        with torch.set_grad_enabled(self.stack.program.moves_K and torch.is_grad_enabled()):
+            bound = bound_of(self.body_lipschitz(weights[:-1]), weights[-1])
         x = images.mT  # (S, features, N)
         if self.normalises:
             x = (x - self.mean) / self.std
-        weights = [_stacked(tensors[name + "weight"], 3) for name in self.layers]
-        biases = [_stacked(tensors[name + "bias"], 2) for name in self.layers]
         # in order: argmax over classes that lie apart takes 18 times as long
-        return _Perceptron.apply(x, *weights, *biases).mT.contiguous()
+        return _Perceptron.apply(x, *weights, *biases).mT.contiguous(), bound
 
-    def rows(self, tensors):
-        """The rows of the head, (S, C, features)."""
-        return _stacked(tensors["net.head.weight"], 3)
+    def _stacked(self, prefixes, name=""):
+        """The tensors (S, ...) of these names; of a run alone they are those of its network."""
+        tensors = [self.stack.tensors[prefix + name] for prefix in prefixes]
+        return tensors if len(self.stack.runs) > 1 else [t[None] for t in tensors]
 
-    def body_lipschitz(self, tensors, iterations):
+    def body_lipschitz(self, weights):
         """As LipschitzNet.body_lipschitz for each run, (S,)."""
-        weights = [_stacked(tensors[name + "weight"], 3) for name in self.layers[:-1]]
-        vectors = [_stacked(tensors[name], 2) for name in self.vectors]
+        iterations, vectors = self.stack.program.iterations, self._stacked(self.vectors)
         with torch.no_grad():
-            for into, values in ((self.parts, weights), (self.starts, vectors)):
-                for place, tensor in zip(into, values, strict=True):
-                    place.copy_(tensor)
+            for place, tensor in zip(self.parts + self.starts, [*weights, *vectors], strict=True):
+                place.copy_(tensor)
             A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
             square = torch.bmm(A.mT, A)
             square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
             for _ in range(iterations):
                 v = torch.bmm(v[:, None], square)[:, 0]  # symmetric: a row, the faster product
                 v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            if iterations:
-                self.iterates.copy_(v.view_as(self.iterates))
-                for start, vector in zip(self.starts, vectors, strict=True):
-                    vector.copy_(start)
+            self.iterates.copy_(v.view_as(self.iterates))
+            for start, vector in zip(self.starts, vectors, strict=True):
+                vector.copy_(start)
         return self.scale * _ProductOfNorms.apply(self.padded, self.iterates, *weights)
-
-
-def _stacked(t, dimensions):
-    return t if t.ndim == dimensions else t[None]
 
 
 class _Perceptron(torch.autograd.Function):

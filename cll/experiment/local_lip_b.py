@@ -1,6 +1,7 @@
 """The training estimate of Local-Lip-B: local bounds of a batch by power iteration."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..bounds.layer import is_linear
@@ -75,12 +76,10 @@ def local_estimate(net, images, epsilon, iterations=2):
 
 def _pre_activation(layer, h, low, high, R):
     """(z, low, high), (N, *shape): a linear layer at the image, and the box around that."""
-    middle, radius = (low + high) / 2, (high - low) / 2
-    bias = layer.bias
-    bias = 0 if bias is None else bias.view(-1, *[1] * (h.ndim - 2))
-    z, middle = apply_linear(layer, layer.weight, torch.cat([h, middle])).chunk(2)
-    z, middle = z + bias, middle + bias
-    radius = apply_linear(layer, layer.weight.abs(), radius)
+    inputs = torch.cat([h, (low + high) / 2])
+    bias = 0 if layer.bias is None else layer.bias.view(-1, *[1] * (h.ndim - 2))
+    z, middle = (apply_linear(layer, layer.weight, inputs) + bias).chunk(2)
+    radius = apply_linear(layer, layer.weight.abs(), (high - low) / 2)
     ball = R * _row_norms(layer.weight, h.ndim)
     return z, torch.maximum(middle - radius, z - ball), torch.minimum(middle + radius, z + ball)
 
@@ -99,7 +98,8 @@ def _changing(follower, weight, z, low, high, R):
         return live, live
     if not isinstance(follower, ClampedMaxMin):
         return torch.ones_like(z), torch.ones_like(z)
-    (a, b), (a_low, b_low), (a_high, b_high) = (_pairs(t) for t in (z, low, high))
+    pairs = (t.unflatten(1, (-1, 2)).unbind(2) for t in (z, low, high))
+    (a, b), (a_low, b_low), (a_high, b_high) = pairs
     difference = R * _row_norms(weight[0::2] - weight[1::2], z.ndim)  # how far a - b may move
     first = (a - b + difference >= 0) & (a_high >= b_low)  # a may be the larger one
     second = (b - a + difference >= 0) & (b_high >= a_low)
@@ -111,25 +111,18 @@ def _changing(follower, weight, z, low, high, R):
     return reached.flatten(1, 2).to(z.dtype), torch.cat([top_live, bottom_live], 1).to(z.dtype)
 
 
-def _pairs(x):
-    """The channels (a, b) that ClampedMaxMin compares."""
-    return x.unflatten(1, (-1, 2)).unbind(2)
-
-
 def _masked_norm(layer, v, inputs, outputs, iterations):
     """Estimate of ||diag(outputs) W diag(inputs)|| for masks (N, *shape), from one vector v: (N,),
     differentiable in the weight; 0 where the masks leave nothing."""
+
+    def unit(v):
+        return F.normalize(v.flatten(1), eps=torch.finfo(v.dtype).tiny).view_as(v)
+
     with torch.no_grad():
-        weight = layer.weight
-        v = _unit(v * inputs)
+        v = unit(v * inputs)
         for _ in range(iterations):
-            y = apply_linear(layer, weight, v) * outputs
-            square = apply_adjoint(layer, weight, y, inputs.shape[1:]) * inputs
-            v = _unit(torch.add(square, v, alpha=1e-16))
+            y = apply_linear(layer, layer.weight, v) * outputs
+            square = apply_adjoint(layer, layer.weight, y, inputs.shape[1:]) * inputs
+            v = unit(torch.add(square, v, alpha=1e-16))
     y = apply_linear(layer, layer.weight, v) * outputs
     return torch.linalg.vector_norm(y.flatten(1), dim=1)
-
-
-def _unit(v):
-    norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
-    return v / torch.where(norm > 0, norm, 1).view(-1, *[1] * (v.ndim - 1))

@@ -1,8 +1,8 @@
 """What a run is trained by: every loss as an object, with its keys in a parameter file.
 
 `cll.losses` has the formulas, pure functions of (logits, targets, K). A class here says how a run
-uses one: which numbers it has at a moment of training (`values`), how it is called, which K it
-takes, and whether it moves K. A new loss is one function there and one class here.
+uses one: which numbers it has at a moment of training (`values`), how it is called, and whether it
+moves K. A new loss is one function there and one class here.
 """
 
 from abc import abstractmethod
@@ -13,17 +13,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..losses import (
-    aol_loss,
-    certificate_regularized_loss,
-    cll_loss,
-    cll_scale,
-    gloro_loss,
-    hinge_loss,
-    lipschitz_penalty,
-    local_bcp_loss,
-    polynomial_schedule,
-)
+from .. import losses
+from ..data.augment import JITTER
 from .local_lip_b import local_estimate
 
 
@@ -32,21 +23,30 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
+    def mistakes(self):
+        """What is wrong with values that are right one by one, and what to write: texts."""
+        return ()
 
-def _numbers(value, name=""):
+    @model_validator(mode="after")
+    def _check(self):
+        if mistakes := "; ".join(self.mistakes()):
+            raise ValueError(mistakes)
+        return self
+
+
+def numbers(value, name=""):
     """The value; ValueError where it holds true or false, which Python counts as 1 or 0."""
     if isinstance(value, bool):
         raise ValueError(f"{name}true or false is no number")
-    held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
-    for key, number in held.items() if isinstance(held, dict) else ():
-        if isinstance(key, int) or key in IN_AUGMENTATION:
-            _numbers(number, f"{key}: " * isinstance(key, str))
+    for number in value if isinstance(value, list | tuple) else ():
+        numbers(number)
+    for key in ("crop", "rotation", "jitter", *JITTER) if isinstance(value, dict) else ():
+        numbers(value.get(key), f"{key}: ")  # of an augmentation
     return value
 
 
 # Kinds of numbers in a parameter file, each with the range that it may lie in.
-IN_AUGMENTATION = ("crop", "rotation", "jitter", "brightness", "contrast", "saturation", "hue")
-Number = BeforeValidator(_numbers)
+Number = BeforeValidator(numbers)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
 Finite = Annotated[float, Field(allow_inf_nan=False), Number]
@@ -57,12 +57,9 @@ Count = Annotated[int, Field(gt=0), Number]
 
 
 class Bound(NamedTuple):
-    """What a step knows of Lipschitz constants, differentiable where the loss moves K.
-
-    K: of all pairs of logits, (C, C), which is body times distances; body: the constant of the
-    network without its head, 0-dim; rows: of the head, (C, D); distances: ||w_i - w_j|| of the
-    rows, (C, C). Of local bounds K alone, (N, C, C).
-    """
+    """What a step knows of Lipschitz constants, differentiable where the loss moves K: K (C, C) of
+    all pairs of logits is body, the constant of the network without its head, 0-dim, times the
+    distances ||w_i - w_j|| (C, C) of the head's rows (C, D). Of local bounds K alone, (N, C, C)."""
 
     K: torch.Tensor
     body: torch.Tensor | None = None
@@ -75,36 +72,25 @@ class Loss(Record):
 
     scheduled: fields that act through `values` alone. Runs whose losses agree in all other fields
     share one call, with numbers of their own.
+    moves_K: whether the loss has a gradient in K.
     local_K: for a loss with one K per sample, its function of (network, images, epsilon): K
     (N, C, C). Such a run trains alone, on a network of plain layers.
     remedy: what to try where training diverges, besides a lower learning rate.
     """
 
-    scheduled: ClassVar[frozenset] = frozenset()
+    scheduled: ClassVar[set] = set()
+    moves_K: ClassVar[bool] = False
     local_K: ClassVar[Callable | None] = None
     remedy: ClassVar[str] = ""
-
-    @property
-    def moves_K(self):
-        """Whether the loss has a gradient in K."""
-        return False
 
     def values(self, progress):
         """{name: float}: the numbers of the call at `progress` in [0, 1] of training."""
         return {}
 
-    def takes(self, bound):
-        """The K that the loss is called with: that of all pairs, unless it wants another."""
-        return bound.K
-
     @abstractmethod
-    def __call__(self, logits, targets, K, **values):
-        """The mean loss of a batch, 0-dim. logits: (N, C); targets: (N,); K: from `takes`; values:
-        0-dim tensors."""
-
-    def penalty(self, K, **values):
-        """What is added to the loss for K of all pairs itself, 0-dim; None: nothing."""
-        return None
+    def __call__(self, logits, targets, bound, **values):
+        """The mean loss of a batch with its penalties, 0-dim. logits: (N, C); targets: (N,); bound:
+        a Bound; values: 0-dim tensors."""
 
     def K_hf(self, K_f):
         """K of h o f, the network with the loss's own scale of the logits, from K of f."""
@@ -116,19 +102,16 @@ class CLL(Loss):
 
     name: Literal["CLL"]
     epsilon: Positive
-    p: Slack = Field(description="slack: total probability mass outside the margin")
-    p_start: Slack | None = Field(None, description="anneal p from here by a polynomial")
+    p: Slack  # total probability mass outside the margin
+    p_start: Slack | None = None  # anneal p from here by a polynomial
     p_power: Positive = 50
     offset: Literal["two-sided", "one-sided", "none"] = "two-sided"
     form: Literal["pairwise", "per-logit"] = "pairwise"
-    lam: NonNegative = Field(0.0, alias="lambda", description="weight of max(K)^2")
-    K_warmup: Slack | None = Field(None, description="factor on K, rising from here to 1")
+    lam: NonNegative = Field(0.0, alias="lambda")
+    K_warmup: Slack | None = None  # factor on K, rising from here to 1
     K_warmup_power: Positive = 10
-    detach: bool = Field(
-        True,
-        description="K is a constant in the cross-entropy; false: as in the published SOC runs",
-    )
-    scheduled: ClassVar[frozenset] = frozenset(
+    detach: bool = True  # K is a constant in the cross-entropy; false: as in the published SOC runs
+    scheduled: ClassVar[set] = set(
         ("epsilon", "p", "p_start", "p_power", "lam", "K_warmup", "K_warmup_power")
     )
     remedy: ClassVar[str] = " or raise loss.lambda"
@@ -140,24 +123,19 @@ class CLL(Loss):
     def values(self, progress):
         p, K_factor = self.p, 1.0
         if self.p_start is not None:
-            p = polynomial_schedule(self.p_start, p, self.p_power, progress)
+            p = losses.polynomial_schedule(self.p_start, p, self.p_power, progress)
         if self.K_warmup is not None:
-            K_factor = polynomial_schedule(self.K_warmup, 1.0, self.K_warmup_power, progress)
+            K_factor = losses.polynomial_schedule(self.K_warmup, 1.0, self.K_warmup_power, progress)
         return {"epsilon": self.epsilon, "p": p, "K_factor": K_factor, "lam": self.lam}
 
-    def takes(self, bound):
-        return bound.body * bound.rows.norm(dim=-1) if self.form == "per-logit" else bound.K
-
-    def __call__(self, logits, targets, K, *, epsilon, p, K_factor, lam):
+    def __call__(self, logits, targets, bound, *, K_factor, lam, **margin):
+        K = bound.K if self.form == "pairwise" else bound.body * bound.rows.norm(dim=-1)
         K = K.detach() if self.detach else K  # only the penalty moves K itself (published code)
-        K = K * K_factor
-        return cll_loss(logits, targets, K, epsilon=epsilon, p=p, offset=self.offset)
-
-    def penalty(self, K, *, lam, **others):
-        return lipschitz_penalty(K, lam)
+        loss = losses.cll_loss(logits, targets, K * K_factor, offset=self.offset, **margin)
+        return loss + losses.lipschitz_penalty(bound.K, lam)
 
     def K_hf(self, K_f):
-        return 1 / cll_scale(self.epsilon, self.p)
+        return 1 / losses.cll_scale(self.epsilon, self.p)
 
 
 class GloRo(Loss):
@@ -165,52 +143,41 @@ class GloRo(Loss):
 
     name: Literal["GloRo"]
     epsilon: Positive
-    epsilon_power: Positive | None = Field(None, description="anneal epsilon from 0; null: fixed")
-    trades: Positive | None = Field(None, description="weight of the TRADES variant")
-    trades_start: NonNegative | None = Field(
-        None, description="that weight at the start, rising linearly to `trades`; null: fixed"
-    )
-    trades_until: Share = Field(1.0, description="fraction of training at which it arrives")
-    gradient: Literal["exact", "published"] = Field(
-        "exact", description="published: the head's largest pair norm counts twice (official code)"
-    )
-    temperature: Positive = Field(1.0, description="of the softmax: logits and K are divided by it")
-    scheduled: ClassVar[frozenset] = frozenset(
+    epsilon_power: Positive | None = None  # anneal epsilon from 0; null: fixed
+    trades: Positive | None = None  # weight of the TRADES variant
+    trades_start: NonNegative | None = None  # its start, from which it rises linearly; null: fixed
+    trades_until: Share = 1.0  # fraction of training at which the weight arrives at `trades`
+    # published: the head's largest pair norm counts twice (official code)
+    gradient: Literal["exact", "published"] = "exact"
+    temperature: Positive = 1.0  # of the softmax: logits and K are divided by it
+    scheduled: ClassVar[set] = set(
         ("epsilon", "epsilon_power", "trades", "trades_start", "trades_until")
     )
+    moves_K: ClassVar[bool] = True
 
-    @model_validator(mode="after")
-    def _check(self):
+    def mistakes(self):
         if self.trades_start is not None and self.trades is None:
-            raise ValueError("trades_start needs trades, the weight at which the ramp ends")
+            yield "trades_start needs trades, the weight at which the ramp ends"
         if self.trades_until != 1 and self.trades_start is None:
-            raise ValueError("trades_until needs trades_start, the weight at which the ramp starts")
-        return self
-
-    @property
-    def moves_K(self):
-        return True
+            yield "trades_until needs trades_start, the weight at which the ramp starts"
 
     def values(self, progress):
         epsilon, weight = self.epsilon, self.trades
         if self.epsilon_power is not None:
-            epsilon = polynomial_schedule(0.0, epsilon, self.epsilon_power, progress)
+            epsilon = losses.polynomial_schedule(0.0, epsilon, self.epsilon_power, progress)
         if self.trades_start is not None:
             risen = min(progress / self.trades_until, 1.0)
             weight = self.trades_start + (weight - self.trades_start) * risen
         return {"epsilon": epsilon} | ({} if weight is None else {"trades": weight})
 
-    def takes(self, bound):
-        if self.gradient == "exact":
-            return bound.K
-        # The official GloRo divides K by a detached and multiplies it by a live pair norm of the
-        # head, whose largest one has entered K already: same value, more gradient.
-        largest = bound.distances.amax()
-        return bound.K * (largest / largest.detach())
-
-    def __call__(self, logits, targets, K, *, epsilon, trades=None):
-        t = self.temperature
-        return gloro_loss(logits / t, targets, K / t, epsilon=epsilon, trades=trades)
+    def __call__(self, logits, targets, bound, **values):
+        K, t = bound.K, self.temperature
+        if self.gradient == "published":
+            # The official GloRo divides K by a detached and multiplies it by a live pair norm of
+            # the head, whose largest one has entered K already: same value, more gradient.
+            largest = bound.distances.amax()
+            K = K * (largest / largest.detach())
+        return losses.gloro_loss(logits / t, targets, K / t, **values)
 
     def K_hf(self, K_f):
         return K_f / self.temperature
@@ -221,10 +188,9 @@ class CE(Loss):
 
     name: Literal["CE"]
 
-    def __call__(self, logits, targets, K):
+    def __call__(self, logits, targets, bound):
         # classes before samples, as committed runs were trained: another sum, other last digits
-        losses = F.cross_entropy(logits.mT[None], targets[None], reduction="none")
-        return losses.mean()
+        return F.cross_entropy(logits.mT[None], targets[None], reduction="none").mean()
 
 
 class Hinge(Loss):
@@ -233,8 +199,8 @@ class Hinge(Loss):
     name: Literal["Hinge"]
     margin: Positive = 0.7
 
-    def __call__(self, logits, targets, K):
-        return hinge_loss(logits, targets, margin=self.margin)
+    def __call__(self, logits, targets, bound):
+        return losses.hinge_loss(logits, targets, margin=self.margin)
 
 
 class AOL(Loss):
@@ -244,8 +210,8 @@ class AOL(Loss):
     offset: Finite = 2**0.5 * 1.5
     temperature: Positive = 0.25
 
-    def __call__(self, logits, targets, K):
-        return aol_loss(logits, targets, offset=self.offset, temperature=self.temperature)
+    def __call__(self, logits, targets, bound):
+        return losses.aol_loss(logits, targets, offset=self.offset, temperature=self.temperature)
 
     def K_hf(self, K_f):
         return K_f / self.temperature
@@ -256,7 +222,7 @@ class SOC(Loss):
 
     name: Literal["SOC"]
     gamma: NonNegative = 0.0
-    scheduled: ClassVar[frozenset] = frozenset(("gamma",))
+    scheduled: ClassVar[set] = {"gamma"}
 
     @property
     def moves_K(self):
@@ -265,28 +231,24 @@ class SOC(Loss):
     def values(self, progress):
         return {"gamma": self.gamma}
 
-    def __call__(self, logits, targets, K, *, gamma):
-        return certificate_regularized_loss(logits, targets, K, gamma=gamma)
+    def __call__(self, logits, targets, bound, *, gamma):
+        return losses.certificate_regularized_loss(logits, targets, bound.K, gamma=gamma)
 
 
 class LocalLipB(Loss):
-    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample.
-
-    Between the moments warmup and rampup, fractions of training, epsilon rises from 0 and the
-    weight kappa of the clean cross-entropy falls from 1 to 0.
-    """
+    """Worst case over a local ball (losses.local_bcp_loss), with one K per sample. Between warmup
+    and rampup, fractions of training, epsilon rises from 0 and the weight kappa of the clean
+    cross-entropy falls from 1 to 0."""
 
     name: Literal["Local-Lip-B"]
     epsilon: Positive
     warmup: Start = 0.0
     rampup: Share = 0.5
-    iterations: Count = Field(2, description="of power, per sample and layer")
+    iterations: Count = 2  # of power, per sample and layer
 
-    @model_validator(mode="after")
-    def _check(self):
+    def mistakes(self):
         if self.warmup >= self.rampup:
-            raise ValueError(f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}")
-        return self
+            yield f"warmup = {self.warmup:g} must be below rampup = {self.rampup:g}"
 
     def values(self, progress):
         risen = (progress - self.warmup) / (self.rampup - self.warmup)
@@ -296,8 +258,8 @@ class LocalLipB(Loss):
     def local_K(self, net, images, epsilon):
         return local_estimate(net, images, epsilon, self.iterations)
 
-    def __call__(self, logits, targets, K, *, epsilon, kappa):
-        return local_bcp_loss(logits, targets, K, epsilon=epsilon, kappa=kappa)
+    def __call__(self, logits, targets, bound, **values):
+        return losses.local_bcp_loss(logits, targets, bound.K, **values)
 
 
 # {name in a parameter file: class}

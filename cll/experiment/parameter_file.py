@@ -62,11 +62,11 @@ def merge(base, over):
         base = _without("loss", base)
         if isinstance(base.get("profiles"), dict):
             blocks = base["profiles"].items()
-            base |= {"profiles": {name: _without("loss", block) for name, block in blocks}}
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+            base["profiles"] = {name: _without("loss", block) for name, block in blocks}
+    merged = base | over
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            merged[key] = merge(base[key], over[key])
     return merged
 
 

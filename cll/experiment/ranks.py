@@ -31,9 +31,7 @@ def is_main():
 @functools.cache
 def connect(device):
     """The accelerate.Accelerator of this rank, or None in a process alone; waits for all ranks.
-
-    RuntimeError where accelerate is missing, ValueError where there are fewer GPUs than ranks.
-    """
+    RuntimeError where accelerate is missing, ValueError where there are fewer GPUs than ranks."""
     if count() == 1:
         return None
     try:
@@ -59,26 +57,23 @@ def on_main(function, engine):
     engine: from `connect`."""
     if engine is None:
         return function()
-    outcome = [None, None]
+    outcome = [None, None]  # value, error
     if engine.is_main_process:
         try:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome)
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def close():
-    """Leave the group of processes, if there is one, and end the program with status 0.
-
-    Without a shutdown of the interpreter: worker threads of the group outlive
-    destroy_process_group, and one that then asks for the interpreter's lock aborts the process,
-    which torchrun takes for a lost rank (github.com/pytorch/pytorch/pull/179291).
-    """
+    """Leave the group of processes, if there is one, and end the program with status 0, without a
+    shutdown of the interpreter: worker threads of the group outlive it, and one that then asks for
+    the interpreter's lock aborts the process, which torchrun takes for a lost rank
+    (github.com/pytorch/pytorch/pull/179291)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

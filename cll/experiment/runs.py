@@ -1,7 +1,7 @@
 """Runs: train what has not finished, certify it, read the rest.
 
-A run is one network, one seed: everything it depends on is in one record (`Params`), and everything
-it leaves is in one folder:
+A run is one network, one seed: all that it depends on is in one record (`Params`), and all that it
+leaves in one folder:
 
     outputs/<profile>/runs/<name>-seed<k>-<hash>/  result.json  curve.csv  radii.npz
                                                    checkpoint.safetensors
@@ -11,30 +11,17 @@ the same records; rank 0 alone reads and writes run folders.
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..progress import progress_bar
+from . import store
 from .checkpoints import load_checkpoints
 from .evaluate import Trained, attacked, evaluate
 from .ranks import connect, count, is_main, on_main
 from .schema import PLAIN, Params, load_params
-from .store import (
-    CERTIFIER,
-    finished,
-    fresh_since,
-    lacks_attack,
-    load_dataset,
-    load_model,
-    lock,
-    only_finished,
-    read_record,
-    run_dir,
-    set_aside,
-    write,
-)
 from .train import train
 
 
@@ -48,9 +35,9 @@ def run(params, out_dir, progress=True):
     """
     if not isinstance(params, Params):
         params = load_params(params)
-    if not only_finished():
+    if not store.only_finished():
         return _run_together([params], [Path(out_dir)], progress)[0]
-    record = read_record(params, out_dir)
+    record = store.read_record(params, out_dir)
     if record is None:
         raise FileNotFoundError(f"{params.name}, seed {params.seed}, has not run")
     return record
@@ -65,31 +52,29 @@ def run_all(runs, root, progress=True, stack=None):
     With CLL_ONLY_FINISHED in the environment nothing is computed and only their records return.
     Raises ValueError for runs that an earlier version certified, see `recertify`.
     """
-    if only_finished():
-        return finished(runs, root)
-    unique = {run_dir(params, root): params for params in runs}
+    if store.only_finished():
+        return store.finished(runs, root)
+    unique = {store.run_dir(params, root): params for params in runs}
     if not unique:
         return []
     engine = connect(runs[0].torch_device)
-
-    records = on_main(
-        lambda: {f: read_record(params, f, fresh_since()) for f, params in unique.items()}, engine
-    )
-    pending = [
-        params
-        for folder, params in unique.items()
-        if records[folder] is None
-        or records[folder].get("certifier") != CERTIFIER
-        or lacks_attack(params, records[folder])
-    ]
+    records = on_main(lambda: _read(unique.values(), unique), engine)
+    records = dict(zip(unique, records, strict=True))
+    pending = [unique[f] for f, record in records.items() if store.lacks(unique[f], record)]
     batches = list(_batches(pending, root, stack))
     several = progress and len(batches) > 1 and is_main()
     with progress_bar(len(pending), "runs", "run", several) as bar:
         for batch in batches:
-            folders = [run_dir(params, root) for params in batch]
+            folders = [store.run_dir(params, root) for params in batch]
             records |= zip(folders, _run_together(batch, folders, progress), strict=True)
             bar.update(len(batch))
-    return [records[run_dir(params, root)] for params in runs]
+    return [records[store.run_dir(params, root)] for params in runs]
+
+
+def _read(runs, folders):
+    """The record of each run, None where it has not finished."""
+    since = store.fresh_since()
+    return [store.read_record(*run, since) for run in zip(runs, folders, strict=True)]
 
 
 def _batches(runs, root, stack):
@@ -103,7 +88,7 @@ def _batches(runs, root, stack):
         limit = stack or (32 if params.model == "MLP" or plain_on_cuda else 1)
         if params.loss.local_K is not None or count() > 1:
             limit = 1
-        begun = limit > 1 and bool(load_checkpoints(params, run_dir(params, root)))
+        begun = limit > 1 and bool(load_checkpoints(params, store.run_dir(params, root)))
         key = params.model_dump_json(exclude=free), limit, begun
         groups.setdefault(key, []).append(params)
     for (_, limit, _), group in groups.items():
@@ -120,19 +105,19 @@ def _run_together(runs, out_dirs, progress):
             # one order for all processes, so that none waits in a ring
             for out_dir in sorted(out_dirs):
                 out_dir.mkdir(parents=True, exist_ok=True)
-                claimed.enter_context(lock(out_dir))
+                claimed.enter_context(FileLock(out_dir / ".lock"))
             # another process may have finished some of them while this one waited
-            records = [read_record(*run, fresh_since()) for run in zip(runs, out_dirs, strict=True)]
+            records = _read(runs, out_dirs)
             for out_dir, record in zip(out_dirs, records, strict=True):
                 if record is None:
-                    set_aside(out_dir)
+                    store.set_aside(out_dir)
             return records
 
         records = on_main(claim, engine)
         todo = [i for i, record in enumerate(records) if record is None]
         # one process first, which may download them
         with engine.main_process_first() if engine else contextlib.nullcontext():
-            datasets = [load_dataset(runs[i]) for i in todo]
+            datasets = [store.load_dataset(runs[i]) for i in todo]
         nets, seconds = [], 0.0
         if todo:
             given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
@@ -154,42 +139,40 @@ def _run_together(runs, out_dirs, progress):
 
 def _completed(params, record, out_dir, progress):
     """The record of a finished run with the attack that its parameters ask for."""
-    if record.get("certifier") != CERTIFIER:
+    missing = store.lacks(params, record)
+    if missing == "certificate":
+        anew = "certify its weights anew with python -m cll FILE --recertify"
         raise ValueError(
             f"{params.name}, seed {params.seed}, was certified by an earlier version of this kit, "
-            f"in {out_dir}: certify its weights anew with python -m cll FILE --recertify, or "
-            "experiment.recertify"
+            f"in {out_dir}: {anew}, or experiment.recertify"
         )
-    if not lacks_attack(params, record) or not (out_dir / "checkpoint.safetensors").exists():
+    if missing is None or not (out_dir / "checkpoint.safetensors").exists():
         return record
-    net, dataset = load_model(out_dir).to(params.torch_device), load_dataset(params)
+    net = store.load_model(out_dir).to(params.torch_device)
     saved = np.load(out_dir / "radii.npz")
     radii = {"guaranteed": saved["radius"]}
     if "radius_local" in saved:
         radii["local"] = saved["radius_local"]
-    attack = attacked(params, net, dataset, radii, saved["correct"], progress)
+    attack = attacked(params, net, store.load_dataset(params), radii, saved["correct"], progress)
     if attack is not None:
         record["attack"] = attack
         record["params"]["attack"] = params.attack.model_dump()
-        write(out_dir / "result.json", json.dumps(record, indent=1))
+        store.write_record(record, out_dir)
     return record
 
 
 def recertify(params, out_dir, progress=True):
-    """Certify a finished run of an earlier version anew, from its weights; returns its record.
-
-    Where and when it was trained stays on record, and so do its lower bound of K and its snapshots.
-    A run that this version certified is read. Raises FileNotFoundError where there is no finished
-    run, or one without its weights.
-    """
+    """Certify a finished run of an earlier version anew, from its weights. Returns its record;
+    place and time of training, the lower bound of K and the snapshots stay. A run that this
+    version certified is read. FileNotFoundError: there is no finished run, or it has no weights."""
     out_dir = Path(out_dir)
-    record = read_record(params, out_dir)
+    record = store.read_record(params, out_dir)
     if record is None:
         raise FileNotFoundError(f"no finished run of {params.name} in {out_dir}")
-    if record.get("certifier") == CERTIFIER:
+    if store.lacks(params, record) != "certificate":
         return record
-    net, together = load_model(out_dir), record["trained_together"]
-    with lock(out_dir):
-        dataset = load_dataset(params)
+    net, together = store.load_model(out_dir), record["trained_together"]
+    with FileLock(out_dir / ".lock"):
+        dataset = store.load_dataset(params)
         old = Trained(params, net, dataset, out_dir, record["seconds"], together, record)
         return evaluate(old, progress)

@@ -3,21 +3,25 @@
 import difflib
 import hashlib
 import json
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, Union, get_args
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from ..architectures import NAMES
 from ..data.augment import Augmentation
+from . import losses
 from .losses import LOSSES, Count, NonNegative, Number, Positive, Record, Share, Start
 from .parameter_file import merge, over_base, read
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: params/ and outputs/ live here
-PROFILES = ("smoke", "quick", "paper")
+Profile = Literal["smoke", "quick", "paper"]
+PROFILES = get_args(Profile)
 SEEDS = 2**32  # seeds are below it: NumPy draws two_moons with them
 PLAIN = ("4C3F", "6C2F", "8C2F", "MLP")  # linear layers and elementwise activations only
 
@@ -27,34 +31,27 @@ class Optimizer(Record):
 
     name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     lr: Positive = 1e-3
-    betas: tuple[Start, Start] = Field((0.9, 0.999), description="of Adam and AdamW")
-    momentum: Start = Field(0.9, description="of SGD")
+    betas: tuple[Start, Start] = (0.9, 0.999)  # of Adam and AdamW
+    momentum: Start = 0.9  # of SGD
     weight_decay: NonNegative = 0.0
-    schedule: Literal["milestones", "triangular", "exponential"] = Field(
-        "milestones",
-        description="triangular: 0, lr at 2/5 of training, lr/20 at 4/5, 0; exponential: lr until "
-        "decay_from, then exponentially to final_lr",
-    )
-    milestones: tuple[Count, ...] = Field((), description="iterations at which gamma multiplies lr")
+    # triangular: 0, lr at 2/5 of training, lr/20 at 4/5, 0; exponential: lr until decay_from, then
+    # exponentially to final_lr
+    schedule: Literal["milestones", "triangular", "exponential"] = "milestones"
+    milestones: tuple[Count, ...] = ()  # iterations at which gamma multiplies lr
     gamma: Share = 0.1
-    decay_from: Start = Field(0.5, description="fraction of training")
+    decay_from: Start = 0.5  # fraction of training
     final_lr: Positive | None = None
 
-    @model_validator(mode="after")
-    def _check(self):
-        """A value that its own optimiser or schedule would not use is a mistake."""
-        unused = [("betas", self.name == "SGD"), ("momentum", self.name != "SGD")]
-        unused += [(k, self.schedule != "milestones") for k in ("milestones", "gamma")]
-        unused += [(k, self.schedule != "exponential") for k in ("decay_from", "final_lr")]
-        for key, idle in unused:
-            if idle and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is not used by {self.name} with schedule = {self.schedule!r}: leave it "
-                    "out"
-                )
+    def mistakes(self):
+        unused = {"betas"} if self.name == "SGD" else {"momentum"}
+        unused |= {"milestones", "gamma"} if self.schedule != "milestones" else set()
+        unused |= {"decay_from", "final_lr"} if self.schedule != "exponential" else set()
+        used_by = f"{self.name} with schedule = {self.schedule!r}"
+        for key in sorted(unused):
+            if getattr(self, key) != Optimizer.model_fields[key].default:
+                yield f"{key} is not used by {used_by}: leave it out"
         if self.schedule == "exponential" and self.final_lr is None:
-            raise ValueError("schedule = 'exponential' needs final_lr, where it ends")
-        return self
+            yield "schedule = 'exponential' needs final_lr, where it ends"
 
     def rate(self, iteration, total):
         """Learning rate of one iteration (from 0) of `total`."""
@@ -69,7 +66,7 @@ class Optimizer(Record):
 
 
 class Size(Record):
-    """Factors on an architecture, for runs of a size that fits a CPU; see architectures.build."""
+    """Factors on an architecture, see architectures.build."""
 
     width: Share = 1.0
     depth: Share = 1.0
@@ -84,48 +81,25 @@ class Tightness(Record):
 
 
 class Attack(Record):
-    """Attack the first test images at each of the radii (attack.autoattack): accuracy from above,
-    where the certificate is accuracy from below."""
+    """Attack the first test images at each of the radii (attack.autoattack): from above."""
 
     images: Count = 1000
     version: Literal["standard", "apgd", "apgd-ce"] = "standard"
 
 
-def _radius_name(value):
+def _radius(value):
     """A number or k/n, exactly, as text."""
-    name, largest = str(value), float("inf")
+    name = str(value)
     numerator, _, denominator = name.partition("/")
     try:
         # floats first: the fraction of 1e-999999999 takes for ever
-        finite = 0 < float(numerator) < largest and 0 < float(denominator or 1) < largest
-        distance = float(Fraction(name)) if finite else 0
-    except (ValueError, ArithmeticError):
-        distance = 0
-    if distance == 0 or "_" in name:
+        finite = all(0 < float(part) < math.inf for part in (numerator, denominator or 1))
+        valid = finite and "_" not in name and Fraction(name) > 0
+    except ValueError:
+        valid = False
+    if not valid:
         raise ValueError("give a finite distance > 0, such as 36/255 or 0.15")
     return name
-
-
-Radius = Annotated[str, BeforeValidator(_radius_name)]
-
-
-def _per_channel(least):
-    """A validator of one number above `least`, or a list of them."""
-
-    def check(value):
-        values = value if isinstance(value, list | tuple) else [value]
-        if not values or not all(
-            isinstance(v, int | float) and least < v < float("inf") for v in values
-        ):
-            above = f" > {least}" if least == 0 else ""
-            raise ValueError(f"give one finite number{above}, or a list with one per channel")
-        return value
-
-    return BeforeValidator(check)
-
-
-Mean = Annotated[float | tuple[float, ...], _per_channel(-float("inf")), Number]
-Std = Annotated[float | tuple[float, ...], _per_channel(0), Number]
 
 
 # Keys of earlier versions with the only value that is left: records of runs hold them.
@@ -136,136 +110,144 @@ class Params(Record):
     """Everything one run depends on. Files add `profiles:` (overrides by profile) and `seeds:`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    row: str | None = Field(None, description="row of the paper's table that this run reproduces")
+    row: str | None = None  # of the paper's table, which this run reproduces
     data: str = "cifar10"
-    label: str = Field("", description="how results name the data; default: the source")
+    label: str = ""  # how results name the data; default: the source
     train_size: Count | None = None
     test_size: Count | None = None
     model: str
-    input_shape: tuple[Count, ...] = Field((3, 32, 32), min_length=1, description="of the network")
-    input_mean: Mean = 0.0
-    input_std: Std = Field(1.0, description="K carries 1 / min(input_std)")
+    input_shape: tuple[Count, ...] = Field((3, 32, 32), min_length=1)  # of the network
+    input_mean: float | tuple[float, ...] = 0.0
+    input_std: float | tuple[float, ...] = 1.0  # K carries 1 / min(input_std)
     head: Literal["linear", "normalized", "truncated"] = "linear"
     activation: Literal["MaxMin", "ClampedMaxMin", "ReLU"] = "MaxMin"
     size: Size = Size()
     loss: Annotated[Union[tuple(LOSSES.values())], Field(discriminator="name")]  # noqa: UP007
     optimizer: Optimizer = Optimizer()
     epochs: Count
-    batch_size: Count = Field(128, description="over all ranks")
+    batch_size: Count = 128  # over all ranks
     augmentation: Annotated[Augmentation, Number] = Augmentation()
     power_iterations: Count = 5
-    power_gradient: Literal["envelope", "through"] = Field(
-        "envelope", description="gradient of the norm estimate, see bounds.estimate"
+    # gradient of the norm estimate, see bounds.estimate
+    power_gradient: Literal["envelope", "through"] = "envelope"
+    # of the network in training (tf32 on CUDA); K and the certificate never change
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    radii: tuple[Annotated[str, BeforeValidator(_radius)], ...] = Field(
+        ("36/255", "72/255", "108/255"), min_length=1
     )
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32",
-        description="of the network in training (tf32 on CUDA); K and the certificate never change",
-    )
-    radii: tuple[Radius, ...] = Field(("36/255", "72/255", "108/255"), min_length=1)
-    certify_train: bool = Field(False, description="certify the training points as well")
+    certify_train: bool = False  # the training points as well
     tightness: Tightness | None = Tightness()
-    snapshots: tuple[Count, ...] = Field(
-        (), description="epochs to certify as well, after training"
-    )
-    local: bool = Field(False, description="certify with local bounds as well (cra_local)")
-    attack: Attack | None = Field(
-        None, description="cross-check; no part of the identity: finished runs gain it when read"
-    )
+    snapshots: tuple[Count, ...] = ()  # epochs to certify as well, after training
+    local: bool = False  # certify with local bounds as well (cra_local)
+    # cross-check; no part of the identity: finished runs gain it when read
+    attack: Attack | None = None
     seed: Annotated[int, Field(ge=0, lt=SEEDS), Number] = 1
-    profile: Literal["smoke", "quick", "paper"] = "paper"
-    published_epochs: Count | None = Field(None, description="epochs of the published schedule")
+    profile: Profile = "paper"
+    published_epochs: Count | None = None  # of the published schedule
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, values):
-        if not isinstance(values, dict):
-            return values
+        values = dict(values)
         for key, only in RETIRED.items():
-            if values.get(key, only) != only:
+            if (given := values.pop(key, only)) != only:
                 raise ValueError(
-                    f"{key} = {values[key]!r}: this version knows {only!r} alone, leave the key out"
+                    f"{key} = {given!r}: this version knows {only!r} alone, leave the key out"
                 )
-        return {key: value for key, value in values.items() if key not in RETIRED}
+        return values
 
-    @model_validator(mode="after")
-    def _check(self):
-        per_sample = self.loss.local_K is not None
-        for key, asked in ((f"loss {self.loss.name}", per_sample), ("local: true", self.local)):
-            if asked and self.model not in PLAIN:
-                raise ValueError(
-                    f"{key} needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
-                )
-        if self.snapshots and max(self.snapshots) > self.epochs:
-            raise ValueError(
-                f"snapshots: there is no epoch {max(self.snapshots)}, epochs = {self.epochs}"
-            )
+    @field_validator("model")
+    @classmethod
+    def _known(cls, name):
+        if name not in NAMES:
+            raise ValueError(f"unknown network; nearest: {_nearest(name, NAMES)!r}")
+        return name
+
+    @field_validator("input_mean", "input_std", mode="before")
+    @classmethod
+    def _finite(cls, value, info):
+        values = losses.numbers(value if isinstance(value, list | tuple) else [value])
+        least, above = (0, " > 0") if info.field_name == "input_std" else (-math.inf, "")
+        numbers = all(isinstance(v, int | float) and least < v < math.inf for v in values)
+        if not values or not numbers:
+            raise ValueError(f"give one finite number{above}, or a list with one per channel")
+        return value
+
+    def mistakes(self):
+        plain = f"needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
+        if self.loss.local_K is not None and self.model not in PLAIN:
+            yield f"loss {self.loss.name} {plain}"
+        if self.local and self.model not in PLAIN:
+            yield f"local: true {plain}"
+        if max(self.snapshots, default=0) > self.epochs:
+            yield f"snapshots: there is no epoch {max(self.snapshots)}, epochs = {self.epochs}"
         if self.attack is not None and len(self.input_shape) != 3:
-            raise ValueError(
-                f"attack needs images (C, H, W), not input_shape = {list(self.input_shape)}: leave "
-                "it out"
-            )
+            shape = list(self.input_shape)
+            yield f"attack needs images (C, H, W), not input_shape = {shape}: leave it out"
         if getattr(self.loss, "gradient", "exact") == "published" and self.head != "linear":
-            raise ValueError(
-                f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}"
-            )
+            yield f"loss.gradient = 'published' is about a linear head, not head = {self.head!r}"
         for key in ("input_mean", "input_std"):
-            value = getattr(self, key)
-            if isinstance(value, tuple) and len(value) not in (1, self.input_shape[0]):
-                raise ValueError(
-                    f"{key} has {len(value)} values for {self.input_shape[0]} channels: give one, "
-                    "or one per channel"
-                )
-        return self
+            value, channels = getattr(self, key), self.input_shape[0]
+            if isinstance(value, tuple) and len(value) not in (1, channels):
+                yield f"{key} has {len(value)} values for {channels} channels: give 1 or {channels}"
 
     def hash(self):
-        """Identity of the run: changes with any parameter except label, device and attack.
-
-        Values equal to their default are left out, so that a new key does not disown old results.
-        """
-        values = self.model_dump(
-            mode="json", by_alias=True, exclude={"label", "device", "attack"}, exclude_defaults=True
-        )
+        """Identity of the run: changes with any parameter except label, device and attack. Values
+        equal to their default are left out, so that a new key does not disown old results."""
+        kept = {"exclude": {"label", "device", "attack"}, "exclude_defaults": True}
+        values = self.model_dump(mode="json", by_alias=True, **kept)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def torch_device(self):
         """ "cpu" or "cuda"; ValueError where CUDA is asked for and absent."""
-        if self.device == "cuda" and not torch.cuda.is_available():
+        found = torch.cuda.is_available()
+        if self.device == "cuda" and not found:
             raise ValueError(
                 "device = 'cuda' but PyTorch finds no CUDA device: use 'auto' or 'cpu'"
             )
-        return "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
+        return "cuda" if self.device != "cpu" and found else "cpu"
 
 
-def _explain(error, values, where):
-    """A ValueError of one line for a pydantic error: for each key what is wrong."""
-    # a list is too short as well once its values are refused
-    errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
-    return ValueError(f"{where}: " + "; ".join(_complaint(e, values) for e in errors))
+def _nearest(name, known):
+    return difflib.get_close_matches(str(name), known, 1, cutoff=0)[0]
+
+
+def _params(values, where):
+    """The Params of a mapping, or a ValueError of one line: for each key what is wrong."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        # a list is too short as well once its values are refused
+        errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+    complaints = [_complaint(e, values) for e in errors if e["type"] != "missing"]
+    if missing := ", ".join(_key(e) for e in errors if e["type"] == "missing"):
+        complaints.append(f"{missing} missing: write it, or run a file that has this as its base")
+    raise ValueError(f"{where}: " + "; ".join(complaints))
+
+
+def _key(error):
+    return ".".join(str(step) for step in error["loc"] if step not in LOSSES)
 
 
 def _complaint(error, values):
-    """What one entry of a pydantic error says, and for an unknown key the nearest valid one."""
-    location = [str(step) for step in error["loc"] if step not in LOSSES]
-    key = ".".join(location)
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys(values, *location[:-1][:1])
-        nearest = difflib.get_close_matches(location[-1], known, 1, cutoff=0)[0]
-        return f"unknown key {key!r}; nearest: {nearest!r}"
-    if error["type"] == "value_error" and isinstance(error["input"], dict):  # about several keys
+    """What one entry of a pydantic error says, and for an unknown name the nearest valid one."""
+    key, kind, value = _key(error), error["type"], error.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        section, _, last = key.rpartition(".")
+        schema = Params.model_json_schema()
+        if section:
+            named = LOSSES[values["loss"]["name"]].__name__ if section == "loss" else section
+            schema = schema["$defs"][named[0].upper() + named[1:]]
+        return f"unknown key {key!r}; nearest: {_nearest(last, list(schema['properties']))!r}"
+    if kind in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):  # the loss
+        key, name = ("loss.name", value.get("name")) if isinstance(value, dict) else (key, value)
+        known = f"nearest: {_nearest(name, LOSSES)!r} of {', '.join(LOSSES)}"
+        return f"{key} = {name!r}: write {{name: ..., ...}} with the name of a loss, {known}"
+    if kind == "value_error" and isinstance(value, dict):  # about several keys
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    return f"{key or '(top level)'} = {error.get('input')!r}: {error['msg']}"
-
-
-def _keys(values, section=None):
-    """The keys that may stand at the top of parameters, or in one section of them."""
-    schema = Params.model_json_schema()
-    if section == "loss":
-        schema = schema["$defs"][LOSSES[values["loss"]["name"]].__name__]
-    elif section is not None:
-        schema = schema["$defs"][section.capitalize()]
-    return list(schema["properties"])
+    return f"{key or '(top level)'} = {value!r}: {error['msg']}"
 
 
 def _read(source):
@@ -281,11 +263,6 @@ def _read(source):
     return values["params"] if path.name == "result.json" else values, str(source)
 
 
-def default_profile():
-    """ "paper" where a CUDA device is there, else "quick"."""
-    return "paper" if torch.cuda.is_available() else "quick"
-
-
 def load_params(source, profile=None, **overrides):
     """Validated parameters of one run.
 
@@ -295,79 +272,64 @@ def load_params(source, profile=None, **overrides):
     overrides: any key; None and "" leave the file's value, a loss of another name replaces it.
     Raises ValueError (one line) for unknown keys, with the nearest known one, and bad values.
     """
-    return _resolve(*_read(source), profile, overrides)
+    values, _, where = _resolved(source, profile, overrides)
+    return _params(values, where)
 
 
-def _resolve(values, where, profile, overrides):
-    values = dict(values)
-    blocks = values.pop("profiles", {})
-    if not isinstance(blocks, dict) or not all(isinstance(b, dict) for b in blocks.values()):
-        wanted = "write keys to change below the name of each profile, or leave profiles out"
-        raise ValueError(f"{where}: profiles = {blocks!r}: {wanted}")
-    for block in (values, *blocks.values()):
-        _seeds(block, where)
-    values.pop("seeds", None)
-    profile = profile or values.get("profile") or (default_profile() if blocks else "paper")
-    if profile not in PROFILES:
-        nearest = difflib.get_close_matches(str(profile), PROFILES, 1, cutoff=0)[0]
-        raise ValueError(f"{where}: unknown profile {profile!r}; nearest: {nearest!r}")
-    for name in blocks:
-        if name not in PROFILES:
-            raise ValueError(f"{where}: unknown profile {name!r} under profiles:")
-    block = {k: v for k, v in blocks.get(profile, {}).items() if k != "seeds"}
-    values = merge(merge(values, block), {"profile": profile})
-    if "label" in overrides and not overrides["label"] and overrides.get("data"):
-        values.pop("label", None)  # the file's label names the file's data
-    values = merge(values, {k: v for k, v in overrides.items() if v is not None and v != ""})
-    try:
-        return Params.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, values, where) from None
-
-
-def _seeds(block, where):
-    """What stands under `seeds:` of a file or of one of its profiles; [] where nothing does."""
-    seeds = block.get("seeds", [])
-    known = isinstance(seeds, list) and all(type(s) is int and 0 <= s < SEEDS for s in seeds)
-    if not known or len(set(seeds)) < len(seeds) or ("seeds" in block and not seeds):
-        wanted = f"write a list of different numbers from 0 to {SEEDS - 1}, such as [1, 2, 3]"
-        raise ValueError(f"{where}: seeds = {seeds!r}: {wanted}")
-    return seeds
+def load_runs(source, profile=None, seeds=None, **overrides):
+    """As load_params, a list: a run for each of the seeds, a list of integers; default: `seeds:` of
+    the profile, else of the file, else its `seed`."""
+    values, listed, where = _resolved(source, profile, overrides)
+    several = [_params(values | {"seed": seed}, where) for seed in seeds or listed]
+    return several or [_params(values, where)]
 
 
 def experiment_params(name, profile=None, seeds=None, **overrides):
-    """Parameters of every run of an experiment: params/<name>/*.yaml times the seeds.
-
-    seeds: list of integers; default: those of the file's profile (`seeds:` in its block).
-    """
+    """`load_runs` of every file of an experiment, params/<name>/*.yaml, in one list."""
     folder = ROOT / "params" / name
     files = sorted(folder.glob("*.yaml"))
     if not files:
         known = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
         raise FileNotFoundError(f"no experiment {name!r} in {folder.parent}; known: {known}")
-    runs = []
-    for path in files:
-        values, _ = _read(path)
-        where = str(path.relative_to(ROOT))
-        first = _resolve(values, where, profile, overrides)
-        block = values.get("profiles", {}).get(first.profile, {})
-        for seed in seeds or _seeds(block, where) or _seeds(values, where) or [first.seed]:
-            runs.append(_resolve(values, where, profile, {**overrides, "seed": seed}))
-    return runs
+    return [run for path in files for run in load_runs(path, profile, seeds, **overrides)]
 
 
-SIZES = ("train_size", "test_size", "input_shape", "size", "epochs", "batch_size")
-SIZES += ("optimizer", "augmentation", "tightness")
+def _resolved(source, profile, overrides):
+    """(the keys of a run, the list under `seeds:` or [], name for errors)."""
+    values, where = _read(source)
+    blocks = values.get("profiles", {})
+    if not isinstance(blocks, dict) or not all(isinstance(b, dict) for b in blocks.values()):
+        wanted = "write keys to change below the name of each profile, or leave profiles out"
+        raise ValueError(f"{where}: profiles = {blocks!r}: {wanted}")
+    for seeds in [block["seeds"] for block in (values, *blocks.values()) if "seeds" in block]:
+        known = isinstance(seeds, list) and all(type(s) is int and 0 <= s < SEEDS for s in seeds)
+        if not known or not seeds or len(set(seeds)) < len(seeds):
+            wanted = f"write a list of different numbers from 0 to {SEEDS - 1}, such as [1, 2, 3]"
+            raise ValueError(f"{where}: seeds = {seeds!r}: {wanted}")
+    usual = "quick" if blocks and not torch.cuda.is_available() else "paper"
+    profile = profile or values.get("profile") or usual
+    for name in (profile, *blocks):
+        if name not in PROFILES:
+            known = f"nearest: {_nearest(name, PROFILES)!r}"
+            raise ValueError(f"{where}: unknown profile {name!r}; {known}")
+    values = merge(values, blocks.get(profile, {})) | {"profile": profile}
+    seeds = values.pop("seeds", [])
+    values.pop("profiles", None)
+    if "label" in overrides and not overrides["label"] and overrides.get("data"):
+        values.pop("label", None)  # the file's label names the file's data
+    given = {k: v for k, v in overrides.items() if v is not None and v != ""}
+    return merge(values, given), seeds, where
+
+
+SIZES = ("train_size", "test_size", "input_shape", "size", "epochs", "batch_size", "optimizer")
+SIZES += ("augmentation", "tightness", "data", "label")
 # what a shortened run may change
 SCHEDULE = ("epochs", "optimizer", "precision", "tightness")
 
 
 def sized_as(other, runs, **changes):
     """The runs with the data, size and schedule of another, and no attack: a table's runs among
-    those of a sweep.
-
-    Where those are equal already, as in the profiles quick and paper, the table's finished runs
-    are read: an attack is no part of a run's identity.
-    """
-    same = {key: getattr(other, key) for key in (*SIZES, "data", "label")}
-    return [run.model_copy(update={**same, "attack": None, **changes}) for run in runs]
+    those of a sweep. Where those are equal already, as in the profiles quick and paper, these are
+    the table's finished runs: an attack is no part of a run's identity."""
+    same = {key: getattr(other, key) for key in SIZES} | {"attack": None} | changes
+    return [run.model_copy(update=same) for run in runs]

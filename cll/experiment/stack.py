@@ -1,16 +1,14 @@
-"""The training step of one network, or of several of one shape side by side.
-
-Here is the plain way. `fast` has quicker ones to the same numbers.
-"""
+"""The training step of one network, or of several of one shape side by side: the plain way. `fast`
+has quicker ones to the same numbers."""
 
 import contextlib
 import itertools
 import operator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ..architectures import build
 from ..bounds.layer import pairwise_distances
@@ -23,17 +21,9 @@ NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero m
 
 def build_network(params, num_classes, input_shape):
     """The untrained network of a parameter record (experiment.Params), as architectures.build."""
-    return build(
-        params.model,
-        num_classes,
-        input_shape,
-        params.input_std,
-        params.input_mean,
-        head=params.head,
-        width=params.size.width,
-        depth=params.size.depth,
-        activation=params.activation,
-    )
+    options = {"head": params.head, "activation": params.activation, **params.size.model_dump()}
+    normalisation = params.input_std, params.input_mean
+    return build(params.model, num_classes, input_shape, *normalisation, **options)
 
 
 def bound_of(body, rows):
@@ -59,18 +49,15 @@ class Program(nn.Module):
         """Logits (N, C) and their Bound; of local bounds within epsilon, 0-dim, of each image."""
         if self.local_K is not None:
             bound = Bound(self.local_K(self.net, images, epsilon))
-            return self.logits(images), bound
-        exact = full_precision(images.device) if self.tf32 else contextlib.nullcontext()
-        with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
-            body = self.net.body_lipschitz(self.iterations, self.through)
-            bound = bound_of(body, head_rows(self.net.head))
-        return self.logits(images), bound
-
-    def logits(self, images):
-        """Autocast reaches the network only: K and the losses stay in float32."""
+        else:
+            exact = full_precision(images.device) if self.tf32 else contextlib.nullcontext()
+            with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
+                body = self.net.body_lipschitz(self.iterations, self.through)
+                bound = bound_of(body, head_rows(self.net.head))
+        # autocast reaches the network only: K and the losses stay in float32
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits = self.net(images)
-        return logits.float() if self.bfloat16 else logits
+        return logits.float(), bound
 
 
 class Stack:
@@ -79,7 +66,7 @@ class Stack:
     runs: parameter records (experiment.Params) that agree in everything but name, seed and loss.
     nets: their networks. `parameters` (trained) and `buffers` (all else) map names to tensors:
     with S > 1 copies stacked along a leading axis S, with S = 1 the network's own, which the steps
-    change in place. engine: from ranks.connect, for S = 1.
+    change in place; `tensors` are both. engine: from ranks.connect, for S = 1.
     """
 
     def __init__(self, runs, nets, device, engine=None):
@@ -89,19 +76,16 @@ class Stack:
         self.module = self.program
         if engine is not None:
             self.module = engine.prepare_model(self.program)  # may replace buffers
-        trained = {k for k, t in nets[0].named_parameters(prefix="net") if t.requires_grad}
-        members = [
-            {**dict(net.named_parameters(prefix="net")), **dict(net.named_buffers(prefix="net"))}
-            for net in nets
-        ]
-        tensors = members[0]
+        named = [dict([*net.named_parameters("net"), *net.named_buffers("net")]) for net in nets]
+        trained = {k for k, t in named[0].items() if t.requires_grad}
         if len(runs) > 1:
-            tensors = {
-                k: torch.stack([member[k].detach().to(self.device) for member in members])
-                for k in tensors
+            named[0] = {
+                k: torch.stack([tensors[k].detach().to(self.device) for tensors in named])
+                for k in named[0]
             }
-        self.parameters = {k: t.requires_grad_() for k, t in tensors.items() if k in trained}
-        self.buffers = {k: t for k, t in tensors.items() if k not in trained}
+        self.parameters = {k: t.requires_grad_() for k, t in named[0].items() if k in trained}
+        self.buffers = {k: t for k, t in named[0].items() if k not in trained}
+        self.tensors = self.parameters | self.buffers
         self.optimizer = _optimizer(runs[0].optimizer, self.parameters)
         self.groups = []  # (loss, slice) of neighbours that share one call of their loss
         for _, group in itertools.groupby(range(len(runs)), lambda s: _call(runs[s].loss)):
@@ -113,12 +97,12 @@ class Stack:
         radius of local bounds."""
         if len(self.runs) == 1:
             outputs = self.module(images[0], None if epsilon is None else epsilon[0])
-            return tree_map_only(torch.Tensor, lambda t: t[None], outputs)
+            return tree_map_only(Tensor, lambda t: t[None], outputs)
 
-        def one(parameters, buffers, x):
-            return functional_call(self.program, (parameters, buffers), (x,))
+        def one(tensors, x):
+            return functional_call(self.program, tensors, (x,))
 
-        return vmap(one)(self.parameters, self.buffers, images)
+        return vmap(one)(self.tensors, images)
 
     def losses(self, images, targets, *values):
         """(loss (S,), correct (S,), K) of `step`, loss and K with their gradients."""
@@ -127,8 +111,8 @@ class Stack:
         totals = []
         for (loss, members), numbers in zip(self.groups, values, strict=True):
             pick = operator.itemgetter(members)
-            batch = tree_map_only(torch.Tensor, pick, (logits, targets, bound))
-            totals.append(_totals(loss, *batch, numbers))
+            batch = tree_map_only(Tensor, pick, (logits, targets, bound))
+            totals.append(_mapped(loss, *batch, numbers))
         correct = (logits.detach().argmax(2) == targets).sum(1)
         return torch.cat(totals), correct, bound.K
 
@@ -160,13 +144,11 @@ class Stack:
         """`schedule` of many moments, brought to the device together."""
         groups = []
         for _, members in self.groups:
-            values = [[run.loss.values(t) for run in self.runs[members]] for t in moments]
-            numbers = {
-                name: torch.tensor([[v[name] for v in row] for row in values], dtype=torch.float32)
-                for name in values[0][0]
-            }
-            numbers = {name: t.to(self.device).unbind() for name, t in numbers.items()}
-            groups.append([{k: t[i] for k, t in numbers.items()} for i in range(len(moments))])
+            rows = [[run.loss.values(t) for run in self.runs[members]] for t in moments]
+            names = list(rows[0][0])
+            table = [[[v[name] for v in row] for name in names] for row in rows]
+            table = torch.tensor(table, dtype=torch.float32).to(self.device)
+            groups.append([dict(zip(names, numbers, strict=True)) for numbers in table])
         return list(zip(*groups, strict=True))
 
     def set_rate(self, rate):
@@ -177,35 +159,29 @@ class Stack:
     def state(self, s):
         """Run s alone: its tensors and optimiser moments on the host, as they are until the next
         step (on a CPU, a run alone is not copied)."""
-        single = len(self.runs) == 1
 
-        def alone(key, value):  # "step" is common to all runs
-            if single or key == "step":
-                return value.detach().to("cpu")
-            return value[s].detach().to("cpu", copy=True)
+        def alone(t):  # 0-dim in a stack: the number of steps, common to all runs
+            if len(self.runs) == 1 or t.ndim == 0:
+                return t.detach().to("cpu")
+            return t[s].detach().to("cpu", copy=True)
 
-        tensors = {k: alone(k, t) for k, t in {**self.parameters, **self.buffers}.items()}
-        moments = [
-            {k: alone(k, v) for k, v in self.optimizer.state[t].items()}
-            for t in self.parameters.values()
-        ]
-        return {"tensors": tensors, "moments": moments}
+        moments = [dict(self.optimizer.state[t]) for t in self.parameters.values()]
+        return tree_map(alone, {"tensors": self.tensors, "moments": moments})
 
     @torch.no_grad()
     def load(self, states):
         """The inverse of `state` for all runs."""
-        single = len(self.runs) == 1
 
-        def joined(key, values):
-            if single or key == "step":
-                return values[0].to(self.device, copy=True)
-            return torch.stack(values).to(self.device)
+        def joined(*members):
+            if len(self.runs) == 1 or members[0].ndim == 0:
+                return members[0].to(self.device, copy=True)
+            return torch.stack(members).to(self.device)
 
-        for k, t in {**self.parameters, **self.buffers}.items():
-            t.copy_(joined(k, [state["tensors"][k] for state in states]))
-        for i, t in enumerate(self.parameters.values()):
-            moments = [state["moments"][i] for state in states]
-            self.optimizer.state[t] = {k: joined(k, [m[k] for m in moments]) for k in moments[0]}
+        for k, t in self.tensors.items():
+            t.copy_(joined(*(state["tensors"][k] for state in states)))
+        moments = zip(*(state["moments"] for state in states), strict=True)
+        for t, members in zip(self.parameters.values(), moments, strict=True):
+            self.optimizer.state[t] = tree_map(joined, *members)
 
     def weights(self, s):
         """{name in its network: tensor on the host} of run s."""
@@ -227,27 +203,24 @@ def _call(loss):
     return type(loss), loss.model_dump(exclude=loss.scheduled), list(loss.values(0.0))
 
 
-def _totals(loss, *stacked):
-    """Loss and penalty (S,) of runs that share a call. stacked: logits, targets, a Bound and the
-    numbers of the call, all with a first axis S."""
+def _mapped(loss, *stacked):
+    """The loss (S,) of runs that share a call. stacked: logits, targets, a Bound and the numbers of
+    the call, all with a first axis S."""
 
-    def total(logits, targets, bound, numbers):
-        value = loss(logits, targets, loss.takes(bound), **numbers)
-        penalty = loss.penalty(bound.K, **numbers)
-        return value if penalty is None else value + penalty
+    def one(logits, targets, bound, numbers):
+        return loss(logits, targets, bound, **numbers)
 
     if len(stacked[0]) == 1:
-        return total(*tree_map_only(torch.Tensor, lambda t: t.squeeze(0), stacked))[None]
-    return vmap(total)(*stacked)
+        return one(*tree_map_only(Tensor, lambda t: t.squeeze(0), stacked))[None]
+    return vmap(one)(*stacked)
 
 
 def _optimizer(config, parameters):
     """The optimiser of {name: tensor}; angles and thresholds know no weight decay."""
-    spared = [t for name, t in parameters.items() if name.endswith(NOT_DECAYED)]
-    others = [t for name, t in parameters.items() if not name.endswith(NOT_DECAYED)]
-    groups = [{"params": others}, {"params": spared, "weight_decay": 0.0}]
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    decayed, spared = {"params": []}, {"params": [], "weight_decay": 0.0}
+    for name, t in parameters.items():
+        (spared if name.endswith(NOT_DECAYED) else decayed)["params"].append(t)
     key = "momentum" if config.name == "SGD" else "betas"
-    options[key] = getattr(config, key)
-    kind = getattr(torch.optim, config.name)
-    return kind([group for group in groups if group["params"]], **options)
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, key: getattr(config, key)}
+    groups = [group for group in (decayed, spared) if group["params"]]
+    return getattr(torch.optim, config.name)(groups, fused=True, **options)

@@ -1,5 +1,6 @@
 """Folders of runs: where results lie, when they count as finished, how they are read."""
 
+import contextlib
 import functools
 import json
 import os
@@ -7,12 +8,13 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 
+from ..certify import run_folder
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
 from .schema import ROOT, SCHEDULE, Params
@@ -32,10 +34,8 @@ def outputs_dir(outputs="", profile="smoke"):
     root = Path(outputs or os.environ.get("CLL_OUTPUTS") or ROOT / "outputs")
     if outputs == "drive":
         if "google.colab" not in sys.modules:
-            raise ValueError(
-                'outputs = "drive" is for Google Colab: name a folder, or leave it empty for '
-                "outputs/"
-            )
+            wanted = "name a folder, or leave it empty for outputs/"
+            raise ValueError(f'outputs = "drive" is for Google Colab: {wanted}')
         from google.colab import drive
 
         root = DRIVE / "MyDrive" / "cll"
@@ -57,9 +57,9 @@ _load_once = functools.lru_cache(maxsize=32)(load)
 
 def load_dataset(params):
     """The data.Dataset of a run (read once per process)."""
-    sizes = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
-    seed = params.seed if params.data == "two_moons" else 0
-    return _load_once(params.data, **sizes, seed=seed, label=params.label or None)
+    given = {key: getattr(params, key) for key in ("input_shape", "train_size", "test_size")}
+    given["seed"] = params.seed if params.data == "two_moons" else 0
+    return _load_once(params.data, **given, label=params.label or None)
 
 
 def read_record(params, out_dir, since=0.0):
@@ -72,31 +72,42 @@ def read_record(params, out_dir, since=0.0):
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"damaged result {path} ({error}); delete it to redo the run") from None
-    if record["params_hash"] != params.hash():
-        return None
-    return record | ({"data": params.label} if params.label else {})
+    renamed = {"data": params.label} if params.label else {}
+    return record | renamed if record["params_hash"] == params.hash() else None
 
 
-def lacks_attack(params, record):
-    """Whether a finished run was not attacked as its parameters ask for."""
+def lacks(params, record):
+    """What a run with this record, or None, still needs: "training", "certificate", by this version
+    of the kit, "attack", as its parameters ask for it, or None."""
+    if record is None:
+        return "training"
+    if record.get("certifier") != CERTIFIER:
+        return "certificate"
     if params.attack is None:
-        return False
+        return None
     done, images = record.get("attack") or {}, min(params.attack.images, record["test_size"])
-    return (done.get("images"), done.get("version")) != (images, params.attack.version)
+    asked = images, params.attack.version
+    return None if (done.get("images"), done.get("version")) == asked else "attack"
 
 
-def write(path, text):
-    """Write a file whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """A path to write to; at the end of the block the file goes to `path`, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_record(record, out_dir):
+    """Write result.json, which says that the run has finished."""
+    with whole(out_dir / "result.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1))
 
 
 def save_weights(tensors, path):
-    """Write {name: tensor}, as `write` does."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    """Write {name: tensor}."""
+    with whole(path) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
 
 
 def only_finished():
@@ -110,18 +121,15 @@ def fresh_since():
 
 
 def finished(runs, root):
-    """The result records of the runs that have finished under `root`, in order. Trains nothing.
-
-    With CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by
-    its longest shortened schedule there; records and captions then say "40 of 801 epochs".
-    """
+    """The result records of runs that have finished under `root`, in order; trains nothing. With
+    CLL_ONLY_FINISHED in the environment, a run of which no seed has finished is replaced by its
+    longest shortened schedule there; records and captions then say "40 of 801 epochs"."""
     records = [read_record(params, run_dir(params, root)) for params in runs]
     if only_finished():
-        whole = {record["name"] for record in records if record}
-        records = [
-            record or (None if params.name in whole else _shortened(params, root))
-            for params, record in zip(runs, records, strict=True)
-        ]
+        names = {record["name"] for record in records if record}
+        for i, params in enumerate(runs):
+            if records[i] is None and params.name not in names:
+                records[i] = _shortened(params, root)
     return [record for record in records if record is not None]
 
 
@@ -138,16 +146,10 @@ def _shortened(params, root):
     return max(shorter, key=lambda record: record["epochs"], default=None)
 
 
-def lock(folder):
-    """Two processes never work in one run folder: the second waits."""
-    return FileLock(folder / ".lock")
-
-
 def set_aside(out_dir):
     """Move a finished result of other parameters away, so that it is not overwritten."""
-    path = out_dir / "result.json"
-    if path.exists():
-        old = out_dir / f"previous-{json.loads(path.read_text())['params_hash'][:6]}"
+    if (out_dir / "result.json").exists():
+        old = out_dir / f"previous-{run_folder.read_record(out_dir)['params_hash'][:6]}"
         old.mkdir(exist_ok=True)
         for name in ("result.json", "curve.csv", "radii.npz", "checkpoint.safetensors"):
             if (out_dir / name).exists():
@@ -156,23 +158,20 @@ def set_aside(out_dir):
 
 def provenance(device="cpu"):
     """Device, versions, git revision and date: where a number comes from."""
-    from importlib.metadata import version
 
     def git(*command):
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
 
-    revision = git("rev-parse", "HEAD")
-    if revision and git("status", "--porcelain", "--untracked-files=no"):
+    revision = git("rev-parse", "HEAD") or "unknown"
+    if git("status", "--porcelain", "--untracked-files=no"):
         revision += " with local changes"
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")},
-        },
-        "git_revision": revision or "unknown",
+        "versions": {"python": platform.python_version(), **packages},
+        "git_revision": revision,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -1,22 +1,21 @@
 """One training loop for every system, many runs at a time.
 
-Runs that share architecture, data size, optimiser and schedule train as one program, so that nine
-seeds or a sweep over epsilon cost little more than one. Each run has its own initialisation and its
-own generator for order and augmentation: its companions change its result by rounding alone.
-Several ranks may share the steps of a run alone.
+Runs that share architecture, data size, optimiser and schedule train as one program: nine seeds
+cost little more than one. Each run has its own initialisation and its own generator for order and
+augmentation: its companions change its result by rounding alone. Several ranks may share the steps
+of a run alone.
 """
 
 import contextlib
 import csv
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..data.augment import augment, draw, to_float
 from ..progress import progress_bar
-from .checkpoints import Saver, open_curve, restore, save_snapshots
+from .checkpoints import CURVE, open_curve, restore, save_checkpoints, save_snapshots
 from .fast import use_compiled, use_dense
 from .ranks import connect, is_main
 from .stack import Stack, build_network
@@ -37,40 +36,38 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     # Prepare: the networks and the data on the device, and what the last checkpoint holds.
     stack, batches, threads = _prepare(runs, datasets, device)
     main, epochs, out_dirs = is_main(), runs[0].epochs, [Path(d) for d in out_dirs]
-    saver = Saver(stack, out_dirs)
     start, diverged, former_seconds = restore(stack, out_dirs, batches.generators)
     batches.draw()
+    due = 0.0  # when the next checkpoint is
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
-        saver.save(batches.states, 0, diverged, 0.0)
+        due = save_checkpoints(stack, out_dirs, batches, 0, diverged, 0.0)
 
-    began = time.monotonic()
+    began, seconds = time.monotonic(), former_seconds
     with contextlib.ExitStack() as opened:
         opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
         opened.enter_context(bar).update(start * batches.steps)
-        curves = [open_curve(d / "curve.csv", start) for d in out_dirs] if main else []
-        for curve in curves:
-            opened.enter_context(curve)
-
+        curves = [opened.enter_context(open_curve(d, start)) for d in out_dirs if main]
         for epoch in range(start, epochs):
             # Run: the steps of the epoch. The host waits for the device once, at its end.
-            result = _run_epoch(stack, batches, epoch, bar)
+            rows = _run_epoch(stack, batches, epoch, bar)
             seconds = former_seconds + time.monotonic() - began
 
             # Report: a row in every curve.csv, a line on the screen, and who has diverged.
-            for s, run in enumerate(runs):
-                diverged[s] = diverged[s] or _divergence(run, epoch, result, s)
-            for curve, row in zip(curves, _rows(stack, epoch, result, seconds), strict=False):
-                csv.writer(curve).writerow(row)
-            bar.set_postfix_str(_line(epoch, epochs, result), refresh=False)
+            for curve, row in zip(curves, rows, strict=False):
+                csv.writer(curve).writerow([*row.values(), round(seconds / len(runs), 3)])
+            for s, row in enumerate(rows):
+                diverged[s] = diverged[s] or _divergence(runs[s], row)
+            mean = {k: sum(row[k] for row in rows) / len(rows) for k in ("loss", "train_accuracy")}
+            bar.set_postfix(mean, epoch=epoch + 1, K=max(r["K"] for r in rows), refresh=False)
 
             # Save: snapshots that were asked for, and a checkpoint now and then.
             done = epoch + 1 == epochs or all(diverged)
             if main and epoch + 1 in runs[0].snapshots:
                 save_snapshots(stack, out_dirs, epoch + 1)
-            if main and (done or saver.due()):
-                saver.save(batches.states, epoch + 1, diverged, seconds)
+            if main and (done or time.monotonic() > due):
+                due = save_checkpoints(stack, out_dirs, batches, epoch + 1, diverged, seconds)
             if done:
                 break
 
@@ -78,7 +75,6 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         raise FloatingPointError("; ".join(filter(None, diverged)))
     if stack.engine is not None:
         stack.engine.free_memory()  # it would keep this network while the next one trains
-    seconds = former_seconds + time.monotonic() - began
     return stack.networks() if main else None, seconds / len(runs)
 
 
@@ -110,16 +106,21 @@ class Batches:
     """
 
     def __init__(self, runs, datasets, device, engine=None):
-        self.run, self.device = runs[0], device
-        n = len(datasets[0].train_targets)
-        self.size = min(self.run.batch_size, n)
-        self.steps, self.share = n // self.size, _share(self.size, engine)
+        self.run, self.device, self.n = runs[0], device, len(datasets[0].train_targets)
+        self.size = min(self.run.batch_size, self.n)
+        self.steps = self.n // self.size
+        count, rank = (engine.num_processes, engine.process_index) if engine else (1, 0)
+        if self.size % count:
+            raise ValueError(
+                f"batch_size {self.size} is the number of images in a step over all ranks and "
+                f"{count} ranks cannot share it evenly: start a number of processes that divides it"
+            )
+        self.share = slice(rank * self.size // count, (rank + 1) * self.size // count)
         shared = all(data is datasets[0] for data in datasets)
         sources = datasets[:1] if shared else datasets
         self.images = torch.cat([data.train_images for data in sources]).to(device)
         self.targets = torch.cat([data.train_targets for data in sources]).to(device)
-        self.n = n
-        self.first_row = (0 if shared else n) * torch.arange(len(runs))[:, None]
+        self.first_row = (0 if shared else self.n) * torch.arange(len(runs))[:, None]
         self.augments = self.images.dtype == torch.uint8 and self.run.augmentation.active
         self.generators = [torch.Generator().manual_seed(run.seed) for run in runs]
 
@@ -156,37 +157,15 @@ class Batches:
                 yield x[:, i], y[:, i]
 
 
-def _share(batch, engine):
-    """The slice of every batch that this rank takes."""
-    if engine is None:
-        return slice(batch)
-    count, rank = engine.num_processes, engine.process_index
-    if batch % count:
-        raise ValueError(
-            f"batch_size {batch} is the number of images in a step over all ranks and {count} "
-            f"ranks cannot share it evenly: start a number of processes that divides {batch}"
-        )
-    return slice(rank * batch // count, (rank + 1) * batch // count)
-
-
-class Epoch(NamedTuple):
-    """Of each run: mean loss, accuracy on the training batches, largest K of the last step. Of all:
-    learning rate and moment of training of the last step."""
-
-    loss: list
-    accuracy: list
-    K: list
-    rate: float
-    progress: float
-
-
 def _run_epoch(stack, batches, epoch, bar):
-    """Take the steps of an epoch, and draw the order of the next one; an Epoch."""
-    S, config, steps = len(stack.runs), stack.runs[0], batches.steps
+    """Take the steps of an epoch, and draw the order of the next one. Returns for each run a dict
+    with the keys of checkpoints.CURVE but seconds: means over the steps, and K, the largest one,
+    and the schedule of the last step."""
+    config, steps = stack.runs[0], batches.steps
     iterations, total = range(epoch * steps, (epoch + 1) * steps), config.epochs * steps
     schedules = stack.schedules([i / total for i in iterations])
-    loss_sum = torch.zeros(S, device=stack.device, dtype=torch.float64)
-    correct = torch.zeros(S, device=stack.device, dtype=torch.long)
+    loss_sum = torch.zeros(len(stack.runs), device=stack.device, dtype=torch.float64)
+    correct = torch.zeros(len(stack.runs), device=stack.device, dtype=torch.long)
     for i, numbers, (images, targets) in zip(iterations, schedules, batches, strict=True):
         stack.set_rate(rate := config.optimizer.rate(i, total))
         loss, right, K = stack.step(images, targets, *numbers)
@@ -199,42 +178,27 @@ def _run_epoch(stack, batches, epoch, bar):
         loss_sum = stack.engine.reduce(loss_sum, "mean")
         correct = stack.engine.reduce(correct, "sum")
         K_max = stack.engine.gather(K_max).amax(0, keepdim=True)
-    accuracy = (correct / (steps * batches.size)).tolist()
-    return Epoch(
-        (loss_sum / steps).tolist(), accuracy, K_max.tolist(), rate, iterations[-1] / total
-    )
+    measured = loss_sum / steps, correct / (steps * batches.size), K_max
+    rows = []
+    for run, *numbers in zip(stack.runs, *(t.tolist() for t in measured), strict=True):
+        scheduled = run.loss.values(iterations[-1] / total)
+        scheduled = rate, scheduled.get("epsilon", ""), scheduled.get("p", "")
+        rows.append(dict(zip(CURVE, (epoch + 1, *numbers, *scheduled), strict=False)))
+    return rows
 
 
-def _divergence(run, epoch, result, s):
-    """What to say about run s where its loss or K is no finite number, else None."""
-    loss, K = result.loss[s], result.K[s]
-    if abs(loss) + abs(K) < float("inf"):  # False with NaN as well
+def _divergence(run, row):
+    """What to say about a run where its loss or K is no finite number, else None."""
+    if abs(row["loss"]) + abs(row["K"]) < float("inf"):  # False with NaN as well
         return None
     return (
-        f"training of {run.name} seed {run.seed} diverged in epoch {epoch + 1}: loss {loss:.4g}, "
-        f"K = {K:.4g}; lower optimizer.lr (now {run.optimizer.lr:g}){run.loss.remedy}"
-    )
-
-
-def _rows(stack, epoch, result, seconds):
-    """The row of each run in its curve.csv, see checkpoints.CURVE."""
-    for s, run in enumerate(stack.runs):
-        numbers = run.loss.values(result.progress)
-        schedule = result.rate, numbers.get("epsilon", ""), numbers.get("p", "")
-        measured = result.loss[s], result.accuracy[s], result.K[s]
-        yield epoch + 1, *measured, *schedule, round(seconds / len(stack.runs), 3)
-
-
-def _line(epoch, epochs, result):
-    S = len(result.loss)
-    loss, accuracy = sum(result.loss) / S, 100 * sum(result.accuracy) / S
-    return (
-        f"epoch {epoch + 1}/{epochs}, loss {loss:.3g}, train {accuracy:.1f} %, "
-        f"K {max(result.K):.3g}"
+        f"training of {run.name} seed {run.seed} diverged in epoch {row['epoch']}: "
+        f"loss {row['loss']:.4g}, K = {row['K']:.4g}; "
+        f"lower optimizer.lr (now {run.optimizer.lr:g}){run.loss.remedy}"
     )
 
 
 def _describe(runs):
     names, seeds = sorted({run.name for run in runs}), sorted({run.seed for run in runs})
-    label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return f"{label}, seed{'s' if len(seeds) > 1 else ''} {','.join(map(str, seeds))}"
+    more = f" and {len(names) - 1} more" * (len(names) > 1)
+    return f"{names[0]}{more}, seed{'s' * (len(seeds) > 1)} {','.join(map(str, seeds))}"
