@@ -9,7 +9,7 @@ import pandas as pd
 from cll.experiment.schema import experiment_params
 
 from . import plane, records, style
-from .records import TRUE_MARGIN, cell_text, or_dash
+from .records import TRUE_MARGIN, Test, cell_text, or_dash
 from .style import BLUE, GRAY, GREEN, ORANGE, SKY
 
 
@@ -63,30 +63,25 @@ def temperature_claims(results):
     cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2
     slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
     slack = np.ptp(cll["cra"]) if len(cll) > 2 else np.nan
-    claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
-    yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
-    claim = "S5: nor its clean accuracy (spread within a point)"
-    yield "clean", claim, "no slack effect", "{:.2f} points", [clean], lambda a: a <= 1
-    claim = "S5: the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)"
-    yield "undone", claim, "– (derived: 1)", "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1
-    claim = "S5: with calibration p does change CRA (spread above 5 points)"
-    yield "slack", claim, "slack", "{:.2f} points", [slack], lambda a: a > 5
+    yield Test("cra", "{:.2f} points", [cra], lambda a: a <= 1)
+    yield Test("clean", "{:.2f} points", [clean], lambda a: a <= 1)
+    yield Test("undone", "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1)
+    yield Test("slack", "{:.2f} points", [slack], lambda a: a > 5)
 
 
 @style.of_runs
-def temperature_planes(results, models, dataset):
+def temperature_planes(results, planes):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
-    slack from much to little. results, models, dataset: records of runs at one margin, their
-    networks, their data. Of several seeds the first one given is drawn."""
+    slack from much to little. results, planes: as for `moons.figure4`, of runs at one margin."""
     keys = [(r["method"], r["p"] or r["params"]["loss"]["temperature"]) for r in results]
-    first = records.first_of_each(keys, results, models)
+    first = records.first_of_each(keys, results, planes)
     lines = [sorted((key for key in first if key[0] == m), reverse=True) for m in ("GloRo", "CLL")]
     columns = max(map(len, lines))
     figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
     for row, line, name, method in zip(axes, lines, "tp", ("GloRo", "CLL"), strict=True):
         for ax, key in zip(row, line, strict=False):
-            result, model = first[key]
-            plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
+            result, drawn = first[key]
+            plane.panel(ax, drawn, result["epsilon"])
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key[1]:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
         for ax in row[len(line) :]:

@@ -10,7 +10,9 @@ Published accuracies are in percent; result records (see experiment.run) hold fr
 import collections
 import operator
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,17 +29,17 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 
 def published(table):
     """published/<table>.csv as a frame: the printed numbers of "table1", "table2", "figure5" and
-    "two_moons"; "pairs": CLL beside the loss that the same network was published with;
-    "table_claims": what the text says of the tables, a row, the rows that it is compared with (the
+    "two_moons"; "pairs": CLL beside the loss that the same network was published with; "tests":
+    what the paper says of an exhibit, and of a table's row the rows that it is compared with (the
     best of them, column by column), the columns and the relation that must hold in each of them.
 
-    One with row_id ("T2-05") is indexed by it. Raises ValueError for another name.
+    The tables are indexed by row_id ("T2-05"). Raises ValueError for another name.
     """
     files = {path.stem: path for path in (Path(__file__).parent / "published").glob("*.csv")}
     if table not in files:
         raise ValueError(f"no published table {table!r}; there are: {', '.join(sorted(files))}")
     frame = pd.read_csv(files[table])
-    return frame.set_index("row_id", drop=False) if "row_id" in frame else frame
+    return frame.set_index("row_id", drop=False) if table in ("table1", "table2") else frame
 
 
 def uncertain(row):
@@ -246,6 +248,24 @@ def within_a_point(a, b):
 def within_a_quarter(a, b):
     """Within a quarter of the larger (of two Lipschitz constants)."""
     return abs(a - b) <= 0.25 * max(a, b)
+
+
+class Test(NamedTuple):
+    """A test of what the paper says of an exhibit, as its claims function yields it for
+    `claims.judge`.
+
+    id: its line in published/tests.csv. form: how the numbers are written, a format or a function
+    of them. values: the numbers, nan where a run is missing. holds: whether they show what is said,
+    a function of them. paper, claim: what is printed, and said in our words, where that line leaves
+    it open.
+    """
+
+    id: str
+    form: str | Callable
+    values: Sequence
+    holds: Callable
+    paper: str = ""
+    claim: str = ""
 
 
 RELATIONS = {  # of numbers of ours and of rivals, in all columns or in any

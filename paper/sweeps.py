@@ -11,7 +11,7 @@ from cll.experiment.schema import experiment_params, sized_as
 from cll.losses import cll_scale
 
 from . import records, style
-from .records import TRUE_MARGIN, cell_text, or_dash, published, same_data
+from .records import TRUE_MARGIN, Test, cell_text, or_dash, published, same_data
 from .style import BLUE, GREEN, ORANGE
 
 CURVES = {  # of the methods that figures 5 and D1 compare
@@ -291,32 +291,27 @@ def figure5_claims(results):
     slack = [slack.loc[np.isclose(slack["p"], p), ["clean", "cra"]].mean() for p in grid]
     clean, cra = zip(*slack, strict=True)
     form = ", ".join(["{:.1f}"] * len(grid))
-    claim = "S7: more slack costs clean accuracy (largest p below smallest)"
-    yield "slack-clean", claim, "falls with p", form, clean, lambda *c: c[-1] < c[0]
-    claim = "S7: more slack first raises CRA (its peak is not at the smallest p)"
-    yield "slack-cra", claim, "rises to a peak", form, cra, lambda *c: max(c) > c[0]
+    yield Test("slack-clean", form, clean, lambda *c: c[-1] < c[0])
+    yield Test("slack-cra", form, cra, lambda *c: max(c) > c[0])
 
-    claim = "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε"
     printed = ", ".join(f"{gain:+.1f}" for gain in gains["gain_published"])
     form, pairs = ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]]
     holds = functools.partial(records.shows, "three percent above")
-    yield "gain", claim, printed, form, pairs.to_numpy().ravel(), holds
+    yield Test("gain", form, pairs.to_numpy().ravel(), holds, printed)
     keys = [(method, epsilon) for epsilon in gains["epsilon"] for method in ("CLL", "GloRo")]
     pairs = over_margin(table).reindex(keys)
     above = functools.partial(records.shows, "above")
-    for column, name in [("K_f", "K(f)"), ("K_hf", "K(h∘f)"), ("tightness", "tightness")]:
-        claim = f"E2: CLL's {name} is above GloRo's at every ε"
-        yield column, claim, "CLL > GloRo", form, pairs[column].to_numpy(), above
+    for column in ("K_f", "K_hf", "tightness"):
+        yield Test(column, form, pairs[column].to_numpy(), above)
 
 
 def convergence_claims(results):
     """What the paper says of figure D1, see `claims.judge`."""
     table = snapshot_table(results)
-    for column, name in [("cra", "CRA"), ("tightness", "tightness")]:
+    for column in ("cra", "tightness"):
         runs = [table[table["method"] == method] for method in ("CLL", "GloRo")]
         epochs = [reached(run["epoch"], run[column]) for run in runs]
-        claim = f"S4: CLL reaches 95 % of its last {name} in fewer epochs"
-        yield column, claim, "CLL before GloRo", "epoch {:.0f} vs {:.0f}", epochs, operator.lt
+        yield Test(column, "epoch {:.0f} vs {:.0f}", epochs, operator.lt)
 
 
 def lambda_claims(results):
@@ -324,15 +319,12 @@ def lambda_claims(results):
     table = sweep_table(results)
     lam, K = table["lambda"].to_numpy(), table["K_f"].to_numpy()
     many = len(table) > 2
-    claim = "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)"
     ends = K[[0, -1]] if many else [np.nan]
-    yield "any-K", claim, "set by λ", "{:.1f} to {:.1f}", ends, operator.gt
-    claim = "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)"
+    yield Test("any-K", "{:.1f} to {:.1f}", ends, operator.gt)
     slope = records.power_law(lam, K)[0] if many else np.nan
-    yield "law", claim, "– (derived: -0.5)", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1
+    yield Test("law", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1)
     decades = 0.0 if many else np.nan
     for i, j in itertools.combinations(range(len(table)) if many else (), 2):
         if np.ptp(table.loc[i:j, ["clean", "cra"]], axis=0).max() <= 1:
             decades = max(decades, np.log10(lam[j] / lam[i]))
-    claim = "E3: insensitive to λ: clean and CRA each within a point over two decades"
-    yield "flat", claim, "a wide range", "{:.1f} decades", [decades], lambda d: d >= 1.99
+    yield Test("flat", "{:.1f} decades", [decades], lambda d: d >= 1.99)

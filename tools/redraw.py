@@ -28,7 +28,7 @@ import execute
 NOTEBOOKS, SMOKE = execute.ROOT / "notebooks", execute.ROOT / "tests" / "nb_refs"
 REFERENCE = execute.ROOT / "outputs" / "reference"
 # they train what no run is committed of, or the reader's own
-OTHERS = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
+OTHERS = {"certify_your_model", "quickstart", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
 PICTURES = ("image/png", "image/svg+xml", "application/pdf")
 # notebook: the few rows that nbval repeats; make runs them whole

@@ -29,7 +29,7 @@ import parameters
 ROOT = parameters.ROOT
 sys.path.insert(0, str(ROOT))
 from cll import experiment  # noqa: E402
-from paper.tables import table_runs  # noqa: E402
+from paper import tables  # noqa: E402
 
 DAY = "24:00:00"
 
@@ -79,8 +79,7 @@ def planned(what, options):
             yield what, experiment.load_params(what, options.profile, seed=seed, **given)
         return
     if what in ("table1", "table2"):
-        runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
-        runs = table_runs(what, runs, options.rows, options.data, options.label)
+        runs = tables.runs(what, options.profile, seeds, options.rows, **given)
     else:
         runs = experiment.experiment_params(what, options.profile, seeds, **given)
     for run in runs:
