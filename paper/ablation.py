@@ -49,7 +49,8 @@ def ablation_table(results):
     for (model, p), group in groups.items():
         measures, printed = _measures(group)
         by = {"loss": lambda r: tuple(r["params"]["loss"].items())}
-        choices = [(dict(line["loss"]), line) for line, _ in records.summary(group, by, measures)]
+        lines_of = records.summary(group, by, measures)
+        choices = [(dict(line["loss"]), line) for line in lines_of]
         usual, usual_line = choices[0]
         keys = [key for key in usual if any(loss[key] != usual[key] for loss, _ in choices)]
         for loss, line in choices:

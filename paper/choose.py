@@ -35,9 +35,8 @@ def temperature_table(results):
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
     by = records.BY_MARGIN | {"t": lambda r: r["params"]["loss"].get("temperature")}
     values = {"clean": lambda r: 100 * r["train_clean"], "cra": records.train_cra}
-    lines = [line for line, _ in records.summary(results, by, values | records.CONSTANTS)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
-    table = pd.DataFrame(lines, columns=names)
+    table = pd.DataFrame(records.summary(results, by, values | records.CONSTANTS), columns=names)
     return table.sort_values(names[:3], ascending=[True, False, False], ignore_index=True)
 
 
@@ -130,7 +129,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         "CRA at the training ε, %": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"],
         f"CRA at {evaluate:g}, %": lambda r: 100 * r["cra"][f"{evaluate:g}"],
     }
-    table = pd.DataFrame(line for line, _ in records.summary(results, records.BY_MARGIN, measures))
+    table = pd.DataFrame(records.summary(results, records.BY_MARGIN, measures))
     figure, axes = style.subplots((8.6, 0.38 * table["epsilon"].nunique() + 1.3), 1, 3, sharey=True)
     for ax, name in zip(axes, measures, strict=True):
         values = table.pivot(index="epsilon", columns="p", values=name)
@@ -154,8 +153,8 @@ def slack_curves(results, title):
     """Images over slack, CLL at one margin: clean accuracy, CRA at each radius, and K(h∘f)."""
     measures = records.accuracies("CRA({})", results[0]["cra"])
     values = measures | {"K_hf": operator.itemgetter("K_hf")}
-    table = records.summary(results, {"p": operator.itemgetter("p")}, values)
-    table = pd.DataFrame(line for line, _ in table).sort_values("p")
+    by = {"p": operator.itemgetter("p")}
+    table = pd.DataFrame(records.summary(results, by, values)).sort_values("p")
     figure, (left, right) = style.subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
     looks = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
     looks = itertools.chain([(GREEN, "o-")], looks)

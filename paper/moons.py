@@ -75,20 +75,20 @@ def moons_table(results):
     def method(r):  # figure 4 has the published gradient
         return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
 
-    lines = []
     values = {"cra": records.train_cra, "K_f": operator.itemgetter("K_f")}
-    for line, runs in records.summary(results, records.BY_MARGIN | {"method": method}, values):
+    lines = records.summary(results, records.BY_MARGIN | {"method": method}, values)
+    for line in lines:
         epsilon, p = line["epsilon"], line["p"]
         row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
-        line["cra_min"] = min(map(records.train_cra, runs))
+        line["cra_min"] = min(map(records.train_cra, line["runs"]))
         line["K_hf"] = line["K_f"] if np.isnan(p) else _k_hf(epsilon, p)
         for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
             line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
-        lines.append(line | {"difference": line["cra"] - line["cra_published"]})
+        line["difference"] = line["cra"] - line["cra_published"]
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
-    order = {"by": ["method", "epsilon", "p"], "ascending": [True, True, False]}
-    return pd.DataFrame(lines, columns=names).sort_values(**order, ignore_index=True)
+    table = pd.DataFrame(lines, columns=names)
+    return table.sort_values(names[:3], ascending=[True, True, False], ignore_index=True)
 
 
 def shaped(results, planes):
@@ -227,13 +227,9 @@ def _outputs(ax, drawn, epsilon, sigma=None):
     robust, K = drawn.robust(epsilon).numpy(), float(drawn.K[0, 1])
     scale, margin = K * sigma if sigma else 1.0, epsilon * K
     end = 1.1 * np.abs(output).max()
-    _, _, bars = ax.hist(
-        [output[robust & (targets == c)] for c in (0, 1)] + [output[~robust]],
-        np.linspace(-end, end, 61),
-        stacked=True,
-        color=[BLUE, ORANGE, RED],
-        label=["class 0", "class 1", "wrong or not robust"],
-    )
+    groups = [output[robust & (targets == c)] for c in (0, 1)] + [output[~robust]]
+    look = {"color": [BLUE, ORANGE, RED], "label": ["class 0", "class 1", "wrong or not robust"]}
+    _, _, bars = ax.hist(groups, np.linspace(-end, end, 61), stacked=True, **look)
     for bar in bars[-1]:
         bar.set(hatch="//////", edgecolor="white", linewidth=0)
     if margin < end:

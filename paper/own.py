@@ -38,32 +38,27 @@ def network_table(certificates):
 
 
 @styled
-def training_curves(curve, result=None):
-    """Loss, training accuracy and K over the epochs of one run.
-
-    curve: DataFrame with columns epoch, loss, train_accuracy (fraction), K, as in curve.csv.
-    result: the run's record, for the title.
-    """
+def training_curves(curve, result):
+    """Loss, training accuracy and K over the epochs of one run: the frame of its curve.csv, and its
+    record."""
     figure, axes = subplots((9, 2.8), 1, 3)
-    for ax, column, label in [
-        (axes[0], curve["loss"], "training loss (nats)"),
-        (axes[1], 100 * curve["train_accuracy"], "training accuracy (%)"),
-        (axes[2], curve["K"], "largest K (logits per unit)"),
-    ]:
-        marker = "o" if len(curve) < 30 else None
+    columns = {
+        "training loss (nats)": curve["loss"],
+        "training accuracy (%)": 100 * curve["train_accuracy"],
+        "largest K (logits per unit)": curve["K"],
+    }
+    marker = "o" if len(curve) < 30 else None
+    for ax, (label, column) in zip(axes, columns.items(), strict=True):
         ax.plot(curve["epoch"], column, color=BLUE, marker=marker, ms=3)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    return titled(figure, f"{result['name']} · {caption([result])}") if result else figure
+    return titled(figure, f"{result['name']} · {caption([result])}")
 
 
 @styled
 def cra_figure(radii, result):
-    """Certified robust accuracy against the radius, guaranteed bound and paper-style bound.
-
-    radii: the arrays radius, radius_paper_style and correct of radii.npz, each (N,).
-    result: the run's record; its radii are marked on the guaranteed curve.
-    """
+    """Certified robust accuracy against the radius, guaranteed bound and paper-style bound. radii:
+    the arrays of radii.npz, each (N,). result: the run's record; its radii are marked."""
     radius, estimated, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
     grid = np.linspace(0, np.quantile(estimated, 0.995) + 1e-9, 400)
     figure, ax = subplots((4.8, 3))
@@ -97,15 +92,9 @@ def radius_histogram(radii, result):
 
 def _stacked_radii(ax, radius, correct, bins):
     """Histogram of certified radii, wrong predictions on top of the right ones and hatched."""
-    ax.hist(
-        [radius[correct], radius[~correct]],
-        bins,
-        stacked=True,
-        color=[BLUE, ORANGE],
-        edgecolor="white",
-        lw=0.3,
-        label=[f"correct ({correct.sum()})", f"wrong ({(~correct).sum()})"],
-    )
+    look = {"stacked": True, "color": [BLUE, ORANGE], "edgecolor": "white", "lw": 0.3}
+    label = [f"correct ({correct.sum()})", f"wrong ({(~correct).sum()})"]
+    ax.hist([radius[correct], radius[~correct]], bins, label=label, **look)
     for patch in ax.containers[1]:
         patch.set_hatch("////")
 

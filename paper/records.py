@@ -177,19 +177,20 @@ def seed_std(values):
 
 
 def summary(results, by, values):
-    """(line, runs) of the runs that agree in `by`, in the order in which these come: the line has
-    the columns of `by` (None as nan), n (the seeds), and of each of `values` the mean and, as
-    name_std, the standard deviation. by, values: {column: its value in a record, a function}."""
-    groups = {}
+    """A dict for the runs that agree in `by`, in the order in which these come: the columns of `by`
+    (None as nan), n (the seeds), runs, and of each of `values` the mean and, as name_std, the
+    standard deviation. by, values: {column: its value in a record, a function}."""
+    groups, lines = {}, []
     for r in results:
         groups.setdefault(tuple(of(r) for of in by.values()), []).append(r)
     for key, runs in groups.items():
         line = {name: np.nan if v is None else v for name, v in zip(by, key, strict=True)}
-        line["n"] = len(runs)
+        line |= {"n": len(runs), "runs": runs}
         for name, of in values.items():
             measured = np.array([of(r) for r in runs], float)
             line |= {name: measured.mean(), f"{name}_std": seed_std(measured)}
-        yield line, runs
+        lines.append(line)
+    return lines
 
 
 def accuracies(name, radii=None):
@@ -251,14 +252,10 @@ def within_a_quarter(a, b):
 
 
 class Test(NamedTuple):
-    """A test of what the paper says of an exhibit, as its claims function yields it for
-    `claims.judge`.
-
-    id: its line in published/tests.csv. form: how the numbers are written, a format or a function
-    of them. values: the numbers, nan where a run is missing. holds: whether they show what is said,
-    a function of them. paper, claim: what is printed, and said in our words, where that line leaves
-    it open.
-    """
+    """What `claims.judge` needs of a test of what the paper says: id (its line in tests.csv), form
+    (how the numbers are written, a format or a function), values (the numbers, nan where a run is
+    missing), holds (whether they show it, a function). paper, claim: what is printed, and said in
+    our words, where that line leaves it open."""
 
     id: str
     form: str | Callable

@@ -53,17 +53,18 @@ def sweep_table(results):
     by = records.BY_MARGIN | {"lambda": lambda r: r["params"]["loss"].get("lambda")}
     values = {"clean": lambda r: 100 * r["clean"]} | records.CONSTANTS
     values |= {"cra": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"]}
-    printed, lines = published("figure5").dropna(subset=["cra_at_eps"]), []
-    for line, group in records.summary(results, by, values):
+    printed = published("figure5").dropna(subset=["cra_at_eps"])
+    lines = records.summary(results, by, values)
+    for line in lines:
         row = printed[printed["method"].eq(line["method"]) & printed["epsilon"].eq(line["epsilon"])]
         for key in ("p", "lambda") if line["method"] == "CLL" else ():
             row = row[np.isclose(row[key], line[key])]
-        known = len(row) and group[0]["data"] != "two_moons"
+        known = len(row) and line["runs"][0]["data"] != "two_moons"
         line["cra_published"] = row["cra_at_eps"].iloc[0] if known else np.nan
-        if all(same_data(r, "CIFAR-10") for r in group):
+        if all(same_data(r, "CIFAR-10") for r in line["runs"]):
             line["difference"] = line["cra"] - line["cra_published"]
-        tightness = [r["tightness"] for r in group if r.get("tightness") is not None]
-        lines.append(line | {"tightness": 100 * np.mean(tightness) if tightness else np.nan})
+        tightness = [r["tightness"] for r in line["runs"] if r.get("tightness") is not None]
+        line["tightness"] = 100 * np.mean(tightness) if tightness else np.nan
     names = ["method", "epsilon", "p", "lambda", "n", "clean", "cra", "K_f", "K_hf", "tightness"]
     names += ["clean_std", "cra_std", "cra_published", "difference"]
     table = pd.DataFrame(lines, columns=names)

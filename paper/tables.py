@@ -253,29 +253,6 @@ def _largest_gain(means):
     return Test("largest-gain", "{:+.1f}, {:+.1f}, {:+.1f}", gains, lambda *g: g[0] == max(g))
 
 
-@style.styled
-def seeds_figure(results):
-    """How far the seeds of each row or name of run lie apart: clean accuracy and CRA of each minus
-    their mean. Runs of one seed are left out."""
-    measures = records.accuracies("CRA({})")
-    rows = records.summary(results, {"row": lambda r: r["row"] or r["name"]}, measures)
-    rows = [(line, runs) for line, runs in rows if len(runs) > 1]
-    if not rows:
-        return style.not_run_figure("no row has run with more than one seed")
-    figure, ax = style.subplots((6.4, 0.3 * len(rows) + 1.6))
-    looks = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
-    for j, ((label, of), (color, marker)) in enumerate(zip(measures.items(), looks, strict=True)):
-        x = [of(r) - line[label] for line, runs in rows for r in runs]
-        y = [i + 0.17 * (j - 1.5) for i, (_, runs) in enumerate(rows) for _ in runs]
-        ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
-    ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{line['row']} ({line['n']} seeds)" for line, _ in rows]
-    ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="seed − mean of the seeds (points)")
-    figure.legend(loc="outside lower center", ncols=4)
-    return style.titled(figure, records.caption([r for _, runs in rows for r in runs]))
-
-
 # the panels of tables 1 and 2: the first letters of a network's name
 FAMILIES = {"SOC": "LipConv", "CPL": "CPL", "SLL": "SLL", "LBDN": "Sandwich"}
 
@@ -294,18 +271,18 @@ def cra_comparison(radii, results):
     size = (6.4, 4) if len(panels) == 1 else (2.7 * columns + 0.4, 2.7 * lines + 0.4)
     shared = {"sharex": True, "sharey": True, "squeeze": False}
     figure, axes = style.subplots(size, lines, columns, **shared)
-    axes, marked, top = axes.flatten(), False, 0
-    for i, (dataset, runs) in enumerate(panels):
-        marked |= _cra_panel(axes[i], runs)
-        top = max(top, _finish_panel(axes[i], dataset, [result for _, result, _ in runs]))
+    axes, marked = axes.flatten(), False
+    for i, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
+        marked |= _cra_panel(ax, *panel)
         if i + columns >= len(panels):
-            axes[i].set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
-            axes[i].xaxis.set_tick_params(labelbottom=True)
+            ax.set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
+            ax.xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
-            axes[i].set_ylabel("certified robust accuracy (%)\nguaranteed bound")
+            ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    axes[0].set(ylim=(0, top), yticks=range(0, 20 * int(min(top, 100) // 20) + 1, 20))
+    highest = max(line.get_ydata().max() for ax in axes for line in ax.get_lines())
+    axes[0].set(ylim=(0, 1.25 * highest), yticks=range(0, 101 if highest > 60 else 61, 20))
     note = " · open marks: the paper's values" * marked
     return style.titled(figure, style.drawn_caption(results) + note)
 
@@ -326,28 +303,13 @@ def _panels(radii, results):
     return [(dataset, runs) for (dataset, *_), runs in panels.items()]
 
 
-def _finish_panel(ax, dataset, results):
-    """Title, legend and axis of a panel of `cra_comparison`; returns how high it must reach."""
-    papers = all(records.same_data(result, dataset) for result in results)
-    shown = dataset if papers else f"rows of {dataset}, on {records.data_source(results[0])}"
-    networks = dict.fromkeys(result["model"] for result in results)
-    ax.set_title(f"{shown}\n{', '.join(networks)}")
-    ax.set_xlim(0, RADIUS_GRID[-1])
-    ax.set_xticks([0, *MARKS.values()], ["0", *RADII.values()])
-    ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
-    curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
-    # the legend fills the right half from above, a twelfth of the height for each line
-    free = 0.95 - len(curves) / 12
-    return max(*(y.max() + 5 for y in curves), *(y[160] / free for y in curves))
-
-
-def _cra_panel(ax, runs):
-    """Curves and marks of `cra_comparison`; returns whether the paper's values are marked. runs:
-    (arrays, record, published row or None) each."""
-    models = {result["model"] for _, result, _ in runs}
-    of_cll = collections.Counter(r["model"] for _, r, _ in runs if r["method"] == "CLL")
-    colors = (BLUE, SKY, GREEN), (ORANGE, RED, GRAY, "black")
-    ours, others = map(itertools.cycle, colors)
+def _cra_panel(ax, dataset, runs):
+    """A panel of `cra_comparison`; returns whether the paper's values are marked. runs: (arrays,
+    record, published row or None) each."""
+    results = [result for _, result, _ in runs]
+    models = dict.fromkeys(result["model"] for result in results)
+    of_cll = collections.Counter(r["model"] for r in results if r["method"] == "CLL")
+    ours, others = map(itertools.cycle, ((BLUE, SKY, GREEN), (ORANGE, RED, GRAY, "black")))
     marked = False
     for arrays, result, row in runs:
         model, method = result["model"], result["method"]
@@ -361,10 +323,15 @@ def _cra_panel(ax, runs):
         if method == "CLL" and (len(models) == 1 or of_cll[model] > 1):
             label += f", ε = {result['epsilon']:g}"
         ax.plot(RADIUS_GRID, cra, label=label, color=color, ls=line)
-        if row is not None and records.same_data(result, row["dataset"]):
-            sure = [k for k in RADII if k not in uncertain(row) and not np.isnan(row[k])]
-            at = [MARKS[k] for k in sure]
+        if row is None or not records.same_data(result, row["dataset"]):
+            continue
+        if sure := [k for k in RADII if k not in uncertain(row) and not np.isnan(row[k])]:
             marks = {"ls": "", "marker": marker, "mfc": "white", "mec": color, "clip_on": False}
-            ax.plot(at, row[sure].astype(float), **marks)
-            marked |= bool(sure)
+            ax.plot([MARKS[k] for k in sure], row[sure].astype(float), **marks)
+            marked = True
+    papers = all(records.same_data(result, dataset) for result in results)
+    shown = dataset if papers else f"rows of {dataset}, on {records.data_source(results[0])}"
+    ax.set(title=f"{shown}\n{', '.join(models)}", xlim=(0, RADIUS_GRID[-1]))
+    ax.set_xticks([0, *MARKS.values()], ["0", *RADII.values()])
+    ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
     return marked

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from exhibits import line, radii, record, texts
+from exhibits import radii, record, texts
 
 from paper import tables
 from paper.claims import judge
@@ -18,7 +18,6 @@ from paper.tables import (
     display_attacks,
     display_table,
     seed_table,
-    seeds_figure,
 )
 
 
@@ -67,19 +66,6 @@ def test_whole_tables_are_drawn_in_panels_by_data_and_family(table, panels):
         for handle, label in zip(handles, own, strict=True):
             assert (handle.get_linestyle() == "-") == label.startswith("CLL")
     assert len(set(labels)) == len(runs), "every run is named"
-
-
-def test_seeds_are_shown_as_distances_from_their_mean():
-    results = [record("T2-05", seed=k, clean=c) for k, c in ((1, 0.7), (2, 0.72))]
-    others = [record("T2-03", seed=k, clean=c) for k, c in ((1, 0.5), (2, 0.5))]
-    figure = seeds_figure([*results, *others, record("T2-07")])
-    x, y = line(figure.axes[0], "clean")
-    assert list(x) == pytest.approx([-1, 1, 0, 0]) and y[0] == y[1] != y[2] == y[3]
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["T2-05 (2 seeds)", "T2-03 (2 seeds)"]
-    assert "no row has run with more" in texts(seeds_figure([record("T2-07")])).replace(
-        "\u00a0", " "
-    )
 
 
 def cells(frame, column, bound="guaranteed"):
