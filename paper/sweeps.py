@@ -211,20 +211,15 @@ def _accuracies(ax, table, over, margin):
 @style.of_runs
 def convergence_figure(results):
     """Figure D1: tightness, CRA at the training margin and K while CLL and GloRo train, means over
-    the seeds of runs with snapshots. Rings: where a curve is first at 95 % of its last value."""
+    the seeds of runs with snapshots."""
     table = snapshot_table(results)
     figure, axes = style.subplots((9, 2.9), 1, 3)
     margin = f"CRA at ε = {results[0]['epsilon']:g} (%)"
     measures = {"tightness": "tightness (%)", "cra": margin, "K_f": "K(f), guaranteed"}
     for ax, (column, label) in zip(axes, measures.items(), strict=True):
         for method, curve in CURVES.items():
-            run = table[table["method"] == method].set_index("epoch")[column]
-            if run.empty:
-                continue
-            ax.plot(run.index, run, label=method, **curve)
-            at = reached(run.index, run)
-            if column != "K_f" and np.isfinite(at):
-                ax.plot(at, run[at], "o", ms=10, mfc="none", mec=curve["color"])
+            if len(run := table[table["method"] == method]):
+                ax.plot(run["epoch"], run[column], label=method, **curve)
         ax.set(xlabel="epoch", ylabel=label)
         if table["epoch"].max() > 30:
             ax.set_xscale("log")
@@ -234,8 +229,7 @@ def convergence_figure(results):
     for ax in axes[:2]:
         ax.set_ylim(0)
     axes[1].legend(loc="best")
-    rings = " · rings: first at 95 % of the last value"
-    return style.titled(figure, records.caption(results, tightness=True) + rings)
+    return style.titled(figure, records.caption(results, tightness=True))
 
 
 @style.styled
