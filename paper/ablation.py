@@ -48,8 +48,7 @@ def ablation_table(results):
     for (model, p), group in groups.items():
         measures, printed = _measures(group)
         by = {"loss": lambda r: tuple(r["params"]["loss"].items())}
-        lines_of = records.summary(group, by, measures)
-        choices = [(dict(line["loss"]), line) for line in lines_of]
+        choices = [(dict(line["loss"]), line) for line in records.summary(group, by, measures)]
         usual, usual_line = choices[0]
         keys = [key for key in usual if any(loss[key] != usual[key] for loss, _ in choices)]
         for loss, line in choices:

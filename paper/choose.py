@@ -1,16 +1,13 @@
 """How to choose epsilon, p and the temperature: runs, tables, pictures, claims."""
 
-import itertools
-import operator
-
 import numpy as np
 import pandas as pd
 
 from cll.experiment.schema import experiment_params
 
-from . import plane, records, style
+from . import plane, records, style, sweeps
 from .records import TRUE_MARGIN, Test, cell_text, or_dash
-from .style import BLUE, GRAY, GREEN, ORANGE, SKY
+from .style import BLUE, GRAY, ORANGE
 
 
 def moons_runs(profile, seeds=None, **overrides):
@@ -150,17 +147,11 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
 
 @style.of_runs
 def slack_curves(results, title):
-    """Images over slack, CLL at one margin: clean accuracy, CRA at each radius, and K(h∘f)."""
-    measures = records.accuracies("CRA({})", results[0]["cra"])
-    values = measures | {"K_hf": operator.itemgetter("K_hf")}
-    by = {"p": operator.itemgetter("p")}
-    table = pd.DataFrame(records.summary(results, by, values)).sort_values("p")
-    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
-    looks = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
-    looks = itertools.chain([(GREEN, "o-")], looks)
-    for name, (color, line) in zip(measures, looks, strict=False):
-        left.plot(table["p"], table[name], line, color=color, ms=4, label=name)
-    left.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    """Images over slack, CLL at one margin: clean accuracy, CRA at that margin, and K(h∘f)."""
+    table = sweeps.sweep_table(results)
+    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
+    sweeps.accuracies(left, table, "p", f"CRA({results[0]['epsilon']:g})")
+    left.legend()
     right.plot(table["p"], table["K_hf"], "o-", color=BLUE, ms=4)
     for ax, label in ((left, "test images, %"), (right, "$K^{(h∘f)}$")):
         ax.set(xlabel="slack p", ylabel=label)

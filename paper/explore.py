@@ -42,11 +42,9 @@ def load(root=REFERENCE):
 
     Raises FileNotFoundError, which says what to run, where none has.
     """
-    results = finished(runs(), root)
-    if not results:
-        raise FileNotFoundError(
-            f"no finished two-moons run in {root}/runs: `python -m paper.explore` trains them"
-        )
+    if not (results := finished(runs(), root)):
+        todo = "`python -m paper.explore` trains them"
+        raise FileNotFoundError(f"no finished two-moons run in {root}/runs: {todo}")
     keys = map(operator.itemgetter("method", "epsilon", "p"), results)
     return first_of_each(keys, results, moons.planes(results, root, RESOLUTION))
 

@@ -1,11 +1,10 @@
 """The faults of published certificates, each with the smallest network that exploits it.
 
-`gallery()` returns one `Fault` per entry of a survey of this field's public code: what the
-published logic claims for an explicit network, what is true, and what this kit says. The published
-logic is restated here in a line or two, never copied. What is true is shown, not argued: by a
-point x' with another prediction inside the claimed ball, or by two points that a layer drives
-further apart than its claimed norm allows. tests/test_faults.py checks every entry and
-notebooks/soundness.ipynb shows them, so that the reader sees the examples which the tests run.
+A function for each entry of published/faults.yaml, a survey of this field's public code: what the
+published logic, restated in a line or two and never copied, claims for an explicit network. What is
+true is shown, not argued: by a point x' with another prediction inside the claimed ball, or by two
+points that a layer drives further apart than its claimed norm allows. tests/test_faults.py checks
+and notebooks/soundness.ipynb shows them all.
 """
 
 import copy

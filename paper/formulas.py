@@ -61,11 +61,10 @@ def figure3_claims(results):
     falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
     yield Test("falls", "{:.1f} to {:.1f}", ends, lambda *k: falls)
     product = slack * constants
-    factor = product.max() / product.min()
-    yield Test("p-inverse", "factor {:.0f}", [factor], lambda r: r <= 2)
+    yield Test("p-inverse", "factor {:.0f}", [product.max() / product.min()], lambda r: r <= 2)
     margins = np.geomspace(0.01, 2, 60)
-    product = margins / _sigma(margins, 0.01)
-    yield Test("epsilon-inverse", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12)
+    spread = np.ptp(margins / _sigma(margins, 0.01))
+    yield Test("epsilon-inverse", "{:.0e}", [spread], lambda r: r < 1e-12)
 
 
 def _claims_at_random(count=500):
@@ -103,11 +102,9 @@ def printed_constants():
 
 @styled
 def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
-    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack.
-
-    epsilon: margin in input space. p, slack: total mass outside the margin of the strict and of
-    the lenient curve. The abscissa is the signed distance d = f(x)/K. No training involved.
-    """
+    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack, over
+    the signed distance d = f(x)/K. epsilon: margin in input space. p, slack: total mass outside the
+    margin of the strict and of the lenient curve."""
     figure, axes = subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
     margin, dots = [-epsilon, epsilon], {"color": "black", "ms": 5}
@@ -149,12 +146,9 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
 
 @styled
 def loss_curves(settings, title):
-    """Two classes: calibrated losses against the certified distance of the right class.
-
-    settings: {label: (epsilon, p)} of two-sided CLL; title: the caption. The loss is multiplied by
-    sigma, which makes all slopes 1 far inside the wrong class: what is left are place and width of
-    the bend. Circles: d = 2 epsilon, where the probability is one half.
-    """
+    """Two classes: two-sided CLL of settings, {label: (epsilon, p)}, against the certified distance
+    of the right class, times sigma: all slopes are 1 far inside the wrong class, what is left are
+    place and width of the bend. Circles: d = 2 epsilon, where the probability is one half."""
     figure, ax = subplots((5.6, 3.1))
     d = np.linspace(-0.5, 3, 701)
     styles = itertools.cycle([(ORANGE, "-"), (RED, "-"), (BLUE, "--"), (SKY, "-.")])

@@ -1,4 +1,5 @@
-"""Two moons, CLL against its rivals: figures 1, 2 and 4, and the slack panel of the poster."""
+"""Two moons, CLL against its rivals, figures 1, 2 and 4 and the slack panel of the poster: runs,
+tables, pictures, claims."""
 
 import functools
 import operator
@@ -16,8 +17,6 @@ from cll.losses import cll_scale
 from . import plane, records, style
 from .records import TRUE_MARGIN, Test
 from .style import BLUE, GRAY, ORANGE, RED
-
-# ------------------------------------------------------------------------------------------- runs
 
 
 def _at_true_margin(loss, name=None):
@@ -57,9 +56,6 @@ def planes(results, folder, resolution=201):
     networks = (load_model(run_dir(result, folder)) for result in results)
     points = (load_dataset(Params.model_validate(result["params"])) for result in results)
     return [plane.on_grid(*pair, resolution) for pair in zip(networks, points, strict=True)]
-
-
-# ----------------------------------------------------------------------------------------- tables
 
 
 def moons_table(results):
@@ -140,9 +136,6 @@ def display_moons(table):
         "paper's K(h∘f)": map(records.cell_text, table["K_hf_published"]),
     }
     return records.display_lines(columns, ["method", "ε", "p"], columns)
-
-
-# --------------------------------------------------------------------------------------- pictures
 
 
 def _first(results, planes, *keys):
@@ -287,8 +280,6 @@ def slack_figure(results, planes):
         ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
     return style.titled(figure, style.drawn_caption(results))
 
-
-# ----------------------------------------------------------------------------------------- claims
 
 DIGITS = {"cra": 2, "turns": 2, "tails": 2, "inside": 0}  # of a number in a claim, others 1
 

@@ -22,7 +22,6 @@ CLEAN = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}  # clean accuracy, 
 OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's values
 
 
-# -------------------------------------------------------------------------------------------- runs
 # rows of table 2 that belong to a sweep; where that table is finished they are read
 ROWS = {"figure5": ("T2-03", "T2-05"), "lambda_sweep": ("T2-05",), "convergence": ()}
 
@@ -44,7 +43,6 @@ def lambda_runs(profile, seeds=None, data="", label="", **overrides):
     return images, moons + [run for run in slack if run.loss.p == moons[0].loss.p]
 
 
-# ------------------------------------------------------------------------------------------ tables
 def sweep_table(results):
     """Runs by method, epsilon, p and lambda (nan where the loss has none), a line each: n (seeds)
     and means over the seeds, guaranteed bound, test samples. clean, cra (at the training margin)
@@ -112,10 +110,8 @@ def over_margin(table):
 
 def display_gains(gains):
     """The frame of `gain_table` for reading, laid out as in the paper: a column per margin."""
-    rows, lines = (
-        {"GloRo": "GloRo, CRA(ε) %", "CLL": "CLL, CRA(ε) %", "gain": "relative gain %"},
-        {},
-    )
+    rows = {"GloRo": "GloRo, CRA(ε) %", "CLL": "CLL, CRA(ε) %", "gain": "relative gain %"}
+    lines = {}
     for where, end in (("here", ""), ("paper", "_published")):
         for name, heading in rows.items():
             form = "+.1f" if name == "gain" else ".1f"
@@ -150,7 +146,6 @@ def reached(epochs, values, share=0.95):
     return float(np.asarray(epochs)[there[0]]) if len(there) else np.nan
 
 
-# ---------------------------------------------------------------------------------------- pictures
 @style.of_runs
 def figure5(results):
     """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
@@ -160,20 +155,18 @@ def figure5(results):
     same = all(same_data(r, "CIFAR-10") for r in results)
     figure, axes = style.subplots((10, 3.1), 1, 4)
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], TRUE_MARGIN)]
-    _accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
+    accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
     _margin_curves(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
     style.log_y(axes[2])
-    low, high = axes[2].get_ylim()
     titles = ["slack, CLL at ε = 0.15", "certified accuracy", "K", "tightness"]
     names = ["accuracy (%)", "CRA at the trained ε (%)", "Lipschitz constant", "tightness (%)"]
     for ax, title, name in zip(axes, titles, names, strict=True):
         ax.set(title=title, ylabel=name, xlabel="training margin ε", xlim=(0, 1.4))
-        if ax is not axes[2]:  # room for the legend
-            values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
-            ax.set_ylim(0, max(1, 1.35 * np.nanmax(values, initial=0)))
+        ax.margins(y=0.35)  # room for the legend
+        if ax is not axes[2]:
+            ax.set_ylim(0)
         ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
     axes[0].set(xlabel="slack p", xlim=(0, 0.75))
-    axes[2].set_ylim(low, high * (high / low) ** 0.45)
     marks = " · open marks: the paper's values" * same
     return style.titled(figure, records.caption(results, tightness=True) + marks)
 
@@ -202,7 +195,7 @@ def _margin_curves(axes, table, printed):
             axes[0].plot(paper["p"], paper["cra_at_eps"], **mark)
 
 
-def _accuracies(ax, table, over, margin):
+def accuracies(ax, table, over, margin):
     """Clean accuracy and CRA of CLL over a column of `sweep_table`."""
     ax.plot(table[over], table["clean"], label="clean", **CLEAN)
     ax.plot(table[over], table["cra"], label=margin, **CURVES["CLL"])
@@ -245,7 +238,7 @@ def lambda_figure(images, moons):
                 ax.set_axis_off()
             continue
         table = sweep_table(results)
-        _accuracies(accuracy, table, "lambda", f"CRA({table['epsilon'].iloc[0]:g})")
+        accuracies(accuracy, table, "lambda", f"CRA({table['epsilon'].iloc[0]:g})")
         shown = f"{results[0]['model']}, {records.data_source(results[0])}"
         accuracy.set(ylim=(0, 105), ylabel=f"{shown}\naccuracy (%)")
         _power_law(constant, table["lambda"], table["K_f"])
@@ -274,7 +267,6 @@ def _power_law(ax, lam, K):
         ax.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
 
 
-# ------------------------------------------------------------------------------------------ claims
 def figure5_claims(results):
     """What the paper says of figure 5, see `claims.judge`."""
     table = sweep_table(results or [])

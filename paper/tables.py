@@ -235,22 +235,18 @@ def table_claims(table, results):
             rivals = said["rivals"].split()
             judged = _row_and_rivals(frame, said["row_id"], rivals, columns, shows)
         yield Test(said["id"], *judged)
-    yield _sizes(results or []) if table == "table1" else _largest_gain(frame["mean"])
-
-
-def _sizes(results):
-    sizes = []
-    for row_id in ("T1-10", "T1-09", "T1-08"):
-        counts = [r["parameters"] for r in results if r.get("row") == row_id]
-        sizes.append(np.mean(counts) / 1e6 if counts else np.nan)
-    return Test("sizes", "{:.2f} M < {:.1f} M < {:.0f} M", sizes, lambda *n: all(np.diff(n) > 0))
-
-
-def _largest_gain(means):
-    cra = means.xs("cra_108", level="column")
-    pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
-    gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
-    return Test("largest-gain", "{:+.1f}, {:+.1f}, {:+.1f}", gains, lambda *g: g[0] == max(g))
+    if table == "table1":
+        runs, rows = results or [], ("T1-10", "T1-09", "T1-08")
+        counts = [[r["parameters"] for r in runs if r.get("row") == row] for row in rows]
+        sizes = [np.mean(of_row) / 1e6 if of_row else np.nan for of_row in counts]
+        form = "{:.2f} M < {:.1f} M < {:.0f} M"
+        yield Test("sizes", form, sizes, lambda *n: all(np.diff(n) > 0))
+    else:
+        cra = frame["mean"].xs("cra_108", level="column")
+        pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
+        gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
+        form = "{:+.1f}, {:+.1f}, {:+.1f}"
+        yield Test("largest-gain", form, gains, lambda *g: g[0] == max(g))
 
 
 # the panels of tables 1 and 2: the first letters of a network's name
