@@ -102,9 +102,9 @@ def printed_constants():
 
 @styled
 def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
-    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack, over
-    the signed distance d = f(x)/K. epsilon: margin in input space. p, slack: total mass outside the
-    margin of the strict and of the lenient curve."""
+    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack, all
+    over the signed distance d = f(x)/K. epsilon: margin in input space. p, slack: mass outside it
+    of the strict and of the lenient curve."""
     figure, axes = subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
     margin, dots = [-epsilon, epsilon], {"color": "black", "ms": 5}

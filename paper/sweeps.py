@@ -165,7 +165,7 @@ def figure5(results):
         ax.margins(y=0.35)  # room for the legend
         if ax is not axes[2]:
             ax.set_ylim(0)
-        ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
+        ax.legend(loc="best", labelspacing=0.2, handlelength=2.4)
     axes[0].set(xlabel="slack p", xlim=(0, 0.75))
     marks = " · open marks: the paper's values" * same
     return style.titled(figure, records.caption(results, tightness=True) + marks)

@@ -170,8 +170,8 @@ def listing(root=REFERENCE):
         revision, _, changes = trained["git_revision"].partition(" ")
         threads = f", {record['threads']} thread{'s' * (record['threads'] != 1)}"
         line = {"run": f"{record['profile']}/{folder.name}", "data": data_source(record)}
-        line |= {"epochs": epochs(record)}
-        line |= {"weights": "yes" if (folder / WEIGHTS).exists() else "–"}
+        weights = "yes" if (folder / WEIGHTS).exists() else "–"
+        line |= {"epochs": epochs(record), "weights": weights}
         line |= {"command": f"`{command(folder, record)}`"}
         line |= {"seconds": f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1)}
         line |= {"machine": trained["device"] + threads * trained["device"].startswith("cpu")}
@@ -265,7 +265,11 @@ def main():
     for folder in records():
         check(folder)
     for page, text in pages().items():
-        environment.write_between(page, BEGIN, END, text)
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, there, after = rest.partition(END)
+        if not there:
+            raise ValueError(f"{page.name} has no lines {BEGIN.strip()!r} and {END.strip()!r}")
+        environment.write(page, f"{before}{BEGIN}{text}{END}{after}")
     print(f"collect: {len(records())} runs checked; wrote the tables of README.md and "
           f"{LISTING.relative_to(ROOT)}")  # fmt: skip
     return 1 if refused else 0

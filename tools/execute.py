@@ -81,10 +81,6 @@ def shown(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def one_line(text):
-    return " ".join(ANSI.sub("", str(text)).split())
-
-
 def prepare_kernel_environment(jobs):
     """Environment that the kernel inherits: this checkout, this Python, plain progress bars."""
     os.environ["CLL_HEADLESS"] = "1"
@@ -188,7 +184,7 @@ def reproducible(nb, *folders):
 
 def reason(error):
     """What went wrong, as one line."""
-    text = one_line(getattr(error, "evalue", error))
+    text = " ".join(ANSI.sub("", str(getattr(error, "evalue", error))).split())
     if isinstance(error, Failure):
         return text
     return f"{getattr(error, 'ename', type(error).__name__)}: {text}".rstrip(": ")

@@ -167,8 +167,8 @@ def submit_slurm(pending, options, root):
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
     parallel, gpus = options.parallel or 1, options.gpus_per_node
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
-    visible = visible.split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible.split(",") if visible else list(map(str, range(parallel * gpus)))
     free = [",".join(visible[i * gpus : (i + 1) * gpus]) for i in range(parallel)]
     # jobs beside each other share the cores, and their bars would overwrite each other
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
@@ -202,11 +202,7 @@ def parsed(arguments):
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--cluster", default="local", choices=["local", "slurm"])
-    texts = {
-        "seeds": "1,2,3 or 1-9; default: as in the notebook",
-        "rows": "rows of table1, table2: T2-05,T2-07",
-    } | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
-    for name, text in texts.items():
+    for name, text in parameters.OPTIONS.items():
         parser.add_argument(f"--{name}", default="", help=text)
     parser.add_argument("--partition", action="append", dest="slurm", type="partition={}".format)
     for name, (_, text) in COUNTS.items():
