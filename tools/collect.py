@@ -83,11 +83,8 @@ def collect(source, root=REFERENCE):
 
 def compact(radii, distances):
     """The arrays of a run's radii.npz as they are committed: guaranteed radii rounded down to
-    float32, classes in the smallest integer type.
-
-    A sample whose radius is above one of `distances` by less than float32 resolves would drop out
-    of that CRA: then the array stays float64.
-    """
+    float32, classes in the smallest integer type. A sample whose radius is above one of `distances`
+    by less than float32 resolves would drop out of that CRA: then the array stays float64."""
     small = {key: radii[key] for key in ("radius", "radius_local", "correct") if key in radii}
     for key in small.keys() - {"correct"}:
         exact = radii[key]
@@ -240,8 +237,8 @@ def summary(root=REFERENCE):
             what = f"two moons, {slack['method']} ε = {slack['ε']}, p = {slack['p']}"
             what, ours = f"{what}: CRA of the training points %", slack["CRA % (train)"]
             lines.append((what, epochs(moons[0]), slack["seeds"], ours, slack["paper"]))
-    frame = pd.DataFrame(lines, columns=["run", "epochs", "seeds", "ours", "paper"])
-    return f"\n{markdown(frame)}\n"
+    columns = ["run", "epochs", "seeds", "ours", "paper"]
+    return f"\n{markdown(pd.DataFrame(lines, columns=columns))}\n"
 
 
 def pages(root=REFERENCE):

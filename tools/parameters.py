@@ -122,7 +122,6 @@ def absolute_source(data):
 
 def write_if_changed(path, text):
     """Write text to path atomically, unless that is what the file holds already."""
-    path = Path(path)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         environment.write(path, text)
 
@@ -130,7 +129,7 @@ def write_if_changed(path, text):
 def main(arguments=None):
     parser = environment.parser(__doc__)
     parser.add_argument("notebook")
-    parser.add_argument("out", help="the YAML file to write")
+    parser.add_argument("out", type=Path, help="the YAML file to write")
     parser.add_argument("--profile", required=True, help="smoke, quick or paper")
     file = {"params-file": "a run's YAML file, for train.ipynb"}
     texts = OPTIONS | file | {"device": "empty: as in params/<profile>.yaml"}

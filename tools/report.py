@@ -107,7 +107,6 @@ def contents(notebooks):
 
 def build(folder):
     """Write the site of the results in `folder` (OUT/<profile>); returns the front page's path.
-
     Raises ValueError where no notebook has finished."""
     folder = Path(folder)
     notebooks = finished(folder)

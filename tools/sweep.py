@@ -142,11 +142,8 @@ def submit_slurm(pending, options, root):
     except ImportError:
         raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
     queue = submitit.SlurmExecutor(root / "jobs")
-    given = {
-        "gpus_per_node": options.gpus_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "array_parallelism": options.parallel,
-    }
+    given = {"gpus_per_node": options.gpus_per_node, "cpus_per_task": options.cpus_per_task}
+    given["array_parallelism"] = options.parallel
     queue.update_parameters(
         job_name="cll",
         time=minutes(options.time),
