@@ -1,13 +1,12 @@
-"""What the paper leaves open: runs, table and picture of the ablation of the loss."""
+"""What the paper leaves open: runs and table of the ablation of the loss."""
 
 import numpy as np
 import pandas as pd
 
 from cll.experiment.schema import experiment_params, sized_as
 
-from . import records, style
+from . import records
 from .records import RADII, cell_text, or_dash, published
-from .style import BLUE, GRAY, GREEN, ORANGE, SKY
 
 ROWS = {  # of table 2, whose runs make the usual choice
     ("6C2F", "CLL"): "T2-04",
@@ -49,7 +48,7 @@ def ablation_table(results):
     for (model, p), group in groups.items():
         measures, printed = _measures(group)
         by = {"loss": lambda r: tuple(r["params"]["loss"].items())}
-        choices = [(dict(line["loss"]), line) for line, _ in records.summary(group, by, measures)]
+        choices = [(dict(line["loss"]), line) for line in records.summary(group, by, measures)]
         usual, usual_line = choices[0]
         keys = [key for key in usual if any(loss[key] != usual[key] for loss, _ in choices)]
         for loss, line in choices:
@@ -101,35 +100,3 @@ def display_ablation(table):
         if group["published"].notna().any():
             lines.append(about | {"choice": "paper", "seeds": ""} | printed)
     return records.display_lines(lines, ["network", "p", "choice"], ["seeds"])
-
-
-@style.of_runs
-def ablation_figure(table, title):
-    """The frame of `ablation_table`, a line per choice other than the usual one. Points: clean
-    accuracy and CRA minus those of the usual choice, bars: both standard deviations over the seeds
-    together. Crosses: the paper's value minus that of the usual choice, where it is printed."""
-    others = table[~table["base"]]
-    if others.empty:
-        return ablation_figure([], title)  # which says so
-    rows = list(others.groupby(["model", "p", "choice"], sort=False, dropna=False))
-    figure, ax = style.subplots((7, 0.33 * max(len(rows), 2) + 1.4))
-    looks = zip((GREEN, BLUE, SKY, ORANGE, GRAY), "os^vD", strict=True)
-    looks = dict(zip(table["measure"].unique(), looks, strict=False))
-    usual = table[table["base"]].set_index(["model", "p", "measure"])[["mean", "std"]]
-    for i, ((model, p, _), cells) in enumerate(rows):
-        for j, cell in enumerate(cells.to_dict("records")):
-            mean, std = usual.loc[(model, p, cell["measure"])]
-            y = i + 0.17 * (j - (len(cells) - 1) / 2)
-            spread = np.hypot(cell["std"], std)
-            color, marker = looks[cell["measure"]]
-            look = {"color": color, "ms": 4.5, "label": cell["measure"], "fmt": marker}
-            ax.errorbar(cell["difference"], y, xerr=None if np.isnan(spread) else spread, **look)
-            if np.isfinite(cell["published"]):
-                ax.plot(cell["published"] - mean, y, "x", color="black", ms=5, label="paper")
-    ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{m}{'' if np.isnan(p) else f', p = {p:g}'}: {choice}" for (m, p, choice), _ in rows]
-    ax.set_yticks(range(len(rows)), names)
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="minus the usual choice (points)")
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
-    return style.titled(figure, title)

@@ -1,16 +1,13 @@
 """How to choose epsilon, p and the temperature: runs, tables, pictures, claims."""
 
-import itertools
-import operator
-
 import numpy as np
 import pandas as pd
 
 from cll.experiment.schema import experiment_params
 
-from . import plane, records, style
-from .records import TRUE_MARGIN, cell_text, or_dash
-from .style import BLUE, GRAY, GREEN, ORANGE, SKY
+from . import plane, records, style, sweeps
+from .records import TRUE_MARGIN, Test, cell_text, or_dash
+from .style import BLUE, GRAY, ORANGE
 
 
 def moons_runs(profile, seeds=None, **overrides):
@@ -35,9 +32,8 @@ def temperature_table(results):
     training points at the training margin, guaranteed) in percent, their std, K_f, K_hf."""
     by = records.BY_MARGIN | {"t": lambda r: r["params"]["loss"].get("temperature")}
     values = {"clean": lambda r: 100 * r["train_clean"], "cra": records.train_cra}
-    lines = [line for line, _ in records.summary(results, by, values | records.CONSTANTS)]
     names = ["method", "t", "p", "n", "clean", "clean_std", "cra", "cra_std", "K_f", "K_hf"]
-    table = pd.DataFrame(lines, columns=names)
+    table = pd.DataFrame(records.summary(results, by, values | records.CONSTANTS), columns=names)
     return table.sort_values(names[:3], ascending=[True, False, False], ignore_index=True)
 
 
@@ -63,30 +59,25 @@ def temperature_claims(results):
     cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2
     slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
     slack = np.ptp(cll["cra"]) if len(cll) > 2 else np.nan
-    claim = "S5: temperature does not change GloRo's CRA (spread within a point)"
-    yield "cra", claim, "no slack effect", "{:.2f} points", [cra], lambda a: a <= 1
-    claim = "S5: nor its clean accuracy (spread within a point)"
-    yield "clean", claim, "no slack effect", "{:.2f} points", [clean], lambda a: a <= 1
-    claim = "S5: the network undoes it: K(f) ∝ t (fitted exponent within 0.1 of 1)"
-    yield "undone", claim, "– (derived: 1)", "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1
-    claim = "S5: with calibration p does change CRA (spread above 5 points)"
-    yield "slack", claim, "slack", "{:.2f} points", [slack], lambda a: a > 5
+    yield Test("cra", "{:.2f} points", [cra], lambda a: a <= 1)
+    yield Test("clean", "{:.2f} points", [clean], lambda a: a <= 1)
+    yield Test("undone", "{:.2f}", [slope], lambda a: abs(a - 1) <= 0.1)
+    yield Test("slack", "{:.2f} points", [slack], lambda a: a > 5)
 
 
 @style.of_runs
-def temperature_planes(results, models, dataset):
+def temperature_planes(results, planes):
     """Two moons: above GloRo with the temperature of its softmax from high to low, below CLL with
-    slack from much to little. results, models, dataset: records of runs at one margin, their
-    networks, their data. Of several seeds the first one given is drawn."""
+    slack from much to little. results, planes: as for `moons.figure4`, of runs at one margin."""
     keys = [(r["method"], r["p"] or r["params"]["loss"]["temperature"]) for r in results]
-    first = records.first_of_each(keys, results, models)
+    first = records.first_of_each(keys, results, planes)
     lines = [sorted((key for key in first if key[0] == m), reverse=True) for m in ("GloRo", "CLL")]
     columns = max(map(len, lines))
     figure, axes = plane.grid((2, columns), (2.0 * columns + 0.4, 3.3))
     for row, line, name, method in zip(axes, lines, "tp", ("GloRo", "CLL"), strict=True):
         for ax, key in zip(row, line, strict=False):
-            result, model = first[key]
-            plane.panel(ax, plane.on_grid(model, dataset), result["epsilon"])
+            result, drawn = first[key]
+            plane.panel(ax, drawn, result["epsilon"])
             K_hf = result["K_hf"]
             ax.set_title(f"{name} = {key[1]:g}, $K^{{(h∘f)}}$ = {K_hf:,.{int(K_hf < 100)}f}")
         for ax in row[len(line) :]:
@@ -135,7 +126,7 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
         "CRA at the training ε, %": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"],
         f"CRA at {evaluate:g}, %": lambda r: 100 * r["cra"][f"{evaluate:g}"],
     }
-    table = pd.DataFrame(line for line, _ in records.summary(results, records.BY_MARGIN, measures))
+    table = pd.DataFrame(records.summary(results, records.BY_MARGIN, measures))
     figure, axes = style.subplots((8.6, 0.38 * table["epsilon"].nunique() + 1.3), 1, 3, sharey=True)
     for ax, name in zip(axes, measures, strict=True):
         values = table.pivot(index="epsilon", columns="p", values=name)
@@ -156,17 +147,11 @@ def choose_figure(results, title, evaluate=TRUE_MARGIN):
 
 @style.of_runs
 def slack_curves(results, title):
-    """Images over slack, CLL at one margin: clean accuracy, CRA at each radius, and K(h∘f)."""
-    measures = records.accuracies("CRA({})", results[0]["cra"])
-    values = measures | {"K_hf": operator.itemgetter("K_hf")}
-    table = records.summary(results, {"p": operator.itemgetter("p")}, values)
-    table = pd.DataFrame(line for line, _ in table).sort_values("p")
-    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2, width_ratios=[1.4, 1])
-    looks = itertools.cycle([(BLUE, "s-"), (SKY, "^--"), (ORANGE, "v-."), (GRAY, "d:")])
-    looks = itertools.chain([(GREEN, "o-")], looks)
-    for name, (color, line) in zip(measures, looks, strict=False):
-        left.plot(table["p"], table[name], line, color=color, ms=4, label=name)
-    left.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    """Images over slack, CLL at one margin: clean accuracy, CRA at that margin, and K(h∘f)."""
+    table = sweeps.sweep_table(results)
+    figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
+    sweeps.accuracies(left, table, "p", f"CRA({results[0]['epsilon']:g})")
+    left.legend()
     right.plot(table["p"], table["K_hf"], "o-", color=BLUE, ms=4)
     for ax, label in ((left, "test images, %"), (right, "$K^{(h∘f)}$")):
         ax.set(xlabel="slack p", ylabel=label)

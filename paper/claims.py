@@ -1,8 +1,7 @@
 """The paper's claims, judged by the runs.
 
-What an exhibit claims stands in its file, as a function of result records that yields one line per
-claim: its id, what the paper says in our words, what it prints, how numbers are written (a format
-or a function), our numbers, and whether they show it (a function of them).
+What is said of an exhibit stands in published/tests.csv; how runs show it in the exhibit's file, as
+a function of result records that yields a `records.Test` for each line.
 """
 
 import collections
@@ -17,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from . import choose, formulas, moons, style, sweeps, tables
-from .records import shortened
+from .records import published, shortened
 from .style import BLUE, RED
 
 CLAIMS = {
@@ -51,13 +50,16 @@ def judge(exhibit, results):
     """
     if exhibit not in CLAIMS:
         raise ValueError(f"no claims about {exhibit!r}; there are: {', '.join(CLAIMS)}")
-    lines, runs = [], results or []
-    for _, claim, paper, form, values, holds in CLAIMS[exhibit](results):
-        if not np.isfinite(values).all():
+    lines, runs, words = [], results or [], said(exhibit)
+    for test in CLAIMS[exhibit](results):
+        claim, paper = words.get(test.id, ("", ""))
+        claim, paper = test.claim or claim, test.paper or paper
+        if not np.isfinite(test.values).all():
             here, verdict = "–", "not run"
         else:
-            here = form(*values) if callable(form) else form.format(*values)
-            verdict = "holds" if holds(*values) else "does not hold"
+            write = test.form if callable(test.form) else test.form.format
+            here = write(*test.values)
+            verdict = "holds" if test.holds(*test.values) else "does not hold"
             if any(r["data"] == "digits" for r in runs):
                 verdict = "no verdict: digits"
             elif "parameters" in claim and any(r.get("size") for r in runs):
@@ -68,6 +70,12 @@ def judge(exhibit, results):
     return pd.DataFrame(lines, columns=["claim", "paper", "here", "verdict"]).set_index("claim")
 
 
+def said(exhibit):
+    """{id: (what the paper says of an exhibit in our words, what it prints or "")}."""
+    lines = published("tests").query("exhibit == @exhibit").fillna("")
+    return dict(zip(lines["id"], zip(lines["claim"], lines["paper"], strict=True), strict=True))
+
+
 @functools.cache
 def cited():
     """[(id, claim, [(notebook, its claim that must hold)])] of published/claims.yaml."""
@@ -76,8 +84,8 @@ def cited():
     for entry in entries:
         cites = [test for other in entry.get("of", []) for test in tests[other]]
         for exhibit, names in entry.get("tests", {}).items():
-            claims = {name: claim for name, claim, *_ in CLAIMS[exhibit]([])}
-            cites += [(NOTEBOOKS.get(exhibit, exhibit), claims[name]) for name in names]
+            words = said(exhibit)
+            cites += [(NOTEBOOKS.get(exhibit, exhibit), words[name][0]) for name in names]
         tests[entry["id"]] = list(dict.fromkeys(cites))
     return [(entry["id"], entry["claim"], tests[entry["id"]]) for entry in entries]
 

@@ -1,7 +1,7 @@
 """Sliders over two-moons networks that are trained already: in a live notebook one network at a
-time, redrawn at once; elsewhere, as on GitHub or in a web page, a picture of all of them.
+time, redrawn at once; elsewhere, as on GitHub or in a web page, figure 4 of the same networks.
 
-    python -m paper.explore  # trains those networks that are missing, in minutes; draws the picture
+    python -m paper.explore  # trains those networks that are missing, in minutes
 """
 
 import io
@@ -19,14 +19,14 @@ from cll.experiment.schema import ROOT, experiment_params
 from cll.experiment.store import finished
 
 from . import moons, plane
-from .records import TRUE_MARGIN, caption, first_of_each
-from .style import BLUE, ORANGE, Picture, save, styled, subplots, titled
+from .records import TRUE_MARGIN, first_of_each
+from .style import BLUE, ORANGE, Picture, styled
 
 REFERENCE = ROOT / "outputs" / "reference" / "paper"  # committed: full schedule, seed 1
 RESOLUTION = 121  # of the grid: a panel of this size shows no difference to more
 ALT = (
-    "Two moons, small multiples: rows are margins, columns the slack of CLL from much to little, "
-    "and GloRo; each with decision boundary, certified margin, and points not robust in red."
+    "Two moons at four target margins, CLL above, GloRo below: the decision boundary, the "
+    "certified margin around it, and points not certified in red."
 )
 
 
@@ -42,38 +42,11 @@ def load(root=REFERENCE):
 
     Raises FileNotFoundError, which says what to run, where none has.
     """
-    results = finished(runs(), root)
-    if not results:
-        raise FileNotFoundError(
-            f"no finished two-moons run in {root}/runs: `python -m paper.explore` trains them"
-        )
+    if not (results := finished(runs(), root)):
+        todo = "`python -m paper.explore` trains them"
+        raise FileNotFoundError(f"no finished two-moons run in {root}/runs: {todo}")
     keys = map(operator.itemgetter("method", "epsilon", "p"), results)
     return first_of_each(keys, results, moons.planes(results, root, RESOLUTION))
-
-
-@styled
-def gallery(shown):
-    """Small multiples of the networks of `load`: a row per margin, a column per method and slack.
-    A combination that is not there leaves a gap."""
-    margins = sorted({epsilon for _, epsilon, _ in shown})
-    columns = sorted({(m, p) for m, _, p in shown}, key=lambda c: (c[1] is None, -(c[1] or 0)))
-    shape, size = (len(margins), len(columns)), (1.5 * len(columns) + 0.5, len(margins) + 0.7)
-    figure, axes = subplots(size, *shape, sharex=True, sharey=True, squeeze=False)
-    for column, (method, p) in zip(axes.T, columns, strict=True):
-        for ax, epsilon in zip(column, margins, strict=True):
-            if (method, epsilon, p) not in shown:
-                ax.set_visible(False)
-                continue
-            plane.panel(ax, shown[method, epsilon, p][1], epsilon)
-            for text in ax.texts:
-                text.set_fontsize(6.5)
-            ax.tick_params(labelsize=6.5)
-        top = next(ax for ax in column if ax.get_visible())
-        top.set_title(method if p is None else f"{method}, p = {p:g}")
-    for ax, epsilon in zip(axes[:, 0], margins, strict=True):
-        ax.set_ylabel(f"ε = {epsilon:.2f}")
-    figure.supxlabel("$x_1$, upwards $x_2$ (input units)", fontsize=8)
-    return titled(figure, caption([record for record, _ in shown.values()]))
 
 
 @styled
@@ -101,11 +74,11 @@ def view(shown, method, trained, p, epsilon, x_1, x_2):
 
 
 class Explorer(Picture):
-    """Shown by a notebook: sliders with a live kernel, a picture of all networks without. root: the
-    folder of finished runs, as for `load`, and of that picture."""
+    """Shown by a notebook: sliders with a live kernel, figure 4 without. root: the folder of
+    finished runs, as for `load`, and of that figure."""
 
     def __init__(self, root=REFERENCE):
-        super().__init__(root / "explore.png", 900, ALT)
+        super().__init__(root / "figure4" / "figure4.png", 900, ALT)
         self.widget = None if os.environ.get("CLL_HEADLESS") else self._controls(root)
 
     def _controls(self, root):
@@ -149,5 +122,3 @@ class Explorer(Picture):
 
 if __name__ == "__main__":
     run_all(runs(), REFERENCE)
-    save(gallery(load()), REFERENCE / "explore", ALT)
-    (REFERENCE / "explore.pdf").unlink()  # notebooks show the PNG

@@ -1,11 +1,10 @@
 """The faults of published certificates, each with the smallest network that exploits it.
 
-`gallery()` returns one `Fault` per entry of a survey of this field's public code: what the
-published logic claims for an explicit network, what is true, and what this kit says. The published
-logic is restated here in a line or two, never copied. What is true is shown, not argued: by a
-point x' with another prediction inside the claimed ball, or by two points that a layer drives
-further apart than its claimed norm allows. tests/test_faults.py checks every entry and
-notebooks/soundness.ipynb shows them, so that the reader sees the examples which the tests run.
+A function for each entry of published/faults.yaml, a survey of this field's public code: what the
+published logic, restated in a line or two and never copied, claims for an explicit network. What is
+true is shown, not argued: by a point x' with another prediction inside the claimed ball, or by two
+points that a layer drives further apart than its claimed norm allows. tests/test_faults.py checks
+and notebooks/soundness.ipynb shows them all.
 """
 
 import copy
@@ -165,39 +164,32 @@ def runner_up():
 
 
 def power_iteration(matrix, start, iterations=10_000, tolerance=0.0, floor=0.0):
-    """Estimates of the norm of a matrix, one per step of power iteration from `start`; stops when
-    two of them differ by at most `tolerance`, an absolute number, as published. A length below
-    `floor` counts as the floor when the vector is divided by it, as in F.normalize."""
-    v, estimates = start / start.norm(), []
+    """The estimate of a matrix's norm by power iteration from `start`; stops when a step changes it
+    by at most `tolerance`, an absolute number, as published. A length below `floor` counts as the
+    floor when the vector is divided by it, as in F.normalize."""
+    v, norm = start / start.norm(), math.inf
     for _ in range(iterations):
-        estimates.append((matrix @ v).norm().item())
+        former, norm = norm, (matrix @ v).norm().item()
+        if abs(norm - former) <= tolerance:
+            break
         v = matrix.T @ (matrix @ v)
         v = v / v.norm().clamp_min(floor)
-        if len(estimates) > 1 and abs(estimates[-1] - estimates[-2]) <= tolerance:
-            break
-    return estimates
-
-
-def clustered():
-    """A random convolution, whose largest singular values lie close together: (layer, input shape,
-    matrix, start of power iteration)."""
-    random = torch.Generator().manual_seed(2)
-    layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-    put(layer, weight=0.01 * torch.randn(4, 4, 3, 3, generator=random))
-    shape = (4, 10, 10)
-    start = torch.randn(math.prod(shape), generator=random, dtype=torch.float64)
-    return layer, shape, dense(layer, shape), start
+    return norm
 
 
 def stopped_iteration():
-    layer, shape, matrix, start = clustered()
-    claim = power_iteration(matrix, start, tolerance=1e-5)[-1]
+    """Of a random convolution, whose largest singular values lie close together."""
+    random, shape = torch.Generator().manual_seed(2), (4, 10, 10)
+    layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    put(layer, weight=0.01 * torch.randn(4, 4, 3, 3, generator=random))
+    start = torch.randn(math.prod(shape), generator=random, dtype=torch.float64)
+    claim = power_iteration(dense(layer, shape), start, tolerance=1e-5)
     return claim, layer, most_stretched(layer, shape), torch.zeros(shape)
 
 
 def start_of_ones():
     matrix = torch.tensor([[1.0625, -0.9375], [-0.9375, 1.0625]]).double()
-    claim = power_iteration(matrix, torch.ones(2).double(), 500)[-1]
+    claim = power_iteration(matrix, torch.ones(2).double(), 500)
     return claim, linear(matrix), [1.0, -1.0], [0.0, 0.0]
 
 
@@ -209,7 +201,7 @@ def convex_potential_stack(depth=85):
     """
     W = torch.eye(10, dtype=torch.float64) * 0.995
     W[0, 0] = 1.0
-    estimate = power_iteration(W, torch.ones(10, dtype=torch.float64), 100)[-1]
+    estimate = power_iteration(W, torch.ones(10, dtype=torch.float64), 100)
     layers, centre = [], torch.zeros(10, dtype=torch.float64)
     for _ in range(depth):
         layers.append(put(CPLLinear(10, 10), weight=W, bias=1 - W @ centre, norm=estimate))
@@ -402,7 +394,7 @@ def transpose():
 def floor():
     w = 2.0**-20  # two layers of norms w and 1/w
     one = torch.ones(1, 1).double()
-    K = power_iteration(w * one, one[0], 500, floor=1e-12)[-1] / w
+    K = power_iteration(w * one, one[0], 500, floor=1e-12) / w
     network = classifier([[1 / w], [0.0]], body=[linear([[w]])])
     return 0.1 / K, network, [0.1], [0.1 - BEYOND * 0.1]
 

@@ -10,7 +10,7 @@ import torch
 
 from cll.losses import aol_as_cll, aol_loss, binary_cll_loss, cll_loss, cll_scale
 
-from .records import TRUE_MARGIN, published, uncertain, within_a_quarter
+from .records import TRUE_MARGIN, Test, published, uncertain, within_a_quarter
 from .style import BLUE, GRAY, ORANGE, RED, SKY, styled, subplots, titled
 
 
@@ -35,16 +35,13 @@ AOL_SETTINGS = {"AOL": (2**0.5, 0.25), "SLL, LBDN": (2**0.5 * 1.5, 0.25)}  # off
 def aol_claims(results):
     table = published("table2").set_index("row_id")
     small = max(max(aol_check(*setting, 2**0.5)) for setting in AOL_SETTINGS.values())
-    claim = "the AOL loss is CLL where all pairs have one K (largest relative difference)"
-    yield "one-K", claim, "behaves alike", "{:.0e}", [small], lambda a: a < 1e-12
+    yield Test("one-K", "{:.0e}", [small], lambda a: a < 1e-12)
     K, K_hf = table.loc["T2-16", ["k_f", "k_hf"]].astype(float)
     mapped = 1 / cll_scale(*aol_as_cll(*AOL_SETTINGS["SLL, LBDN"], K))
-    claim = "CIFAR-100, SLL-XL: K(h∘f) that follows from the printed K(f)"
-    yield "K_hf", claim, f"{K_hf}", "{:.1f}", [mapped], lambda k: round(k, 1) == K_hf
-    ours = float(table.loc["T2-17", "k_hf"])
-    claim = "CIFAR-100: CLL's K(h∘f) is within a quarter of that (both printed)"
-    printed, form = f"{ours} vs {K_hf}", "{:.1f} vs {:.1f}"
-    yield "similar-K", claim, printed, form, [ours, K_hf], within_a_quarter
+    yield Test("K_hf", "{:.1f}", [mapped], lambda k: round(k, 1) == K_hf, f"{K_hf}")
+    pair = float(table.loc["T2-17", "k_hf"]), K_hf
+    form = "{:.1f} vs {:.1f}"
+    yield Test("similar-K", form, pair, within_a_quarter, form.format(*pair))
 
 
 def _sigma(epsilon, p):
@@ -58,21 +55,16 @@ def figure3_claims(results):
     yield from _claims_at_random()
     epsilon, p, K = np.transpose(printed_constants())
     equal = (1 / _sigma(epsilon, p)).round(1) == K
-    claim = "ln((2 − p)/p)/ε is every printed K(h∘f) whose ε and p are printed too"
-    yield "printed", claim, f"{len(K)}", "{:.0f}", [equal.sum()], lambda n: n == len(K)
+    yield Test("printed", "{:.0f}", [equal.sum()], lambda n: n == len(K), f"{len(K)}")
     slack = np.geomspace(1e-6, 0.9, 60)
     constants = 1 / _sigma(TRUE_MARGIN, slack)
-    claim = "K(h∘f) falls as p grows"
     falls, ends = all(np.diff(constants) < 0), constants[[0, -1]]
-    yield "falls", claim, "inversely related", "{:.1f} to {:.1f}", ends, lambda *k: falls
+    yield Test("falls", "{:.1f} to {:.1f}", ends, lambda *k: falls)
     product = slack * constants
-    claim = "K(h∘f) is inversely proportional to p, word for word (p K within a factor of 2)"
-    form, factor = "factor {:.0f}", product.max() / product.min()
-    yield "p-inverse", claim, "inversely proportional", form, [factor], lambda r: r <= 2
+    yield Test("p-inverse", "factor {:.0f}", [product.max() / product.min()], lambda r: r <= 2)
     margins = np.geomspace(0.01, 2, 60)
-    product = margins / _sigma(margins, 0.01)
-    claim = "K(h∘f) is inversely proportional to ε at fixed p (spread of ε K)"
-    yield "epsilon-inverse", claim, "–", "{:.0e}", [np.ptp(product)], lambda r: r < 1e-12
+    spread = np.ptp(margins / _sigma(margins, 0.01))
+    yield Test("epsilon-inverse", "{:.0e}", [spread], lambda r: r < 1e-12)
 
 
 def _claims_at_random(count=500):
@@ -82,8 +74,7 @@ def _claims_at_random(count=500):
     sigma = _sigma(epsilon, p)
     ends = scipy.special.expit(-epsilon / sigma), scipy.special.expit(epsilon / sigma)
     tails = np.abs([ends[0] - p / 2, ends[1] - (1 - p / 2)]).max()
-    claim = "h(∓ε/σ) is p/2 and 1 − p/2 for any ε and p (largest error)"
-    yield "tails", claim, "full control", "{:.0e}", [tails], lambda e: e < 1e-12
+    yield Test("tails", "{:.0e}", [tails], lambda e: e < 1e-12)
 
     setting = {"epsilon": torch.tensor(epsilon), "p": torch.tensor(p), "reduction": "none"}
 
@@ -91,13 +82,11 @@ def _claims_at_random(count=500):
         f, K = torch.tensor(f), torch.tensor(K)
         return binary_cll_loss(f, torch.ones(count), K, **setting).numpy()
 
-    claim = "the loss sees f / K only: f and K times 9 change nothing (largest relative difference)"
     change = np.abs(losses(1.7 * K, K) / losses(1.7 * 9 * K, 9 * K) - 1).max()
-    yield "any-K", claim, "any K", "{:.0e}", [change], lambda e: e < 1e-12
+    yield Test("any-K", "{:.0e}", [change], lambda e: e < 1e-12)
     steep = losses(-61 * sigma * K, K) - losses(-60 * sigma * K, K)
-    claim = "K(h∘f) = 1/σ whatever f and K are (largest slope of the loss in f/K, times σ)"
     one = functools.partial(np.allclose, 1, rtol=1e-9, atol=0)
-    yield "slope", claim, "1", "{:.6f} to {:.6f}", [steep.min(), steep.max()], lambda *s: one(s)
+    yield Test("slope", "{:.6f} to {:.6f}", [steep.min(), steep.max()], lambda *s: one(s))
 
 
 def printed_constants():
@@ -113,11 +102,9 @@ def printed_constants():
 
 @styled
 def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
-    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack.
-
-    epsilon: margin in input space. p, slack: total mass outside the margin of the strict and of
-    the lenient curve. The abscissa is the signed distance d = f(x)/K. No training involved.
-    """
+    """Figure 3: the logistic calibrated to tails p/2 at ±epsilon, its offset copies, and slack, all
+    over the signed distance d = f(x)/K. epsilon: margin in input space. p, slack: mass outside it
+    of the strict and of the lenient curve."""
     figure, axes = subplots((9, 3), 1, 3, sharey=True)
     d = np.linspace(-4 * epsilon, 4 * epsilon, 961)  # holds ±epsilon exactly
     margin, dots = [-epsilon, epsilon], {"color": "black", "ms": 5}
@@ -159,12 +146,9 @@ def calibrated_logistic(epsilon=0.15, p=0.01, slack=0.5):
 
 @styled
 def loss_curves(settings, title):
-    """Two classes: calibrated losses against the certified distance of the right class.
-
-    settings: {label: (epsilon, p)} of two-sided CLL; title: the caption. The loss is multiplied by
-    sigma, which makes all slopes 1 far inside the wrong class: what is left are place and width of
-    the bend. Circles: d = 2 epsilon, where the probability is one half.
-    """
+    """Two classes: two-sided CLL of settings, {label: (epsilon, p)}, against the certified distance
+    of the right class, times sigma: all slopes are 1 far inside the wrong class, what is left are
+    place and width of the bend. Circles: d = 2 epsilon, where the probability is one half."""
     figure, ax = subplots((5.6, 3.1))
     d = np.linspace(-0.5, 3, 701)
     styles = itertools.cycle([(ORANGE, "-"), (RED, "-"), (BLUE, "--"), (SKY, "-.")])

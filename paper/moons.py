@@ -1,4 +1,5 @@
-"""Two moons, CLL against its rivals: figures 1, 2 and 4, and the slack panel of the poster."""
+"""Two moons, CLL against its rivals, figures 1, 2 and 4 and the slack panel of the poster: runs,
+tables, pictures, claims."""
 
 import functools
 import operator
@@ -14,10 +15,8 @@ from cll.experiment.store import load_dataset, load_model, run_dir
 from cll.losses import cll_scale
 
 from . import plane, records, style
-from .records import TRUE_MARGIN
+from .records import TRUE_MARGIN, Test
 from .style import BLUE, GRAY, ORANGE, RED
-
-# ------------------------------------------------------------------------------------------- runs
 
 
 def _at_true_margin(loss, name=None):
@@ -59,9 +58,6 @@ def planes(results, folder, resolution=201):
     return [plane.on_grid(*pair, resolution) for pair in zip(networks, points, strict=True)]
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-
 def moons_table(results):
     """Two-moons runs by method, epsilon and final p, beside what the paper prints for them.
 
@@ -75,20 +71,20 @@ def moons_table(results):
     def method(r):  # figure 4 has the published gradient
         return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
 
-    lines = []
     values = {"cra": records.train_cra, "K_f": operator.itemgetter("K_f")}
-    for line, runs in records.summary(results, records.BY_MARGIN | {"method": method}, values):
+    lines = records.summary(results, records.BY_MARGIN | {"method": method}, values)
+    for line in lines:
         epsilon, p = line["epsilon"], line["p"]
         row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
-        line["cra_min"] = min(map(records.train_cra, runs))
+        line["cra_min"] = min(map(records.train_cra, line["runs"]))
         line["K_hf"] = line["K_f"] if np.isnan(p) else _k_hf(epsilon, p)
         for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
             line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
-        lines.append(line | {"difference": line["cra"] - line["cra_published"]})
+        line["difference"] = line["cra"] - line["cra_published"]
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
-    order = {"by": ["method", "epsilon", "p"], "ascending": [True, True, False]}
-    return pd.DataFrame(lines, columns=names).sort_values(**order, ignore_index=True)
+    table = pd.DataFrame(lines, columns=names)
+    return table.sort_values(names[:3], ascending=[True, True, False], ignore_index=True)
 
 
 def shaped(results, planes):
@@ -140,9 +136,6 @@ def display_moons(table):
         "paper's K(h∘f)": map(records.cell_text, table["K_hf_published"]),
     }
     return records.display_lines(columns, ["method", "ε", "p"], columns)
-
-
-# --------------------------------------------------------------------------------------- pictures
 
 
 def _first(results, planes, *keys):
@@ -227,13 +220,9 @@ def _outputs(ax, drawn, epsilon, sigma=None):
     robust, K = drawn.robust(epsilon).numpy(), float(drawn.K[0, 1])
     scale, margin = K * sigma if sigma else 1.0, epsilon * K
     end = 1.1 * np.abs(output).max()
-    _, _, bars = ax.hist(
-        [output[robust & (targets == c)] for c in (0, 1)] + [output[~robust]],
-        np.linspace(-end, end, 61),
-        stacked=True,
-        color=[BLUE, ORANGE, RED],
-        label=["class 0", "class 1", "wrong or not robust"],
-    )
+    groups = [output[robust & (targets == c)] for c in (0, 1)] + [output[~robust]]
+    look = {"color": [BLUE, ORANGE, RED], "label": ["class 0", "class 1", "wrong or not robust"]}
+    _, _, bars = ax.hist(groups, np.linspace(-end, end, 61), stacked=True, **look)
     for bar in bars[-1]:
         bar.set(hatch="//////", edgecolor="white", linewidth=0)
     if margin < end:
@@ -292,8 +281,6 @@ def slack_figure(results, planes):
     return style.titled(figure, style.drawn_caption(results))
 
 
-# ----------------------------------------------------------------------------------------- claims
-
 DIGITS = {"cra": 2, "turns": 2, "tails": 2, "inside": 0}  # of a number in a claim, others 1
 
 
@@ -311,24 +298,20 @@ def _by_method(table, column, *methods, **where):
 
 def true_margin_claims(results):
     cra = functools.partial(_by_method, moons_table(results), "cra", epsilon=TRUE_MARGIN)
-    claim = "CLL keeps CRA at the true margin (99.9 or more)"
-    yield "kept", claim, "100", *cra("CLL"), lambda a: a >= 99.9
-    claim = "GloRo loses CRA at the true margin"
-    yield "lost", claim, "< 100", *cra("GloRo"), lambda b: b < 100
-    yield "more", "CLL certifies more there", "CLL > GloRo", *cra("CLL", "GloRo"), operator.gt
+    yield Test("kept", *cra("CLL"), lambda a: a >= 99.9)
+    yield Test("lost", *cra("GloRo"), lambda b: b < 100)
+    yield Test("more", *cra("CLL", "GloRo"), operator.gt)
 
 
 def figure4_claims(results):
     yield from true_margin_claims(results)
     table = moons_table(results)
     for epsilon in (0.20, 0.25):
-        claim = f"beyond it, at {epsilon:.2f}, CLL keeps more CRA"
         pair = _by_method(table, "cra", "CLL", "GloRo", epsilon=epsilon)
-        yield f"beyond-{epsilon:.2f}", claim, "CLL > GloRo", *pair, operator.gt
+        yield Test(f"beyond-{epsilon:.2f}", *pair, operator.gt)
     margins = [{"method": "GloRo", "epsilon": epsilon} for epsilon in (0.10, 0.15, 0.20, 0.25)]
     form, K = _means(table, "K_f", *margins)
-    claim, form = "GloRo's K(f) falls as the margin grows", form.replace(" vs ", ", ")
-    yield "K-falls", claim, "falls", form, K, lambda *k: all(np.diff(k) < 0)
+    yield Test("K-falls", form.replace(" vs ", ", "), K, lambda *k: all(np.diff(k) < 0))
 
 
 def figure1_claims(results):
@@ -337,34 +320,23 @@ def figure1_claims(results):
     table, slack = shape_table(results), [{"method": "CLL", "p": p} for p in (0.75, 1e-15)]
     for group, (about, (paper, _)) in zip(slack, papers.items(), strict=True):
         close = functools.partial(records.within_a_point, float(paper))
-        claim = f"{about} slack: CRA within a point"
-        yield f"{about}-cra", claim, f"{paper}", *_means(table, "cra", group), close
-    claim, turns = "much slack: a smoother boundary (turns)", _means(table, "turns", *slack)
-    yield "smoother", claim, "overly smooth", *turns, operator.lt
+        yield Test(f"{about}-cra", *_means(table, "cra", group), close, f"{paper}")
+    yield Test("smoother", *_means(table, "turns", *slack), operator.lt)
     for group, (about, (_, paper)) in zip(slack, papers.items(), strict=True):
         near = functools.partial(records.within_a_quarter, float(paper.strip("~")))
-        claim = f"{about} slack: K(h∘f) within a quarter"
-        yield f"{about}-K", claim, paper, *_means(table, "K_hf", group), near
+        yield Test(f"{about}-K", *_means(table, "K_hf", group), near, paper)
 
 
 def figure2_claims(results):
     shape = functools.partial(_by_method, shape_table(results))
-    claim = "cross-entropy: a far larger K(f) than GloRo's (tenfold)"
-    yield "CE-K", claim, "larger", *shape("K_f", "CE", "GloRo"), lambda a, b: a > 10 * b
-    claim, form = "cross-entropy: certifies less than GloRo", "{:.1f} vs {:.1f}"
-    yield "CE-cra", claim, "no margin", form, shape("cra", "CE", "GloRo")[1], operator.lt
-    claim = "cross-entropy: a less regular boundary than GloRo's (turns)"
-    yield "CE-turns", claim, "irregular", *shape("turns", "CE", "GloRo"), operator.gt
-    claim = "cross-entropy: outputs in the tails (more than half)"
-    yield "CE-tails", claim, "tails", *shape("tails", "CE"), lambda a: a > 0.5
-    claim = "GloRo leaves points in the margin"
-    yield "GloRo-inside", claim, "more than 0", *shape("inside", "GloRo"), lambda a: a > 0
-    claim = "CLL leaves none at the same margin: CRA 100"
-    yield "CLL-cra", claim, "100", *shape("cra", "CLL"), lambda a: round(a, 1) == 100
-    claim = "CLL's outputs are far larger than GloRo's (twice, median)"
-    yield "CLL-output", claim, "larger", *shape("output", "CLL", "GloRo"), lambda a, b: a > 2 * b
-    claim = "GloRo's boundary is smoother than CLL's (turns)"
-    yield "GloRo-turns", claim, "smoother", *shape("turns", "GloRo", "CLL"), operator.lt
+    yield Test("CE-K", *shape("K_f", "CE", "GloRo"), lambda a, b: a > 10 * b)
+    yield Test("CE-cra", "{:.1f} vs {:.1f}", shape("cra", "CE", "GloRo")[1], operator.lt)
+    yield Test("CE-turns", *shape("turns", "CE", "GloRo"), operator.gt)
+    yield Test("CE-tails", *shape("tails", "CE"), lambda a: a > 0.5)
+    yield Test("GloRo-inside", *shape("inside", "GloRo"), lambda a: a > 0)
+    yield Test("CLL-cra", *shape("cra", "CLL"), lambda a: round(a, 1) == 100)
+    yield Test("CLL-output", *shape("output", "CLL", "GloRo"), lambda a, b: a > 2 * b)
+    yield Test("GloRo-turns", *shape("turns", "GloRo", "CLL"), operator.lt)
 
 
 def slack_claims(results):
@@ -373,10 +345,10 @@ def slack_claims(results):
         about, cra, K_hf = f"p = {line.p:g}", line.cra_published, line.K_hf_published
         close = functools.partial(records.within_a_point, cra)
         claim = f"{about}: CRA within a point"
-        yield f"cra, {about}", claim, f"{cra:.1f}", "{:.1f}", [line.cra], close
+        yield Test(f"cra, {about}", "{:.1f}", [line.cra], close, f"{cra:.1f}", claim)
         equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)
-        yield f"K, {about}", f"{about}: K(h∘f)", f"{K_hf:.1f}", "{:.1f}", [line.K_hf], equal
+        claim = f"{about}: K(h∘f)"
+        yield Test(f"K, {about}", "{:.1f}", [line.K_hf], equal, f"{K_hf:.1f}", claim)
     cra = list(table["cra"]) if len(table) > 1 else [np.nan]
     form = ", ".join(["{:.1f}"] * len(cra))
-    claim = "less slack, more CRA"
-    yield "more-cra", claim, "rises as p falls", form, cra, lambda *c: all(np.diff(c) > 0)
+    yield Test("more-cra", form, cra, lambda *c: all(np.diff(c) > 0))

@@ -17,8 +17,8 @@ def run_table(result):
     style = {"guaranteed bound": "", "paper-style bound": "_paper_style"}
     lines = {"clean accuracy, %": [f"{100 * result['clean']:.1f}"] * 2}
     for radius in result["cra"]:
-        accuracies = (100 * result["cra" + s][radius] for s in style.values())
-        lines[f"CRA at {radius}, %"] = list(map("{:.1f}".format, accuracies))
+        cra = [f"{100 * result['cra' + s][radius]:.1f}" for s in style.values()]
+        lines[f"CRA at {radius}, %"] = cra
     lines["K(f)"] = [f"{result['K_f' + s]:.2f}" for s in style.values()]
     for name, column, digits in (("K(h∘f)", "k_hf", 2), ("tightness, %", "tightness", 1)):
         values = [in_paper_unit(result, column, bound) for bound in BOUNDS[:2]]
@@ -38,32 +38,27 @@ def network_table(certificates):
 
 
 @styled
-def training_curves(curve, result=None):
-    """Loss, training accuracy and K over the epochs of one run.
-
-    curve: DataFrame with columns epoch, loss, train_accuracy (fraction), K, as in curve.csv.
-    result: the run's record, for the title.
-    """
+def training_curves(curve, result):
+    """Loss, training accuracy and K over the epochs of one run: the frame of its curve.csv, and its
+    record."""
     figure, axes = subplots((9, 2.8), 1, 3)
-    for ax, column, label in [
-        (axes[0], curve["loss"], "training loss (nats)"),
-        (axes[1], 100 * curve["train_accuracy"], "training accuracy (%)"),
-        (axes[2], curve["K"], "largest K (logits per unit)"),
-    ]:
-        marker = "o" if len(curve) < 30 else None
+    columns = {
+        "training loss (nats)": curve["loss"],
+        "training accuracy (%)": 100 * curve["train_accuracy"],
+        "largest K (logits per unit)": curve["K"],
+    }
+    marker = "o" if len(curve) < 30 else None
+    for ax, (label, column) in zip(axes, columns.items(), strict=True):
         ax.plot(curve["epoch"], column, color=BLUE, marker=marker, ms=3)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    return titled(figure, f"{result['name']} · {caption([result])}") if result else figure
+    return titled(figure, f"{result['name']} · {caption([result])}")
 
 
 @styled
 def cra_figure(radii, result):
-    """Certified robust accuracy against the radius, guaranteed bound and paper-style bound.
-
-    radii: the arrays radius, radius_paper_style and correct of radii.npz, each (N,).
-    result: the run's record; its radii are marked on the guaranteed curve.
-    """
+    """Certified robust accuracy against the radius, guaranteed bound and paper-style bound. radii:
+    the arrays of radii.npz, each (N,). result: the run's record; its radii are marked."""
     radius, estimated, correct = (radii[k] for k in ("radius", "radius_paper_style", "correct"))
     grid = np.linspace(0, np.quantile(estimated, 0.995) + 1e-9, 400)
     figure, ax = subplots((4.8, 3))
@@ -79,35 +74,6 @@ def cra_figure(radii, result):
     ax.set(xlim=(0, grid[-1]), ylim=(0, 100))
     ax.legend(loc="best")
     return titled(figure, f"{result['name']} · {caption([result])}")
-
-
-@styled
-def radius_histogram(radii, result):
-    """How far the certificates of the test samples reach, right and wrong predictions apart.
-    radii: the arrays radius (guaranteed) and correct of radii.npz, each (N,)."""
-    radius, correct = radii["radius"], radii["correct"].astype(bool)
-    figure, ax = subplots((4.8, 3))
-    bins = np.linspace(0, np.quantile(radius, 0.995) + 1e-9, 31)
-    _stacked_radii(ax, radius, correct, bins)
-    ax.set(xlabel=radius_label(result), ylabel="test samples per bin", xlim=(0, bins[-1]))
-    ax.margins(y=0.3)  # room for the legend
-    ax.legend(loc="upper right")
-    return titled(figure, f"{result['name']} · {caption([result])}")
-
-
-def _stacked_radii(ax, radius, correct, bins):
-    """Histogram of certified radii, wrong predictions on top of the right ones and hatched."""
-    ax.hist(
-        [radius[correct], radius[~correct]],
-        bins,
-        stacked=True,
-        color=[BLUE, ORANGE],
-        edgecolor="white",
-        lw=0.3,
-        label=[f"correct ({correct.sum()})", f"wrong ({(~correct).sum()})"],
-    )
-    for patch in ax.containers[1]:
-        patch.set_hatch("////")
 
 
 @styled
@@ -145,9 +111,14 @@ def radius_comparison(certificates, title):
     radii = np.concatenate([table["radius"] for table in certificates.values()])
     radii = radii[(radii > 0) & np.isfinite(radii)]
     bins = np.geomspace(np.quantile(radii, 0.005), max(radii.max(), 0.5), 41)
+    look = {"stacked": True, "color": [BLUE, ORANGE], "edgecolor": "white", "lw": 0.3}
     for ax, (name, table) in zip(axes, certificates.items(), strict=True):
         radius = table["radius"].to_numpy().clip(bins[0], bins[-1])
-        _stacked_radii(ax, radius, table["correct"].to_numpy(), bins)
+        correct = table["correct"].to_numpy()
+        label = [f"correct ({correct.sum()})", f"wrong ({(~correct).sum()})"]
+        ax.hist([radius[correct], radius[~correct]], bins, label=label, **look)
+        for patch in ax.containers[1]:
+            patch.set_hatch("////")
         ax.axvline(36 / 255, color="black", lw=1, ls="--")
         ax.set(xscale="log", ylabel="test images")
         ax.set_title(name, loc="left")

@@ -14,11 +14,9 @@ from .style import BLUE, GRAY, ORANGE, RED, styled, subplots
 
 
 class Plane(NamedTuple):
-    """A network on the plane and its training points: enough to draw it at any margin.
-
-    x, y: axes of a grid around the points. difference: f_1 - f_0 on the grid (y, x).
-    points (N, 2), targets (N,), logits (N, 2) of the network. K (2, 2): its guaranteed bound.
-    """
+    """A network on the plane and its training points: enough to draw it at any margin. x, y: axes
+    of a grid around the points; difference: f_1 - f_0 on the grid (y, x). points (N, 2), targets
+    (N,), logits (N, 2) of the network; K (2, 2): its guaranteed bound."""
 
     x: np.ndarray
     y: np.ndarray
@@ -98,12 +96,10 @@ def grid(shape, size):
 
 
 def shape(plane, epsilon):
-    """What a network of the plane looks like, in numbers, on its training points.
-
-    Returns turns (of the decision boundary in the picture, see `boundary_turns`), output (median of
-    |f_1 - f_0|), tails (fraction of points whose logistic, of scale 1, is beyond 0.99), and inside
-    (number of points that are right but not certified at epsilon).
-    """
+    """What a network of the plane looks like, in numbers: turns of its decision boundary in the
+    picture (see `boundary_turns`), and of its training points output (median of |f_1 - f_0|), tails
+    (fraction whose logistic, of scale 1, is beyond 0.99) and inside (number of those that are right
+    but not certified at epsilon)."""
     output = plane.output.abs()
     return {
         "turns": boundary_turns(plane.x, plane.y, plane.difference),

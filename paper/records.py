@@ -10,7 +10,9 @@ Published accuracies are in percent; result records (see experiment.run) hold fr
 import collections
 import operator
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,17 +29,17 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 
 def published(table):
     """published/<table>.csv as a frame: the printed numbers of "table1", "table2", "figure5" and
-    "two_moons"; "pairs": CLL beside the loss that the same network was published with;
-    "table_claims": what the text says of the tables, a row, the rows that it is compared with (the
+    "two_moons"; "pairs": CLL beside the loss that the same network was published with; "tests":
+    what the paper says of an exhibit, and of a table's row the rows that it is compared with (the
     best of them, column by column), the columns and the relation that must hold in each of them.
 
-    One with row_id ("T2-05") is indexed by it. Raises ValueError for another name.
+    The tables are indexed by row_id ("T2-05"). Raises ValueError for another name.
     """
     files = {path.stem: path for path in (Path(__file__).parent / "published").glob("*.csv")}
     if table not in files:
         raise ValueError(f"no published table {table!r}; there are: {', '.join(sorted(files))}")
     frame = pd.read_csv(files[table])
-    return frame.set_index("row_id", drop=False) if "row_id" in frame else frame
+    return frame.set_index("row_id", drop=False) if table in ("table1", "table2") else frame
 
 
 def uncertain(row):
@@ -175,19 +177,20 @@ def seed_std(values):
 
 
 def summary(results, by, values):
-    """(line, runs) of the runs that agree in `by`, in the order in which these come: the line has
-    the columns of `by` (None as nan), n (the seeds), and of each of `values` the mean and, as
-    name_std, the standard deviation. by, values: {column: its value in a record, a function}."""
-    groups = {}
+    """A dict for the runs that agree in `by`, in the order in which these come: the columns of `by`
+    (None as nan), n (the seeds), runs, and of each of `values` the mean and, as name_std, the
+    standard deviation. by, values: {column: its value in a record, a function}."""
+    groups, lines = {}, []
     for r in results:
         groups.setdefault(tuple(of(r) for of in by.values()), []).append(r)
     for key, runs in groups.items():
         line = {name: np.nan if v is None else v for name, v in zip(by, key, strict=True)}
-        line["n"] = len(runs)
+        line |= {"n": len(runs), "runs": runs}
         for name, of in values.items():
             measured = np.array([of(r) for r in runs], float)
             line |= {name: measured.mean(), f"{name}_std": seed_std(measured)}
-        yield line, runs
+        lines.append(line)
+    return lines
 
 
 def accuracies(name, radii=None):
@@ -246,6 +249,20 @@ def within_a_point(a, b):
 def within_a_quarter(a, b):
     """Within a quarter of the larger (of two Lipschitz constants)."""
     return abs(a - b) <= 0.25 * max(a, b)
+
+
+class Test(NamedTuple):
+    """What `claims.judge` needs of a test of what the paper says: id (its line in tests.csv), form
+    (how the numbers are written, a format or a function), values (the numbers, nan where a run is
+    missing), holds (whether they show it, a function). paper, claim: what is printed, and said in
+    our words, where that line leaves it open."""
+
+    id: str
+    form: str | Callable
+    values: Sequence
+    holds: Callable
+    paper: str = ""
+    claim: str = ""
 
 
 RELATIONS = {  # of numbers of ours and of rivals, in all columns or in any

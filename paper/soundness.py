@@ -1,7 +1,5 @@
-"""The faults of published certificates as a table and pictures; what proofs cost finished runs."""
+"""The faults of published certificates as a table and pictures."""
 
-import json
-import math
 import textwrap
 from pathlib import Path
 
@@ -10,17 +8,10 @@ import pandas as pd
 import torch
 import yaml
 
-from cll.bounds.layer import estimate, is_linear, operator_norm, pairwise_distances
-from cll.bounds.network import head_rows
-from cll.bounds.trace import layer_inputs
-from cll.certify import cra_curve
 from cll.certify.inputs import predict_logits
-from cll.experiment.schema import PLAIN
-from cll.experiment.store import load_model
 
 from . import faults
-from .faults import Fault
-from .style import BLUE, GRAY, RED, SKY, note_at, styled, subplots, titled
+from .style import BLUE, GRAY, RED, note_at, styled, subplots, titled
 
 
 def gallery():
@@ -33,7 +24,7 @@ def gallery():
             numbers = getattr(faults, entry.pop("name"))()
             if not isinstance(numbers, dict):
                 numbers = faults.measured(*numbers)
-            shown.append(Fault(number, **entry, **numbers))
+            shown.append(faults.Fault(number, **entry, **numbers))
     return shown
 
 
@@ -115,132 +106,4 @@ def fault_margins(gallery, title="computed, not trained"):
         ax.set(title=heading if "\n" in heading else f"{heading}\n", xlabel="distance moved (L2)")
     axes[0].set_ylabel("margin / margin at x")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return titled(figure, title)
-
-
-@styled
-def fault_norms(gallery, title="computed, not trained"):
-    """Three ways to fall below a norm: stopping (3), a step from an estimate (5), a grid (22), of
-    the whole `gallery`."""
-    figure, axes = subplots((9.6, 3), 1, 3)
-    _stopped(axes[0], gallery[2])
-    _deep(axes[1], gallery[4])
-    _between_frequencies(axes[2], gallery[21])
-    return titled(figure, title)
-
-
-def _stopped(ax, fault):
-    _, _, matrix, start = faults.clustered()
-    estimates = np.array(faults.power_iteration(matrix, start, 1000)) / fault.truth
-    steps = np.arange(1, len(estimates) + 1)
-    ax.axhline(1, color="black", lw=0.8, label="norm (dense SVD)")
-    ax.plot(steps, estimates, color=RED, ls="--", label="power iteration")
-    stop = len(faults.power_iteration(matrix, start, tolerance=1e-5))
-    claim, ours = fault.claim / fault.truth, fault.ours / fault.truth
-    ax.plot(stop, claim, "x", color=RED, mew=1.8, label="stopped, as published")
-    ax.plot(steps[[0, -1]], [ours, ours], color=BLUE, ls=":", label="this kit")
-    ax.set(xscale="log", ylim=(0.97, 1.004), title="3: always from below")
-    ax.set(xlabel="iterations", ylabel="norm / true norm")
-    ax.legend(loc="lower right")
-
-
-def _deep(ax, fault):
-    layers, x, other = fault.witness
-    depth = range(1, len(layers) + 1)
-    stretched = [faults.stretch(layers[:n], x, other) for n in depth]
-    proven = np.cumprod([faults.bound(torch.nn.Sequential(layer), (10,)) for layer in layers])
-    ax.plot(depth, np.ones(len(depth)), color=RED, ls="--", label="published: 1 at any depth")
-    ax.plot(depth, stretched, color="black", lw=3, label="stretch of two points")
-    ax.plot(depth, proven, color=SKY, ls=":", label="this kit: proven bound")
-    ax.set(xlabel="CPL layers", ylabel="Lipschitz constant", title="5: a little above 1, 85 times")
-    ax.legend(loc="upper left")
-
-
-def _between_frequencies(ax, fault):
-    angle = np.linspace(0, np.pi, 400)
-    ax.plot(angle, 2 * np.sin(angle), color=GRAY, label="response of the filter")
-    seen = 2 * np.pi * np.arange(4) / 6
-    ax.plot(seen, np.abs(2 * np.sin(seen)), "x", color=RED, mew=1.8, label="what 6 pixels see")
-    ax.axhline(fault.claim, color=RED, ls="--", lw=1, label=f"circular bound {fault.claim:.3f}")
-    ax.axhline(fault.truth, color="black", lw=0.8, label=f"zero-padded norm {fault.truth:.3f}")
-    ax.axhline(fault.ours, color=BLUE, ls=":", label=f"this kit {fault.ours:.3f}")
-    ax.set(xlim=(0.7, np.pi - 0.7), ylim=(1.5, 2.28), title="22: a peak between the frequencies")
-    ax.set(xlabel="frequency (radians per pixel)", ylabel="gain")
-    ax.legend(loc="upper left", ncols=1, labelspacing=0.15)
-
-
-@torch.no_grad()
-def stopped_constant(model, tolerance=1e-5, seed=0):
-    """The largest entry of K as published evaluations compute it: float32 power iteration from a
-    random start, stopped layer by layer when a step changes the norm by at most `tolerance`.
-
-    model: a network of linear layers and layers without weights.
-    """
-    random = torch.Generator().manual_seed(seed)
-    product = 1 / min(model.input_std)
-    for _, layer, shape in layer_inputs(model.body, model.input_shape):
-        if not is_linear(layer):
-            product *= operator_norm(layer, shape, "power")
-            continue
-        v, sigma, last = torch.randn(shape, generator=random), 0.0, math.inf
-        for _ in range(10_000):
-            sigma, v = estimate(layer, v, 1)
-            if abs(sigma.item() - last) <= tolerance:
-                break
-            last = sigma.item()
-        product *= sigma.item()
-    return product * pairwise_distances(head_rows(model.head)).max().item()
-
-
-def certificate_gap(folders, pixels=(36, 72, 108)):
-    """What the proof costs finished runs: DataFrame, two rows per run.
-
-    folders: those of the runs; what certifies nothing, or keeps guaranteed radii alone, is left
-    out. Columns: run; n (test points); K, the guaranteed one; by, another way to K: "converged"
-    (the paper's) or "stopped" (`stopped_constant`, of plain networks); lower, how far its K lies
-    below the guaranteed one, relatively; "k/255" for each k of `pixels`: the number of points that
-    are right and certified by it at that radius, but not guaranteed; "most", the largest such
-    number of all k up to 255.
-    """
-    grid, rows = np.arange(1, 256) / 255, []
-    for folder in map(Path, folders):
-        record, radii = json.loads((folder / "result.json").read_text()), {}
-        if math.isfinite(record["K_f"]):
-            radii = np.load(folder / "radii.npz")
-        if "radius_paper_style" not in radii:  # committed runs keep the guaranteed radii alone
-            continue
-        constants = {"converged": record["K_f_paper_style"]}
-        if record["model"] in PLAIN:
-            constants["stopped"] = stopped_constant(load_model(folder))
-        proven = cra_curve(radii["radius"], radii["correct"], grid)
-        for by, K in constants.items():
-            claimed = radii["radius_paper_style"] * (record["K_f_paper_style"] / K)
-            moved = cra_curve(claimed, radii["correct"], grid) - proven
-            moved = (len(claimed) * moved).round().astype(int)
-            row = {"run": f"{record['name']}, seed {record['seed']}", "n": len(claimed)}
-            row |= {"K": record["K_f"], "by": by, "lower": 1 - K / record["K_f"]}
-            row |= {f"{k}/255": moved[k - 1] for k in pixels}
-            rows.append(row | {"most": moved.max()})
-    return pd.DataFrame(rows)
-
-
-@styled
-def gap_figure(table, title):
-    """How far each K of the table of `certificate_gap` lies below the guaranteed one, and how many
-    test points move for it."""
-    runs = list(dict.fromkeys(table["run"]))
-    figure, ax = subplots((7.4, 0.4 * len(runs) + 1.2))
-    for by, label, color, marker, shift in [
-        ("stopped", "stopped at steps of 1e-5", RED, "x", -0.14),
-        ("converged", "converged (paper-style)", BLUE, "o", 0.14),
-    ]:
-        rows = table[table["by"] == by]
-        lower, at = rows["lower"].clip(lower=1e-13), rows["run"].map(runs.index) + shift
-        ax.plot(lower, at, marker, color=color, ls="", ms=5, mew=1.6, label=label)
-        for x, y, most, n in zip(lower, at, rows["most"], rows["n"], strict=True):
-            note_at(ax, f"{most} of {n}", (x, y), (8, 0), va="center", color=color)
-    ax.set_yticks(range(len(runs)), runs)
-    ax.set(ylim=(len(runs) - 0.5, -0.5), xscale="log", xlim=(3e-14, 1))
-    ax.set_xlabel("1 − K / guaranteed K; beside it: the most test points that move at any k/255")
-    figure.legend(loc="outside lower center", ncols=2)
     return titled(figure, title)

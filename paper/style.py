@@ -29,7 +29,6 @@ STYLE = {
     "savefig.dpi": 160,
     "pdf.fonttype": 42,  # text stays text in the PDF
 }
-PUBLISHED_RADII = {"cra_36": 36 / 255, "cra_72": 72 / 255, "cra_108": 108 / 255}
 BLUE, ORANGE, SKY, RED, GRAY = "#0072B2", "#E69F00", "#56B4E9", "#C1121F", "#8C8C8C"
 GREEN = "#009E73"
 

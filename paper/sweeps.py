@@ -11,7 +11,7 @@ from cll.experiment.schema import experiment_params, sized_as
 from cll.losses import cll_scale
 
 from . import records, style
-from .records import TRUE_MARGIN, cell_text, or_dash, published, same_data
+from .records import TRUE_MARGIN, Test, cell_text, or_dash, published, same_data
 from .style import BLUE, GREEN, ORANGE
 
 CURVES = {  # of the methods that figures 5 and D1 compare
@@ -22,7 +22,6 @@ CLEAN = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}  # clean accuracy, 
 OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's values
 
 
-# -------------------------------------------------------------------------------------------- runs
 # rows of table 2 that belong to a sweep; where that table is finished they are read
 ROWS = {"figure5": ("T2-03", "T2-05"), "lambda_sweep": ("T2-05",), "convergence": ()}
 
@@ -44,7 +43,6 @@ def lambda_runs(profile, seeds=None, data="", label="", **overrides):
     return images, moons + [run for run in slack if run.loss.p == moons[0].loss.p]
 
 
-# ------------------------------------------------------------------------------------------ tables
 def sweep_table(results):
     """Runs by method, epsilon, p and lambda (nan where the loss has none), a line each: n (seeds)
     and means over the seeds, guaranteed bound, test samples. clean, cra (at the training margin)
@@ -53,17 +51,18 @@ def sweep_table(results):
     by = records.BY_MARGIN | {"lambda": lambda r: r["params"]["loss"].get("lambda")}
     values = {"clean": lambda r: 100 * r["clean"]} | records.CONSTANTS
     values |= {"cra": lambda r: 100 * r["cra"][f"{r['epsilon']:g}"]}
-    printed, lines = published("figure5").dropna(subset=["cra_at_eps"]), []
-    for line, group in records.summary(results, by, values):
+    printed = published("figure5").dropna(subset=["cra_at_eps"])
+    lines = records.summary(results, by, values)
+    for line in lines:
         row = printed[printed["method"].eq(line["method"]) & printed["epsilon"].eq(line["epsilon"])]
         for key in ("p", "lambda") if line["method"] == "CLL" else ():
             row = row[np.isclose(row[key], line[key])]
-        known = len(row) and group[0]["data"] != "two_moons"
+        known = len(row) and line["runs"][0]["data"] != "two_moons"
         line["cra_published"] = row["cra_at_eps"].iloc[0] if known else np.nan
-        if all(same_data(r, "CIFAR-10") for r in group):
+        if all(same_data(r, "CIFAR-10") for r in line["runs"]):
             line["difference"] = line["cra"] - line["cra_published"]
-        tightness = [r["tightness"] for r in group if r.get("tightness") is not None]
-        lines.append(line | {"tightness": 100 * np.mean(tightness) if tightness else np.nan})
+        tightness = [r["tightness"] for r in line["runs"] if r.get("tightness") is not None]
+        line["tightness"] = 100 * np.mean(tightness) if tightness else np.nan
     names = ["method", "epsilon", "p", "lambda", "n", "clean", "cra", "K_f", "K_hf", "tightness"]
     names += ["clean_std", "cra_std", "cra_published", "difference"]
     table = pd.DataFrame(lines, columns=names)
@@ -111,10 +110,8 @@ def over_margin(table):
 
 def display_gains(gains):
     """The frame of `gain_table` for reading, laid out as in the paper: a column per margin."""
-    rows, lines = (
-        {"GloRo": "GloRo, CRA(ε) %", "CLL": "CLL, CRA(ε) %", "gain": "relative gain %"},
-        {},
-    )
+    rows = {"GloRo": "GloRo, CRA(ε) %", "CLL": "CLL, CRA(ε) %", "gain": "relative gain %"}
+    lines = {}
     for where, end in (("here", ""), ("paper", "_published")):
         for name, heading in rows.items():
             form = "+.1f" if name == "gain" else ".1f"
@@ -149,7 +146,6 @@ def reached(epochs, values, share=0.95):
     return float(np.asarray(epochs)[there[0]]) if len(there) else np.nan
 
 
-# ---------------------------------------------------------------------------------------- pictures
 @style.of_runs
 def figure5(results):
     """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
@@ -159,20 +155,18 @@ def figure5(results):
     same = all(same_data(r, "CIFAR-10") for r in results)
     figure, axes = style.subplots((10, 3.1), 1, 4)
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], TRUE_MARGIN)]
-    _accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
+    accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
     _margin_curves(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
     style.log_y(axes[2])
-    low, high = axes[2].get_ylim()
     titles = ["slack, CLL at ε = 0.15", "certified accuracy", "K", "tightness"]
     names = ["accuracy (%)", "CRA at the trained ε (%)", "Lipschitz constant", "tightness (%)"]
     for ax, title, name in zip(axes, titles, names, strict=True):
         ax.set(title=title, ylabel=name, xlabel="training margin ε", xlim=(0, 1.4))
-        if ax is not axes[2]:  # room for the legend
-            values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
-            ax.set_ylim(0, max(1, 1.35 * np.nanmax(values, initial=0)))
-        ax.legend(loc="upper right", labelspacing=0.2, handlelength=2.4)
+        ax.margins(y=0.35)  # room for the legend
+        if ax is not axes[2]:
+            ax.set_ylim(0)
+        ax.legend(loc="best", labelspacing=0.2, handlelength=2.4)
     axes[0].set(xlabel="slack p", xlim=(0, 0.75))
-    axes[2].set_ylim(low, high * (high / low) ** 0.45)
     marks = " · open marks: the paper's values" * same
     return style.titled(figure, records.caption(results, tightness=True) + marks)
 
@@ -201,7 +195,7 @@ def _margin_curves(axes, table, printed):
             axes[0].plot(paper["p"], paper["cra_at_eps"], **mark)
 
 
-def _accuracies(ax, table, over, margin):
+def accuracies(ax, table, over, margin):
     """Clean accuracy and CRA of CLL over a column of `sweep_table`."""
     ax.plot(table[over], table["clean"], label="clean", **CLEAN)
     ax.plot(table[over], table["cra"], label=margin, **CURVES["CLL"])
@@ -210,20 +204,15 @@ def _accuracies(ax, table, over, margin):
 @style.of_runs
 def convergence_figure(results):
     """Figure D1: tightness, CRA at the training margin and K while CLL and GloRo train, means over
-    the seeds of runs with snapshots. Rings: where a curve is first at 95 % of its last value."""
+    the seeds of runs with snapshots."""
     table = snapshot_table(results)
     figure, axes = style.subplots((9, 2.9), 1, 3)
     margin = f"CRA at ε = {results[0]['epsilon']:g} (%)"
     measures = {"tightness": "tightness (%)", "cra": margin, "K_f": "K(f), guaranteed"}
     for ax, (column, label) in zip(axes, measures.items(), strict=True):
         for method, curve in CURVES.items():
-            run = table[table["method"] == method].set_index("epoch")[column]
-            if run.empty:
-                continue
-            ax.plot(run.index, run, label=method, **curve)
-            at = reached(run.index, run)
-            if column != "K_f" and np.isfinite(at):
-                ax.plot(at, run[at], "o", ms=10, mfc="none", mec=curve["color"])
+            if len(run := table[table["method"] == method]):
+                ax.plot(run["epoch"], run[column], label=method, **curve)
         ax.set(xlabel="epoch", ylabel=label)
         if table["epoch"].max() > 30:
             ax.set_xscale("log")
@@ -233,8 +222,7 @@ def convergence_figure(results):
     for ax in axes[:2]:
         ax.set_ylim(0)
     axes[1].legend(loc="best")
-    rings = " · rings: first at 95 % of the last value"
-    return style.titled(figure, records.caption(results, tightness=True) + rings)
+    return style.titled(figure, records.caption(results, tightness=True))
 
 
 @style.styled
@@ -250,7 +238,7 @@ def lambda_figure(images, moons):
                 ax.set_axis_off()
             continue
         table = sweep_table(results)
-        _accuracies(accuracy, table, "lambda", f"CRA({table['epsilon'].iloc[0]:g})")
+        accuracies(accuracy, table, "lambda", f"CRA({table['epsilon'].iloc[0]:g})")
         shown = f"{results[0]['model']}, {records.data_source(results[0])}"
         accuracy.set(ylim=(0, 105), ylabel=f"{shown}\naccuracy (%)")
         _power_law(constant, table["lambda"], table["K_f"])
@@ -279,7 +267,6 @@ def _power_law(ax, lam, K):
         ax.plot(lam, factor * lam**exponent, color=ORANGE, ls=":", label=label)
 
 
-# ------------------------------------------------------------------------------------------ claims
 def figure5_claims(results):
     """What the paper says of figure 5, see `claims.judge`."""
     table = sweep_table(results or [])
@@ -291,32 +278,27 @@ def figure5_claims(results):
     slack = [slack.loc[np.isclose(slack["p"], p), ["clean", "cra"]].mean() for p in grid]
     clean, cra = zip(*slack, strict=True)
     form = ", ".join(["{:.1f}"] * len(grid))
-    claim = "S7: more slack costs clean accuracy (largest p below smallest)"
-    yield "slack-clean", claim, "falls with p", form, clean, lambda *c: c[-1] < c[0]
-    claim = "S7: more slack first raises CRA (its peak is not at the smallest p)"
-    yield "slack-cra", claim, "rises to a peak", form, cra, lambda *c: max(c) > c[0]
+    yield Test("slack-clean", form, clean, lambda *c: c[-1] < c[0])
+    yield Test("slack-cra", form, cra, lambda *c: max(c) > c[0])
 
-    claim = "E1: CLL's CRA(ε) is 3 % (relative) or more above GloRo's at every ε"
     printed = ", ".join(f"{gain:+.1f}" for gain in gains["gain_published"])
     form, pairs = ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]]
     holds = functools.partial(records.shows, "three percent above")
-    yield "gain", claim, printed, form, pairs.to_numpy().ravel(), holds
+    yield Test("gain", form, pairs.to_numpy().ravel(), holds, printed)
     keys = [(method, epsilon) for epsilon in gains["epsilon"] for method in ("CLL", "GloRo")]
     pairs = over_margin(table).reindex(keys)
     above = functools.partial(records.shows, "above")
-    for column, name in [("K_f", "K(f)"), ("K_hf", "K(h∘f)"), ("tightness", "tightness")]:
-        claim = f"E2: CLL's {name} is above GloRo's at every ε"
-        yield column, claim, "CLL > GloRo", form, pairs[column].to_numpy(), above
+    for column in ("K_f", "K_hf", "tightness"):
+        yield Test(column, form, pairs[column].to_numpy(), above)
 
 
 def convergence_claims(results):
     """What the paper says of figure D1, see `claims.judge`."""
     table = snapshot_table(results)
-    for column, name in [("cra", "CRA"), ("tightness", "tightness")]:
+    for column in ("cra", "tightness"):
         runs = [table[table["method"] == method] for method in ("CLL", "GloRo")]
         epochs = [reached(run["epoch"], run[column]) for run in runs]
-        claim = f"S4: CLL reaches 95 % of its last {name} in fewer epochs"
-        yield column, claim, "CLL before GloRo", "epoch {:.0f} vs {:.0f}", epochs, operator.lt
+        yield Test(column, "epoch {:.0f} vs {:.0f}", epochs, operator.lt)
 
 
 def lambda_claims(results):
@@ -324,15 +306,12 @@ def lambda_claims(results):
     table = sweep_table(results)
     lam, K = table["lambda"].to_numpy(), table["K_f"].to_numpy()
     many = len(table) > 2
-    claim = "S3: K(f) takes any value that λ lets it have (λ up, K(f) down)"
     ends = K[[0, -1]] if many else [np.nan]
-    yield "any-K", claim, "set by λ", "{:.1f} to {:.1f}", ends, operator.gt
-    claim = "S3: K(f) ∝ λ^(-1/2) (fitted exponent within 0.1)"
+    yield Test("any-K", "{:.1f} to {:.1f}", ends, operator.gt)
     slope = records.power_law(lam, K)[0] if many else np.nan
-    yield "law", claim, "– (derived: -0.5)", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1
+    yield Test("law", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1)
     decades = 0.0 if many else np.nan
     for i, j in itertools.combinations(range(len(table)) if many else (), 2):
         if np.ptp(table.loc[i:j, ["clean", "cra"]], axis=0).max() <= 1:
             decades = max(decades, np.log10(lam[j] / lam[i]))
-    claim = "E3: insensitive to λ: clean and CRA each within a point over two decades"
-    yield "flat", claim, "a wide range", "{:.1f} decades", [decades], lambda d: d >= 1.99
+    yield Test("flat", "{:.1f} decades", [decades], lambda d: d >= 1.99)

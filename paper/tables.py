@@ -1,7 +1,9 @@
 """Tables 1 and 2: rows, comparison with the published numbers, attacks, seeds, claims."""
 
+import collections
 import functools
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -10,31 +12,26 @@ from cll.certify import cra_curve
 from cll.experiment.schema import experiment_params
 
 from . import records, style
-from .records import BOUNDS, COLUMNS, RADII, cell_text, published, uncertain
+from .records import BOUNDS, COLUMNS, RADII, Test, cell_text, published, uncertain
 from .style import BLUE, GRAY, GREEN, ORANGE, RED, SKY
 
 
 def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
-    """The runs of params/<table>/, as `table_runs` chooses them. seeds: None takes those of the
-    profile. overrides: of parameters, such as device."""
-    every = experiment_params(table, profile, seeds, **overrides)
-    return table_runs(table, every, rows=rows, data=data, label=label)
-
-
-def table_runs(table, runs, rows="", data="", label=""):
     """The runs (experiment.Params) of rows of "table1" or "table2" in the paper's order.
 
-    rows: row ids, as text "T2-05,T2-07" or a list; empty: all of them. data, label: a source that
-    replaces the runs' own, and its name. Where the label names a data set of the tables, as
-    "cifar10 (recovered)" does, the other data sets' runs keep their own. Raises ValueError for a
-    row that the table has not.
+    seeds: None takes those of the profile. rows: row ids, as text "T2-05,T2-07" or a list; empty:
+    all of them. data, label: a source that replaces the runs' own, and its name. Where the label
+    names a data set of the tables, as "cifar10 (recovered)" does, the other data sets' runs keep
+    their own. overrides: of parameters, such as device. Raises ValueError for a row that the table
+    has not.
     """
+    every = experiment_params(table, profile, seeds, **overrides)
     rows = rows.replace(",", " ").split() if isinstance(rows, str) else rows
     wanted = _rows(table, rows or None).index
     named = [s for s in records.CLASSES if records.plain_name(label) == records.plain_name(s)]
     update, chosen = {"label": label} | ({"data": data} if data else {}), []
     for row_id, dataset in published(table)["dataset"].items():
-        of_row = [run for run in runs if run.row == row_id and row_id in wanted]
+        of_row = [run for run in every if run.row == row_id and row_id in wanted]
         if (data or label) and (not named or dataset in named):
             of_row = [run.model_copy(update=update) for run in of_row]
         chosen += of_row
@@ -96,14 +93,19 @@ def display_table(comparison):
     """The frame of `comparison_table` for reading: strings, three or four lines per published row.
 
     "paper" as printed (? marks an uncertain cell, "literature" a row that the paper took from
-    elsewhere), then our mean ± std over the seeds with each bound; in brackets the difference from
-    the printed value. A row that was not run says so in one line.
+    elsewhere, "this kit" one of which it prints nothing), then our mean ± std over the seeds with
+    each bound; in brackets the difference from the printed value. A row that was not run says so in
+    one line.
     """
     lines, index = {}, ["row_id", "dataset", "model", "method"]
     for about, row in comparison.groupby(index, sort=False):
         bounds, n = dict(list(row.groupby("bound", sort=False))), row["n"].iloc[0]
-        source = "paper (literature)" if row["literature"].iloc[0] else "paper"
-        lines[*about, source] = ["", *map(_printed, bounds[BOUNDS[0]].to_dict("records"))]
+        printed = ["", *map(_printed, bounds[BOUNDS[0]].to_dict("records"))]
+        if set(printed[1:]) == {"–"}:
+            source = "this kit, not in the paper"
+        else:
+            source = "paper (literature)" if row["literature"].iloc[0] else "paper"
+        lines[*about, source] = printed
         if not n:
             lines[*about, "here"] = ["0", *["not run"] * len(COLUMNS)]
         for bound, cells in bounds.items() if n else ():
@@ -189,8 +191,8 @@ def attack_check(table):
 
 
 def _every_pair(table, frame, columns, shows):
-    """What `claims.judge` needs of a claim about all pairs of a table: a pair that lacks a number
-    leaves no verdict, unless the paper does not print it."""
+    """(form, values, holds, paper) of a `records.Test` of all pairs of a table: a pair that lacks a
+    number leaves no verdict, unless the paper does not print it."""
     judged = {}
     for pair in published("pairs").query("table == @table").to_dict("records"):
         keys = itertools.product(columns, (pair["ours"], pair["baseline"]))
@@ -203,11 +205,11 @@ def _every_pair(table, frame, columns, shows):
         failing = ", ".join(pair for pair, yes in zip(judged, shown, strict=True) if not yes)
         return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
 
-    return "consistently", counted, list(judged.values()), lambda *shown: all(shown)
+    return counted, list(judged.values()), lambda *shown: all(shown), "consistently"
 
 
 def _row_and_rivals(frame, ours, rivals, columns, shows):
-    """What `claims.judge` needs of a claim about a row and the best of others, by column."""
+    """The same of a row and the best of others, column by column."""
     printed, values = [], []
     for column in columns:
         cell, others = frame.loc[(ours, column)], frame.loc[[(row, column) for row in rivals]]
@@ -215,7 +217,7 @@ def _row_and_rivals(frame, ours, rivals, columns, shows):
         printed.append(f"{_printed(cell)} vs {_printed(best)}")
         # a rival that was not run leaves no verdict
         values += [cell["mean"], others["mean"].max(skipna=False)]
-    return ", ".join(printed), ", ".join(["{:.1f} vs {:.1f}"] * len(columns)), values, shows
+    return ", ".join(["{:.1f} vs {:.1f}"] * len(columns)), values, shows, ", ".join(printed)
 
 
 def table_claims(table, results):
@@ -224,56 +226,27 @@ def table_claims(table, results):
     if results is None:  # the printed numbers are judged, where they are sure
         frame["mean"] = frame["published"].mask(frame["uncertain"])
     frame = frame[frame["bound"] == "guaranteed"].set_index(["row_id", "column"])
-    for said in published("table_claims").query("table == @table").to_dict("records"):
+    said_of_rows = published("tests").query("exhibit == @table").dropna(subset="relation")
+    for said in said_of_rows.fillna("").to_dict("records"):
         columns, shows = said["columns"].split(), functools.partial(records.shows, said["relation"])
         if said["row_id"] == "every pair":
             judged = _every_pair(table, frame, columns, shows)
         else:
             rivals = said["rivals"].split()
             judged = _row_and_rivals(frame, said["row_id"], rivals, columns, shows)
-        yield said["id"], said["claim"], *judged
-    yield _sizes(results or []) if table == "table1" else _largest_gain(frame["mean"])
-
-
-def _sizes(results):
-    sizes = []
-    for row_id in ("T1-10", "T1-09", "T1-08"):
-        counts = [r["parameters"] for r in results if r.get("row") == row_id]
-        sizes.append(np.mean(counts) / 1e6 if counts else np.nan)
-    claim, form = "fewer parameters: 8C2F < Sandwich < SLL-XL", "{:.2f} M < {:.1f} M < {:.0f} M"
-    return "sizes", claim, "4.3 M < 39 M < 1100 M", form, sizes, lambda *n: all(np.diff(n) > 0)
-
-
-def _largest_gain(means):
-    cra = means.xs("cra_108", level="column")
-    pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
-    gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
-    claim = "CIFAR-100: the largest gain at 108/255 is CPL's (CPL, SOC, SLL)"
-    form, printed = "{:+.1f}, {:+.1f}, {:+.1f}", "+8.9, +2.5, +0.1"
-    return "largest-gain", claim, printed, form, gains, lambda *g: g[0] == max(g)
-
-
-@style.styled
-def seeds_figure(results):
-    """How far the seeds of each row or name of run lie apart: clean accuracy and CRA of each minus
-    their mean. Runs of one seed are left out."""
-    measures = records.accuracies("CRA({})")
-    rows = records.summary(results, {"row": lambda r: r["row"] or r["name"]}, measures)
-    rows = [(line, runs) for line, runs in rows if len(runs) > 1]
-    if not rows:
-        return style.not_run_figure("no row has run with more than one seed")
-    figure, ax = style.subplots((6.4, 0.3 * len(rows) + 1.6))
-    looks = [(GREEN, "o"), (BLUE, "s"), (SKY, "^"), (ORANGE, "v")]
-    for j, ((label, of), (color, marker)) in enumerate(zip(measures.items(), looks, strict=True)):
-        x = [of(r) - line[label] for line, runs in rows for r in runs]
-        y = [i + 0.17 * (j - 1.5) for i, (_, runs) in enumerate(rows) for _ in runs]
-        ax.plot(x, y, marker, color=color, ms=4, alpha=0.8, label=label)
-    ax.axvline(0, color=GRAY, lw=0.8)
-    names = [f"{line['row']} ({line['n']} seeds)" for line, _ in rows]
-    ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="seed − mean of the seeds (points)")
-    figure.legend(loc="outside lower center", ncols=4)
-    return style.titled(figure, records.caption([r for _, runs in rows for r in runs]))
+        yield Test(said["id"], *judged)
+    if table == "table1":
+        runs, rows = results or [], ("T1-10", "T1-09", "T1-08")
+        counts = [[r["parameters"] for r in runs if r.get("row") == row] for row in rows]
+        sizes = [np.mean(of_row) / 1e6 if of_row else np.nan for of_row in counts]
+        form = "{:.2f} M < {:.1f} M < {:.0f} M"
+        yield Test("sizes", form, sizes, lambda *n: all(np.diff(n) > 0))
+    else:
+        cra = frame["mean"].xs("cra_108", level="column")
+        pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
+        gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
+        form = "{:+.1f}, {:+.1f}, {:+.1f}"
+        yield Test("largest-gain", form, gains, lambda *g: g[0] == max(g))
 
 
 # the panels of tables 1 and 2: the first letters of a network's name
@@ -294,23 +267,24 @@ def cra_comparison(radii, results):
     size = (6.4, 4) if len(panels) == 1 else (2.7 * columns + 0.4, 2.7 * lines + 0.4)
     shared = {"sharex": True, "sharey": True, "squeeze": False}
     figure, axes = style.subplots(size, lines, columns, **shared)
-    axes, marked, top = axes.flatten(), False, 0
-    for i, (dataset, runs) in enumerate(panels):
-        marked |= _cra_panel(axes[i], runs)
-        top = max(top, _finish_panel(axes[i], dataset, [result for _, result, _ in runs]))
+    axes, marked = axes.flatten(), False
+    for i, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
+        marked |= _cra_panel(ax, *panel)
         if i + columns >= len(panels):
-            axes[i].set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
-            axes[i].xaxis.set_tick_params(labelbottom=True)
+            ax.set_xlabel(style.radius_label(results[0]).replace(" (", "\n("))
+            ax.xaxis.set_tick_params(labelbottom=True)
         if i % columns == 0:
-            axes[i].set_ylabel("certified robust accuracy (%)\nguaranteed bound")
+            ax.set_ylabel("certified robust accuracy (%)\nguaranteed bound")
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    axes[0].set(ylim=(0, top), yticks=range(0, 20 * int(min(top, 100) // 20) + 1, 20))
+    highest = max(line.get_ydata().max() for ax in axes for line in ax.get_lines())
+    axes[0].set(ylim=(0, 1.25 * highest), yticks=range(0, 101 if highest > 60 else 61, 20))
     note = " · open marks: the paper's values" * marked
     return style.titled(figure, style.drawn_caption(results) + note)
 
 
 RADIUS_GRID = np.linspace(0, 1.25 * 108 / 255, 400)
+MARKS = {column: float(Fraction(name)) for column, name in RADII.items()}
 
 
 def _panels(radii, results):
@@ -325,26 +299,13 @@ def _panels(radii, results):
     return [(dataset, runs) for (dataset, *_), runs in panels.items()]
 
 
-def _finish_panel(ax, dataset, results):
-    """Title, legend and axis of a panel of `cra_comparison`; returns how high it must reach."""
-    papers = all(records.same_data(result, dataset) for result in results)
-    shown = dataset if papers else f"rows of {dataset}, on {records.data_source(results[0])}"
-    networks = dict.fromkeys(result["model"] for result in results)
-    ax.set_title(f"{shown}\n{', '.join(networks)}")
-    ax.set_xlim(0, RADIUS_GRID[-1])
-    ax.set_xticks([0, *style.PUBLISHED_RADII.values()], ["0", *RADII.values()])
-    ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
-    curves = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 400]
-    # the legend fills the right half from above, a twelfth of the height for each line
-    free = 0.95 - len(curves) / 12
-    return max(*(y.max() + 5 for y in curves), *(y[160] / free for y in curves))
-
-
-def _cra_panel(ax, runs):
-    """Curves and marks of `cra_comparison`; returns whether the paper's values are marked. runs:
-    (arrays, record, published row or None) each."""
-    networks = {result["model"] for _, result, _ in runs}
-    ours, others = (itertools.cycle(colors) for colors in ((BLUE, SKY), (ORANGE, RED, GRAY)))
+def _cra_panel(ax, dataset, runs):
+    """A panel of `cra_comparison`; returns whether the paper's values are marked. runs: (arrays,
+    record, published row or None) each."""
+    results = [result for _, result, _ in runs]
+    models = dict.fromkeys(result["model"] for result in results)
+    of_cll = collections.Counter(r["model"] for r in results if r["method"] == "CLL")
+    ours, others = map(itertools.cycle, ((BLUE, SKY, GREEN), (ORANGE, RED, GRAY, "black")))
     marked = False
     for arrays, result, row in runs:
         model, method = result["model"], result["method"]
@@ -353,15 +314,20 @@ def _cra_panel(ax, runs):
         cra = 100 * np.asarray(cra_curve(arrays["radius"], arrays["correct"], RADIUS_GRID))
         label = method if row is None else row["method"]
         label += "-TRADES" * bool(result["params"]["loss"].get("trades"))
-        if len(networks) > 1:
+        if len(models) > 1:
             label += f", {model}"
-        elif method == "CLL":
+        if method == "CLL" and (len(models) == 1 or of_cll[model] > 1):
             label += f", ε = {result['epsilon']:g}"
         ax.plot(RADIUS_GRID, cra, label=label, color=color, ls=line)
-        if row is not None and records.same_data(result, row["dataset"]):
-            sure = [k for k in RADII if k not in uncertain(row) and not np.isnan(row[k])]
-            at = [style.PUBLISHED_RADII[k] for k in sure]
+        if row is None or not records.same_data(result, row["dataset"]):
+            continue
+        if sure := [k for k in RADII if k not in uncertain(row) and not np.isnan(row[k])]:
             marks = {"ls": "", "marker": marker, "mfc": "white", "mec": color, "clip_on": False}
-            ax.plot(at, row[sure].astype(float), **marks)
-            marked |= bool(sure)
+            ax.plot([MARKS[k] for k in sure], row[sure].astype(float), **marks)
+            marked = True
+    papers = all(records.same_data(result, dataset) for result in results)
+    shown = dataset if papers else f"rows of {dataset}, on {records.data_source(results[0])}"
+    ax.set(title=f"{shown}\n{', '.join(models)}", xlim=(0, RADIUS_GRID[-1]))
+    ax.set_xticks([0, *MARKS.values()], ["0", *RADII.values()])
+    ax.legend(loc="upper right", labelspacing=0.2, handlelength=1.8)
     return marked

@@ -15,11 +15,11 @@ from paper.choose import (
 from paper.claims import judge
 
 
-def test_temperature_stands_above_slack(half_plane, points):
+def test_temperature_stands_above_slack(flat):
     results = [tempered(t) for t in (0.1, 1, 10)] + [
         moons_record(p=p, K_hf=9.0) for p in (0.75, 0.01)
     ]
-    figure = temperature_planes(results, [half_plane] * 5, points)
+    figure = temperature_planes(results, [flat] * 5)
     assert [ax.get_title()[:7] for ax in figure.axes[:3]] == ["t = 10,", "t = 1, ", "t = 0.1"]
     below = [ax.get_title().split(",")[0] for ax in figure.axes[3:] if ax.get_visible()]
     assert below == ["p = 0.75", "p = 0.01"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paper.claims import CLAIMS, checklist, cited, claims_figure, judge, read_claims
+from paper.claims import CLAIMS, checklist, cited, claims_figure, judge, read_claims, said
 from paper.records import save_table
 
 
@@ -73,5 +73,8 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
 
 @pytest.mark.parametrize("exhibit", CLAIMS)
 def test_claims_of_an_exhibit_have_ids_of_their_own(exhibit):
-    ids = [name for name, *_ in CLAIMS[exhibit]([])]
+    ids = [test.id for test in CLAIMS[exhibit]([])]
     assert all(ids) and len(set(ids)) == len(ids)
+    assert set(said(exhibit)) == set(ids), "published/tests.csv has a line for each, and no other"
+    judged = judge(exhibit, [])
+    assert all(judged.index) and all(judged["paper"])

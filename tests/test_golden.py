@@ -105,7 +105,10 @@ def test_public_names_keep_their_signatures(name):
 
 
 def test_every_resolved_run_keeps_its_identity():
-    assert hashes() == golden()["hashes"]
+    """Of those that are listed; a new parameter file is welcome."""
+    today = hashes()
+    for experiment, listed in golden()["hashes"].items():
+        assert {run: today[experiment].get(run) for run in listed} == listed
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -22,7 +22,6 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
-import cll
 from cll import experiment
 from cll.experiment.stack import build_network
 from cll.experiment.store import CERTIFIER
@@ -42,7 +41,6 @@ from paper import (
 )
 from paper.claims import cited
 from paper.records import published
-from paper.tables import table_runs
 
 sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
@@ -220,7 +218,7 @@ def test_tables_run_whole_unless_rows_are_named(name, tmp_path):
     subset = redraw.ROWS[name].split(",")
     table = published(name)
     assert set(subset) < set(table.index)
-    runs = table_runs(name, cll.experiment.experiment_params(name, "smoke"))
+    runs = tables.runs(name, "smoke")
     assert {run.row for run in runs} == set(table.index), "a parameter file for every row"
 
 
@@ -230,7 +228,7 @@ def test_no_reference_without_a_source():
 
 
 # notebooks that are about a run of their own: without it there is nothing to say
-RUN_FIRST = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
+RUN_FIRST = {"certify_your_model", "quickstart", "train", "train_your_own"}
 
 
 def finish(params, folder):
@@ -351,7 +349,7 @@ def test_summary_lines_say_what_has_finished(path, complete, printed):
         missing = sorted({name for *_, tests in cited() for name, _ in tests})
         missing = ["nothing"] if complete else [f"make {name}" for name in missing]
         assert lines[-1] == "  ".join(["to run:", *missing])
-    elif path.stem not in ("aol_mapping", "figure3"):  # which draw formulas
+    elif path.stem not in ("aol_mapping", "figure3", "soundness"):  # which need no run
         assert ("no finished run" in text) == (not complete)
 
 

@@ -10,7 +10,7 @@ import torch
 from exhibits import line, radii, record
 
 import cll
-from paper.own import cra_figure, extreme_images, radius_histogram, run_table, training_curves
+from paper.own import cra_figure, extreme_images, run_table, training_curves
 
 
 def test_training_curves_are_in_percent():
@@ -31,14 +31,6 @@ def test_cra_curve_starts_at_the_clean_accuracy_and_marks_the_tables_radii():
     assert (np.diff(y) <= 0).all()
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert "36/255: 60.0 %" in labels and not any(x.startswith("0.15") for x in labels)
-
-
-def test_radius_histogram_counts_every_sample_up_to_its_end():
-    arrays = radii(1000)
-    ax = radius_histogram(arrays, record()).axes[0]
-    end = ax.get_xlim()[1]
-    counted = sum(patch.get_height() for patch in ax.containers[0].patches)
-    assert counted == (arrays["correct"] & (arrays["radius"] <= end)).sum()
 
 
 def test_images_are_ordered_by_radius():

@@ -99,13 +99,12 @@ def test_a_failure_is_one_line_and_keeps_the_notebook(some):
 
 
 def test_figures_without_runs_say_so():
-    points = None
     for figure in (
-        figure1([], [], points),
-        figure2([], [], points),
-        figure4([], [], points),
-        slack_figure([], [], points),
-        temperature_planes([], [], points),
+        figure1([], []),
+        figure2([], []),
+        figure4([], []),
+        slack_figure([], []),
+        temperature_planes([], []),
         sweeps.figure5([]),
         convergence_figure([]),
         choose_figure([], "title"),

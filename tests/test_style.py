@@ -7,7 +7,7 @@ from exhibits import moons_record, radii, record
 from paper import style
 from paper.formulas import calibrated_logistic, loss_curves
 from paper.moons import figure1, figure4, slack_figure
-from paper.own import cra_figure, radius_histogram
+from paper.own import cra_figure
 from paper.tables import cra_comparison
 
 
@@ -20,7 +20,6 @@ def test_every_axis_of_data_is_labelled(flat):
         slack_figure([moons_record()], [flat]),
         cra_figure(radii(), record()),
         cra_comparison([radii()], [record()]),
-        radius_histogram(radii(), record()),
     ]
     for figure in figures:
         assert figure.axes[0].get_ylabel()

@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT
 
 from cll import experiment
-from paper.tables import table_runs
+from paper import tables
 
 sys.path.insert(0, str(ROOT / "tools"))
 import sweep  # noqa: E402
@@ -81,10 +81,11 @@ def test_commands_make_the_runs_that_notebooks_read(options, capsys):
     wanted = []
     for name in words[: words.index("--profile")]:
         seeds = sweep.parameters.parse_seeds(given.seeds)
-        runs = experiment.experiment_params(name, given.profile, seeds)
         if name.startswith("table"):
-            runs = table_runs(name, runs, given.rows, given.data, given.label)
-        wanted += runs
+            source = {"data": given.data, "label": given.label}
+            wanted += tables.runs(name, given.profile, seeds, given.rows, **source)
+        else:
+            wanted += experiment.experiment_params(name, given.profile, seeds)
 
     def identities(runs):
         return sorted((str(experiment.run_dir(r, "")), r.data, r.label) for r in runs)

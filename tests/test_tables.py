@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from exhibits import line, radii, record, texts
+from exhibits import radii, record, texts
 
-import cll
+from paper import tables
 from paper.claims import judge
 from paper.records import COLUMNS, RADII, RELATIONS, caption, published
 from paper.tables import (
@@ -18,9 +18,13 @@ from paper.tables import (
     display_attacks,
     display_table,
     seed_table,
-    seeds_figure,
-    table_runs,
 )
+
+
+def papers_rows(table):
+    """The rows of which the paper prints a number; others are welcome."""
+    frame = published(table)
+    return list(frame.index[frame[list(COLUMNS)].notna().any(axis=1)])
 
 
 def test_cra_comparison_marks_printed_and_sure_values():
@@ -44,7 +48,7 @@ def test_cra_comparison_marks_printed_and_sure_values():
 
 @pytest.mark.parametrize(("table", "panels"), [("table1", 4), ("table2", 7)])
 def test_whole_tables_are_drawn_in_panels_by_data_and_family(table, panels):
-    runs = table_runs(table, cll.experiment.experiment_params(table, "quick"))
+    runs = tables.runs(table, "quick", rows=papers_rows(table))
     results = [
         record(r.row, model=r.model, params={"loss": r.loss.model_dump()}, name=r.name)
         for r in runs
@@ -64,19 +68,6 @@ def test_whole_tables_are_drawn_in_panels_by_data_and_family(table, panels):
     assert len(set(labels)) == len(runs), "every run is named"
 
 
-def test_seeds_are_shown_as_distances_from_their_mean():
-    results = [record("T2-05", seed=k, clean=c) for k, c in ((1, 0.7), (2, 0.72))]
-    others = [record("T2-03", seed=k, clean=c) for k, c in ((1, 0.5), (2, 0.5))]
-    figure = seeds_figure([*results, *others, record("T2-07")])
-    x, y = line(figure.axes[0], "clean")
-    assert list(x) == pytest.approx([-1, 1, 0, 0]) and y[0] == y[1] != y[2] == y[3]
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["T2-05 (2 seeds)", "T2-03 (2 seeds)"]
-    assert "no row has run with more" in texts(seeds_figure([record("T2-07")])).replace(
-        "\u00a0", " "
-    )
-
-
 def cells(frame, column, bound="guaranteed"):
     found = frame[(frame["column"] == column) & (frame["bound"] == bound)]
     assert len(found) == 1
@@ -84,12 +75,14 @@ def cells(frame, column, bound="guaranteed"):
 
 
 def test_what_is_said_of_the_tables_is_about_their_rows_and_columns():
-    said = published("table_claims")
-    assert not said.duplicated(["table", "claim"]).any()
+    said = published("tests")
+    assert not said.duplicated(["exhibit", "claim"]).any()
+    said = said.dropna(subset="relation")
+    assert set(said["exhibit"]) == {"table1", "table2"}
     assert set(said["relation"]) <= set(RELATIONS)
     for claim in said[said["row_id"] != "every pair"].to_dict("records"):
         rows = {claim["row_id"], *claim["rivals"].split()}
-        assert rows <= set(published(claim["table"]).index)
+        assert rows <= set(published(claim["exhibit"]).index)
         assert set(claim["columns"].split()) <= set(COLUMNS)
 
 
@@ -154,7 +147,8 @@ def test_rows_without_a_run_say_so():
 @pytest.mark.parametrize(("table", "rows"), [("table1", 10), ("table2", 17)])
 def test_whole_tables_have_every_row_in_the_papers_order(table, rows):
     results = [record(f"T{table[-1]}-05")]
-    shown = display_table(comparison_table(results, table)).reset_index()
+    comparison = comparison_table(results, table, papers_rows(table))
+    shown = display_table(comparison).reset_index()
     order = list(shown["row"].drop_duplicates())
     assert order == [f"T{table[-1]}-{i:02d}" for i in range(1, rows + 1)]
     for row_id, lines in shown.groupby("row"):
@@ -162,6 +156,29 @@ def test_whole_tables_have_every_row_in_the_papers_order(table, rows):
         assert len(lines) == (3 if ran else 2)
         assert (lines["clean %"] == "not run").sum() == (not ran)
     assert not (shown == "").drop(columns="seeds").any(axis=None), "no blanks"
+
+
+def test_a_row_that_the_paper_does_not_print_is_welcome(monkeypatch):
+    """It is shown as this kit's, and drawn beside the others with a name and a look of its own."""
+    frame = published("table2")
+    same = frame.loc["T2-05", ["dataset", "method", "model"]]
+    named = ["row_id", *same.index, "epsilon"]
+    frame.loc["T2-18", named] = ["T2-18", *same, 0.1]
+    monkeypatch.setattr(tables, "published", lambda table: frame)
+    results = [record("T2-04"), record("T2-05"), record("T2-03")]
+    results.append(results[1] | {"row": "T2-18", "epsilon": 0.1})
+    comparison = comparison_table(results, rows=["T2-05", "T2-18"])
+    shown = display_table(comparison).reset_index()
+    assert list(shown["source"]) == [
+        "paper", "here, guaranteed", "here, paper-style", "this kit, not in the paper",
+        "here, guaranteed", "here, paper-style",
+    ]  # fmt: skip
+    assert list(shown["CRA 36/255 %"]) == [
+        "61.4", "60.0 (-1.4)", "61.0 (-0.4)", "–", "60.0", "61.0"
+    ]  # fmt: skip
+    curves, names = cra_comparison([radii()] * 4, results).axes[0].get_legend_handles_labels()
+    assert {"CLL, 6C2F", "CLL, 4C3F, ε = 0.15", "CLL, 4C3F, ε = 0.1", "GloRo, 4C3F"} == {*names}
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 4
 
 
 def test_literature_rows_and_the_authors_own_are_told_apart():
@@ -228,27 +245,25 @@ def test_unknown_row_is_named():
     with pytest.raises(ValueError, match="no row 'T2-99' in table2"):
         comparison_table([], rows=["T2-99"])
     with pytest.raises(ValueError, match="no row 'T2-99' in table2; it has: T2-01, "):
-        table_runs("table2", [], "T2-05, T2-99")
+        tables.runs("table2", "smoke", rows="T2-05, T2-99")
 
 
 def test_runs_of_a_table_come_in_the_papers_order():
-    runs = cll.experiment.experiment_params("table2", "smoke", seeds=[2, 1])
-    ordered = table_runs("table2", runs)
-    assert [run.row for run in ordered] == sorted(run.row for run in runs)
+    ordered = tables.runs("table2", "smoke", seeds=[2, 1])
+    assert [run.row for run in ordered] == sorted(run.row for run in ordered)
     assert [run.seed for run in ordered[:4]] == [2, 1, 2, 1]
-    chosen = table_runs("table2", runs, "T2-05,T2-03")
+    chosen = tables.runs("table2", "smoke", seeds=[2, 1], rows="T2-05,T2-03")
     assert [run.row for run in chosen] == ["T2-03", "T2-03", "T2-05", "T2-05"]
 
 
 def test_data_of_ones_own_replace_the_data_set_that_the_label_names():
-    runs = cll.experiment.experiment_params("table2", "quick")
     source = {"data": "npz:x.npz", "label": "cifar10 (recovered)"}
-    for run in table_runs("table2", runs, **source):
+    for run in tables.runs("table2", "quick", **source):
         cifar10 = published("table2").loc[run.row, "dataset"] == "CIFAR-10"
         assert (run.data, run.label) == (
             ("npz:x.npz", source["label"]) if cifar10 else (run.data, "")
         )
-    for run in table_runs("table2", runs, data="npz:x.npz", label="my images"):
+    for run in tables.runs("table2", "quick", data="npz:x.npz", label="my images"):
         assert (run.data, run.label) == ("npz:x.npz", "my images")
 
 

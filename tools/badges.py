@@ -43,10 +43,8 @@ def setup_cell():
 
 
 def rewritten(text, name):
-    """The JSON text of a notebook, brought up to date; its name without suffix.
-
-    Raises ValueError for a notebook without badge or set-up cell.
-    """
+    """The JSON text of a notebook, brought up to date; its name without suffix. Raises ValueError
+    for a notebook without badge or set-up cell."""
     nb = json.loads(text)
     prose, code = ([c for c in nb["cells"] if c["cell_type"] == k] for k in ("markdown", "code"))
     wanted = (("Colab badges", prose, pages.BADGE, badge(name)),

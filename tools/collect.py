@@ -83,11 +83,8 @@ def collect(source, root=REFERENCE):
 
 def compact(radii, distances):
     """The arrays of a run's radii.npz as they are committed: guaranteed radii rounded down to
-    float32, classes in the smallest integer type.
-
-    A sample whose radius is above one of `distances` by less than float32 resolves would drop out
-    of that CRA: then the array stays float64.
-    """
+    float32, classes in the smallest integer type. A sample whose radius is above one of `distances`
+    by less than float32 resolves would drop out of that CRA: then the array stays float64."""
     small = {key: radii[key] for key in ("radius", "radius_local", "correct") if key in radii}
     for key in small.keys() - {"correct"}:
         exact = radii[key]
@@ -170,8 +167,8 @@ def listing(root=REFERENCE):
         revision, _, changes = trained["git_revision"].partition(" ")
         threads = f", {record['threads']} thread{'s' * (record['threads'] != 1)}"
         line = {"run": f"{record['profile']}/{folder.name}", "data": data_source(record)}
-        line |= {"epochs": epochs(record)}
-        line |= {"weights": "yes" if (folder / WEIGHTS).exists() else "–"}
+        weights = "yes" if (folder / WEIGHTS).exists() else "–"
+        line |= {"epochs": epochs(record), "weights": weights}
         line |= {"command": f"`{command(folder, record)}`"}
         line |= {"seconds": f"{record['seconds']:.0f}" + f" (share of {together})" * (together > 1)}
         line |= {"machine": trained["device"] + threads * trained["device"].startswith("cpu")}
@@ -240,8 +237,8 @@ def summary(root=REFERENCE):
             what = f"two moons, {slack['method']} ε = {slack['ε']}, p = {slack['p']}"
             what, ours = f"{what}: CRA of the training points %", slack["CRA % (train)"]
             lines.append((what, epochs(moons[0]), slack["seeds"], ours, slack["paper"]))
-    frame = pd.DataFrame(lines, columns=["run", "epochs", "seeds", "ours", "paper"])
-    return f"\n{markdown(frame)}\n"
+    columns = ["run", "epochs", "seeds", "ours", "paper"]
+    return f"\n{markdown(pd.DataFrame(lines, columns=columns))}\n"
 
 
 def pages(root=REFERENCE):
@@ -265,7 +262,11 @@ def main():
     for folder in records():
         check(folder)
     for page, text in pages().items():
-        environment.write_between(page, BEGIN, END, text)
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, there, after = rest.partition(END)
+        if not there:
+            raise ValueError(f"{page.name} has no lines {BEGIN.strip()!r} and {END.strip()!r}")
+        environment.write(page, f"{before}{BEGIN}{text}{END}{after}")
     print(f"collect: {len(records())} runs checked; wrote the tables of README.md and "
           f"{LISTING.relative_to(ROOT)}")  # fmt: skip
     return 1 if refused else 0

@@ -38,15 +38,12 @@ def branch():
 def requirements(extra):
     """Requirement strings of pyproject.toml for the given extra, base dependencies included."""
     project = pyproject()["project"]
-    pending, found = list(project["dependencies"]) + [f"cll[{extra}]"], []
-    while pending:
-        requirement = pending.pop(0)
-        if requirement.startswith("cll["):
-            for name in requirement[len("cll[") : -1].split(","):
-                pending += project["optional-dependencies"][name.strip()]
-        elif requirement not in found:
-            found.append(requirement)
-    return found
+    lines = [*project["dependencies"], f"cll[{extra}]"]
+    for line in lines:  # which grows
+        if line.startswith("cll["):
+            for name in line[len("cll[") : -1].split(","):
+                lines += project["optional-dependencies"][name.strip()]
+    return list(dict.fromkeys(line for line in lines if not line.startswith("cll[")))
 
 
 def parser(text):
@@ -69,15 +66,6 @@ def write(path, text):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def write_between(path, begin, end, text):
-    """Put text between two lines of a file, which stay: where a command writes into a page."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, there, after = rest.partition(end)
-    if not there:
-        raise ValueError(f"{path.name} has no lines {begin.strip()!r} and {end.strip()!r}")
-    write(path, f"{before}{begin}{text}{end}{after}")
 
 
 def module(name):
@@ -121,10 +109,9 @@ def cuda_device():
     import ctypes
 
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        count = ctypes.c_int(0)
-        found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        return found and count.value > 0
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        asked = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        return asked and count.value > 0
     except OSError:
         return False
 

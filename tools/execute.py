@@ -45,10 +45,8 @@ class Failure(Exception):
 
 
 class Log:
-    """A text stream that copies what is written to it to the terminal and to run.log.
-
-    Carriage returns (progress bars) overwrite the line on a terminal and start a new one in files.
-    """
+    """A text stream that copies what is written to it to the terminal and to run.log. Carriage
+    returns (progress bars) overwrite the line on a terminal and start a new one in files."""
 
     def __init__(self, path):
         Path(path).write_text("")
@@ -81,10 +79,6 @@ def shown(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def one_line(text):
-    return " ".join(ANSI.sub("", str(text)).split())
-
-
 def prepare_kernel_environment(jobs):
     """Environment that the kernel inherits: this checkout, this Python, plain progress bars."""
     os.environ["CLL_HEADLESS"] = "1"
@@ -96,11 +90,8 @@ def prepare_kernel_environment(jobs):
 
 def kernel_class(log=None, kernels=None, python=sys.executable):
     """The class of a kernel on a Python. No registered kernel is consulted, so a `python3` kernel
-    of another environment in JUPYTER_PATH cannot take its place.
-
-    log: if it has a `file`, the kernel's own messages go there. kernels: list that receives the
-    kernel's process (subprocess.Popen).
-    """
+    of another environment in JUPYTER_PATH cannot take its place. log: if it has a `file`, the
+    kernel's own messages go there. kernels: list that receives its process (subprocess.Popen)."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
@@ -123,9 +114,8 @@ def execute(notebook, output, parameters=None, log=None, kernels=None, kernel=No
 
     log: text stream for the notebook's output. kernels: as in kernel_class. kernel: a kernel class;
     or a kernel that goes on afterwards, on which the next notebook sees no names of this one but
-    does not import its modules again.
-    Raises papermill's exception for a cell that raises, Failure for a kernel that dies and for a
-    notebook that stops early.
+    does not import its modules again. Raises papermill's exception for a cell that raises, Failure
+    for a kernel that dies and for a notebook that stops early.
     """
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
@@ -188,7 +178,7 @@ def reproducible(nb, *folders):
 
 def reason(error):
     """What went wrong, as one line."""
-    text = one_line(getattr(error, "evalue", error))
+    text = " ".join(ANSI.sub("", str(getattr(error, "evalue", error))).split())
     if isinstance(error, Failure):
         return text
     return f"{getattr(error, 'ename', type(error).__name__)}: {text}".rstrip(": ")
@@ -216,10 +206,9 @@ def interruptible(task, *given):
 def headline(name, parameters, auto):
     """`table2: profile quick (no CUDA device found; ...), device cpu`."""
     profile, device = parameters.get("profile", "unknown"), parameters.get("device", "auto")
-    why = "a CUDA device is there; PROFILE=quick takes minutes"
-    if profile != "paper":
-        why = "no CUDA device found; PROFILE=paper runs the published schedule"
-    why = f" ({why})" * auto
+    there = "a CUDA device is there; PROFILE=quick takes minutes"
+    none = "no CUDA device found; PROFILE=paper runs the published schedule"
+    why = f" ({there if profile == 'paper' else none})" * auto
     if device == "auto":
         device = "cuda" if environment.cuda_device() else "cpu"
     more = {key: parameters.get(key) for key in ("seeds", "seed", "rows", "data")}

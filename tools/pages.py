@@ -41,13 +41,8 @@ def notebook_body(nb):
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = typeset(BADGE.sub(r"[Open in Colab](\1)", cell.source))
-    exporter = HTMLExporter(
-        template_name="basic",
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        exclude_anchor_links=True,
-    )
+    hidden = ("input", "input_prompt", "output_prompt", "anchor_links")
+    exporter = HTMLExporter(template_name="basic", **{f"exclude_{part}": True for part in hidden})
     body, _ = exporter.from_notebook_node(nb)
     return scrolling(body)
 

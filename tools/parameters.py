@@ -19,6 +19,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"params_file": "PARAMS"}  # of make; others are in capitals there
+OPTIONS = {  # of make and of tools/sweep.py
+    "seeds": "1,2,3 or 1-9; empty: those of the profile",
+    "rows": "rows of table1 or table2, such as T2-05,T2-07; empty: all",
+} | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
 # without the rest of cll, which takes seconds to import
 read = runpy.run_path(str(ROOT / "cll/experiment/parameter_file.py"))["read"]
 
@@ -118,7 +122,6 @@ def absolute_source(data):
 
 def write_if_changed(path, text):
     """Write text to path atomically, unless that is what the file holds already."""
-    path = Path(path)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         environment.write(path, text)
 
@@ -126,13 +129,10 @@ def write_if_changed(path, text):
 def main(arguments=None):
     parser = environment.parser(__doc__)
     parser.add_argument("notebook")
-    parser.add_argument("out", help="the YAML file to write")
+    parser.add_argument("out", type=Path, help="the YAML file to write")
     parser.add_argument("--profile", required=True, help="smoke, quick or paper")
-    texts = {
-        "seeds": "1,2,3 or 1-9; empty: those of the profile",
-        "rows": "row ids of a table, comma-separated; empty: all",
-        "params-file": "a run's YAML file, for train.ipynb",
-    } | dict.fromkeys(("device", "data", "label", "outputs"), "empty: as in params/<profile>.yaml")
+    file = {"params-file": "a run's YAML file, for train.ipynb"}
+    texts = OPTIONS | file | {"device": "empty: as in params/<profile>.yaml"}
     for name, text in texts.items():
         parser.add_argument(f"--{name}", default="", help=text)
     text = "variables of make that are meant for this notebook alone; default: all"

@@ -5,13 +5,10 @@ and no paths.
     python tools/redraw.py figure4     # one of them
     python tools/redraw.py --smoke     # what the notebook tests compare with: make refs
 
-The first write to outputs/reference/paper. Nothing is trained; a run that is not there is left out
-and reads "not run". There is one kernel per core, so that PyTorch is loaded once there and not once
-per notebook.
-
-The last writes to tests/nb_refs, each notebook from an empty outputs folder on one CPU thread.
-Pictures are left out: nbval does not compare them, and their bytes change with every version of
-matplotlib.
+The first write to outputs/reference/paper. Nothing is trained; a run that is not there reads "not
+run". One kernel per core loads PyTorch once, not once per notebook. The last writes to
+tests/nb_refs, each notebook from an empty outputs folder on one CPU thread, without pictures: nbval
+does not compare them, and their bytes change with every version of matplotlib.
 """
 
 import os
@@ -28,7 +25,7 @@ import execute
 NOTEBOOKS, SMOKE = execute.ROOT / "notebooks", execute.ROOT / "tests" / "nb_refs"
 REFERENCE = execute.ROOT / "outputs" / "reference"
 # they train what no run is committed of, or the reader's own
-OTHERS = {"certify_your_model", "quickstart", "soundness", "train", "train_your_own"}
+OTHERS = {"certify_your_model", "quickstart", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
 PICTURES = ("image/png", "image/svg+xml", "application/pdf")
 # notebook: the few rows that nbval repeats; make runs them whole

@@ -67,10 +67,8 @@ def gallery(folder, notebooks, report):
             if png not in saved:
                 continue
             title = saved[png].stem
-            alt, file = (
-                output["metadata"].get("image/png", {}).get("alt", title),
-                f"{name}-{title}.png",
-            )
+            alt = output["metadata"].get("image/png", {}).get("alt", title)
+            file = f"{name}-{title}.png"
             with Image.open(saved[png]) as picture:
                 picture.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
                 picture.convert("RGB").quantize(128).save(report / file, optimize=True)
@@ -90,8 +88,8 @@ def provenance(folder):
         row["epochs"] = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
         row |= {"seconds": f"{r['seconds']:.0f}", "device": where["device"]}
         revision, _, changes = where["git_revision"].partition(" ")
-        row |= {"torch": r["versions"]["torch"]}
-        row |= {"revision": revision[:10] + " + changes" * bool(changes)}
+        row |= {"torch": r["versions"]["torch"], "revision": revision[:10]}
+        row["revision"] += " + changes" * bool(changes)
         rows.append(row | {"trained": where["date"][:10]})
     with pd.option_context("display.max_colwidth", None):
         return pages.scrolling(pd.DataFrame(rows).to_html(border=0, index=False))
@@ -109,7 +107,6 @@ def contents(notebooks):
 
 def build(folder):
     """Write the site of the results in `folder` (OUT/<profile>); returns the front page's path.
-
     Raises ValueError where no notebook has finished."""
     folder = Path(folder)
     notebooks = finished(folder)

@@ -29,7 +29,7 @@ import parameters
 ROOT = parameters.ROOT
 sys.path.insert(0, str(ROOT))
 from cll import experiment  # noqa: E402
-from paper.tables import table_runs  # noqa: E402
+from paper import tables  # noqa: E402
 
 DAY = "24:00:00"
 
@@ -79,8 +79,7 @@ def planned(what, options):
             yield what, experiment.load_params(what, options.profile, seed=seed, **given)
         return
     if what in ("table1", "table2"):
-        runs = experiment.experiment_params(what, options.profile, seeds, device=options.device)
-        runs = table_runs(what, runs, options.rows, options.data, options.label)
+        runs = tables.runs(what, options.profile, seeds, options.rows, **given)
     else:
         runs = experiment.experiment_params(what, options.profile, seeds, **given)
     for run in runs:
@@ -143,11 +142,8 @@ def submit_slurm(pending, options, root):
     except ImportError:
         raise OSError("submitit is not installed: pip install -e '.[cluster]'") from None
     queue = submitit.SlurmExecutor(root / "jobs")
-    given = {
-        "gpus_per_node": options.gpus_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "array_parallelism": options.parallel,
-    }
+    given = {"gpus_per_node": options.gpus_per_node, "cpus_per_task": options.cpus_per_task}
+    given["array_parallelism"] = options.parallel
     queue.update_parameters(
         job_name="cll",
         time=minutes(options.time),
@@ -168,8 +164,8 @@ def submit_slurm(pending, options, root):
 def run_local(pending, options, root):
     """Run the jobs here, some at a time, each with its own GPUs; the number of failed ones."""
     parallel, gpus = options.parallel or 1, options.gpus_per_node
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
-    visible = visible.split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible.split(",") if visible else list(map(str, range(parallel * gpus)))
     free = [",".join(visible[i * gpus : (i + 1) * gpus]) for i in range(parallel)]
     # jobs beside each other share the cores, and their bars would overwrite each other
     cores = options.cpus_per_task or max(1, (os.cpu_count() or 1) // parallel)
@@ -203,11 +199,7 @@ def parsed(arguments):
     parser.add_argument("--profile", required=True, choices=["smoke", "quick", "paper"])
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--cluster", default="local", choices=["local", "slurm"])
-    texts = {
-        "seeds": "1,2,3 or 1-9; default: as in the notebook",
-        "rows": "rows of table1, table2: T2-05,T2-07",
-    } | dict.fromkeys(("data", "label", "outputs"), "as for python -m cll")
-    for name, text in texts.items():
+    for name, text in parameters.OPTIONS.items():
         parser.add_argument(f"--{name}", default="", help=text)
     parser.add_argument("--partition", action="append", dest="slurm", type="partition={}".format)
     for name, (_, text) in COUNTS.items():
