@@ -14,8 +14,8 @@ from .experiment import ranks
 
 def numbers(text):
     """The whole numbers of "4" or "1-3"."""
-    first, _, last = text.partition("-")
-    several = range(int(first), int(last or first) + 1)
+    first, dash, last = text.partition("-")
+    several = range(int(first), int(last if dash else first) + 1)
     if not several:
         raise ValueError
     return several

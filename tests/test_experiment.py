@@ -14,6 +14,7 @@ from test_training import DIGITS, MOONS
 
 import cll
 from cll import ROOT, experiment
+from cll.__main__ import numbers
 from cll.experiment import experiment_params, load_model, parameter_file, run_dir
 from cll.experiment.schema import RETIRED
 from cll.experiment.store import CERTIFIER
@@ -85,6 +86,13 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
         ({"attack": {}}, "attack needs images (C, H, W), not input_shape = [2]: leave it out"),
         ({"loss": {"name": ["CLL"]}}, "loss"),
         ({"loss": 3}, "loss = 3"),
+        ({"loss": "CLL"}, "loss = 'CLL': write {name: ..., ...} with the name of a loss, nearest"),
+        (
+            {"loss": {"name": "GloRO"}},
+            "loss.name = 'GloRO': write {name: ..., ...} with the name of",
+        ),
+        ({"model": "4C3"}, "model = '4C3': Value error, unknown network; nearest: '4C3F'"),
+        ({"model": "4C3", "local": True}, "model = '4C3': Value error, unknown network; nearest"),
         ({"epochs": True}, "epochs = True: Value error, true or false is no number"),
         ({"loss": SHORT["loss"] | {"epsilon": True}}, "loss.epsilon = True: Value error, true or"),
         ({"loss": SHORT["loss"] | {"lambda": False}}, "loss.lambda = False: Value error, true or"),
@@ -494,6 +502,24 @@ def test_experiment_params_multiply_files_by_seeds():
     assert len(runs) == 2 * len(files) and {r.seed for r in runs} == {3, 5}
     assert {(r.data, r.label) for r in runs} == {("npz:x.npz", "mine")}
     assert {r.data for r in experiment_params("table2", "smoke")} == {"digits"}
+
+
+def test_a_base_alone_says_what_is_missing():
+    with pytest.raises(ValueError, match=r"^params/moons.yaml: name, loss missing: write it, or"):
+        cll.load_params("params/moons.yaml")
+
+
+def test_a_file_has_a_run_for_each_of_its_seeds():
+    file = "params/slack_sweep/moons-CLL-p0.01.yaml"
+    runs = experiment.load_runs(file, "paper")
+    assert [run.seed for run in runs] == [1, 2, 3, 4, 5]
+    assert runs[0] == cll.load_params(file, "paper")
+    assert [run.seed for run in experiment.load_runs(file, "paper", [7])] == [7]
+    assert experiment.load_runs(MOONS, seed=3) == [cll.load_params(MOONS, seed=3)]
+    assert [*numbers("4"), *numbers("1-3")] == [4, 1, 2, 3]
+    for text in ("3-1", "x", "1-", ""):
+        with pytest.raises(ValueError):
+            numbers(text)
 
 
 def test_command_line_trains_and_explains(tmp_path):
