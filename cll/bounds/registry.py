@@ -26,7 +26,6 @@ class Record(NamedTuple):
     matrix: Callable | None = None  # see `layer.as_matrix`
     parts: tuple = ()  # names in a container of those that read its input and whose outputs it adds
     row_error: Callable | None = None  # of a head: features -> how far a row may be off in norm
-    arguments: Callable | None = None  # layer -> those of its constructor, if not its attributes
     # (layer, input_shape) -> (the proven norm that it is to divide by, the least that may stand)
     settle: Callable | None = None
     methods: dict | None = None  # what its class computed when it became known

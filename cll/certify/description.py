@@ -134,7 +134,9 @@ def _kinds():
     return {kind.__name__: kind for kind in (*ours, nn.Sequential)}
 
 
+# no setting of what a layer computes; high and low: of ClampedMaxMin, where its parameters start
 _HIDDEN = ("self", "device", "dtype", "inplace", "min_value", "max_value", "args", "kwargs")
+_HIDDEN += ("high", "low")
 
 
 def _description(module, name):
@@ -150,11 +152,8 @@ def _description(module, name):
     if kind is nn.Sequential:
         inside = {k: _description(child, f"{name}.{k}") for k, child in module._modules.items()}
         return {"type": "Sequential", "layers": inside}
-    if TABLE[kind].arguments is not None:  # where it has no attributes of their names
-        arguments = TABLE[kind].arguments(module)
-    else:
-        known = inspect.signature(kind.__init__).parameters
-        arguments = {k: getattr(module, k) for k in known if k not in _HIDDEN}
+    known = inspect.signature(kind.__init__).parameters
+    arguments = {k: getattr(module, k) for k in known if k not in _HIDDEN}
     if kind is nn.Conv2d:  # also where a setting was replaced by one number
         sides = {k: arguments[k] for k in ("kernel_size", "stride", "padding", "dilation")}
         arguments |= {k: v if isinstance(v, str) else pair(v) for k, v in sides.items()}

@@ -188,8 +188,7 @@ def _groups(x, size, name):
     return x.unflatten(1, (-1, size))
 
 
-register_ours(MaxMin | GroupSort | Householder, one_lipschitz)
-register_ours(ClampedMaxMin, one_lipschitz, arguments=lambda layer: {"shape": layer.shape})
+register_ours(MaxMin | GroupSort | Householder | ClampedMaxMin, one_lipschitz)
 register_rounding(MaxMin | ClampedMaxMin | GroupSort, nothing_rounded)
 
 
