@@ -214,7 +214,7 @@ def verify(path, *, weights=None, data=None, images=None, progress=False):
         net = _checked_network(c, _regular(file, "weights", "their path as weights, or --weights"))
         x, read = _checked_images(c, net, data, images)
         K = torch.tensor(c["K"], dtype=torch.float64)
-        with _blamed_on("architecture"):
+        with _blamed_on("architecture", (TypeError, ValueError)):
             proof, needed, _ = _bounds(net, c["bounds"], progress)
         for i, j in (~((needed <= K) & (K <= needed * (1 + 2 * K_SPARE)))).nonzero().tolist()[:1]:
             text = f"K: the entry of classes {i} and {j} is {c['K'][i][j]!r}, layers and head give"
