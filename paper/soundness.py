@@ -75,7 +75,7 @@ def fault_overview(gallery, title="computed, not trained"):
     ax.set(ylim=(len(gallery) - 0.4, -1), xscale="log", xlim=(left, right))
     ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
     ax.set_xlabel("claim / truth, of norms truth / claim; above 1: false")
-    ax.legend(loc="lower right", frameon=True, edgecolor="none")
+    ax.legend(loc="center right", bbox_to_anchor=(1, 0.74))
     return titled(figure, title)
 
 

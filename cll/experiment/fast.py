@@ -130,7 +130,9 @@ class DenseStack:
         """As Stack.forward."""
         weights, biases = (self._stacked(self.layers, name) for name in ("weight", "bias"))
         with torch.set_grad_enabled(self.stack.program.moves_K and torch.is_grad_enabled()):
-            bound = bound_of(self.body_lipschitz(weights[:-1]), weights[-1])
+            # the head's own view, or its gradients would add up in another order than they did
+            (rows,) = self._stacked(self.layers[-1:], "weight")
+            bound = bound_of(self.body_lipschitz(weights[:-1]), rows)
         x = images.mT  # (S, features, N)
         if self.normalises:
             x = (x - self.mean) / self.std
