@@ -75,8 +75,8 @@ def planned(what, options):
     if options.rows and what not in ("table1", "table2"):
         raise ValueError(f"--rows is for table1 and table2, not for {what}")
     if what.endswith((".yaml", ".yml")):
-        for seed in seeds or [None]:
-            yield what, experiment.load_params(what, options.profile, seed=seed, **given)
+        for run in experiment.load_runs(what, options.profile, seeds, **given):
+            yield what, run
         return
     if what in ("table1", "table2"):
         runs = tables.runs(what, options.profile, seeds, options.rows, **given)
