@@ -5,7 +5,7 @@ import math
 
 from torch import nn
 
-from .layers.activations import ClampedMaxMin, Householder, MaxMin
+from .layers.activations import ClampedMaxMin, Householder, MaxMin, from_adjacent_pairs
 from .layers.classifier import LipschitzNet, as_lipschitz_net, settle  # noqa: F401
 from .layers.potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from .layers.sandwich import SandwichConv2d, SandwichLinear
@@ -102,7 +102,9 @@ def build(
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-    return LipschitzNet(nn.Sequential(*sequence), last, input_shape, input_std, input_mean)
+    # rows were drawn for adjacent pairs, those of version 0.2: a seed keeps its function
+    body = from_adjacent_pairs(nn.Sequential(*sequence))
+    return LipschitzNet(body, last, input_shape, input_std, input_mean)
 
 
 def _scaled(n, factor):

@@ -124,17 +124,24 @@ def test_round_trip_in_every_architecture(name, tmp_path, monkeypatch):
     assert content["summary"]["n"] == content["checked"]["images"] == len(radius)
 
 
-def test_certificates_of_earlier_versions_hold(tmp_path):
-    """They name the form of an SLL layer, which has one that can be certified."""
-    _, data, path = certified("SLL", tmp_path)
+def test_certificates_of_earlier_versions_are_to_be_written_again(tmp_path):
+    """Their MaxMin is another function."""
+    _, data, path = certified("plain", tmp_path)
     content = json.loads(path.read_text())
-    text = json.dumps(content["architecture"])
-    text = text.replace('"type": "SLL', '"variant": "sound", "type": "SLL')
-    assert "sound" in text
-    verify(signed(path, content | {"architecture": json.loads(text)}), data=data)
-    other = json.loads(text.replace('"sound"', '"abs-q"'))
-    with pytest.raises(Invalid, match="variant"):
-        verify(signed(path, content | {"architecture": other}), data=data)
+    assert verify(path, data=data)["format"] == "cll certificate 2"
+    old = signed(path, content | {"format": "cll certificate 1"})
+    with pytest.raises(Invalid, match=r"version 0\.2, whose MaxMin .*: write it again"):
+        verify(old, data=data)
+
+
+def test_weights_of_another_network_are_not_certified(tmp_path):
+    model, data, path = certified("plain", tmp_path)
+    weights = path.with_suffix(".safetensors")
+    write(model, data, tmp_path / "again.json", RADII, weights=weights)
+    with torch.no_grad():
+        model.body[0].weight.copy_(model.body[0].weight.flip(0))
+    with pytest.raises(ValueError, match=r"does not hold the model's tensor body\.0\.weight"):
+        write(model, data, tmp_path / "again.json", RADII, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -784,6 +791,12 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+def unsorted(name, t):
+    """Rows of a body's layer in the order of version 0.2, whose MaxMin took adjacent channels."""
+    rows = name.startswith("body.") and name.endswith(("weight", "bias"))
+    return torch.stack(t.chunk(2), 1).flatten(0, 1).contiguous() if rows else t
+
+
 def test_command_line(run_folder, capsys):
     assert main(["write", str(run_folder)]) == 0
     path = run_folder / "certificate.json"
@@ -799,6 +812,20 @@ def test_command_line(run_folder, capsys):
     certificate = json.loads(path.read_text())
     assert certificate["summary"]["clean"] == summary["clean"]
     assert certificate["weights"]["file"] == "checkpoint.safetensors"
+    unmarked = run_folder / "unmarked"  # of version 0.2: certified with weights of its own
+    unmarked.mkdir()
+    (unmarked / "result.json").write_text((run_folder / "result.json").read_text())
+    weights = load_file(run_folder / "checkpoint.safetensors")
+    save_file({k: unsorted(k, t) for k, t in weights.items()}, unmarked / "checkpoint.safetensors")
+    assert main(["write", str(unmarked)]) == 0
+    again = json.loads((unmarked / "certificate.json").read_text())
+    assert again["weights"]["tensors"] == {
+        k: t
+        for k, t in certificate["weights"]["tensors"].items()
+        if k in again["weights"]["tensors"]
+    }
+    assert again["images"] == certificate["images"] and verify(unmarked / "certificate.json")
+    capsys.readouterr()
     assert main(["verify", str(path), "--weights", "nowhere.safetensors"]) == 2
     assert main(["verify", str(path), "--data", "npz:nowhere.npz"]) == 2
     assert main(["verify", str(path), "--data", "two_moons"]) == 2

@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from test_training import DIGITS, MOONS
 
 import cll
 from cll import ROOT, experiment
 from cll.__main__ import numbers
 from cll.experiment import experiment_params, load_model, parameter_file, run_dir
+from cll.experiment.checkpoints import load_snapshots
 from cll.experiment.schema import RETIRED
 from cll.experiment.store import CERTIFIER
 
@@ -458,6 +460,25 @@ def test_saved_network_certifies_to_the_saved_numbers(tmp_path):
     assert cll.lipschitz_matrix(net).max().item() == record["K_f"]
     frame = cll.certify(net, cll.experiment.load_dataset(p), radii=(0.15,))
     assert np.array_equal(frame["radius"], np.load(tmp_path / "radii.npz")["radius"])
+
+
+def test_weights_of_version_0_2_are_read_in_their_order(tmp_path):
+    """Also those of snapshots. The rows of each layer before MaxMin lay 2i beside 2i + 1."""
+    p = cll.load_params(SHORT | {"snapshots": [2]})
+    cll.run(p, tmp_path, progress=False)
+    dataset, path = cll.experiment.load_dataset(p), tmp_path / "checkpoint.safetensors"
+    net, tensors = load_model(tmp_path), load_file(path)
+    for name in tensors:
+        if name.startswith("body.") and name.endswith(("weight", "bias")):
+            halves = tensors[name].chunk(2)
+            tensors[name] = torch.stack(halves, 1).flatten(0, 1).contiguous()
+    for old in (path, tmp_path / "snapshot-2.safetensors"):
+        save_file(tensors, old)
+    ((epoch, snapshot),) = load_snapshots(p, dataset, tmp_path)
+    for other in (load_model(tmp_path), snapshot):
+        for k, t in net.state_dict().items():
+            assert torch.equal(other.state_dict()[k], t)
+    assert epoch == 2
 
 
 def test_finished_run_is_read_and_changed_parameters_are_kept_apart(tmp_path):

@@ -8,10 +8,19 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.func import grad, vmap
 
 from cll.bounds.linear import power_of_two
-from cll.layers import ClampedMaxMin, Householder, MaxMin, SandwichConv2d
+from cll.layers import (
+    ClampedMaxMin,
+    Householder,
+    MaxMin,
+    Residual,
+    SandwichConv2d,
+    from_adjacent_pairs,
+)
+from cll.layers.activations import sort_pairs, unsort_pairs
 from cll.layers.sandwich import _RightSolve
 
 SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
@@ -19,13 +28,14 @@ SHAPES = [(3, 8), (2, 6, 5, 4), (2, 4, 3)]
 
 def reference(x):
     """Pair by pair, as the definition reads."""
-    pairs = [(x[:, c], x[:, c + 1]) for c in range(0, x.shape[1], 2)]
+    half = x.shape[1] // 2
+    pairs = [(x[:, c], x[:, c + half]) for c in range(half)]
     maxima = [torch.maximum(a, b) for a, b in pairs]
     return torch.stack(maxima + [torch.minimum(a, b) for a, b in pairs], 1)
 
 
-def test_pairs_are_adjacent_and_maxima_come_first():
-    x = torch.tensor([[1.0, 2.0, 4.0, 3.0]])
+def test_pairs_are_of_two_halves_and_maxima_come_first():
+    x = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
     assert MaxMin()(x).tolist() == [[2.0, 4.0, 1.0, 3.0]]
     image = x.view(1, 4, 1, 1).expand(1, 4, 2, 3)
     assert torch.equal(MaxMin()(image)[0, :, 1, 2], torch.tensor([2.0, 4.0, 1.0, 3.0]))
@@ -67,9 +77,14 @@ def test_vmap(shape):
         return (MaxMin()(x) ** 3 * torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))).sum()
 
     values, gradients = vmap(MaxMin())(x), vmap(grad(loss))(x)
+    across = x.movedim(0, 2).requires_grad_()  # as a stack of runs: backward is outside of vmap
+    weight = torch.randn(x.shape)
+    (mapped,) = torch.autograd.grad((vmap(MaxMin(), 2)(across) * weight).sum(), across)
     for i in range(4):
         assert torch.equal(values[i], MaxMin()(x[i]))
         assert torch.allclose(gradients[i], grad(loss)(x[i]))
+        one = grad(lambda one, i=i: (MaxMin()(one) * weight[i]).sum())(x[i])
+        assert torch.equal(mapped.select(2, i), one)
 
 
 def test_gradients_of_images_are_exact_of_first_and_second_order():
@@ -78,6 +93,96 @@ def test_gradients_of_images_are_exact_of_first_and_second_order():
     gradient = torch.randn_like(x)
     (got,) = torch.autograd.grad(MaxMin()(x), x, gradient)
     assert torch.equal(got.flatten().sort().values, gradient.flatten().sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_the_transpose_in_every_type_and_layout(dtype, layout):
+    """<MaxMin x, g> = <x, transpose g>, whatever the numbers: they are moved, not computed."""
+    x, g = torch.randn(2, 3, 6, 5, 4, dtype=torch.float64).to(dtype)
+    x, g = (t.to(memory_format=layout) for t in (x, g))
+    g[0, 0, 0], g[0, 0, 1], g[1, 3] = torch.inf, torch.nan, -0.0
+    y, in_order = sort_pairs(x)
+    assert y.is_contiguous(memory_format=layout) and torch.equal(y, reference(x))
+    leaf = x.clone().requires_grad_()
+    (back,) = torch.autograd.grad(MaxMin()(leaf), leaf, g)
+    assert back.dtype is dtype and back.is_contiguous(memory_format=layout)
+    high, low = g.chunk(2, 1)
+    wanted = torch.cat([torch.where(in_order, high, low), torch.where(in_order, low, high)], 1)
+    for got in (back, unsort_pairs(g, in_order)):
+        assert torch.equal(got.nan_to_num(123), wanted.nan_to_num(123))
+        assert torch.equal(got.signbit(), wanted.signbit())
+    g = torch.randn(6, dtype=torch.float64)[:, None, None].to(dtype).expand_as(x)
+    products = (MaxMin()(x).double() * g.double()).sum(), x.double() * unsort_pairs(g, in_order)
+    torch.testing.assert_close(products[0], products[1].sum())
+
+
+def test_nan_reaches_both_of_a_pair():
+    y = MaxMin()(torch.tensor([[torch.nan, 1.0, 2.0, 3.0]]))
+    assert y.isnan().tolist() == [[True, False, True, False]]
+
+
+def test_a_compiled_network_has_the_same_gradients():
+    """Also on ties, where maximum and minimum of PyTorch share a gradient between them."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), MaxMin(), nn.Flatten(), nn.Linear(36, 6), MaxMin()]
+    net, x = nn.Sequential(*layers, nn.Linear(6, 2)), torch.randn(3, 2, 5, 5)
+    with torch.no_grad():
+        net[0].weight[2:].copy_(net[0].weight[:2])  # all pairs are tied
+        net[0].bias[2:].copy_(net[0].bias[:2])
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    weights = list(net.parameters())
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), weights) for f in (net, compiled))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def adjacent(layer, x):
+    """MaxMin and ClampedMaxMin of version 0.2."""
+    return layer(torch.cat([x[:, 0::2], x[:, 1::2]], 1))
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_weights_of_version_0_2_are_converted_to_the_same_function(clamped):
+    torch.manual_seed(0)
+    bends = [MaxMin(), MaxMin()]
+    if clamped:
+        bends = [ClampedMaxMin((6, 3, 3), 0.3, -0.2), ClampedMaxMin((4,), 0.3, -0.2)]
+        for bend in bends:
+            bend.high.data.add_(0.1 * torch.randn_like(bend.high))
+    norm = nn.BatchNorm2d(6)
+    for t in (norm.weight, norm.bias, norm.running_mean):
+        t.data.normal_()
+    bottom = nn.Sequential(nn.Conv2d(2, 6, 3), norm, bends[0])
+    net = nn.Sequential(bottom, nn.Flatten(), nn.Linear(54, 4), bends[1], nn.Linear(4, 3))
+    net, x = net.double().eval(), torch.randn(9, 2, 5, 5, dtype=torch.float64)
+    old = x
+    for layer in [*bottom, *net[1:]]:
+        old = adjacent(layer, old) if layer in bends else layer(old)
+    assert not torch.allclose(net(x), old)
+    assert from_adjacent_pairs(net) is net
+    torch.testing.assert_close(net(x), old, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [MaxMin()],
+        [nn.BatchNorm2d(4), MaxMin()],
+        [nn.Conv2d(4, 4, 1), nn.AvgPool2d(2), MaxMin()],
+        [nn.Conv2d(4, 4, 1), nn.Tanh(), ClampedMaxMin((4, 2, 2))],
+        [nn.Conv2d(4, 4, 1, groups=2), MaxMin()],
+        [Residual(nn.Sequential(nn.Conv2d(4, 4, 1), MaxMin()))],
+        [nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), MaxMin()],
+    ],
+)
+def test_networks_that_cannot_be_converted_are_refused_unchanged(layers):
+    first = nn.Sequential(nn.Conv2d(4, 4, 1), MaxMin(), nn.Tanh())
+    net = nn.Sequential(first, *layers)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    with pytest.raises(ValueError, match="each MaxMin must follow a Linear or a Conv2d"):
+        from_adjacent_pairs(net)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (2, 5, 4, 4), (4,)])

@@ -57,14 +57,14 @@ def dense(kind="MaxMin", seed=0, widths=(3, 12, 16, 8), classes=4):
     return spread(LipschitzNet(body, nn.Linear(widths[-1], classes), (widths[0],)))
 
 
-def conv(kind="MaxMin", seed=0, size=(7, 6), bottom=()):
+def conv(kind="MaxMin", seed=0, size=(7, 6), bottom=(), groups=1):
     torch.manual_seed(seed)
     h, w = size
     layers = [*bottom, nn.Conv2d(2, 6, 3, 1, 1), activation(kind, (6, h, w))]
     k, s, p = [(3, 2, 1), (4, 2, 1), (3, 3, 0), (2, 1, 1)][seed % 4]
     h, w = ((n + 2 * p - k) // s + 1 for n in size)
-    layers += [nn.Conv2d(6, 8, k, s, p), activation(kind, (8, h, w)), nn.Flatten()]
-    layers += [nn.Linear(8 * h * w, 10), activation(kind, (10,))]
+    layers += [nn.Conv2d(6, 8, k, s, p, groups=groups), activation(kind, (8, h, w))]
+    layers += [nn.Flatten(), nn.Linear(8 * h * w, 10), activation(kind, (10,))]
     net = LipschitzNet(nn.Sequential(*layers), nn.Linear(10, 3), (2, *size), (0.5, 0.8), (0.4, 0.6))
     return spread(net)
 
@@ -171,6 +171,38 @@ def test_margins_fall_no_faster_than_the_local_bound_of_a_certificate(kind, seed
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("alike", [False, True])
+def test_channels_of_a_pair_may_read_the_inputs_of_two_groups(kind, seed, alike):
+    """Rows of two groups that are alike are no equal functionals: their difference is not 0."""
+    net = conv(kind, seed, groups=2)
+    with torch.no_grad():
+        if alike:
+            net.body[2].weight[4:] = net.body[2].weight[:4]
+        estimate = local_estimate(net, images_of(net, 4, seed).float(), 0.05, 100).double()
+    net, x = net.double(), images_of(net, 4, seed)
+    K = lipschitz_matrix(net)
+    for rho, bound in ((0.05, local_lipschitz(net, x, 0.05)), (1.0, local_lipschitz(net, x, 1.0))):
+        assert (bound <= K).all()
+        points = in_ball(x, rho, 10, seed)
+        paths = [climbed(net, x, points[0], rho, sign) for sign in (1, -1)]
+        for y in torch.cat([points, *paths]):
+            norms = gradient_norms(net, y)
+            assert (norms <= bound * (1 + 1e-12)).all()
+            assert rho > 0.05 or (norms <= estimate * (1 + 1e-3) + 1e-6).all()
+    if kind != "ReLU":
+        known = prepare(prove(net))
+        below, step = known.layers[2:4]
+        identity = torch.eye(math.prod(below.shape), dtype=torch.float64).view(-1, *below.shape)
+        with torch.no_grad():
+            A = below.layer(identity) - below.layer(torch.zeros_like(identity[:1]))
+        a, b = A.chunk(2, 1)
+        norm = 2 * torch.linalg.svdvals(((a - b) / math.sqrt(2)).flatten(1))[0].item()
+        _, ball, reach = _stages(step.layer, below, 2.0, 2 * below.norm)[0]
+        assert norm / 2.0 ** (known.units[3] - known.units[2]) <= ball <= reach.max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [dense, conv])
 @pytest.mark.parametrize("extreme", ["zeros", 1e-6, 1e6, "rank one", "no bias", "circular"])
 def test_extreme_weights(extreme, make, kind):
@@ -257,7 +289,7 @@ def test_folds_move_no_further_than_their_ball_and_reach(kind, seed):
         identity = torch.eye(size, dtype=torch.float64).view(-1, *below.shape)
         with torch.no_grad():
             A = below.layer(identity) - below.layer(torch.zeros_like(identity[:1]))
-        a, b = A.unflatten(1, (-1, 2)).unbind(2)  # (inputs, C/2, ...)
+        a, b = A.chunk(2, 1)  # (inputs, C/2, ...)
         stages = [(a - b) / math.sqrt(2)] if kind != "ReLU" else [A]
         if kind == "ClampedMaxMin":
             stages.append(torch.cat([a, b], 1))  # a sorted pair moves at most as a or b does
@@ -840,8 +872,8 @@ def pieces_of(layer, A, b, held):
             yield on[:, None] * A, on * b, kept
         return
     for swapped in choices(len(b) // 2):
-        first = 2 * torch.arange(len(swapped)) + swapped.long()
-        second = first + 1 - 2 * swapped.long()
+        a = torch.arange(len(swapped))
+        first, second = a + len(a) * swapped.long(), a + len(a) * (1 - swapped.long())
         kept = [*held, *zip(A[first] - A[second], b[first] - b[second], strict=True)]
         P, p = torch.cat([A[first], A[second]]), torch.cat([b[first], b[second]])
         if isinstance(layer, MaxMin):

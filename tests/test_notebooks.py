@@ -20,11 +20,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
-from safetensors.torch import save_file
 
 from cll import experiment
 from cll.experiment.stack import build_network
-from cll.experiment.store import CERTIFIER
+from cll.experiment.store import CERTIFIER, save_weights
 from paper import (
     ablation,
     choose,
@@ -268,7 +267,7 @@ def finish(params, folder):
     (folder / "curve.csv").write_text("epoch,loss\n1,1.0\n")
     if params.model in ("MLP", "4C3F"):
         net = build_network(params, dataset.num_classes, dataset.input_shape)
-        save_file(net.state_dict(), folder / "checkpoint.safetensors")
+        save_weights(net.state_dict(), folder / "checkpoint.safetensors")
     (folder / "result.json").write_text(json.dumps(record))
     return record
 

@@ -19,7 +19,7 @@ import cll
 from cll import experiment
 from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, load_reference, records
-from cll.experiment.store import CERTIFIER
+from cll.experiment.store import CERTIFIER, save_weights
 
 sys.path.insert(0, str(ROOT / "tools"))
 import collect  # noqa: E402
@@ -222,12 +222,12 @@ def damage_radii(folder):
 
 
 def damage_weights(folder):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     state = load_file(folder / WEIGHTS)
     first = next(key for key, value in state.items() if value.ndim == 2)
     state[first] *= 1.01
-    save_file(state, folder / WEIGHTS)
+    save_weights(state, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,8 @@ def _(layer, z):
 
 @exact.register(MaxMin)
 def _(layer, z):
-    return np.concatenate([np.maximum(z[::2], z[1::2]), np.minimum(z[::2], z[1::2])])
+    a, b = np.split(z, 2)
+    return np.concatenate([np.maximum(a, b), np.minimum(a, b)])
 
 
 @exact.register(GroupSort)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import pandas as pd
@@ -19,7 +20,7 @@ import cll
 from cll import experiment
 from cll.bounds.linear import full_precision
 from cll.experiment import load_dataset, run_dir
-from cll.experiment.checkpoints import load_checkpoints
+from cll.experiment.checkpoints import load_checkpoints, save_checkpoints
 from cll.experiment.fast import use_compiled, use_dense
 from cll.experiment.local_lip_b import local_estimate
 from cll.experiment.stack import Stack, build_network
@@ -247,6 +248,26 @@ def test_damaged_checkpoint_is_named(tmp_path):
     (out / "checkpoint.pt").write_bytes(b"PK not a checkpoint")
     with pytest.raises(ValueError, match="damaged checkpoint .*checkpoint.pt .*delete this file"):
         cll.experiment.run_all([params()], tmp_path, progress=False)
+
+
+def test_a_checkpoint_of_version_0_2_is_not_resumed(tmp_path):
+    """Its weights and moments are in the order of another MaxMin. Networks without one go on."""
+    for p in (params(), params(DIGITS | {"model": "CPL-S", "size": {"width": 0.1, "depth": 0.1}})):
+        net = build_network(p, 2, p.input_shape or (2,))
+        stack, out = Stack([p], [net], "cpu"), run_dir(p, tmp_path)
+        out.mkdir(parents=True)
+        x, y = torch.rand(1, 5, *net.input_shape), torch.zeros(1, 5).long()
+        stack.step(x, y, *stack.schedule(0.0))
+        batches = types.SimpleNamespace(states=[torch.Generator().get_state()])
+        save_checkpoints(stack, [out], batches, 1, [None], 1.0)
+        record = torch.load(out / "checkpoint.pt")
+        assert record.pop("MaxMin") == "halves" and list(load_checkpoints(p, out)) == [1]
+        torch.save(record, out / "checkpoint.pt")
+        if p.model == "MLP":
+            with pytest.raises(ValueError, match=r"of version 0\.2.*; delete this file"):
+                load_checkpoints(p, out)
+        else:
+            assert list(load_checkpoints(p, out)) == [1]
 
 
 def test_schedules_reach_the_loss(tmp_path):

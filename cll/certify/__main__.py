@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.sources import load
 from . import file as certificate
-from .run_folder import WEIGHTS, load_model, read_record
+from .run_folder import WEIGHTS, in_order, load_model, read_record
 
 EPILOG = """examples:
   python -m cll.certify write outputs/quick/runs/digits-MLP-CLL-seed1-5f893c
@@ -67,8 +67,9 @@ def write_run(run, out=None, data=None):
     source = {"source": data or params["data"], "input_shape": list(params["input_shape"])}
     source |= {key: params[key] for key in ("train_size", "test_size")}
     source |= {"seed": params["seed"]} if params["data"] == "two_moons" else {}
-    options = {"radii": list(record["cra"]), "weights": run / WEIGHTS, "source": source}
     model, out = load_model(run), out or run / "certificate.json"
+    weights = run / WEIGHTS if in_order(run / WEIGHTS) else None  # or those of the model, converted
+    options = {"radii": list(record["cra"]), "weights": weights, "source": source}
     return certificate.write(model, load(**source), out, **options, progress=True)
 
 

@@ -58,15 +58,6 @@ def rebuild(description, tensors):
     return net.eval().requires_grad_(False)
 
 
-def current(description):
-    """The description without the form of SLL layers: earlier versions name it, one is left."""
-
-    def without(said):
-        return {k: v for k, v in said.items() if (k, v) != ("variant", "sound")}
-
-    return json.loads(json.dumps(description), object_hook=without)
-
-
 def _compare(*descriptions):
     said, built = (json.dumps(d, indent=1).splitlines() for d in descriptions)
     for line, other in zip(said, built, strict=False):

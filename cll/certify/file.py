@@ -46,7 +46,7 @@ from ..bounds.rounding import margin_error
 from ..data.sources import TESTS, load
 from ..layers.structure import freeze
 from . import RADII, certified_radius, cra_curve, distance
-from .description import check_fit, current, describe, rebuild, tensors_of
+from .description import check_fit, describe, rebuild, tensors_of
 from .inputs import as_pixels, checked, predict_logits, test_split
 
 SPARE = 1e-7  # relative, on a written bound: far more than any proof gives away to rounding
@@ -103,7 +103,7 @@ ARCHITECTURE = _record(  # see description.py
     input_shape=list[int], input_mean=list[float], input_std=list[float], body=dict, head=dict
 )
 CERTIFICATE = _record(
-    format=Literal["cll certificate 1"],
+    format=Literal["cll certificate 1", "cll certificate 2"],
     architecture=ARCHITECTURE,
     weights=_record(file=NAME, tensors=dict[str, TENSOR]),
     data=DATA | None,  # where the images are, if known
@@ -163,6 +163,9 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors_of(given).items()}
         save_file(tensors, weights)
     tensors = {k: v for k, v in load_file(weights).items() if k in tensors_of(given)}
+    for name, tensor in tensors_of(given).items():
+        if name not in tensors or not tensor.cpu().equal(tensors[name].to(tensor.dtype)):
+            raise ValueError(f"weights: {weights} does not hold the model's tensor {name}")
     net = rebuild(architecture, tensors)
     proof, K, claims = _bounds(net, None, progress)
     K = K * (1 + K_SPARE)
@@ -171,7 +174,7 @@ def write(model, dataset, path, radii=RADII, *, weights=None, source=None, progr
     answers = _answers(images, predict_logits(net, images, progress=progress), proof, K)
     answers = {"sha256": list(map(_digest, images)), "target": targets.tolist()} | answers
     certificate = {
-        "format": "cll certificate 1",
+        "format": "cll certificate 2",
         "architecture": architecture,
         "weights": {
             "file": os.path.relpath(weights, path.parent),
@@ -209,6 +212,8 @@ def verify(path, *, weights=None, data=None, images=None, progress=False):
         known = "the path of a certificate.json, such as `python -m cll.certify write RUN` writes"
         text = _regular(path, "the certificate", known, LONGEST).read_bytes()
         c = _read(CERTIFICATE, text, path.name)
+        old = "format: of version 0.2, whose MaxMin pairs other channels: write it again"
+        _require(c["format"] == "cll certificate 2", old)
         content = json.loads(text, object_pairs_hook=_unique)
         file = Path(weights or path.parent / c["weights"]["file"])
         net = _checked_network(c, _regular(file, "weights", "their path as weights, or --weights"))
@@ -265,9 +270,8 @@ def _blamed_on(where, kinds=Exception):
 def _checked_network(c, file):
     """The network of a certificate with the tensors in a file, each of them checked. The claims
     are compared with each other first, before they cost memory."""
-    stored, tensors = c["weights"]["tensors"], {}
+    architecture, stored, tensors = c["architecture"], c["weights"]["tensors"], {}
     with _blamed_on("architecture"):  # a constructor given wrong arguments may raise anything
-        architecture = current(c["architecture"])
         blank = {
             name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta")
             for name, t in stored.items()

@@ -115,11 +115,10 @@ def _layer(proven, unit, stages):
 
     adjoint_error = gamma(terms) * absolute_norm(layer, W, shape)
     step = step._replace(weight=W, rows=row_lengths(W, norm), adjoint_error=adjoint_error)
-    if len(W) % 2 == 0 and len(W) // getattr(layer, "groups", 1) % 2 == 0:
-        first, second = _pairs(W, 0)
+    if len(W) % 2 == 0 and getattr(layer, "groups", 1) == 1:  # or a pair has two sets of inputs
+        first, second = W.chunk(2)
         half = (first - second) / 2  # +-half: the projection of W onto differences
-        both = torch.stack([half, -half], 1).flatten(0, 1)
-        pair_norm = first_bound(layer, both, shape) * ROUNDED
+        pair_norm = first_bound(layer, torch.cat([half, -half]), shape) * ROUNDED
         pair_rows = row_lengths(half, pair_norm, math.sqrt(2))
         step = step._replace(pair_norm=pair_norm, pair_rows=pair_rows)
     return step, unit
@@ -136,14 +135,9 @@ def _stages(layer, below, *gains):
         elif below is not None and below.rows is not None and not pairs:
             reach = below.rows * gains[0]
             if type(layer) is ClampedMaxMin:  # max(a, b) moves by no more than a or b does
-                reach = torch.cat([torch.maximum(*_pairs(reach))] * 2, 1)
+                reach = torch.cat([torch.maximum(*reach.chunk(2, 1))] * 2, 1)
         stages.append(_Stage(pairs, ball + LEAST, reach + LEAST))
     return stages
-
-
-def _pairs(x, axis=1):
-    """(a, b) of the channels that MaxMin compares."""
-    return x.unflatten(axis, (-1, 2)).unbind(axis + 1)
 
 
 class _State(NamedTuple):
@@ -179,7 +173,7 @@ def _folds(layer, z, unit):
     if type(layer) is nn.ReLU:
         stages = [z]
     else:
-        a, b = _pairs(z)
+        a, b = z.chunk(2, 1)
         stages = [(a - b) / math.sqrt(2)]
         if type(layer) is ClampedMaxMin:
             high, low = torch.maximum(a, b) - layer.high, torch.minimum(a, b) - layer.low
@@ -244,7 +238,7 @@ def _bent(c, slope, pairs):
     if not pairs:
         return c / 2 + slope
     mean, slope = sum(c.chunk(2, 1)) / 2, slope / math.sqrt(2)
-    return torch.stack([mean + slope, mean - slope], 2).flatten(1, 2)  # as `_pairs` takes them
+    return torch.cat([mean + slope, mean - slope], 1)
 
 
 def fall(k, tau, stage, error):

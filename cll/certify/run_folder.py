@@ -4,11 +4,14 @@
 import json
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..architectures import build
+from ..layers.activations import from_adjacent_pairs
 
 WEIGHTS = "checkpoint.safetensors"
+ORDER = {"MaxMin": "halves"}  # metadata of files of weights; those of version 0.2 lack it
 
 
 def read_record(folder):
@@ -40,9 +43,22 @@ def load_model(out_dir):
             "`python -m cll RUN/result.json` trains it again"
         )
     try:
-        net.load_state_dict(load_file(path))
+        load_weights(net, path)
     except Exception as error:  # safetensors and torch raise several types for a damaged file
         reason = str(error).splitlines()[0][:100]
         text = f"damaged weights {path} ({reason}); delete the folder to redo the run"
         raise ValueError(text) from None
     return net.eval()
+
+
+def in_order(path):
+    """Whether the weights in a file are for MaxMin on halves of the channels."""
+    with safe_open(path, "pt") as file:
+        return ORDER.items() <= (file.metadata() or {}).items()
+
+
+def load_weights(net, path, strict=True):
+    """Load a file of a run, also one of version 0.2, into its network."""
+    net.load_state_dict(load_file(path), strict=strict)
+    if not in_order(path):
+        from_adjacent_pairs(net)

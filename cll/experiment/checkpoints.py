@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from ..certify.run_folder import ORDER, load_weights
 from .ranks import on_main
+from .schema import PLAIN
 from .stack import build_network
 from .store import device_name, save_weights, whole
 
@@ -39,6 +40,7 @@ def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
     for s, (run, out_dir) in enumerate(zip(stack.runs, out_dirs, strict=True)):
         newest, previous = (out_dir / name for name in GENERATIONS)
         record = {
+            **ORDER,
             "params_hash": run.hash(),
             "epoch": epoch,
             "generator": batches.states[s],
@@ -69,19 +71,20 @@ def load_snapshots(run, dataset, out_dir):
     """(epoch, settled network in eval mode) of each snapshot of a run, one at a time."""
     for epoch in sorted(set(run.snapshots)):
         net = build_network(run, dataset.num_classes, dataset.input_shape)
-        weights = load_file(Path(out_dir) / f"snapshot-{epoch}.safetensors")
-        net.load_state_dict(weights, strict=False)
+        load_weights(net, Path(out_dir) / f"snapshot-{epoch}.safetensors", strict=False)
         yield epoch, net.eval().settle()
 
 
 def load_checkpoints(run, out_dir):
     """{epoch: checkpoint} in a run's folder, without those of other parameters. Raises ValueError
-    naming a damaged file."""
+    naming a damaged file, or one whose moments are in the order of version 0.2."""
     checkpoints = {}
     for path in filter(Path.exists, (Path(out_dir) / name for name in GENERATIONS)):
         try:
             record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if record["params_hash"] == run.hash():
+                if run.model in PLAIN and not ORDER.items() <= record.items():
+                    raise ValueError("of version 0.2, whose MaxMin pairs other channels")
                 checkpoints[record["epoch"]] = record
         except Exception as error:  # torch.load raises many types; all mean the same here
             reason = (str(error).splitlines() or [""])[0][:80]

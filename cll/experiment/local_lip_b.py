@@ -57,7 +57,7 @@ def local_estimate(net, images, epsilon, iterations=2):
                 with torch.no_grad():
                     R = (epsilon * product).view(-1, *[1] * (h.ndim - 1))
                     box = _pre_activation(layer, h, low, high, R)
-                    inputs, (reached, live) = live, _changing(follower, layer.weight, *box, R)
+                    inputs, (reached, live) = live, _changing(follower, layer, *box, R)
                     # activations rise with every element: a box goes through by its corners
                     h, low, high = map(follower, box) if isinstance(follower, ACTIVATIONS) else box
                 norm = _masked_norm(layer, next(vectors), inputs, reached, iterations)
@@ -90,25 +90,24 @@ def _row_norms(weight, ndim):
     return weight.flatten(1).norm(dim=1).view(1, -1, *[1] * (ndim - 2))
 
 
-def _changing(follower, weight, z, low, high, R):
+def _changing(follower, layer, z, low, high, R):
     """Masks (reached, live) of the pre-activations that reach an element which may change, and of
-    the elements of the activation that may change; weight: of the layer before it."""
+    the elements of the activation that may change; layer: the linear one before it."""
     if isinstance(follower, nn.ReLU):
         live = (high > 0).to(z.dtype)
         return live, live
     if not isinstance(follower, ClampedMaxMin):
         return torch.ones_like(z), torch.ones_like(z)
-    pairs = (t.unflatten(1, (-1, 2)).unbind(2) for t in (z, low, high))
-    (a, b), (a_low, b_low), (a_high, b_high) = pairs
-    difference = R * _row_norms(weight[0::2] - weight[1::2], z.ndim)  # how far a - b may move
+    (a, b), (a_low, b_low), (a_high, b_high) = (t.chunk(2, 1) for t in (z, low, high))
+    first, second = layer.weight.chunk(2)  # rows; those of two groups have inputs of their own
+    apart = first - second if getattr(layer, "groups", 1) == 1 else torch.cat([first, second], 1)
+    difference = R * _row_norms(apart, z.ndim)  # how far a - b may move
     first = (a - b + difference >= 0) & (a_high >= b_low)  # a may be the larger one
     second = (b - a + difference >= 0) & (b_high >= a_low)
     top_live = torch.maximum(a_low, b_low) < follower.high
     bottom_live = torch.minimum(a_high, b_high) > follower.low
-    reached = torch.stack(
-        [first & top_live | second & bottom_live, second & top_live | first & bottom_live], 2
-    )
-    return reached.flatten(1, 2).to(z.dtype), torch.cat([top_live, bottom_live], 1).to(z.dtype)
+    reached = first & top_live | second & bottom_live, second & top_live | first & bottom_live
+    return torch.cat(reached, 1).to(z.dtype), torch.cat([top_live, bottom_live], 1).to(z.dtype)
 
 
 def _masked_norm(layer, v, inputs, outputs, iterations):

@@ -1,6 +1,6 @@
 """Layers with known bounds, a family a file."""
 
-from .activations import ClampedMaxMin, GroupSort, Householder, MaxMin
+from .activations import ClampedMaxMin, GroupSort, Householder, MaxMin, from_adjacent_pairs
 from .classifier import LipschitzNet, as_lipschitz_net
 from .potential import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from .sandwich import SandwichConv2d, SandwichLinear

@@ -10,7 +10,6 @@ from ..bounds.dense import proven_square
 from ..bounds.linear import CHUNK, SAFE, TINY, U, as_text, gamma, lengths, power_of_two, round_up
 from ..bounds.registry import register_ours, register_rounding
 from ..bounds.trace import evaluation_copy
-from .activations import batch_in_front
 from .structure import length_of, without_autocast
 
 
@@ -94,7 +93,11 @@ class _RightSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B):
-        return _RightSolve.apply(*batch_in_front(info, in_dims, A, B)), 0
+        A, B = (
+            x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            for x, axis in zip((A, B), in_dims, strict=True)
+        )
+        return _RightSolve.apply(A, B), 0
 
 
 class SandwichLinear(_Sandwich):
