@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from ..certify import run_folder
-from ..certify.run_folder import ORDER
 from ..certify.run_folder import load_model as load_model  # one of the names of experiment
 from ..data.sources import load
 from .schema import ROOT, SCHEDULE, Params
@@ -108,7 +107,7 @@ def write_record(record, out_dir):
 def save_weights(tensors, path):
     """Write {name: tensor}."""
     with whole(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, ORDER)
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, run_folder.ORDER)
 
 
 def only_finished():

@@ -46,8 +46,12 @@ def unsort_pairs(gradient, in_order):
 class _MaxMin(torch.autograd.Function):
     """`sort_pairs` for autograd and torch.func."""
 
-    generate_vmap_rule = True
     forward = staticmethod(sort_pairs)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        outputs = _MaxMin.apply(x.movedim(in_dims[0], 0).flatten(0, 1))  # one larger batch
+        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -92,21 +96,18 @@ class ClampedMaxMin(nn.Module):
 
 @torch.no_grad()
 def from_adjacent_pairs(model):
-    """Turn the weights of an nn.Sequential or LipschitzNet whose MaxMin and ClampedMaxMin layers
-    paired channels (2i, 2i + 1), as in version 0.2 and in published code, into those of the same
-    function with pairs (i, i + C/2), in place: rows 0, 2, 4, ..., 1, 3, 5, ... of the Linear or
-    Conv2d before each of them, and of a BatchNorm between. Call it once; returns the model.
-
-    Raises ValueError, having changed nothing, where one follows other layers, or one with groups.
-    """
+    """Convert an nn.Sequential or LipschitzNet with weights of version 0.2, whose MaxMin and
+    ClampedMaxMin paired channels (2i, 2i + 1), in place and once; returns it. Rows 0, 2, 4, ..., 1,
+    3, 5, ... of the Linear or Conv2d before each of them, and of a BatchNorm between, are the same
+    function with pairs (i, i + C/2). Raises ValueError, having changed nothing, where one of them
+    follows another layer or groups."""
     layers = [layer for _, layer in leaves(getattr(model, "body", model))]
     sorting = {layer for layer in model.modules() if isinstance(layer, MaxMin | ClampedMaxMin)}
     before, known = [], sorting <= set(layers)
     for i, layer in enumerate(layers):
         if layer in sorting:
-            start = i - 1 - (i > 1 and isinstance(layers[i - 1], nn.BatchNorm1d | nn.BatchNorm2d))
-            before += layers[start:i]
-            linear = layers[start] if i else None
+            start = max(0, i - 1 - isinstance(layers[i - 1], nn.BatchNorm1d | nn.BatchNorm2d))
+            linear, before = layers[start], before + layers[start:i]
             known &= type(linear) is nn.Linear or type(linear) is nn.Conv2d and linear.groups == 1
     if not known:
         raise ValueError("each MaxMin must follow a Linear or a Conv2d without groups in the chain")
