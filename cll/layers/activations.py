@@ -96,10 +96,10 @@ class ClampedMaxMin(nn.Module):
 
 @torch.no_grad()
 def from_adjacent_pairs(model):
-    """Convert an nn.Sequential or LipschitzNet with weights of version 0.2, whose MaxMin and
-    ClampedMaxMin paired channels (2i, 2i + 1), in place and once; returns it. Rows 0, 2, 4, ..., 1,
-    3, 5, ... of the Linear or Conv2d before each of them, and of a BatchNorm between, are the same
-    function with pairs (i, i + C/2). Raises ValueError, having changed nothing, where one of them
+    """Convert an nn.Sequential or LipschitzNet with weights of version 0.2 or of the paper's code,
+    whose MaxMin and ClampedMaxMin pair channels (2i, 2i + 1), in place and once; returns it. Rows
+    0, 2, 4, ..., 1, 3, 5, ... of the Linear or Conv2d before each, and of a BatchNorm between, are
+    the same function with pairs (i, i + C/2). Raises ValueError, having changed nothing, where one
     follows another layer or groups."""
     layers = [layer for _, layer in leaves(getattr(model, "body", model))]
     sorting = {layer for layer in model.modules() if isinstance(layer, MaxMin | ClampedMaxMin)}
