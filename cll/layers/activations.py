@@ -36,7 +36,7 @@ def sort_pairs(x):
 
 def unsort_pairs(gradient, in_order):
     """The transpose of `sort_pairs` at the input that gave `in_order`. It exchanges bits, which on
-    a CPU is 5 to 10 times as fast as a choice of numbers and, as that, exact."""
+    a CPU is 2 (float32) to 6 times (bfloat16) as fast as to choose numbers, and as exact."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.itemsize]
     high, low = gradient.view(bits).chunk(2, 1)
     exchanged = (high ^ low) & -in_order.to(bits)  # -1 is all bits
