@@ -42,6 +42,7 @@ _LIPCONV = {f"LipConvNet-{n}": n // 5 for n in (5, 10, 15, 20, 25, 30, 35, 40)}
 NAMES = (*_CONVOLUTIONS, *_LIPCONV, *_RESIDUAL, "Sandwich")
 _HEADS = {"linear": nn.Linear, "normalized": NormalizedLinear, "truncated": Truncation}
 _ACTIVATIONS = ("MaxMin", "ClampedMaxMin", "ReLU")
+_INITS = {"kaiming": nn.init.kaiming_normal_, "orthogonal": nn.init.orthogonal_}
 
 
 def build(
@@ -55,6 +56,7 @@ def build(
     width=1.0,
     depth=1.0,
     activation="MaxMin",
+    init="kaiming",
 ):
     """A network of the paper with random weights.
 
@@ -66,6 +68,8 @@ def build(
     width, depth: factors in (0, 1] on the hidden widths and on the number of repeated layers (of
         LipConvNet, CPL, SLL): the same architecture at a size for a CPU.
     activation: of 4C3F, 6C2F, 8C2F and MLP: "MaxMin", "ClampedMaxMin" or "ReLU".
+    init: of the same, the weights: "kaiming" (normal, as published) or "orthogonal", all singular
+        values of a weight, as a matrix with a row per output, 1.
     Raises ValueError for an unknown name or option and an input too small for the network.
     Draws from torch's global generator: seed with torch.manual_seed.
     """
@@ -74,6 +78,7 @@ def build(
         known = ", ".join(NAMES)
         raise ValueError(f"unknown network {name!r}; nearest: {nearest!r} (known: {known})")
     options = {"head": (head, tuple(_HEADS)), "activation": (activation, _ACTIVATIONS)}
+    options["init"] = (init, tuple(_INITS))
     for option, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"{option} = {value!r} is not one of {', '.join(known)}")
@@ -82,8 +87,9 @@ def build(
     plain = name in _CONVOLUTIONS
     if depth != 1 and name not in (*_LIPCONV, *_RESIDUAL):
         raise ValueError(f"{name} takes no depth: leave it out")
-    if activation != "MaxMin" and not plain:
-        raise ValueError(f"{name} takes no activation: leave it out")
+    for option, usual in (("activation", "MaxMin"), ("init", "kaiming")):
+        if options[option][0] != usual and not plain:
+            raise ValueError(f"{name} takes no {option}: leave it out")
     input_shape = tuple(input_shape)
     if name != "MLP" and len(input_shape) != 3:
         raise ValueError(f"{name} takes images (channels, height, width), got {input_shape}")
@@ -100,7 +106,7 @@ def build(
     if plain:
         for layer in [*sequence, last]:
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight)
+                _INITS[init](layer.weight)
                 nn.init.zeros_(layer.bias)
     # rows were drawn for adjacent pairs, those of version 0.2: a seed keeps its function
     body = from_adjacent_pairs(nn.Sequential(*sequence))

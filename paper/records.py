@@ -92,6 +92,19 @@ def shortened(result):
     return result["epochs"] < 0.99 * (result["published_epochs"] or result["epochs"])
 
 
+def is_quick(result):
+    """Whether the run trained by the quick recipe, not by the published schedule."""
+    return result.get("recipe") == "quick"
+
+
+def epochs(result):
+    """ "801"; "7 of 801" of a shortened schedule; "64 by the quick recipe"."""
+    if is_quick(result):
+        return f"{result['epochs']} by the quick recipe"
+    whole = f" of {result['published_epochs']}" if shortened(result) else ""
+    return f"{result['epochs']}{whole}"
+
+
 def _range(numbers):
     """ "5" or "5 to 9"."""
     low, high = min(numbers), max(numbers)
@@ -104,22 +117,25 @@ def _listed(values):
 
 def caption(results, tightness=False):
     """One line for a table or figure: profile, data source, number of seeds, epochs ("6 of 801"
-    where the schedule was shortened), then which networks are smaller than the paper's, that
-    enlarged digits are no CIFAR-10, and "trained in bfloat16"; tightness: also that its search was
-    shorter than the published one."""
+    where the schedule was shortened, "quick recipe, 64 epochs" of that), then which networks are
+    smaller than the paper's, that enlarged digits are no CIFAR-10, and "trained in bfloat16";
+    tightness: also that its search was shorter than the published one."""
     results = list(results)
     if not results:
         return "no finished run"
     pairs = {(r["name"], r["seed"]) for r in results}
     counts = collections.Counter(name for name, _ in pairs).values()
-    epochs = _range([r["epochs"] for r in results])
-    if any(map(shortened, results)):
-        epochs += f" of {_range([r['published_epochs'] or r['epochs'] for r in results])}"
+    length = f"{_range([r['epochs'] for r in results])}"
+    if any(shortened(r) and not is_quick(r) for r in results):
+        length += f" of {_range([r['published_epochs'] or r['epochs'] for r in results])}"
+    quick = sum(map(is_quick, results))
+    some = f"{quick} of {len(results)} runs by the " * (quick < len(results))
     parts = [
         f"profile {_listed(r['profile'] for r in results)}",
         f"data {_listed(map(data_source, results))}",
         f"{_range(counts)} seed{'s' * (max(counts) > 1)}",
-        f"{epochs} epochs",
+        f"{some}quick recipe" if quick else "",
+        f"{length} epochs",
         *_caveats(results),
         tightness_note(results) if tightness else "",
     ]
@@ -139,7 +155,10 @@ def _caveats(results):
     if digits:
         sides = _listed("x".join(map(str, shape[1:])) for shape in digits)
         yield f"digits enlarged to {sides}, a mechanics check, not comparable with the paper"
-    precisions = [r.get("params", {}).get("precision", "float32") for r in results]
+    precisions = [
+        r.get("trained", {}).get("precision") or r.get("params", {}).get("precision", "float32")
+        for r in results
+    ]
     for precision in sorted(set(precisions) - {"float32"}):  # in which the published runs train
         count = precisions.count(precision)
         some = f"{count} of {len(results)} runs " * (count < len(results))

@@ -33,7 +33,7 @@ from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, records
 from cll.experiment.store import CERTIFIER
 from paper.moons import display_moons, moons_table
-from paper.records import RADII, caption, data_source, markdown, plain_name, shortened
+from paper.records import RADII, caption, data_source, epochs, markdown, plain_name
 from paper.tables import comparison_table, display_table
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
@@ -178,12 +178,6 @@ def listing(root=REFERENCE):
     used = sum(map(size, records(root)))  # not the pictures, which git does not keep
     total = f"\n{len(lines)} runs, {used / 1e6:.1f} of at most {LIMIT / 1e6:.0f} MB.\n"
     return markdown(pd.DataFrame(lines)) + total
-
-
-def epochs(record):
-    """ "801", or "7 of 801" for a shortened schedule."""
-    whole = f" of {record['published_epochs']}" if shortened(record) else ""
-    return f"{record['epochs']}{whole}"
 
 
 def row_runs(root, more=()):

@@ -21,6 +21,8 @@ import pages
 import pandas as pd
 from PIL import Image
 
+from paper.records import epochs
+
 THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
 
 
@@ -83,9 +85,8 @@ def provenance(folder):
     rows = []
     for path in sorted(folder.glob("runs/*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
-        whole, where = r["published_epochs"] or r["epochs"], r["trained"]
-        row = {"run": r["name"], "seed": r["seed"], "data": r["data"]}
-        row["epochs"] = f"{r['epochs']} of {whole}" if r["epochs"] < whole else r["epochs"]
+        where = r["trained"]
+        row = {"run": r["name"], "seed": r["seed"], "data": r["data"], "epochs": epochs(r)}
         row |= {"seconds": f"{r['seconds']:.0f}", "device": where["device"]}
         revision, _, changes = where["git_revision"].partition(" ")
         row |= {"torch": r["versions"]["torch"], "revision": revision[:10]}

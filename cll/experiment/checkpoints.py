@@ -47,6 +47,7 @@ def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
             "diverged": diverged[s],
             "seconds": seconds / len(stack.runs),
             "device": device_name(stack.device),
+            "precision": stack.program.precision,
             **stack.state(s),
         }
         with whole(newest) as temporary:
@@ -116,6 +117,8 @@ def restore(stack, out_dirs, generators):
             "run folders must lie on a file system that all ranks see"
         ) from None
     stack.load(states)
+    # that of the first steps, whatever a check found today
+    stack.program.precision = stack.way["precision"] = states[0]["precision"]
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state["generator"])
     if stack.engine is not None:

@@ -22,7 +22,8 @@ BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate fr
 
 class Trained(NamedTuple):
     """A trained network. seconds: its share of the wall time; together: number of runs that trained
-    as one program; earlier: the record of an earlier certificate of the same weights, or {}."""
+    as one program; way: how its steps were taken (see fast.choose); earlier: the record of an
+    earlier certificate of the same weights, or {}."""
 
     params: object
     net: torch.nn.Module
@@ -30,6 +31,7 @@ class Trained(NamedTuple):
     out_dir: object
     seconds: float
     together: int
+    way: dict
     earlier: dict = {}
 
 
@@ -68,7 +70,8 @@ def evaluate(run, progress):
 def _identity(run):
     """Which run it is: its parameters, its data and the size of its network."""
     params, dataset = run.params, run.dataset
-    keys = {"name", "row", "seed", "profile", "model", "head", "epochs", "published_epochs"}
+    keys = {"name", "row", "seed", "profile", "recipe", "model", "head", "epochs"}
+    keys |= {"published_epochs"}
     return params.model_dump(include=keys | ({"size"} if params.size != Size() else set())) | {
         "method": params.loss.name,
         "data": dataset.name,
@@ -187,6 +190,7 @@ def _provenance(run):
     """Where, when and how the run was trained and certified."""
     now = provenance(run.params.torch_device)
     trained = {key: (run.earlier or now)[key] for key in ("device", "git_revision", "date")}
+    trained |= run.way
     # they may have been made elsewhere and brought here to be certified
     if checkpoints := load_checkpoints(run.params, run.out_dir):
         trained["device"] = checkpoints[max(checkpoints)].get("device", trained["device"])

@@ -1,4 +1,5 @@
-"""Two faster ways to take the steps of a Stack: `use_dense` and `use_compiled`.
+"""How a Stack takes its steps: `choose`, in which precision and layout, and by which of two faster
+ways, `use_dense` and `use_compiled`.
 
 A step of a network with a few thousand weights takes as long as the number of its operations:
 seven layers under torch.func.vmap are 1,400 of them. In a dense stack a layer of all runs is one
@@ -10,10 +11,13 @@ On CUDA, where hundreds of small kernels take longer to start than to run, torch
 and replays the step as one CUDA graph.
 """
 
+import time
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..layers.activations import MaxMin, sort_pairs, unsort_pairs
 from .schema import PLAIN
@@ -23,6 +27,85 @@ WIDEST = 64  # of features in a dense stack: beyond, padding costs more than ope
 COMPILED_STEPS = 2000  # from here on, compiling a step (a minute) pays back
 COMPILED_DEVICES = ("cuda",)  # on a CPU the compiled step is no faster, see benchmarks/
 COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
+
+
+def choose(stack, steps):
+    """Let a stack take its steps, so many in all, in the fastest way that is right on its device;
+    returns it as words for the result: {"precision", "layout", "step"}.
+
+    precision: that of the run; "auto" is bfloat16 where `bfloat16_fault` finds none, else float32,
+    and so is "bfloat16", with a warning where it finds one. layout: channels-last for the images of
+    a run alone on a CPU. step: "dense", "compiled" or "plain".
+    """
+    program, asked = stack.program, stack.program.precision
+    shape = stack.nets[0].input_shape
+    if asked in ("auto", "bfloat16"):
+        fault = bfloat16_fault(stack.nets[0], stack.device)
+        program.precision = "float32" if fault else "bfloat16"
+        if fault and asked == "bfloat16":
+            told = f"{stack.runs[0].name} trains in float32, not in bfloat16: {fault}"
+            warnings.warn(told, stacklevel=2)
+    program.channels_last = stack.device.type == "cpu" and len(shape) == 3 and len(stack.runs) == 1
+    layout = "channels-last" if program.channels_last else "contiguous"
+    stack.way = {"precision": program.precision, "layout": layout, "step": "plain"}
+    if use_dense(stack):
+        stack.way["step"] = "dense"
+    use_compiled(stack, steps)
+    return stack.way
+
+
+class _Convolutions(TorchFunctionMode):
+    """Collects one call of torch.conv2d of each shape: (x, weight, all other arguments)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d:
+            x, weight, _, *rest = args
+            self.calls[x.shape, weight.shape, str(rest)] = x.detach(), weight.detach(), rest
+        return func(*args, **(kwargs or {}))
+
+
+@torch.random.fork_rng(devices=[])
+def bfloat16_fault(net, device, batch=16):
+    """Why a network should not train in bfloat16 on this device, or None: one convolution of each of
+    its shapes, with its gradients, differs from float64 by more than the rounding of bfloat16 (some
+    releases of PyTorch have wrong kernels), or all together take no less time than in float32 (some
+    have slow ones, and not every processor knows bfloat16)."""
+    torch.manual_seed(0)
+    images = torch.rand(batch, *net.input_shape).to(device)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), _Convolutions() as seen:
+        net(images)
+    total = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
+    for x, weight, rest in seen.calls.values():
+        expected = _convolved(x, weight, rest, torch.float64)
+        for dtype in total:
+            times = []
+            for _ in range(4):  # the first one allocates
+                began = time.perf_counter()
+                found = _convolved(x, weight, rest, dtype)
+                times.append(time.perf_counter() - began)
+            total[dtype] += min(times[1:])
+        pairs = zip(found, expected, strict=True)
+        error = max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+        if not error <= 0.02:
+            return f"a convolution of {tuple(x.shape)} by {tuple(weight.shape)} is off by {error:.1e}"
+    if not total[torch.bfloat16] < total[torch.float32]:
+        return "its convolutions are no faster in bfloat16 on this device"
+    return None
+
+
+def _convolved(x, weight, rest, dtype):
+    """[output, gradient in x, gradient in the weight] of a convolution in this type, as float64."""
+    x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
+    y = F.conv2d(x, weight, None, *rest)
+    gradient = torch.linspace(-1, 1, y[0].numel(), device=y.device).sin().to(dtype).view_as(y[0])
+    gradients = torch.autograd.grad(y, (x, weight), gradient.expand_as(y).contiguous())
+    return [t.detach().double() for t in (y, *gradients)]  # on CUDA, waits for them
 
 
 def use_dense(stack):
@@ -39,7 +122,7 @@ def use_dense(stack):
         and stack.engine is None
         and program.local_K is None
         and not program.through
-        and stack.runs[0].precision == "float32"
+        and program.precision == "float32"
     )
     if fits:
         stack.forward = DenseStack(stack, len(linear) - 1).forward
@@ -52,7 +135,7 @@ def use_compiled(stack, steps):
     a C++ compiler, or the gradients differ, one warning says so and training goes on as before, to
     the same result."""
     first, program = stack.runs[0], stack.program
-    plain = first.model in PLAIN and program.local_K is None and not program.tf32
+    plain = first.model in PLAIN and program.local_K is None and program.precision != "tf32"
     worth = stack.device.type in COMPILED_DEVICES and steps >= COMPILED_STEPS
     if not (plain and worth and stack.engine is None):
         return
@@ -72,9 +155,9 @@ def use_compiled(stack, steps):
                 return compiled(*batch)
 
             error = _difference(stack, replayed, eager, batch)
-            if not error <= (1e-3 if first.precision == "float32" else 1e-2):
+            if not error <= (1e-3 if program.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
-            stack.losses = replayed
+            stack.losses, stack.way["step"] = replayed, "compiled"
         except Exception as error:  # a compiler raises many types
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             message = f"training of {first.model} is not compiled ({reason}): it goes on without"

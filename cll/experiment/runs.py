@@ -118,16 +118,16 @@ def _run_together(runs, out_dirs, progress):
         # one process first, which may download them
         with engine.main_process_first() if engine else contextlib.nullcontext():
             datasets = [store.load_dataset(runs[i]) for i in todo]
-        nets, seconds = [], 0.0
+        nets, seconds, way = [], 0.0, {}
         if todo:
             given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
-            nets, seconds = train(*given, runs[0].torch_device, progress)
+            nets, seconds, way = train(*given, runs[0].torch_device, progress)
 
         def complete():
             several = progress and len(todo) > 1
             with progress_bar(len(todo), "certify", "run", several) as bar:
                 for i, net, dataset in zip(todo, nets, datasets, strict=True):
-                    new = Trained(runs[i], net, dataset, out_dirs[i], seconds, len(todo))
+                    new = Trained(runs[i], net, dataset, out_dirs[i], seconds, len(todo), way)
                     records[i] = evaluate(new, progress)
                     bar.update()
             for i in set(range(len(runs))) - set(todo):
@@ -174,5 +174,5 @@ def recertify(params, out_dir, progress=True):
     net, together = store.load_model(out_dir), record["trained_together"]
     with FileLock(out_dir / ".lock"):
         dataset = store.load_dataset(params)
-        old = Trained(params, net, dataset, out_dir, record["seconds"], together, record)
+        old = Trained(params, net, dataset, out_dir, record["seconds"], together, {}, record)
         return evaluate(old, progress)

@@ -35,17 +35,19 @@ class Optimizer(Record):
     momentum: Start = 0.9  # of SGD
     weight_decay: NonNegative = 0.0
     # triangular: 0, lr at 2/5 of training, lr/20 at 4/5, 0; exponential: lr until decay_from, then
-    # exponentially to final_lr
-    schedule: Literal["milestones", "triangular", "exponential"] = "milestones"
+    # exponentially to final_lr; power: lr (1 - t)^power, t from 0 to 1
+    schedule: Literal["milestones", "triangular", "exponential", "power"] = "milestones"
     milestones: tuple[Count, ...] = ()  # iterations at which gamma multiplies lr
     gamma: Share = 0.1
     decay_from: Start = 0.5  # fraction of training
     final_lr: Positive | None = None
+    power: Positive = 2.0
 
     def mistakes(self):
         unused = {"betas"} if self.name == "SGD" else {"momentum"}
         unused |= {"milestones", "gamma"} if self.schedule != "milestones" else set()
         unused |= {"decay_from", "final_lr"} if self.schedule != "exponential" else set()
+        unused |= {"power"} if self.schedule != "power" else set()
         used_by = f"{self.name} with schedule = {self.schedule!r}"
         for key in sorted(unused):
             if getattr(self, key) != Optimizer.model_fields[key].default:
@@ -62,6 +64,8 @@ class Optimizer(Record):
         if self.schedule == "exponential":
             decayed = (iteration / total - self.decay_from) / (1 - self.decay_from)
             return self.lr * (self.final_lr / self.lr) ** max(decayed, 0.0)
+        if self.schedule == "power":
+            return self.lr * (1 - iteration / total) ** self.power
         return self.lr * self.gamma ** sum(iteration >= m for m in self.milestones)
 
 
@@ -130,8 +134,10 @@ class Params(Record):
     power_iterations: Count = 5
     # gradient of the norm estimate, see bounds.estimate
     power_gradient: Literal["envelope", "through"] = "envelope"
-    # of the network in training (tf32 on CUDA); K and the certificate never change
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    # of the network in training (tf32 on CUDA), "auto": bfloat16 where that is right and fast, else
+    # float32; K and the certificate never change
+    precision: Literal["float32", "tf32", "bfloat16", "auto"] = "float32"
+    init: Literal["kaiming", "orthogonal"] = "kaiming"  # of plain networks, see architectures.build
     radii: tuple[Annotated[str, BeforeValidator(_radius)], ...] = Field(
         ("36/255", "72/255", "108/255"), min_length=1
     )
@@ -144,6 +150,7 @@ class Params(Record):
     seed: Annotated[int, Field(ge=0, lt=SEEDS), Number] = 1
     profile: Profile = "paper"
     published_epochs: Count | None = None  # of the published schedule
+    recipe: Literal["published", "quick"] = "published"  # whose schedule, whole or shortened
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="before")
@@ -178,6 +185,8 @@ class Params(Record):
         plain = f"needs a model of plain layers ({', '.join(PLAIN)}), not {self.model}"
         if self.loss.local_K is not None and self.model not in PLAIN:
             yield f"loss {self.loss.name} {plain}"
+        if self.init != "kaiming" and self.model not in PLAIN:
+            yield f"init: {self.init} {plain}"
         if self.local and self.model not in PLAIN:
             yield f"local: true {plain}"
         if max(self.snapshots, default=0) > self.epochs:

@@ -21,7 +21,8 @@ NOT_DECAYED = ("angle", "high", "low")  # names of angles and thresholds: zero m
 
 def build_network(params, num_classes, input_shape):
     """The untrained network of a parameter record (experiment.Params), as architectures.build."""
-    options = {"head": params.head, "activation": params.activation, **params.size.model_dump()}
+    options = {key: getattr(params, key) for key in ("head", "activation", "init")}
+    options |= params.size.model_dump()
     normalisation = params.input_std, params.input_mean
     return build(params.model, num_classes, input_shape, *normalisation, **options)
 
@@ -43,19 +44,23 @@ class Program(nn.Module):
         self.local_K = first.loss.local_K
         self.moves_K = any(run.loss.moves_K for run in runs)
         self.through = first.power_gradient == "through"
-        self.bfloat16, self.tf32 = (first.precision == p for p in ("bfloat16", "tf32"))
+        self.precision, self.channels_last = first.precision, False  # see fast.choose
 
     def forward(self, images, epsilon=None):
         """Logits (N, C) and their Bound; of local bounds within epsilon, 0-dim, of each image."""
         if self.local_K is not None:
             bound = Bound(self.local_K(self.net, images, epsilon))
         else:
-            exact = full_precision(images.device) if self.tf32 else contextlib.nullcontext()
+            tf32 = self.precision == "tf32"
+            exact = full_precision(images.device) if tf32 else contextlib.nullcontext()
             with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
                 body = self.net.body_lipschitz(self.iterations, self.through)
                 bound = bound_of(body, head_rows(self.net.head))
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         # autocast reaches the network only: K and the losses stay in float32
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+        rounds = self.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=rounds):
             logits = self.net(images)
         return logits.float(), bound
 
@@ -71,7 +76,7 @@ class Stack:
 
     def __init__(self, runs, nets, device, engine=None):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.engine = engine
+        self.engine, self.way = engine, {}  # way: see fast.choose
         self.program = Program(nets[0], runs).to(self.device).train()
         self.module = self.program
         if engine is not None:
@@ -133,7 +138,7 @@ class Stack:
         """On CUDA, float32 through TF32 where the runs ask for it and nowhere else."""
         if self.device.type != "cuda":
             return contextlib.nullcontext()
-        return full_precision(self.device, self.program.tf32)
+        return full_precision(self.device, self.program.precision == "tf32")
 
     def schedule(self, progress):
         """The arguments of `step` after images and targets at `progress` in [0, 1]: for each group

@@ -16,7 +16,7 @@ import torch
 from ..data.augment import augment, draw, to_float
 from ..progress import progress_bar
 from .checkpoints import CURVE, open_curve, restore, save_checkpoints, save_snapshots
-from .fast import use_compiled, use_dense
+from .fast import choose
 from .ranks import connect, is_main
 from .stack import Stack, build_network
 
@@ -29,7 +29,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     runs: see Stack. datasets: a data.Dataset for each run, equal in size (the same object where
     shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv. Started by torchrun, all
     ranks call this with the same single run and rank 0 writes.
-    Returns (nets, seconds): the trained networks (None on ranks but 0), each run's share of time.
+    Returns (nets, seconds, way): the trained networks (None on ranks but 0), each run's share of
+    time, how the steps were taken (see fast.choose).
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
@@ -46,7 +47,8 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     with contextlib.ExitStack() as opened:
         opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
-        bar = progress_bar(epochs * batches.steps, _describe(runs), "step", progress and main)
+        text = f"{_describe(runs)} ({', '.join(stack.way.values())})"
+        bar = progress_bar(epochs * batches.steps, text, "step", progress and main)
         opened.enter_context(bar).update(start * batches.steps)
         curves = [opened.enter_context(open_curve(d, start)) for d in out_dirs if main]
         for epoch in range(start, epochs):
@@ -75,7 +77,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         raise FloatingPointError("; ".join(filter(None, diverged)))
     if stack.engine is not None:
         stack.engine.free_memory()  # it would keep this network while the next one trains
-    return stack.networks() if main else None, seconds / len(runs)
+    return stack.networks() if main else None, seconds / len(runs), stack.way
 
 
 def _prepare(runs, datasets, device):
@@ -92,10 +94,9 @@ def _prepare(runs, datasets, device):
             nets.append(build_network(run, data.num_classes, data.input_shape))
     stack = Stack(runs, nets, device, engine)
     batches = Batches(runs, datasets, stack.device, engine)
+    way = choose(stack, runs[0].epochs * batches.steps)
     # operations of a dense stack are so small that two threads are slower than one
-    threads = 1 if use_dense(stack) else torch.get_num_threads()
-    use_compiled(stack, runs[0].epochs * batches.steps)
-    return stack, batches, threads
+    return stack, batches, 1 if way["step"] == "dense" else torch.get_num_threads()
 
 
 class Batches:
