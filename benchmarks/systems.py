@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import cll
 from cll.bounds.linear import full_precision
-from cll.experiment.fast import use_compiled, use_dense
+from cll.experiment.fast import choose
 from cll.experiment.stack import Stack, build_network
 
 FILES = [f"table2/{f.stem}" for f in sorted((cll.ROOT / "params/table2").glob("cifar10-*.yaml"))]
@@ -60,8 +60,7 @@ def training_step(runs, nets, images, targets, fast=True):
     """
     stack = Stack(runs, nets, images.device)
     if fast:
-        use_dense(stack)
-        use_compiled(stack, LONG)
+        choose(stack, LONG)
     numbers = stack.schedule(0.5)
     return lambda: stack.step(images, targets, *numbers)
 

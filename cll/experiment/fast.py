@@ -11,6 +11,7 @@ On CUDA, where hundreds of small kernels take longer to start than to run, torch
 and replays the step as one CUDA graph.
 """
 
+import functools
 import time
 import warnings
 
@@ -21,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..layers.activations import MaxMin, sort_pairs, unsort_pairs
 from .schema import PLAIN
-from .stack import bound_of
+from .stack import bound_of, mapped
 
 WIDEST = 64  # of features in a dense stack: beyond, padding costs more than operations do
 COMPILED_STEPS = 2000  # from here on, compiling a step (a minute) pays back
-COMPILED_DEVICES = ("cuda",)  # on a CPU the compiled step is no faster, see benchmarks/
+COMPILED_DEVICES = ("cuda",)  # on a CPU whole steps gain nothing by it, see benchmarks/
 COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
 
 
@@ -35,7 +36,7 @@ def choose(stack, steps):
 
     precision: that of the run; "auto" is bfloat16 where `bfloat16_fault` finds none, else float32,
     and so is "bfloat16", with a warning where it finds one. layout: channels-last for the images of
-    a run alone on a CPU. step: "dense", "compiled" or "plain".
+    a run alone on a CPU. step: "dense", "compiled", both or "plain".
     """
     program, asked = stack.program, stack.program.precision
     shape = stack.nets[0].input_shape
@@ -130,41 +131,51 @@ def use_dense(stack):
 
 
 def use_compiled(stack, steps):
-    """Let torch.compile make the losses of a stack of plain networks on CUDA, where its number of
-    steps pays that back. The first batch is computed both ways: where compiling fails, e.g. without
-    a C++ compiler, or the gradients differ, one warning says so and training goes on as before, to
-    the same result."""
-    first, program = stack.runs[0], stack.program
+    """Let torch.compile make, where the number of steps pays that back, `losses` of a stack of plain
+    networks on CUDA, and of a dense stack what comes after the logits. The first batch is computed
+    both ways: where compiling fails, e.g. without a C++ compiler, or the gradients differ, one
+    warning says so and training goes on as before, to the same result."""
+    first, program, dense = stack.runs[0], stack.program, stack.way.get("step") == "dense"
     plain = first.model in PLAIN and program.local_K is None and program.precision != "tf32"
-    worth = stack.device.type in COMPILED_DEVICES and steps >= COMPILED_STEPS
+    worth = steps >= COMPILED_STEPS and (dense or stack.device.type in COMPILED_DEVICES)
     if not (plain and worth and stack.engine is None):
         return
-    eager = stack.losses
+    eager, plain_way = stack.losses, stack.way.get("step")
+    stack.way["step"] = "dense, compiled" if dense else "compiled"
 
     def on_trial(*batch):
         """Chooses between both ways, which from here on is `losses`."""
         stack.losses = eager
         try:
-            for t in stack.tensors.values():
-                torch._dynamo.mark_static_address(t)  # a graph reads and writes them in place
-            compiled = torch.compile(eager, dynamic=False, **COMPILER)
-
-            def replayed(*batch):
-                # outputs of the step before may be overwritten
-                torch.compiler.cudagraph_mark_step_begin()
-                return compiled(*batch)
-
-            error = _difference(stack, replayed, eager, batch)
+            compiled = _compiled_after_logits(eager) if dense else _compiled(stack, eager)
+            error = _difference(stack, compiled, eager, batch)
             if not error <= (1e-3 if program.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
-            stack.losses, stack.way["step"] = replayed, "compiled"
+            stack.losses = compiled
         except Exception as error:  # a compiler raises many types
+            stack.way["step"] = plain_way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             message = f"training of {first.model} is not compiled ({reason}): it goes on without"
             warnings.warn(f"{message}, to the same result and slower", stacklevel=2)
         return stack.losses(*batch)
 
     stack.losses = on_trial
+
+
+def _compiled(stack, eager):
+    for t in stack.tensors.values():
+        torch._dynamo.mark_static_address(t)  # a graph reads and writes them in place
+    compiled = torch.compile(eager, dynamic=False, **COMPILER)
+
+    def replayed(*batch):
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
+        return compiled(*batch)
+
+    return replayed
+
+
+def _compiled_after_logits(eager):
+    return functools.partial(eager, mapped=torch.compile(mapped, dynamic=False))
 
 
 def _difference(stack, compiled, eager, batch):

@@ -65,6 +65,18 @@ class Program(nn.Module):
         return logits.float(), bound
 
 
+def mapped(loss, *stacked):
+    """The loss (S,) of runs that share a call. stacked: logits, targets, a Bound and the numbers of
+    the call, all with a first axis S."""
+
+    def one(logits, targets, bound, numbers):
+        return loss(logits, targets, bound, **numbers)
+
+    if len(stacked[0]) == 1:
+        return one(*tree_map_only(Tensor, lambda t: t.squeeze(0), stacked))[None]
+    return vmap(one)(*stacked)
+
+
 class Stack:
     """S runs as one program: one optimiser, one step.
 
@@ -109,7 +121,7 @@ class Stack:
 
         return vmap(one)(self.tensors, images)
 
-    def losses(self, images, targets, *values):
+    def losses(self, images, targets, *values, mapped=mapped):
         """(loss (S,), correct (S,), K) of `step`, loss and K with their gradients."""
         epsilon = values[0]["epsilon"] if self.program.local_K is not None else None
         logits, bound = self.forward(images, epsilon)
@@ -117,7 +129,7 @@ class Stack:
         for (loss, members), numbers in zip(self.groups, values, strict=True):
             pick = operator.itemgetter(members)
             batch = tree_map_only(Tensor, pick, (logits, targets, bound))
-            totals.append(_mapped(loss, *batch, numbers))
+            totals.append(mapped(loss, *batch, numbers))
         correct = (logits.detach().argmax(2) == targets).sum(1)
         return torch.cat(totals), correct, bound.K
 
@@ -206,18 +218,6 @@ class Stack:
 def _call(loss):
     """What two losses have in common that differ in their numbers alone."""
     return type(loss), loss.model_dump(exclude=loss.scheduled), list(loss.values(0.0))
-
-
-def _mapped(loss, *stacked):
-    """The loss (S,) of runs that share a call. stacked: logits, targets, a Bound and the numbers of
-    the call, all with a first axis S."""
-
-    def one(logits, targets, bound, numbers):
-        return loss(logits, targets, bound, **numbers)
-
-    if len(stacked[0]) == 1:
-        return one(*tree_map_only(Tensor, lambda t: t.squeeze(0), stacked))[None]
-    return vmap(one)(*stacked)
 
 
 def _optimizer(config, parameters):
