@@ -389,11 +389,11 @@ def test_a_run_alone_interrupted_ends_in_the_same_bits(base, tmp_path, monkeypat
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
-    (whole,), _ = train([p], [data], folders[:1], progress=False)
+    (whole,), *_ = train([p], [data], folders[:1], progress=False)
     begun = interrupt(7)
     with pytest.raises(KeyboardInterrupt):
         train([p], [data], folders[1:], progress=False)
-    (resumed,), _ = train([p], [data], folders[1:], progress=False)
+    (resumed,), *_ = train([p], [data], folders[1:], progress=False)
     assert len(begun) == 7 + 8  # the second of three epochs was repeated
     a, b = whole.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -517,7 +517,7 @@ def test_tf32_is_on_where_asked_and_for_the_network_alone(precision, monkeypatch
     p, net, x, y = image_run("4C3F", "GloRo", precision=precision)
     stack = Stack([p], [net], "cpu")
     monkeypatch.setattr(  # as on CUDA
-        stack, "products", lambda: full_precision(torch.device("cpu"), stack.program.tf32)
+        stack, "products", lambda: full_precision(torch.device("cpu"), precision == "tf32")
     )
     seen, K = {}, net.body_lipschitz
 
