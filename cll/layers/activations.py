@@ -29,18 +29,26 @@ class MaxMin(nn.Module):
 
 
 def sort_pairs(x):
-    """(MaxMin of x (N, C, ...), whether each pair was in order), without a gradient."""
+    """(MaxMin of x (N, C, ...), 1 where a pair was in order and 0 elsewhere), without a gradient.
+    Each result is written where it belongs: on a CPU a copy costs as much as the comparison."""
     a, b = x.chunk(2, 1)  # (N, C/2, ...) each
-    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1), a >= b
+    y, in_order = torch.empty_like(x), torch.empty_like(a)
+    high, low = y.chunk(2, 1)
+    torch.maximum(a, b, out=high)
+    torch.minimum(a, b, out=low)
+    return y, torch.ge(a, b, out=in_order)
 
 
 def unsort_pairs(gradient, in_order):
     """The transpose of `sort_pairs` at the input that gave `in_order`. It exchanges bits, which on
-    a CPU is 2 (float32) to 6 times (bfloat16) as fast as to choose numbers, and as exact."""
+    a CPU is 2 to 6 times as fast as a choice of numbers and, as that, exact."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.itemsize]
-    high, low = gradient.view(bits).chunk(2, 1)
-    exchanged = (high ^ low) & -in_order.to(bits)  # -1 is all bits
-    return torch.cat([low ^ exchanged, high ^ exchanged], 1).view(gradient.dtype)
+    x = torch.empty_like(gradient)
+    (high, low), (a, b) = (t.view(bits).chunk(2, 1) for t in (gradient, x))
+    exchanged = (high ^ low).bitwise_and_(in_order.to(bits).neg_())  # -1 is all bits
+    torch.bitwise_xor(low, exchanged, out=a)
+    torch.bitwise_xor(high, exchanged, out=b)
+    return x
 
 
 class _MaxMin(torch.autograd.Function):
@@ -64,7 +72,7 @@ class _MaxMin(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return unsort_pairs(gradient, in_order)
         high, low = gradient.chunk(2, 1)  # to be differentiated again, which bits cannot
-        return torch.cat([torch.where(in_order, high, low), torch.where(in_order, low, high)], 1)
+        return torch.cat([torch.lerp(low, high, in_order), torch.lerp(high, low, in_order)], 1)
 
 
 class ClampedMaxMin(nn.Module):
