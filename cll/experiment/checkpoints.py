@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..certify.run_folder import ORDER, load_weights
@@ -45,7 +46,7 @@ def save_checkpoints(stack, out_dirs, batches, epoch, diverged, seconds):
             "epoch": epoch,
             "generator": batches.states[s],
             "diverged": diverged[s],
-            "seconds": seconds / len(stack.runs),
+            "seconds": (seconds / len(stack.runs)).tolist(),
             "device": device_name(stack.device),
             "precision": stack.program.precision,
             **stack.state(s),
@@ -98,7 +99,7 @@ def load_checkpoints(run, out_dir):
 
 def restore(stack, out_dirs, generators):
     """Load the newest epoch that all runs have, which rank 0 chooses and every rank reads; returns
-    (epoch, diverged, seconds)."""
+    (epoch, diverged, wall and CPU seconds)."""
 
     def available():
         return [load_checkpoints(run, d) for run, d in zip(stack.runs, out_dirs, strict=True)]
@@ -108,7 +109,7 @@ def restore(stack, out_dirs, generators):
 
     epoch = on_main(newest, stack.engine)
     if epoch is None:
-        return 0, [None] * len(stack.runs), 0.0
+        return 0, [None] * len(stack.runs), np.zeros(2)
     try:
         states = [checkpoints[epoch] for checkpoints in available()]
     except KeyError:
@@ -123,4 +124,4 @@ def restore(stack, out_dirs, generators):
         generator.set_state(state["generator"])
     if stack.engine is not None:
         stack.engine.wait_for_everyone()  # rank 0 replaces these files soon
-    return epoch, [s["diverged"] for s in states], sum(s["seconds"] for s in states)
+    return epoch, [s["diverged"] for s in states], sum(np.array(s["seconds"]) for s in states)

@@ -17,11 +17,12 @@ from .ranks import count
 from .schema import Size
 from .store import CERTIFIER, provenance, save_weights, write_record
 
+TIMES = ("seconds", "cpu_seconds")  # of training
 BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate from below
 
 
 class Trained(NamedTuple):
-    """A trained network. seconds: its share of the wall time; together: number of runs that trained
+    """A trained network. seconds: its share of the wall and CPU time; together: number of runs that trained
     as one program; way: how its steps were taken (see fast.choose); earlier: the record of an
     earlier certificate of the same weights, or {}."""
 
@@ -29,7 +30,7 @@ class Trained(NamedTuple):
     net: torch.nn.Module
     dataset: object
     out_dir: object
-    seconds: float
+    seconds: object
     together: int
     way: dict
     earlier: dict = {}
@@ -194,10 +195,14 @@ def _provenance(run):
     # they may have been made elsewhere and brought here to be certified
     if checkpoints := load_checkpoints(run.params, run.out_dir):
         trained["device"] = checkpoints[max(checkpoints)].get("device", trained["device"])
+    if run.earlier:
+        times = {key: value for key, value in run.earlier.items() if key in TIMES}
+    else:
+        times = {key: round(value, 1) for key, value in zip(TIMES, run.seconds, strict=True)}
     return {
         "certifier": CERTIFIER,
         "trained": run.earlier.get("trained", trained),
-        "seconds": round(run.seconds, 1),
+        **times,
         "trained_together": run.together,
         "ranks": count(),
         "params": run.params.model_dump(mode="json", by_alias=True),

@@ -118,7 +118,7 @@ def _run_together(runs, out_dirs, progress):
         # one process first, which may download them
         with engine.main_process_first() if engine else contextlib.nullcontext():
             datasets = [store.load_dataset(runs[i]) for i in todo]
-        nets, seconds, way = [], 0.0, {}
+        nets, seconds, way = [], None, {}
         if todo:
             given = [runs[i] for i in todo], datasets, [out_dirs[i] for i in todo]
             nets, seconds, way = train(*given, runs[0].torch_device, progress)
@@ -174,5 +174,5 @@ def recertify(params, out_dir, progress=True):
     net, together = store.load_model(out_dir), record["trained_together"]
     with FileLock(out_dir / ".lock"):
         dataset = store.load_dataset(params)
-        old = Trained(params, net, dataset, out_dir, record["seconds"], together, {}, record)
+        old = Trained(params, net, dataset, out_dir, None, together, {}, record)
         return evaluate(old, progress)

@@ -11,6 +11,7 @@ import csv
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..data.augment import augment, draw, to_float
@@ -30,7 +31,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     shared). out_dirs: a folder for each run's checkpoint.pt and curve.csv. Started by torchrun, all
     ranks call this with the same single run and rank 0 writes.
     Returns (nets, seconds, way): the trained networks (None on ranks but 0), each run's share of
-    time, how the steps were taken (see fast.choose).
+    the wall and CPU seconds, how the steps were taken (see fast.choose).
     Raises ValueError for a batch that the ranks cannot share evenly, and FloatingPointError after
     the last epoch if a loss became NaN or infinite, naming run, epoch, loss and K.
     """
@@ -39,11 +40,11 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     main, epochs, out_dirs = is_main(), runs[0].epochs, [Path(d) for d in out_dirs]
     start, diverged, former_seconds = restore(stack, out_dirs, batches.generators)
     batches.draw()
+    began, seconds = _clocks(), former_seconds
     due = 0.0  # when the next checkpoint is
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
-        due = save_checkpoints(stack, out_dirs, batches, 0, diverged, 0.0)
+        due = save_checkpoints(stack, out_dirs, batches, 0, diverged, seconds)
 
-    began, seconds = time.monotonic(), former_seconds
     with contextlib.ExitStack() as opened:
         opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
@@ -54,11 +55,11 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         for epoch in range(start, epochs):
             # Run: the steps of the epoch. The host waits for the device once, at its end.
             rows = _run_epoch(stack, batches, epoch, bar)
-            seconds = former_seconds + time.monotonic() - began
+            seconds = former_seconds + _clocks() - began
 
             # Report: a row in every curve.csv, a line on the screen, and who has diverged.
             for curve, row in zip(curves, rows, strict=False):
-                csv.writer(curve).writerow([*row.values(), round(seconds / len(runs), 3)])
+                csv.writer(curve).writerow([*row.values(), round(seconds[0] / len(runs), 3)])
             for s, row in enumerate(rows):
                 diverged[s] = diverged[s] or _divergence(runs[s], row)
             mean = {k: sum(row[k] for row in rows) / len(rows) for k in ("loss", "train_accuracy")}
@@ -78,6 +79,11 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     if stack.engine is not None:
         stack.engine.free_memory()  # it would keep this network while the next one trains
     return stack.networks() if main else None, seconds / len(runs), stack.way
+
+
+def _clocks():
+    """Wall and CPU seconds, the latter of all threads of this process."""
+    return np.array([time.monotonic(), time.process_time()])
 
 
 def _prepare(runs, datasets, device):
