@@ -22,9 +22,9 @@ BOUNDS = ("guaranteed", "power")  # the certificate, and the paper's estimate fr
 
 
 class Trained(NamedTuple):
-    """A trained network. seconds: its share of the wall and CPU time; together: number of runs that trained
-    as one program; way: how its steps were taken (see fast.choose); earlier: the record of an
-    earlier certificate of the same weights, or {}."""
+    """A trained network. seconds: its share of the wall and CPU time; together: number of runs that
+    trained as one program; way: how its steps were taken (see fast.choose); earlier: the record of
+    an earlier certificate of the same weights, or {}."""
 
     params: object
     net: torch.nn.Module

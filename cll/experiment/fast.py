@@ -83,8 +83,8 @@ class _Convolutions(TorchFunctionMode):
 
 @torch.random.fork_rng(devices=[])
 def bfloat16_fault(net, device, batch=16):
-    """Why a network should not train in bfloat16 on this device, or None: one convolution of each of
-    its shapes, with its gradients, differs from float64 by more than the rounding of bfloat16 (some
+    """Why a network should not train in bfloat16 on this device, or None: one convolution of each
+    of its shapes, with its gradients, differs from float64 by more than bfloat16 rounds (some
     releases of PyTorch have wrong kernels), or all together take no less time than in float32 (some
     have slow ones, and not every processor knows bfloat16)."""
     torch.manual_seed(0)
@@ -106,7 +106,8 @@ def bfloat16_fault(net, device, batch=16):
         pairs = zip(found, expected, strict=True)
         error = max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
         if not error <= 0.02:
-            return f"a convolution of {tuple(x.shape)} by {tuple(weight.shape)} is off by {error:.1e}"
+            of = f"{tuple(x.shape)} by {tuple(weight.shape)}"
+            return f"a convolution of {of} is off by {error:.1e} in bfloat16"
     if not total[torch.bfloat16] < total[torch.float32]:
         return "its convolutions are no faster in bfloat16 on this device"
     return None

@@ -38,9 +38,9 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
     # Prepare: the networks and the data on the device, and what the last checkpoint holds.
     stack, batches, threads = _prepare(runs, datasets, device)
     main, epochs, out_dirs = is_main(), runs[0].epochs, [Path(d) for d in out_dirs]
-    start, diverged, former_seconds = restore(stack, out_dirs, batches.generators)
+    start, diverged, seconds = restore(stack, out_dirs, batches.generators)
     batches.draw()
-    began, seconds = _clocks(), former_seconds
+    began = _clocks() - seconds
     due = 0.0  # when the next checkpoint is
     if start == 0 and main:  # so that a kill before the first real checkpoint leaves all in step
         due = save_checkpoints(stack, out_dirs, batches, 0, diverged, seconds)
@@ -55,7 +55,7 @@ def train(runs, datasets, out_dirs, device="cpu", progress=True):
         for epoch in range(start, epochs):
             # Run: the steps of the epoch. The host waits for the device once, at its end.
             rows = _run_epoch(stack, batches, epoch, bar)
-            seconds = former_seconds + _clocks() - began
+            seconds = _clocks() - began
 
             # Report: a row in every curve.csv, a line on the screen, and who has diverged.
             for curve, row in zip(curves, rows, strict=False):
