@@ -144,7 +144,7 @@ def use_dense(stack):
 
 
 def use_compiled(stack, steps):
-    """Let torch.compile make, where the number of steps pays that back, `losses` of a stack of plain
+    """Let torch.compile make, where so many steps pay that back, the `losses` of a stack of plain
     networks on CUDA, and of a dense stack what comes after the logits. The first batch is computed
     both ways: where compiling fails, e.g. without a C++ compiler, or the gradients differ, one
     warning says so and training goes on as before, to the same result."""
