@@ -145,6 +145,15 @@ def test_counts_by_hand():
     assert c6 + linear(4096, 512) + linear(512, 10) == 2_250_378
 
 
+def test_orthogonal_weights_have_singular_values_1():
+    net = cll.build("4C3F", init="orthogonal")
+    for layer in (*net.body, net.head):
+        if hasattr(layer, "weight"):
+            values = torch.linalg.svdvals(layer.weight.double().flatten(1))
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-5, atol=0)
+            assert not layer.bias.any()
+
+
 def test_initialisation_is_kaiming_normal_with_zero_bias():
     torch.manual_seed(0)
     net = cll.build("4C3F")
@@ -200,6 +209,8 @@ def test_input_std_multiplies_K_by_its_smallest_value():
         (lambda: cll.build("4C3F", head="orthogonal"), "linear, normalized, truncated"),
         (lambda: cll.build("4C3F", activation="relu"), "MaxMin, ClampedMaxMin, ReLU"),
         (lambda: cll.build("CPL-S", activation="ReLU"), "takes no activation"),
+        (lambda: cll.build("4C3F", init="he"), "kaiming, orthogonal"),
+        (lambda: cll.build("CPL-S", init="orthogonal"), "takes no init"),
         (lambda: cll.build("4C3F", depth=0.5), "takes no depth"),
         (lambda: cll.build("4C3F", width=0.0), r"factors in \(0, 1\]"),
         (lambda: cll.build("LipConvNet-5", 10, (3, 28, 28)), "five times"),

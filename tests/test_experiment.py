@@ -76,6 +76,7 @@ SHORT = MOONS | {"epochs": 3, "certify_train": True, "tightness": {"method": "pa
             "milestones is not used by AdamW with schedule = 'triangular': leave it out",
         ),
         ({"optimizer": {"schedule": "exponential"}}, "schedule = 'exponential' needs final_lr"),
+        ({"optimizer": {"power": 3}}, "power is not used by AdamW with schedule = 'milestones'"),
         ({"size": {"widht": 0.5}}, "'size.widht'; nearest: 'width'"),
         ({"size": {"width": 2}}, "size.width = 2"),
         ({"head": "lln"}, "head = 'lln'"),

@@ -5,7 +5,7 @@ import pytest
 from exhibits import moons_record, record
 
 import cll
-from paper.records import caption, published, save_table, tightness_note, uncertain
+from paper.records import caption, epochs, published, save_table, tightness_note, uncertain
 from paper.tables import comparison_table, display_table
 
 
@@ -113,6 +113,16 @@ def test_caption_says_which_runs_trained_in_less_than_float32():
     assert caption([plain, rounded]).endswith("1 of 2 runs trained in bfloat16")
     assert caption([rounded]).endswith("801 epochs · trained in bfloat16")
     assert "trained" not in caption([plain, record(params={"precision": "float32"})])
+    found = record(params={"precision": "auto"}, trained={"precision": "float32"})
+    assert "trained" not in caption([found])
+
+
+def test_caption_names_the_quick_recipe():
+    quick = record(profile="quick", recipe="quick", epochs=16)
+    assert caption([quick]) == "profile quick · data cifar10 · 1 seed · quick recipe · 16 epochs"
+    some = caption([quick, record(seed=2, epochs=40)])
+    assert "1 of 2 runs by the quick recipe · 16 to 40 of 801 epochs" in some
+    assert (epochs(quick), epochs(record(epochs=7))) == ("16 by the quick recipe", "7 of 801")
 
 
 def test_caption_says_to_what_size_digits_were_enlarged():

@@ -21,7 +21,7 @@ from cll import experiment
 from cll.bounds.linear import full_precision
 from cll.experiment import load_dataset, run_dir
 from cll.experiment.checkpoints import load_checkpoints, save_checkpoints
-from cll.experiment.fast import use_compiled, use_dense
+from cll.experiment.fast import bfloat16_fault, choose, use_compiled, use_dense
 from cll.experiment.local_lip_b import local_estimate
 from cll.experiment.stack import Stack, build_network
 from cll.experiment.train import train
@@ -203,6 +203,21 @@ def test_a_dense_stack_is_the_networks_step_by_step(alone):
             for net, stack in zip(a.networks(), single, strict=True):
                 for p, q in zip(net.parameters(), stack.nets[0].parameters(), strict=True):
                     torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_long_training_of_a_dense_stack_compiles_what_follows_the_logits():
+    runs = [cll.load_params(MOONS | {"loss": LOSSES[name]}) for name in ("CLL", "GloRo")]
+    torch.manual_seed(0)
+    nets = [build_network(p, 2, (2,)) for p in runs]
+    x, y = torch.randn(3, 2, 50, 2), torch.randint(0, 2, (3, 2, 50))
+    long, short = (Stack(runs, copy.deepcopy(nets), "cpu") for _ in range(2))
+    assert choose(long, 10**6)["step"] == "dense, compiled" and choose(short, 10)["step"] == "dense"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="training of")
+        for i in range(3):
+            results = [s.step(x[i], y[i], *s.schedule(0.2 * i)) for s in (long, short)]
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_stack_of_zero_weights_stands_still():
@@ -469,6 +484,71 @@ def test_a_compiled_step_is_the_step(base, stacked, precision, compiled_on_cpu):
     assert len(compiled.networks()) == len(runs)
 
 
+@pytest.mark.parametrize("fault", [None, "wrong", "slow"])
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_bfloat16_is_taken_where_it_is_right_and_fast(precision, fault, monkeypatch):
+    """Of no processor here is known which it has: both types are computed by a stand-in."""
+    convolved = experiment.fast._convolved
+
+    def stand_in(x, weight, rest, dtype):
+        if (dtype == torch.bfloat16) == (fault == "slow"):
+            time.sleep(0.02)
+        results = convolved(x, weight, rest, torch.float64)
+        return (
+            [1.1 * t for t in results] if (dtype, fault) == (torch.bfloat16, "wrong") else results
+        )
+
+    monkeypatch.setattr(experiment.fast, "_convolved", stand_in)
+    p, net, x, y = image_run("4C3F", precision=precision)
+    stack = Stack([p], [net], "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        way = choose(stack, 10)
+    kept = "float32" if fault else "bfloat16"
+    assert way == {"precision": kept, "layout": "channels-last", "step": "plain"}
+    told = [str(w.message) for w in caught if "trains in float32" in str(w.message)]
+    assert len(told) == (precision == "bfloat16" and fault is not None)
+    reason = {"wrong": "is off by 1.0e-01 in bfloat16", "slow": "no faster in bfloat16"}
+    assert all(reason[fault] in text for text in told)
+    assert all(t.isfinite().all() for t in stack.step(x, y, *stack.schedule(0.5)))
+
+
+def test_the_check_of_bfloat16_leaves_the_generator_and_the_network():
+    _, net, *_ = image_run("4C3F")
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    bfloat16_fault(net, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_channels_last_changes_the_layout_alone():
+    p, net, x, y = image_run("4C3F", "GloRo")
+    results = []
+    for channels_last in (False, True):
+        stack, seen = Stack([p], [copy.deepcopy(net)], "cpu"), []
+        stack.program.channels_last = channels_last
+        stack.nets[0].body[0].register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+        results.append(stack.step(x, y, *stack.schedule(0.5)))
+        assert seen[0].is_contiguous(memory_format=torch.channels_last) == channels_last
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_keeps_its_precision_whatever_a_check_says_now(
+    tmp_path, interrupt, monkeypatch
+):
+    monkeypatch.setattr(experiment.checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(experiment.fast, "bfloat16_fault", lambda *_: None)
+    p = params(DIGITS | IMAGES["4C3F"], precision="auto", epochs=3)
+    begun = interrupt(4)
+    with pytest.raises(KeyboardInterrupt):
+        cll.run(p, tmp_path, progress=False)
+    monkeypatch.setattr(experiment.fast, "bfloat16_fault", lambda *_: "slow today")
+    record = cll.run(p, tmp_path, progress=False)
+    assert len(begun) > 4
+    assert record["trained"]["precision"] == "bfloat16" and record["cpu_seconds"] > 0
+
+
 @pytest.mark.parametrize("fault", ["raises", "differs"])
 def test_where_compiling_fails_training_goes_on_as_before(fault, compiled_on_cpu, monkeypatch):
     """To the same bits, with one warning."""
@@ -585,6 +665,8 @@ def test_learning_rate_schedules():
     decay = optimizer(lr=1e-3, schedule="exponential", decay_from=0.5, final_lr=1e-6)
     rates = [decay.rate(i, 1000) for i in (0, 500, 750, 1000)]
     assert rates == pytest.approx([1e-3, 1e-3, 10**-4.5, 1e-6])
+    falls = optimizer(lr=3e-3, schedule="power")
+    assert [falls.rate(i, 100) for i in (0, 50, 90)] == pytest.approx([3e-3, 3e-3 / 4, 3e-5])
 
 
 def test_loss_schedules():

@@ -145,28 +145,28 @@ def use_dense(stack):
 
 def use_compiled(stack, steps):
     """Let torch.compile make, where so many steps pay that back, the `losses` of a stack of plain
-    networks on CUDA, and of a dense stack what comes after the logits. The first batch is computed
-    both ways: where compiling fails, e.g. without a C++ compiler, or the gradients differ, one
-    warning says so and training goes on as before, to the same result."""
-    first, program, dense = stack.runs[0], stack.program, stack.way.get("step") == "dense"
+    networks on CUDA, and of a dense stack on a CPU what follows the logits. The first batch is
+    computed both ways: where compiling fails, e.g. without a C++ compiler, or the gradients differ,
+    one warning says so and training goes on as before, to the same result."""
+    first, program, whole = stack.runs[0], stack.program, stack.device.type in COMPILED_DEVICES
     plain = first.model in PLAIN and program.local_K is None and program.precision != "tf32"
-    worth = steps >= COMPILED_STEPS and (dense or stack.device.type in COMPILED_DEVICES)
+    worth = steps >= COMPILED_STEPS and (whole or stack.way["step"] == "dense")
     if not (plain and worth and stack.engine is None):
         return
-    eager, plain_way = stack.losses, stack.way.get("step")
-    stack.way["step"] = "dense, compiled" if dense else "compiled"
+    eager, before = stack.losses, stack.way["step"]
+    stack.way["step"] = "dense, compiled" if before == "dense" else "compiled"
 
     def on_trial(*batch):
         """Chooses between both ways, which from here on is `losses`."""
         stack.losses = eager
         try:
-            compiled = _compiled_after_logits(eager) if dense else _compiled(stack, eager)
+            compiled = _compiled(stack, eager) if whole else _compiled_after_logits(eager)
             error = _difference(stack, compiled, eager, batch)
             if not error <= (1e-3 if program.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
             stack.losses = compiled
         except Exception as error:  # a compiler raises many types
-            stack.way["step"] = plain_way
+            stack.way["step"] = before
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             message = f"training of {first.model} is not compiled ({reason}): it goes on without"
             warnings.warn(f"{message}, to the same result and slower", stacklevel=2)

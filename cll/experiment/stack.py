@@ -88,7 +88,8 @@ class Stack:
 
     def __init__(self, runs, nets, device, engine=None):
         self.runs, self.nets, self.device = runs, nets, torch.device(device)
-        self.engine, self.way = engine, {}  # way: see fast.choose
+        self.engine = engine
+        self.way = {"precision": runs[0].precision, "step": "plain"}  # see fast.choose
         self.program = Program(nets[0], runs).to(self.device).train()
         self.module = self.program
         if engine is not None:

@@ -25,7 +25,14 @@ class MaxMin(nn.Module):
 
     def forward(self, x):
         _groups(x, 2, "MaxMin")  # raises for an odd number
-        return _MaxMin.apply(x)[0]
+        return _maxmin(x)
+
+
+def _maxmin(x):
+    if torch.compiler.is_compiling():  # which joins these into one pass
+        a, b = x.chunk(2, 1)
+        return torch.cat([torch.where(a >= b, a, b), torch.where(a >= b, b, a)], 1)
+    return _MaxMin.apply(x)[0]
 
 
 def sort_pairs(x):
@@ -71,8 +78,9 @@ class _MaxMin(torch.autograd.Function):
         (in_order,) = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return unsort_pairs(gradient, in_order)
-        high, low = gradient.chunk(2, 1)  # to be differentiated again, which bits cannot
-        return torch.cat([torch.lerp(low, high, in_order), torch.lerp(high, low, in_order)], 1)
+        # to be differentiated again, which bits cannot
+        (high, low), keep = gradient.chunk(2, 1), in_order.bool()
+        return torch.cat([torch.where(keep, high, low), torch.where(keep, low, high)], 1)
 
 
 class ClampedMaxMin(nn.Module):
@@ -98,7 +106,7 @@ class ClampedMaxMin(nn.Module):
     def forward(self, x):
         if list(x.shape[1:]) != self.shape:  # broadcasting would repeat the input
             raise ValueError(f"ClampedMaxMin({self.shape}) got an input of shape {tuple(x.shape)}")
-        high, low = _MaxMin.apply(x)[0].chunk(2, 1)  # (N, C/2, ...) each
+        high, low = _maxmin(x).chunk(2, 1)  # (N, C/2, ...) each
         return torch.cat([high.minimum(self.high), low.maximum(self.low)], 1)
 
 
