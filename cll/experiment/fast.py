@@ -26,6 +26,7 @@ from ..layers.activations import MaxMin, sort_pairs, unsort_pairs
 from .schema import PLAIN
 from .stack import bound_of, mapped
 
+RESHAPED = ("LipConvNet", "Sandwich")  # layers of space-to-depth and FFT: slower channels-last
 WIDEST = 64  # of features in a dense stack: beyond, padding costs more than operations do
 COMPILED_STEPS = 2000  # from here on, compiling a step (a minute) pays back
 COMPILED_DEVICES = ("cuda",)  # on a CPU whole steps gain nothing by it, see benchmarks/
@@ -38,7 +39,7 @@ def choose(stack, steps):
 
     precision: that of the run; "auto" is bfloat16 where `bfloat16_fault` finds none, else float32,
     and so is "bfloat16", with a warning where it finds one. layout: channels-last for the images of
-    a run alone on a CPU. step: "dense", "compiled", both or "plain".
+    a run alone on a CPU, but for RESHAPED. step: "dense", "compiled", both or "plain".
     """
     program, asked = stack.program, stack.program.precision
     shape = stack.nets[0].input_shape
@@ -49,7 +50,8 @@ def choose(stack, steps):
         if fault and asked == "bfloat16":
             told = f"{stack.runs[0].name} trains in float32, not in bfloat16: {fault}"
             warnings.warn(told, stacklevel=2)
-    program.channels_last = stack.device.type == "cpu" and len(shape) == 3 and len(stack.runs) == 1
+    alone, cpu = len(shape) == 3 and len(stack.runs) == 1, stack.device.type == "cpu"
+    program.channels_last = alone and cpu and not stack.runs[0].model.startswith(RESHAPED)
     layout = "channels-last" if program.channels_last else "contiguous"
     stack.way = {"precision": program.precision, "layout": layout, "step": "plain"}
     if use_dense(stack):
