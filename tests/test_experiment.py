@@ -279,7 +279,7 @@ def test_profiles_change_sizes_never_the_method(path):
     iterations where the head of the file, or of a base, says why."""
     paper = cll.load_params(path, "paper").model_dump()
     sizes = {"epochs", "batch_size", "train_size", "test_size", "tightness", "size"}
-    sizes |= {"data", "input_shape", "profile", "attack", "snapshots"}
+    sizes |= {"data", "input_shape", "profile", "attack", "snapshots", "precision"}
     for profile in ("smoke", "quick"):
         inside = {"optimizer": {"milestones"}, "augmentation": {"crop"}, "loss": set()}
         if any(f"\n# {said}:" in with_bases(path) for said in (profile, "smoke and quick")):
@@ -308,8 +308,7 @@ def iterations(params, epochs):
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: p.stem)
 def test_milestones_keep_their_place_in_the_schedule(path):
     paper = cll.load_params(path, "paper")
-    epochs = paper.published_epochs or paper.epochs
-    published = [m / iterations(paper, epochs) for m in paper.optimizer.milestones]
+    published = [m / iterations(paper, paper.epochs) for m in paper.optimizer.milestones]
     for profile in ("quick", "smoke"):
         short = cll.load_params(path, profile)
         here = [m / iterations(short, short.epochs) for m in short.optimizer.milestones]
