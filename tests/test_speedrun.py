@@ -68,7 +68,7 @@ def test_the_claim_of_the_speedrun_is_that_of_its_runs(notebook):
     first = 32 * 27 * 32**2
     rest = 32 * 288 * 16**2 + 64 * 288 * 16**2 + 64 * 576 * 8**2 + 512 * (4096 + 512 + 10)
     (line,) = space["table"].query("recipe == 'quick' and epochs == 16").to_dict("records")
-    assert line["FLOPs"] == 2 * (3 * rest + 2 * first) * 16 * 390 * 128
+    assert line["TFLOP"] == pytest.approx(2e-12 * (3 * rest + 2 * first) * 16 * 390 * 128)
     assert (space["shown"]["n"] > "0").all() and space["path"].with_suffix(".csv").exists()
 
 
