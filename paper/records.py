@@ -212,6 +212,12 @@ def summary(results, by, values):
     return lines
 
 
+def summary_frame(results, by, values):
+    """The dicts of `summary` as a frame, also of no results; without the runs."""
+    columns = [*by, "n", *values, *(f"{name}_std" for name in values)]
+    return pd.DataFrame(summary(results, by, values), columns=columns)
+
+
 def accuracies(name, radii=None):
     """{"clean": ..., "CRA 36/255": ...}: functions of a record, in percent. name: "CRA {}"."""
     values = {"clean": lambda r: 100 * r["clean"]}

@@ -77,12 +77,13 @@ def note_at(ax, text, place, offset, **style):
     ax.annotate(text, place, offset, textcoords="offset points", **({"fontsize": 8} | style))
 
 
-def log_y(ax):
-    """A logarithmic ordinate with plain numbers at 1, 2 and 5 times the powers of ten."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+def log_scale(ax, which="y"):
+    """A logarithmic axis, "x" or "y", with plain numbers at 1, 2 and 5 times the powers of ten."""
+    ax.set(**{f"{which}scale": "log"})
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def radius_label(result):

@@ -23,12 +23,13 @@ OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's 
 
 
 # rows of table 2 that belong to a sweep; where that table is finished they are read
-ROWS = {"figure5": ("T2-03", "T2-05"), "lambda_sweep": ("T2-05",), "convergence": ()}
+ROWS = {"figure5": ("T2-03", "T2-05"), "convergence": ()}
+ROWS |= dict.fromkeys(("lambda_sweep", "front"), ("T2-05",))
 
 
 def runs(exhibit, profile, seeds=None, **overrides):
-    """The image runs of params/<exhibit>/ and of ROWS. exhibit: "figure5", "lambda_sweep" or
-    "convergence". seeds: None takes the profile's. overrides: of parameters, as device, data."""
+    """The image runs of params/<exhibit>/ and of ROWS. exhibit: "figure5", "front",
+    "lambda_sweep" or "convergence". seeds: None takes the profile's. overrides: of parameters."""
     sweep = experiment_params(exhibit, profile, seeds, **overrides)
     table2 = records.runs_beside(sweep, "table2", profile, **overrides)
     return sweep + sized_as(sweep[0], [run for run in table2 if run.row in ROWS[exhibit]])
@@ -146,6 +147,28 @@ def reached(epochs, values, share=0.95):
     return float(np.asarray(epochs)[there[0]]) if len(there) else np.nan
 
 
+def front(clean, cra):
+    """The points that no other beats in both accuracies, in order of the first: two arrays."""
+    order = np.lexsort((-np.asarray(cra), -np.asarray(clean)))
+    clean, cra = np.asarray(clean)[order], np.asarray(cra)[order]
+    kept = cra > np.maximum.accumulate([-np.inf, *cra[:-1]])
+    return clean[kept][::-1], cra[kept][::-1]
+
+
+def compare_fronts(ours, rival):
+    """Where our front lies above another, in words, by tenths of a point: at each clean accuracy
+    that both reach, the most CRA with at least that much, on straight lines between the points."""
+    clean = np.linspace(min(ours[0][0], rival[0][0]), min(ours[0][-1], rival[0][-1]), 201)
+    gain = np.round(np.interp(clean, *ours) - np.interp(clean, *rival), 1)
+    parts = []
+    for sign, span in itertools.groupby(range(len(clean)), lambda i: np.sign(gain[i])):
+        span = [*span]
+        by = f" (by up to {np.abs(gain[span]).max():.1f})" * bool(sign)
+        where = {1: "above", -1: "below", 0: "level"}[sign]
+        parts.append(f"{where} from {clean[span[0]]:.1f} to {clean[span[-1]]:.1f}{by}")
+    return ", ".join(parts)
+
+
 @style.of_runs
 def figure5(results):
     """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
@@ -157,7 +180,7 @@ def figure5(results):
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], TRUE_MARGIN)]
     accuracies(axes[0], slack.sort_values("p"), "p", "CRA(0.15)")
     _margin_curves(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
-    style.log_y(axes[2])
+    style.log_scale(axes[2])
     titles = ["slack, CLL at ε = 0.15", "certified accuracy", "K", "tightness"]
     names = ["accuracy (%)", "CRA at the trained ε (%)", "Lipschitz constant", "tightness (%)"]
     for ax, title, name in zip(axes, titles, names, strict=True):
@@ -218,7 +241,7 @@ def convergence_figure(results):
             ax.set_xscale("log")
         else:
             ax.xaxis.get_major_locator().set_params(integer=True)
-    style.log_y(axes[2])
+    style.log_scale(axes[2])
     for ax in axes[:2]:
         ax.set_ylim(0)
     axes[1].legend(loc="best")
@@ -242,7 +265,7 @@ def lambda_figure(images, moons):
         shown = f"{results[0]['model']}, {records.data_source(results[0])}"
         accuracy.set(ylim=(0, 105), ylabel=f"{shown}\naccuracy (%)")
         _power_law(constant, table["lambda"], table["K_f"])
-        style.log_y(constant)
+        style.log_scale(constant)
         constant.set_ylabel("K(f), guaranteed")
         if all(same_data(r, "CIFAR-10") for r in results):
             row = published("table2").loc["T2-05"]
