@@ -338,7 +338,7 @@ SCHEDULE = ("epochs", "optimizer", "precision", "tightness")
 
 def sized_as(other, runs, **changes):
     """The runs with the data, size and schedule of another, and no attack: a table's runs among
-    those of a sweep. Where those are equal already, as in the profiles quick and paper, these are
+    those of a sweep. Where those are equal already, as in profile paper, these are
     the table's finished runs: an attack is no part of a run's identity."""
     same = {key: getattr(other, key) for key in SIZES} | {"attack": None} | changes
     return [run.model_copy(update=same) for run in runs]
