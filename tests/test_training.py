@@ -11,6 +11,7 @@ import time
 import types
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -274,7 +275,7 @@ def test_a_checkpoint_of_version_0_2_is_not_resumed(tmp_path):
         x, y = torch.rand(1, 5, *net.input_shape), torch.zeros(1, 5).long()
         stack.step(x, y, *stack.schedule(0.0))
         batches = types.SimpleNamespace(states=[torch.Generator().get_state()])
-        save_checkpoints(stack, [out], batches, 1, [None], 1.0)
+        save_checkpoints(stack, [out], batches, 1, [None], np.ones(2))
         record = torch.load(out / "checkpoint.pt")
         assert record.pop("MaxMin") == "halves" and list(load_checkpoints(p, out)) == [1]
         torch.save(record, out / "checkpoint.pt")

@@ -14,6 +14,7 @@ and replays the step as one CUDA graph.
 import contextlib
 import ctypes
 import functools
+import logging
 import time
 import warnings
 
@@ -190,6 +191,8 @@ def _compiled(stack, eager):
 
 
 def _compiled_after_logits(eager):
+    # "No CUDA runtime is found", it warns: so it is
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return functools.partial(eager, mapped=torch.compile(mapped, dynamic=False))
 
 
