@@ -491,10 +491,10 @@ def test_bfloat16_is_taken_where_it_is_right_and_fast(precision, fault, monkeypa
     """Of no processor here is known which it has: both types are computed by a stand-in."""
     convolved = experiment.fast._convolved
 
-    def stand_in(x, weight, rest, dtype):
+    def stand_in(x, weight, convolve, dtype):
         if (dtype == torch.bfloat16) == (fault == "slow"):
             time.sleep(0.02)
-        results = convolved(x, weight, rest, torch.float64)
+        results = convolved(x, weight, convolve, torch.float64)
         return (
             [1.1 * t for t in results] if (dtype, fault) == (torch.bfloat16, "wrong") else results
         )
@@ -514,8 +514,9 @@ def test_bfloat16_is_taken_where_it_is_right_and_fast(precision, fault, monkeypa
     assert all(t.isfinite().all() for t in stack.step(x, y, *stack.schedule(0.5)))
 
 
-def test_the_check_of_bfloat16_leaves_the_generator_and_the_network():
-    _, net, *_ = image_run("4C3F")
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_check_of_bfloat16_leaves_the_generator_and_the_network(kind):
+    _, net, *_ = image_run(kind)
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     bfloat16_fault(net, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)

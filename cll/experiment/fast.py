@@ -71,17 +71,24 @@ def _keep_memory():
 
 
 class _Convolutions(TorchFunctionMode):
-    """Collects one call of torch.conv2d of each shape: (x, weight, all other arguments)."""
+    """Collects one call of torch.conv2d of each kind: (x, weight, the same with other numbers)."""
 
     def __init__(self):
         super().__init__()
         self.calls = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is F.conv2d:
-            x, weight, _, *rest = args
-            self.calls[x.shape, weight.shape, str(rest)] = x.detach(), weight.detach(), rest
-        return func(*args, **(kwargs or {}))
+            (x, weight, *rest), options = args, {k: v for k, v in kwargs.items() if k != "bias"}
+            again = functools.partial(_without_bias, rest=rest[1:], options=options)
+            kind = x.shape, weight.shape, str((rest[1:], options))
+            self.calls[kind] = x.detach(), weight.detach(), again
+        return func(*args, **kwargs)
+
+
+def _without_bias(x, weight, rest, options):
+    return F.conv2d(x, weight, None, *rest, **options)
 
 
 @torch.random.fork_rng(devices=[])
@@ -97,29 +104,29 @@ def bfloat16_fault(net, device, batch=16):
     with torch.no_grad(), _Convolutions() as seen:
         net(images)
     total = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
-    for x, weight, rest in seen.calls.values():
-        expected = _convolved(x, weight, rest, torch.float64)
+    for call in seen.calls.values():
+        expected = _convolved(*call, torch.float64)
         for dtype in total:
             times = []
             for _ in range(4):  # the first one allocates
                 began = time.perf_counter()
-                found = _convolved(x, weight, rest, dtype)
+                found = _convolved(*call, dtype)
                 times.append(time.perf_counter() - began)
             total[dtype] += min(times[1:])
         pairs = zip(found, expected, strict=True)
         error = max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
         if not error <= 0.02:
-            of = f"{tuple(x.shape)} by {tuple(weight.shape)}"
+            of = " by ".join(str(tuple(t.shape)) for t in call[:2])
             return f"a convolution of {of} is off by {error:.1e} in bfloat16"
     if not total[torch.bfloat16] < total[torch.float32]:
         return "its convolutions are no faster in bfloat16 on this device"
     return None
 
 
-def _convolved(x, weight, rest, dtype):
+def _convolved(x, weight, convolve, dtype):
     """[output, gradient in x, gradient in the weight] of a convolution in this type, as float64."""
     x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
-    y = F.conv2d(x, weight, None, *rest)
+    y = convolve(x, weight)
     gradient = torch.linspace(-1, 1, y[0].numel(), device=y.device).sin().to(dtype).view_as(y[0])
     gradients = torch.autograd.grad(y, (x, weight), gradient.expand_as(y).contiguous())
     return [t.detach().double() for t in (y, *gradients)]  # on CUDA, waits for them
