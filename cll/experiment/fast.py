@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..layers.activations import MaxMin, sort_pairs, unsort_pairs
 from .schema import PLAIN
-from .stack import bound_of, mapped
+from .stack import after_logits, bound_of
 
 RESHAPED = ("LipConvNet", "Sandwich")  # layers of space-to-depth and FFT: slower channels-last
 WIDEST = 64  # of features in a dense stack: beyond, padding costs more than operations do
@@ -200,7 +200,7 @@ def _compiled(stack, eager):
 def _compiled_after_logits(eager):
     # "No CUDA runtime is found", it warns: so it is
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return functools.partial(eager, mapped=torch.compile(mapped, dynamic=False))
+    return functools.partial(eager, after_logits=torch.compile(after_logits, dynamic=False))
 
 
 def _difference(stack, compiled, eager, batch):

@@ -65,7 +65,16 @@ class Program(nn.Module):
         return logits.float(), bound
 
 
-def mapped(loss, *stacked):
+def after_logits(groups, logits, targets, bound, values):
+    """(loss (S,), correct (S,)) of a stack."""
+    totals = []
+    for (loss, members), numbers in zip(groups, values, strict=True):
+        batch = tree_map_only(Tensor, operator.itemgetter(members), (logits, targets, bound))
+        totals.append(_mapped(loss, *batch, numbers))
+    return torch.cat(totals), (logits.detach().argmax(2) == targets).sum(1)
+
+
+def _mapped(loss, *stacked):
     """The loss (S,) of runs that share a call. stacked: logits, targets, a Bound and the numbers of
     the call, all with a first axis S."""
 
@@ -122,17 +131,12 @@ class Stack:
 
         return vmap(one)(self.tensors, images)
 
-    def losses(self, images, targets, *values, mapped=mapped):
-        """(loss (S,), correct (S,), K) of `step`, loss and K with their gradients."""
+    def losses(self, images, targets, *values, after_logits=after_logits):
+        """(loss (S,), correct (S,), K) of `step`, loss and K with their gradients; after_logits may
+        be compiled."""
         epsilon = values[0]["epsilon"] if self.program.local_K is not None else None
         logits, bound = self.forward(images, epsilon)
-        totals = []
-        for (loss, members), numbers in zip(self.groups, values, strict=True):
-            pick = operator.itemgetter(members)
-            batch = tree_map_only(Tensor, pick, (logits, targets, bound))
-            totals.append(mapped(loss, *batch, numbers))
-        correct = (logits.detach().argmax(2) == targets).sum(1)
-        return torch.cat(totals), correct, bound.K
+        return *after_logits(self.groups, logits, targets, bound, values), bound.K
 
     def step(self, images, targets, *values):
         """One optimiser step on a batch: images (S, N, ...), targets (S, N), values of `schedule`.
