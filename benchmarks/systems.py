@@ -52,15 +52,15 @@ def random_batch(nets, batch, device="cpu"):
     return images, torch.randint(0, classes, images.shape[:2], device=device)
 
 
-def training_step(runs, nets, images, targets, fast=True):
+def training_step(runs, nets, images, targets, fast=True, steps=LONG):
     """The step of some runs together, as a function without arguments.
 
-    It reads `images` and `targets` anew each time. fast: as long trainings take it; else one
-    operation after the other.
+    It reads `images` and `targets` anew each time. fast: as trainings of so many steps take it;
+    else one operation after the other.
     """
     stack = Stack(runs, nets, images.device)
     if fast:
-        choose(stack, LONG)
+        choose(stack, steps)
     numbers = stack.schedule(0.5)
     return lambda: stack.step(images, targets, *numbers)
 
