@@ -25,7 +25,7 @@ from cll.experiment.checkpoints import load_checkpoints, save_checkpoints
 from cll.experiment.fast import bfloat16_fault, choose, use_compiled, use_dense
 from cll.experiment.local_lip_b import local_estimate
 from cll.experiment.stack import Stack, build_network
-from cll.experiment.train import train
+from cll.experiment.train import _prepare, train
 from cll.losses import local_bcp_loss
 
 MOONS = {
@@ -243,6 +243,16 @@ def test_training_leaves_the_number_of_threads(tmp_path):
     cll.run(params(epochs=1), tmp_path, progress=False)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("steps", [1, 10**9])
+def test_a_dense_stack_trains_on_one_thread_compiled_or_not(steps, monkeypatch):
+    monkeypatch.setattr(experiment.fast, "COMPILED_STEPS", steps)
+    run, before = params(epochs=1), torch.get_num_threads()
+    torch.set_num_threads(2)
+    stack, _, threads = _prepare([run], [load_dataset(run)], "cpu")
+    torch.set_num_threads(before)
+    assert (stack.way["step"], threads) == ("dense, compiled" if steps == 1 else "dense", 1)
 
 
 def test_divergence_names_run_epoch_loss_and_K_and_keeps_the_others(tmp_path):

@@ -102,7 +102,8 @@ def _prepare(runs, datasets, device):
     batches = Batches(runs, datasets, stack.device, engine)
     way = choose(stack, runs[0].epochs * batches.steps)
     # operations of a dense stack are so small that two threads are slower than one
-    return stack, batches, 1 if way["step"] == "dense" else torch.get_num_threads()
+    threads = 1 if way["step"].startswith("dense") else torch.get_num_threads()
+    return stack, batches, threads
 
 
 class Batches:
