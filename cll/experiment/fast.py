@@ -32,6 +32,8 @@ WIDEST = 64  # of features in a dense stack: beyond, padding costs more than ope
 COMPILED_STEPS = 2000  # from here on, compiling a step (a minute) pays back
 COMPILED_DEVICES = ("cuda",)  # on a CPU whole steps gain nothing by it, see benchmarks/
 COMPILER = {"mode": "reduce-overhead"}  # captures CUDA graphs
+# For few numbers scalar code will do: 9 seconds of trying vector instructions and of headers less.
+SCALAR = {"cpp.simdlen": 1, "cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
 
 
 def choose(stack, steps):
@@ -149,7 +151,8 @@ def use_dense(stack):
         and program.precision == "float32"
     )
     if fits:
-        stack.forward = DenseStack(stack, len(linear) - 1).forward
+        dense = DenseStack(stack, len(linear) - 1)
+        stack.losses, stack.gradients = dense.losses, dense.gradients
     return fits
 
 
@@ -168,19 +171,18 @@ def use_compiled(stack, steps):
 
     def on_trial(*batch):
         """Chooses between both ways, which from here on is `losses`."""
-        stack.losses = eager
         try:
             compiled = _compiled(stack, eager) if whole else _compiled_after_logits(eager)
             error = _difference(stack, compiled, eager, batch)
             if not error <= (1e-3 if program.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
-            stack.losses = compiled
         except Exception as error:  # a compiler raises many types
-            stack.way["step"] = before
+            compiled, stack.way["step"] = eager, before
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             message = f"training of {first.model} is not compiled ({reason}): it goes on without"
             warnings.warn(f"{message}, to the same result and slower", stacklevel=2)
-        return stack.losses(*batch)
+        stack.losses = compiled
+        return compiled(*batch)
 
     stack.losses = on_trial
 
@@ -200,7 +202,10 @@ def _compiled(stack, eager):
 def _compiled_after_logits(eager):
     # "No CUDA runtime is found", it warns: so it is
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return functools.partial(eager, after_logits=torch.compile(after_logits, dynamic=False))
+    known = torch._inductor.list_options()  # not all releases of PyTorch have all of them
+    options = {key: value for key, value in SCALAR.items() if key in known}
+    compiled = torch.compile(_after_logits, dynamic=False, options=options)
+    return functools.partial(eager, after=compiled)
 
 
 def _difference(stack, compiled, eager, batch):
@@ -209,13 +214,14 @@ def _difference(stack, compiled, eager, batch):
     before = {k: t.clone() for k, t in stack.buffers.items()}
 
     def outcome(losses):
-        loss, _, K = losses(*batch)
-        weights = list(stack.parameters.values())
-        gradients = torch.autograd.grad(loss.sum(), weights, allow_unused=True)
-        results = [t.detach().clone() for t in (loss, K, *gradients) if t is not None]
+        stack.losses = losses
+        loss, _, K = stack.gradients(*batch)
+        gradients = [t.grad for t in stack.parameters.values() if t.grad is not None]
+        results = [t.nan_to_num(0.0, 0.0, 0.0) for t in (loss, K, *gradients)]
+        stack.optimizer.zero_grad(set_to_none=True)
         for k, t in stack.buffers.items():
             t.copy_(before[k])
-        return [t.nan_to_num(0.0, 0.0, 0.0) for t in results]
+        return results
 
     expected = outcome(eager)
     for _ in range(3):  # graphs are captured in the second call and replayed from the third
@@ -224,13 +230,26 @@ def _difference(stack, compiled, eager, batch):
     return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
+def _after_logits(groups, logits, targets, body, rows, values):
+    """(gradients of the summed losses in logits, body and rows, (loss, correct, K)) of a stack:
+    `stack.after_logits` with its backward pass."""
+
+    def total(logits, body, rows):
+        bound = bound_of(body, rows)
+        loss, correct = after_logits(groups, logits, targets, bound, values)
+        return loss.sum(), (loss, correct, bound.K)
+
+    return torch.func.grad(total, argnums=(0, 1, 2), has_aux=True)(logits, body, rows)
+
+
 class DenseStack:
-    """The forward pass and the bounds of the S >= 1 runs of a Stack, see `use_dense`. depth: number
+    """The losses of the S >= 1 runs of a Stack and their gradients, see `use_dense`. depth: number
     of linear layers in the body."""
 
     def __init__(self, stack, depth):
         self.stack, net = stack, stack.nets[0]
-        self.layers = [f"net.body.{2 * i}." for i in range(depth)] + ["net.head."]
+        layers = [f"net.body.{2 * i}." for i in range(depth)] + ["net.head."]
+        self.weights, self.biases = ([n + kind for n in layers] for kind in ("weight", "bias"))
         self.vectors = [f"net.v{2 * i}" for i in range(depth)]
         self.scale = 1 / min(net.input_std)
         self.mean, self.std = (
@@ -245,93 +264,79 @@ class DenseStack:
         self.iterates = torch.zeros(depth, len(stack.runs), m, device=stack.device)
         self.starts = [v[:, :k] for v, (_, k) in zip(self.iterates, sizes, strict=True)]
 
-    def forward(self, images, epsilon=None):
-        """As Stack.forward."""
-        weights, biases = (self._stacked(self.layers, name) for name in ("weight", "bias"))
-        with torch.set_grad_enabled(self.stack.program.moves_K and torch.is_grad_enabled()):
-            # the head's own view, or its gradients would add up in another order than they did
-            (rows,) = self._stacked(self.layers[-1:], "weight")
-            bound = bound_of(self.body_lipschitz(weights[:-1]), rows)
+    def gradients(self, images, targets, *values):
+        """As Stack.gradients."""
+        *outputs, gradients = self.stack.losses(images, targets, *values)
+        for name, gradient in zip(self.weights + self.biases, gradients, strict=True):
+            t = self.stack.parameters[name]
+            t.grad = gradient.view(t.shape)
+        return outputs
+
+    @torch.no_grad()
+    def losses(self, images, targets, *values, after=_after_logits):
+        """(loss (S,), correct (S,), K) of a step and the gradients of weights and biases. after
+        may be compiled."""
+        weights, biases = self._stacked(self.weights), self._stacked(self.biases)
         x = images.mT  # (S, features, N)
         if self.normalises:
             x = (x - self.mean) / self.std
+        logits, inputs, orders = _perceptron(x, weights, biases)
+        body, slopes = self.body_lipschitz(weights[:-1])
         # in order: argmax over classes that lie apart takes 18 times as long
-        return _Perceptron.apply(x, *weights, *biases).mT.contiguous(), bound
+        known = logits.mT.contiguous(), targets, body, weights[-1]
+        gradients, outputs = after(self.stack.groups, *known, values)
+        at_logits, at_body, at_head = gradients
+        at_weights, at_biases = _backward(at_logits.mT, weights, inputs, orders)
+        if self.stack.program.moves_K:
+            at_weights[-1] += at_head
+            for at_weight, slope in zip(at_weights, at_body[:, None, None] * slopes, strict=False):
+                at_weight += slope[:, : at_weight.shape[1], : at_weight.shape[2]]
+        return *outputs, at_weights + at_biases
 
-    def _stacked(self, prefixes, name=""):
+    def _stacked(self, names):
         """The tensors (S, ...) of these names; of a run alone they are those of its network."""
-        tensors = [self.stack.tensors[prefix + name] for prefix in prefixes]
+        tensors = [self.stack.tensors[name].detach() for name in names]
         return tensors if len(self.stack.runs) > 1 else [t[None] for t in tensors]
 
     def body_lipschitz(self, weights):
-        """As LipschitzNet.body_lipschitz for each run, (S,)."""
+        """As LipschitzNet.body_lipschitz for each run, (S,); and its gradient (layers, S, m, m) in
+        the padded weights, by the envelope theorem."""
         iterations, vectors = self.stack.program.iterations, self._stacked(self.vectors)
-        with torch.no_grad():
-            for place, tensor in zip(self.parts + self.starts, [*weights, *vectors], strict=True):
-                place.copy_(tensor)
-            A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
-            square = torch.bmm(A.mT, A)
-            square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
-            for _ in range(iterations):
-                v = torch.bmm(v[:, None], square)[:, 0]  # symmetric: a row, the faster product
-                v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            self.iterates.copy_(v.view_as(self.iterates))
-            for start, vector in zip(self.starts, vectors, strict=True):
-                vector.copy_(start)
-        return self.scale * _ProductOfNorms.apply(self.padded, self.iterates, *weights)
-
-
-class _Perceptron(torch.autograd.Function):
-    """x (S, features, N) through Linear layers with MaxMin between them. Arguments: x, the weights
-    (S, out, in), the biases (S, out)."""
-
-    @staticmethod
-    def forward(ctx, x, *tensors):
-        n = len(tensors) // 2
-        inputs, orders = [x], []
-        for i, (weight, bias) in enumerate(zip(tensors[:n], tensors[n:], strict=True)):
-            x = torch.baddbmm(bias.unsqueeze(2), weight, x)
-            if i < n - 1:
-                x, in_order = sort_pairs(x)
-                inputs.append(x)
-                orders.append(in_order)
-        ctx.save_for_backward(*inputs, *orders, *tensors[:n])
-        return x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        n = (len(ctx.saved_tensors) + 1) // 3
-        inputs, orders = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n - 1]
-        weights, biases = list(ctx.saved_tensors[2 * n - 1 :]), [None] * n
-        for i in reversed(range(n)):
-            biases[i] = gradient.sum(2)
-            outer = torch.bmm(gradient, inputs[i].mT)
-            if i:
-                gradient = unsort_pairs(torch.bmm(weights[i].mT, gradient), orders[i - 1])
-            weights[i] = outer
-        return None, *weights, *biases
-
-
-class _ProductOfNorms(torch.autograd.Function):
-    """The product over layers, (S,), of ||A v|| of padded matrices A (layers, S, m, m) and unit
-    vectors v (layers, S, m). Its gradient in each weight is that of u^T A v with the constant
-    u = A v / ||A v||; weights: the parts that A consists of."""
-
-    @staticmethod
-    def forward(ctx, A, v, *weights):
-        u = (A * v.unsqueeze(2)).sum(3)
+        torch._foreach_copy_(self.parts + self.starts, [*weights, *vectors])
+        A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
+        square = torch.bmm(A.mT, A)
+        square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
+        for _ in range(iterations):
+            v = torch.bmm(v[:, None], square)[:, 0]  # symmetric: a row, the faster product
+            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        v = v.view_as(self.iterates)
+        self.iterates.copy_(v)
+        torch._foreach_copy_(vectors, self.starts)
+        # body = product of ||A v||; d body / d A = body / ||A v|| * u v^T, u = A v / ||A v||
+        u = (self.padded * v.unsqueeze(2)).sum(3)
         norms = torch.linalg.vector_norm(u, dim=2)
-        product = norms.prod(0)
-        # d product / d A = product / norm * u / norm * v^T; all zero where A is
-        square = (norms * norms).clamp_min(torch.finfo(u.dtype).tiny)
-        ctx.save_for_backward(u * (product / square).unsqueeze(2), v)
-        ctx.shapes = [weight.shape[1:] for weight in weights]
-        return product
+        body = self.scale * norms.prod(0)
+        factors = body / (norms * norms).clamp_min(torch.finfo(u.dtype).tiny)
+        return body, (u * factors.unsqueeze(2)).unsqueeze(3) * v.unsqueeze(2)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        u, v = ctx.saved_tensors
-        outer = (gradient[:, None] * u).unsqueeze(3) * v.unsqueeze(2)
-        return None, None, *(g[:, :n, :k] for g, (n, k) in zip(outer, ctx.shapes, strict=True))
+
+def _perceptron(x, weights, biases):
+    """(logits (S, C, N), the inputs of all layers, the orders of their pairs) of x (S, features, N)
+    through Linear layers, weights (S, out, in) and biases (S, out), with MaxMin between them."""
+    inputs, orders = [x], []
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        x, in_order = sort_pairs(torch.baddbmm(bias.unsqueeze(2), weight, x))
+        inputs.append(x)
+        orders.append(in_order)
+    return torch.baddbmm(biases[-1].unsqueeze(2), weights[-1], x), inputs, orders
+
+
+def _backward(gradient, weights, inputs, orders):
+    """The gradients in the weights and biases of `_perceptron` from that in its logits."""
+    at_weights, at_biases = [], []
+    for i in reversed(range(len(weights))):
+        at_weights.insert(0, torch.bmm(gradient, inputs[i].mT))
+        at_biases.insert(0, gradient.sum(2))
+        if i:
+            gradient = unsort_pairs(torch.bmm(weights[i].mT, gradient), orders[i - 1])
+    return at_weights, at_biases

@@ -131,12 +131,18 @@ class Stack:
 
         return vmap(one)(self.tensors, images)
 
-    def losses(self, images, targets, *values, after_logits=after_logits):
-        """(loss (S,), correct (S,), K) of `step`, loss and K with their gradients; after_logits may
-        be compiled."""
+    def losses(self, images, targets, *values):
+        """(loss (S,), correct (S,), K) of `step`, before their gradients."""
         epsilon = values[0]["epsilon"] if self.program.local_K is not None else None
         logits, bound = self.forward(images, epsilon)
         return *after_logits(self.groups, logits, targets, bound, values), bound.K
+
+    def gradients(self, images, targets, *values):
+        """(loss, correct, K) of `step`, detached; the gradients of the losses lie in .grad."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct, K = self.losses(images, targets, *values)
+        loss.sum().backward()
+        return loss.detach(), correct, K.detach()
 
     def step(self, images, targets, *values):
         """One optimiser step on a batch: images (S, N, ...), targets (S, N), values of `schedule`.
@@ -144,12 +150,10 @@ class Stack:
         Returns detached (loss (S,), correct predictions (S,), K (S, C, C) or (S, N, C, C)); they
         may change with the next step.
         """
-        self.optimizer.zero_grad(set_to_none=True)
         with self.products():
-            loss, correct, K = self.losses(images, targets, *values)
-            loss.sum().backward()
+            outputs = self.gradients(images, targets, *values)
         self.optimizer.step()
-        return loss.detach(), correct, K.detach()
+        return outputs
 
     def products(self):
         """On CUDA, float32 through TF32 where the runs ask for it and nowhere else."""
