@@ -28,7 +28,7 @@ def read(path):
 
 @pytest.mark.parametrize("name", redraw.names())
 def test_executed_notebooks_are_of_todays_sources(name):
-    path = redraw.REFERENCE / "paper" / name / f"{name}.ipynb"
+    path = redraw.committed(name)
     assert path.exists(), REFRESH
     nb = read(path)
     nbformat.validate(nb)

@@ -5,7 +5,7 @@ and no paths.
     python tools/redraw.py figure4     # one of them
     python tools/redraw.py --smoke     # what the notebook tests compare with: make refs
 
-The first write to outputs/reference/paper. Nothing is trained; a run that is not there reads "not
+The first write to outputs/reference/<profile>. Nothing is trained; a run that is not there reads "not
 run". One kernel per core loads PyTorch once, not once per notebook. The last writes to
 tests/nb_refs, each notebook from an empty outputs folder on one CPU thread, without pictures: nbval
 does not compare them, and their bytes change with every version of matplotlib.
@@ -27,6 +27,7 @@ REFERENCE = execute.ROOT / "outputs" / "reference"
 # they train what no run is committed of, or the reader's own
 OTHERS = {"certify_your_model", "quickstart", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
+QUICK = {"front"}  # drawn from runs of profile quick; all others from those of paper
 PICTURES = ("image/png", "image/svg+xml", "application/pdf")
 # notebook: the few rows that nbval repeats; make runs them whole
 ROWS = {"table1": "T1-07,T1-09", "table2": "T2-08,T2-09,T2-11"}
@@ -38,12 +39,18 @@ def names(others=OTHERS):
     return sorted({path.stem for path in NOTEBOOKS.glob("*.ipynb")} - set(others))
 
 
+def committed(name):
+    """Where the notebook that was run on committed runs lies: <profile>/<name>/<name>.ipynb."""
+    return REFERENCE / ("quick" if name in QUICK else "paper") / name / f"{name}.ipynb"
+
+
 def redraw(name):
     """Run one notebook on the committed runs and write it."""
-    file, given = f"{name}.ipynb", ({"profile": "paper"}, None, thread.processes, thread.kernel)
+    path = committed(name)
+    given = {"profile": path.parent.parent.name}, None, thread.processes, thread.kernel
     with tempfile.TemporaryDirectory() as scratch:
-        nb = execute.execute(NOTEBOOKS / file, Path(scratch, file), *given)
-    environment.write(REFERENCE / "paper" / name / file, execute.reproducible(nb))
+        nb = execute.execute(NOTEBOOKS / path.name, Path(scratch, path.name), *given)
+    environment.write(path, execute.reproducible(nb))
 
 
 def smoke(name):
