@@ -2,21 +2,23 @@
 /* Draw, pick or open an image; a network answers, with the certificate of its answer. */
 
 const byId = (id) => document.getElementById(id);
-const opened = {}; // networks by name
+const opened = {}; // promises of networks, by name
 const PEN = 4.5, SIDE = 32; // of the bitmap whose 4 x 4 blocks are the pixels of a digit
 let current = null; // {network, x, answer, direction} of the image that is shown
 let turns = 0; // images chosen so far
 let strokes = []; // of the drawing: lists of points in [0, 1]^2
 
 /* The network of this name; a large one stands in a file of its own, read on first use. */
-async function load(name) {
+const load = (name) => (opened[name] ??= read(name));
+
+async function read(name) {
   if (!NETWORKS[name])
     await new Promise((resolve, reject) => {
       const script = document.createElement("script");
       Object.assign(script, { src: `certify-${name}.js`, onload: resolve, onerror: reject });
       document.head.append(script);
     });
-  return (opened[name] ??= openNetwork(NETWORKS[name]));
+  return openNetwork(NETWORKS[name]);
 }
 
 /* Pixels (C, H, W) in [0, 1] as a picture; one channel is ink on paper. */
@@ -85,10 +87,10 @@ function showChanged() {
   const same = there.y === answer.y, far = roundedDown(distance);
   const promise = distance <= answer.radius ? "as it must be"
     : same ? "though nothing promises it" : "as it may be beyond the radius";
-  byId("multiple-text").textContent = answer.radius > 0 ? `${multiple.toFixed(2)} × the certified radius` : far;
-  byId("multiple").ariaValueText = byId("multiple-text").textContent;
-  byId("changed-text").textContent =
-    `Moved by ${far}: ${classes[there.y]}, ${same ? "the same answer" : "another answer"}, ${promise}.`;
+  const moved = answer.radius > 0 ? `${multiple.toFixed(2)} × the certified radius` : far;
+  byId("multiple-text").textContent = byId("multiple").ariaValueText = moved;
+  const verdict = `${same ? "the same answer" : "another answer"}, ${promise}`;
+  byId("changed-text").textContent = `Moved by ${far}: ${classes[there.y]}, ${verdict}.`;
   byId("change-text").textContent = `The change alone, its contrast times ${factor.toFixed(1)}.`;
   show("changed", shape, changed, `The image moved by ${far}, answered ${classes[there.y]}`);
   show("change", shape, change.map((v) => 0.5 + factor * v), "The change of each pixel; grey is no change");
@@ -137,6 +139,9 @@ function showDrawing() {
   const canvas = byId("drawing"), context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   paint(context, canvas.width / 12, (point) => point.map((v) => v * canvas.width), "#111");
+  if (strokes.length) return;
+  Object.assign(context, { font: "1rem system-ui", textAlign: "center", fillStyle: "#59637a" });
+  context.fillText("here", canvas.width / 2, canvas.height / 2);
 }
 
 function drawWith(event) {
@@ -177,6 +182,7 @@ function startImages() {
     strokes = [];
     showDrawing();
   };
+  byId("file").onclick = () => load("cifar10").catch(() => {}); // while the visitor looks for a file
   byId("file").onchange = async ({ target }) => {
     if (!target.files.length) return;
     let x;
@@ -188,6 +194,7 @@ function startImages() {
     }
     answerFor("cifar10", x, "the middle of your picture, as 32 by 32 pixels");
   };
+  showDrawing();
   byId("digits").firstElementChild.click();
 }
 

@@ -104,9 +104,10 @@ function showMoons() {
   const kept = radius > network.epsilon ? "outside the band" : "inside the band";
   const text = `(${x}, ${up}) is ${network.classes[y]}, certified within ${roundedDown(radius)}: ${kept}.`;
   byId("moons-answer").textContent = text;
-  byId("plane").setAttribute("aria-label", `Two moons with boundary and certified band. The point ${text}`);
-  byId("moons-numbers").textContent = `Margin ${margin.toFixed(3)}, K ${K.toFixed(3)}. Of ${network.size.toLocaleString("en")} ` +
-    `test points ${(100 * network.cra).toFixed(2)} % are right and certified at ${epsilon} (committed result).`;
+  byId("plane").ariaLabel = `Two moons with boundary and certified band. The point ${text}`;
+  byId("moons-numbers").textContent =
+    `Margin ${margin.toFixed(3)}, K ${K.toFixed(3)}. Of ${network.size.toLocaleString("en")} test points ` +
+    `${(100 * network.cra).toFixed(2)} % are right and certified at ${epsilon} (committed result).`;
 }
 
 function movePoint(event) {
