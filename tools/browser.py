@@ -51,13 +51,14 @@ def network(name, classes, low, high):
         if isinstance(layer, nn.Flatten):
             continue
         layers.append(described(layer, shape))
-        weights += [p.detach().float().numpy().ravel() for p in layer.parameters()]
+        weights += [p.detach().numpy().ravel() for p in layer.parameters()]
     shape, C = net.input_shape, len(proof.K)
     largest = torch.full((C, *shape), max(-low, high), dtype=torch.float64)
     page = {"classes": classes, "shape": shape, "inputs": largest[0].numel(), "range": [low, high]}
     rounding = margin_error(proof, largest, torch.arange(C)) * ABOVE
     page |= {"K": proof.K.tolist(), "rounding": rounding.tolist(), "layers": layers}
-    page["weights"] = base64.b64encode(np.concatenate(weights).astype("<f4").tobytes()).decode()
+    exact = np.concatenate(weights).astype("<f4", casting="equiv")  # refuses other than float32
+    page["weights"] = base64.b64encode(exact.tobytes()).decode()
     return page, record
 
 
