@@ -2,9 +2,9 @@
 
     python tools/report.py outputs/smoke
 
-The front page has tables, claims, figures and what they were made on; behind it stands a page for
-each notebook. No page asks another host for anything, so that the folder can be mailed, put behind
-any web server or opened as a file.
+The front page has tables, claims, figures and what they were made on; behind it stand a page for
+each notebook, and one on which committed networks certify in the browser. No page asks another host
+for anything, so that the folder can be mailed, put behind any web server or opened as a file.
 """
 
 import base64
@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from string import Template
 
-import environment  # tools/ is on the path: this file is run as a script
+import browser  # tools/ is on the path: this file is run as a script
+import environment
 import nbformat
 import pages
 import pandas as pd
@@ -120,6 +121,7 @@ def build(folder):
         title = pages.heading(nb, name)
         back = '<a href="index.html">All results</a>'
         environment.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
+    browser.build(report)
     title = f"Certified robust models with CLL: results of profile {folder.name}"
     front = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = front.substitute(
