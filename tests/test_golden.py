@@ -21,7 +21,7 @@ from cll.experiment.reference import names
 GOLDEN = Path(__file__).with_name("golden.json")
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = """
-    aol_loss autoattack as_lipschitz_net binary_cll_loss build certificate_regularized_loss
+    aol_loss autoattack as_lipschitz_net binary_cll_loss build certificate_regularized_loss export
     certified_accuracy certified_radius certify cll_loss cll_scale cra_curve gloro_loss hinge_loss
     layer_bounds lipschitz_lower_bound lipschitz_matrix lipschitz_penalty load_params load_reference
     local_bcp_loss operator_norm outputs_dir pgd_attack polynomial_schedule run run_all
