@@ -313,8 +313,13 @@ def test_a_cpl_checkpoint_without_norms_is_settled():
 @pytest.mark.parametrize(
     "change, message",
     [
+        (lambda s: s["layer2.1.conv.u3"].neg_(), "layer2.1.conv is no .*estimate of a norm is -"),
         (lambda s: s.pop("layer1.0.conv.u3"), r"layer1.0.conv is no SOCConv2d.*'u3'"),
-        (lambda s: s.update({"layer1.0.conv.extra": torch.ones(1)}), "unexpected.*'extra'"),
+        (lambda s: s.update({"layer1.0.conv.extra": torch.ones(1)}), "unexpected .'extra'"),
+        (
+            lambda s: s.update({"last_layer.bias": torch.ones(5)}),
+            r"last_layer.bias has shape \(5,\)",
+        ),
         (lambda s: s.update({"conv1.weight": torch.ones(1)}), "conv1.weight is no name"),
         (
             lambda s: [s.pop(k) for k in list(s) if "theta" in k],

@@ -54,8 +54,12 @@ def load_official(net, state):
         if not (found := _KEY.fullmatch(key)):
             raise ValueError(f"{key} is no name of the official code of SOC, CPL, SLL or LBDN")
         given.setdefault(found[1], {})[found[2].replace(".", "_")] = tensor.detach().cpu()
+    last, head = given.get("last_layer", {}), net.head
+    if "random_conv_filter" in last and len(last.get("bias", ())) == head.out_features:
+        # SOC without LLN: their last layer computes the classes alone, ours what the head cuts
+        last["bias"] = F.pad(last["bias"], (0, head.in_features - head.out_features))
     places = sorted(given, key=lambda place: place == "last_last")  # CPL registers its head early
-    layers = [layer for _, layer in [*leaves(net.body), ("head", net.head)]]
+    layers = [layer for _, layer in [*leaves(net.body), ("head", head)]]
     layers = [layer for layer in layers if next(layer.parameters(), None) is not None]
     if len(layers) != len(places):
         raise ValueError(
@@ -78,10 +82,10 @@ def _read(place, layer, given):
     if convert is None:
         raise ValueError(f"{place}: {as_text(layer)} is no layer of the official networks")
     try:
-        inspect.signature(convert).bind(layer, **given)
-    except TypeError as error:  # a name is missing or unknown
+        inspect.signature(convert).bind(layer, **given)  # raises for a name missing or unknown
+        tensors = convert(layer, **given)
+    except (TypeError, RuntimeError, IndexError) as error:  # the others for shapes
         raise ValueError(f"{place} is no {as_text(layer)}: {error}") from None
-    tensors = convert(layer, **given)
     for name, tensor in tensors.items():
         ours = tuple(getattr(layer, name).shape)
         if tuple(tensor.shape) != ours:
@@ -89,15 +93,18 @@ def _read(place, layer, given):
     return tensors
 
 
-def _soc(layer, random_conv_filter, bias, correction, u1, v1, u2, v2, u3, v3, u4, v4):
+def _soc(layer, random_conv_filter, bias, correction, **vectors):
     """They divide by the least of four estimates u^T W v, and multiply by a correction, where
-    SOCConv2d has numbers. The last layer, without LLN, has a bias for each class alone."""
+    SOCConv2d has numbers."""
     skew = random_conv_filter.double()
     skew = (skew - skew.transpose(0, 1).flip(2, 3)) / 2
-    vectors = (u1, v1), (u2, v2), (u3, v3), (u4, v4)
-    norm = min((skew * u.double() * v.double()).sum() for u, v in vectors)
+    if other := vectors.keys() ^ {f"{side}{i}" for side in "uv" for i in range(1, 5)}:
+        raise TypeError(f"missing or unexpected {sorted(other)}")
+    pairs = ((vectors[f"u{i}"].double(), vectors[f"v{i}"].double()) for i in range(1, 5))
+    norm = min((skew * u * v).sum() for u, v in pairs)
+    if not norm > 0:
+        raise TypeError(f"its estimate of a norm is {norm.item():g}")
     norm = norm * (0.7 if layer.kernel_size > 1 else 1.0) / correction.double().squeeze()
-    bias = F.pad(bias, (0, layer.out_channels - len(bias)))
     return {"weight": random_conv_filter, "bias": bias, "norm": norm}
 
 
