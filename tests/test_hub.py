@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,8 +29,9 @@ print(json.dumps([type(net).__name__, net.training, net(x).tolist()]))
 def test_hub_loads_a_network_from_anywhere(tmp_path):
     """In a fresh Python that knows nothing of this checkout but its path."""
     python = [sys.executable, "-c", LOAD, str(ROOT), "cifar10_4C3F_CLL"]
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     told = subprocess.run(
-        python, cwd=tmp_path, env={"PATH": "", "TORCH_HOME": str(tmp_path)}, check=True,
+        python, cwd=tmp_path, env=bare, check=True,
         capture_output=True, text=True,
     ).stdout  # fmt: skip
     kind, training, logits = json.loads(told.splitlines()[-1])

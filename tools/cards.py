@@ -22,7 +22,7 @@ CARD = """# {key}
 <!-- written from result.json by python tools/cards.py -->
 
 {model} with {parameters:,} parameters for {data}, trained with {method} at ε = {epsilon}: an
-image classifier that comes with a proof for each of its answers. Epochs: {epochs}; seed {seed}.
+image classifier whose answers come with certified radii. Epochs: {epochs}; seed {seed}.
 
 ```python
 net = torch.hub.load("path/to/checkout", "{key}", source="local")

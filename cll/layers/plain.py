@@ -23,10 +23,10 @@ def export(model, input_shape=None):
     input_shape: of one sample, for a model that is no LipschitzNet.
 
     Layers are nn.Linear, nn.Conv2d and others of torch.nn, and a few modules that call operations
-    of torch alone and branch on no value: torch.fx, torch.export, torch.jit.trace and
-    torch.onnx.export read them. Logits are those of the float64 copy that a certificate is about
-    but for float64 rounding. The certificate covers no other arithmetic: `.float()`, and a program
-    that reads the export, round by more than it subtracts.
+    of torch alone and branch on no value: torch.fx, torch.export and torch.onnx.export read them.
+    Logits are those of the float64 copy that a certificate is about but for float64 rounding. The
+    certificate covers no other arithmetic: `.float()`, and a program that reads the export, round
+    by more than it subtracts.
 
     Raises TypeError for a layer without a plain form, and what `as_lipschitz_net` raises.
     """
@@ -71,6 +71,8 @@ def _plain(layer, shape):
         return Sum(*parts)
     parts = layer if registry.is_bounded_as(layer, BatchNormalized) else [layer]
     if all(type(part).__module__.startswith("torch.nn.") for part in parts):
+        if hasattr(layer, "inplace"):
+            layer.inplace = False  # as the first layer it would overwrite the caller's images
         return nn.Sequential(*parts) if parts is layer else layer
     raise TypeError(
         f"no plain form known for {as_text(layer)}, which is no layer of torch.nn: register one "
