@@ -13,7 +13,7 @@ from .bounds import layer_bounds, lipschitz_matrix, operator_norm, rounding
 from .certify import certified_accuracy, certified_radius, certify, cra_curve
 from .certify.attack import autoattack, pgd_attack
 from .certify.tightness import lipschitz_lower_bound
-from .layers import GroupSort, MaxMin, Normalize, Residual
+from .layers import GroupSort, MaxMin, Normalize, Residual, export
 from .losses import (
     aol_loss,
     binary_cll_loss,

@@ -21,17 +21,18 @@ from cll.experiment.reference import names
 GOLDEN = Path(__file__).with_name("golden.json")
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = """
-    aol_loss autoattack as_lipschitz_net binary_cll_loss build certificate_regularized_loss
+    aol_loss autoattack as_lipschitz_net binary_cll_loss build certificate_regularized_loss export
     certified_accuracy certified_radius certify cll_loss cll_scale cra_curve gloro_loss hinge_loss
     layer_bounds lipschitz_lower_bound lipschitz_matrix lipschitz_penalty load_params load_reference
     local_bcp_loss operator_norm outputs_dir pgd_attack polynomial_schedule run run_all
     GroupSort LipschitzNet MaxMin Normalize Residual
-    bounds.register rounding.register data.load reference.names
+    bounds.register rounding.register data.load reference.names reference.images
     experiment.experiment_params experiment.load_model experiment.load_dataset experiment.run_dir
     experiment.finished experiment.sized_as
     layers.ClampedMaxMin layers.Householder layers.PadChannels layers.BatchNormalized
     layers.SOCConv2d layers.CPLLinear layers.CPLConv2d layers.SLLLinear layers.SLLConv2d
     layers.SandwichLinear layers.SandwichConv2d layers.NormalizedLinear layers.Truncation
+    layers.load_official
 """.split()
 NETWORKS = {  # committed networks, with the data that they are certified on here
     "moons-CLL-p0.01-seed1": "two_moons",

@@ -1,5 +1,6 @@
-"""Copy finished runs into outputs/reference, check all there, and write the tables about them: a
-short one in README.md, and in outputs/reference/README.md all columns and the list of the runs.
+"""Copy finished runs into outputs/reference, check all there, and write what is about them: a
+short table in README.md, all columns and the list of the runs in outputs/reference/README.md, and
+the model cards.
 
     python tools/collect.py outputs/paper              # all finished runs of that folder
     python tools/collect.py outputs/paper '*4C3F*'     # those whose names match
@@ -20,7 +21,8 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-import environment  # tools/ is on the path: this file is run as a script
+import cards  # tools/ is on the path: this file is run as a script
+import environment
 import numpy as np
 import pandas as pd
 
@@ -255,6 +257,7 @@ def main():
                 print(f"FAILED collect: {error}", file=sys.stderr)
     for folder in records():
         check(folder)
+    cards.write()  # before the pages, which say how large all is
     for page, text in pages().items():
         before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
         _, there, after = rest.partition(END)
@@ -262,7 +265,7 @@ def main():
             raise ValueError(f"{page.name} has no lines {BEGIN.strip()!r} and {END.strip()!r}")
         environment.write(page, f"{before}{BEGIN}{text}{END}{after}")
     print(f"collect: {len(records())} runs checked; wrote the tables of README.md and "
-          f"{LISTING.relative_to(ROOT)}")  # fmt: skip
+          f"{LISTING.relative_to(ROOT)}, and the model cards")  # fmt: skip
     return 1 if refused else 0
 
 

@@ -28,6 +28,7 @@ class Record(NamedTuple):
     row_error: Callable | None = None  # of a head: features -> how far a row may be off in norm
     # (layer, input_shape) -> (the proven norm that it is to divide by, the least that may stand)
     settle: Callable | None = None
+    plain: Callable | None = None  # (layer, input_shape) -> layers of torch, see `layers.plain`
     methods: dict | None = None  # what its class computed when it became known
     extensible: bool = False  # a subclass may add a constructor
 
@@ -68,6 +69,17 @@ def register_rounding(cls, func=None):
         return partial(register_rounding, cls)
     _note(cls, rounding=lambda proven: func(proven.layer, proven.shape))
     return func
+
+
+def register_plain(kinds):
+    """Decorator of the function (layer, input_shape) that writes a type of layer, or a union of
+    types, in layers and operations of torch alone; the layer is in float64, see `layers.plain`."""
+
+    def registered(func):
+        _note(kinds, plain=func)
+        return func
+
+    return registered
 
 
 def rounding_by_proof(cls):

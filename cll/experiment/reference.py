@@ -7,6 +7,7 @@ be large. `make collect` checks runs and copies them here.
 
 import difflib
 import itertools
+import re
 
 from ..certify.run_folder import WEIGHTS, load_model, read_record
 from .schema import PROFILES, ROOT
@@ -32,6 +33,16 @@ def names(root=REFERENCE):
             if folders.setdefault(candidate, folder) is folder:
                 break
     return folders
+
+
+def images(root=REFERENCE):
+    """{identifier: name, see `names`} of the committed networks for images whose weights are
+    committed too: "cifar10_4C3F_CLL" of "cifar10-4C3F-CLL-seed1", other seeds with their number."""
+    return {
+        re.sub(r"\W", "_", name.removesuffix("-seed1")): name
+        for name, folder in names(root).items()
+        if (folder / WEIGHTS).exists() and len(read_record(folder)["input_shape"]) == 3
+    }
 
 
 def load_reference(name, root=REFERENCE):

@@ -4,10 +4,11 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bounds.linear import U
-from ..bounds.registry import register_ours, register_rounding
+from ..bounds.registry import register_ours, register_plain, register_rounding
 from ..bounds.torch_layers import nothing_rounded, one_lipschitz
 from ..bounds.trace import leaves
 
@@ -199,3 +200,73 @@ def _householder_rounding(layer, input_shape):
     """Two products and a sum with sines and cosines within 8 ulp; a wrong side of the mirror, where
     the two sides agree up to rounding, costs no more."""
     return 64 * U, 0.0
+
+
+# ---------------------------------------------------------------- in operations of torch, to export
+class PlainMaxMin(nn.Module):
+    """`MaxMin` without a check and without a gradient of its own."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
+
+
+class Clamp(nn.Module):
+    """min(max(x, low), high) with one low and one high for each element of a sample."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, x):
+        return torch.minimum(torch.maximum(x, self.low), self.high)
+
+
+class PlainGroupSort(nn.Module):
+    """`GroupSort` without a check."""
+
+    def __init__(self, group_size):
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x):
+        return x.unflatten(1, (-1, self.group_size)).sort(2).values.flatten(1, 2)
+
+
+class PlainHouseholder(nn.Module):
+    """`Householder` as x - 2 relu(v^T x) v on each pair, v = (sin t/2, -cos t/2). sine, cosine:
+    (C/2, 1, ...)."""
+
+    def __init__(self, sine, cosine):
+        super().__init__()
+        self.register_buffer("sine", sine)
+        self.register_buffer("cosine", cosine)
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        beyond = 2 * F.relu(self.sine * a - self.cosine * b)
+        return torch.cat([a - beyond * self.sine, b + beyond * self.cosine], 1)
+
+
+@register_plain(MaxMin)
+def _plain_maxmin(layer, input_shape):
+    return PlainMaxMin()
+
+
+@register_plain(ClampedMaxMin)
+def _plain_clamped(layer, input_shape):
+    low = torch.cat([torch.full_like(layer.low, -math.inf), layer.low])
+    high = torch.cat([layer.high, torch.full_like(layer.high, math.inf)])
+    return nn.Sequential(PlainMaxMin(), Clamp(low, high))
+
+
+@register_plain(GroupSort)
+def _plain_group_sort(layer, input_shape):
+    return PlainGroupSort(layer.group_size)
+
+
+@register_plain(Householder)
+def _plain_householder(layer, input_shape):
+    half = (layer.angle / 2).view(-1, *[1] * (len(input_shape) - 1))
+    return PlainHouseholder(half.sin(), half.cos())

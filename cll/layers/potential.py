@@ -5,13 +5,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ..bounds.layer import absolute_norm, check_shape, power_step, without_weight
 from ..bounds.linear import SAFE, TINY, U, as_text, gamma, lengths, round_up
 from ..bounds.norm import first_bound, matrix_norm
-from ..bounds.registry import register_ours, register_rounding
+from ..bounds.registry import register_ours, register_plain, register_rounding
 from ..bounds.trace import evaluation_copy
-from .structure import without_autocast
+from .structure import Sum, plain_layer, without_autocast
 
 
 class _PotentialStep(nn.Module):
@@ -195,3 +196,17 @@ def _potential_rounding(layer, input_shape):
     bias = lengths(layer.bias.detach()[None]).item() * positions + TINY
     # relu(W z + b): size s = m ||z|| + bias, error g s; then D, W^T, - and the error through them
     return 6 * g * m * d * m * SAFE + 2 * U, 6 * g * m * d * bias * SAFE + m * TINY
+
+
+@register_plain(CPLLinear | CPLConv2d | SLLLinear | SLLConv2d)
+def _plain(layer, input_shape):
+    """x + branch(x), the branch being W with b, relu, and W^T with the factor -2 D."""
+    W = layer.weight
+    back = -2 * layer.effective().view(-1, *[1] * (W.ndim - 1)) * W
+    if W.ndim == 2:
+        return Sum(nn.Sequential(plain_layer(W, layer.bias), nn.ReLU(), plain_layer(back.mT)))
+    padding = layer.kernel_size // 2
+    transposed = skip_init(nn.ConvTranspose2d, *back.shape[:3], padding=padding, bias=False)
+    transposed.weight = nn.Parameter(back)
+    there = plain_layer(W, layer.bias, padding=padding)
+    return Sum(nn.Sequential(there, nn.ReLU(), transposed))

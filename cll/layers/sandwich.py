@@ -8,9 +8,9 @@ from torch import nn
 
 from ..bounds.dense import proven_square
 from ..bounds.linear import CHUNK, SAFE, TINY, U, as_text, gamma, lengths, power_of_two, round_up
-from ..bounds.registry import register_ours, register_rounding
+from ..bounds.registry import register_ours, register_plain, register_rounding
 from ..bounds.trace import evaluation_copy
-from .structure import length_of, without_autocast
+from .structure import length_of, plain_layer, without_autocast
 
 
 class _Sandwich(nn.Module):
@@ -214,3 +214,38 @@ def _sandwich_rounding(layer, input_shape):
     # after relu: size s = sqrt 2 / low m_B ||z|| + bias, error 2 g s; then P, A^T
     factor = math.sqrt(2) * high * m_A * 4 * g * SAFE
     return factor * math.sqrt(2) / low * m_B, factor * bias
+
+
+@register_plain(SandwichLinear)
+def _plain_linear(layer, input_shape):
+    """sqrt(2) P^-1 B with b, relu, sqrt(2) A^T P."""
+    A, B, P = _factors(layer)
+    return nn.Sequential(plain_layer(B / P[:, None], layer.bias), nn.ReLU(), plain_layer(A.mT * P))
+
+
+@register_plain(SandwichConv2d)
+def _plain_convolution(layer, input_shape):
+    """As of SandwichLinear, A^T and B as circular convolutions whose kernels are as large as the
+    image: the Cayley transform of a small kernel reaches everywhere."""
+    A, B, P = _factors(layer)
+    steps = [nn.PixelUnshuffle(layer.stride)] if layer.stride > 1 else []
+    for matrices, bias in ((B / P[:, None], layer.bias), (A.mH * P, None)):
+        kernel = _kernel(matrices, layer.size)
+        steps.append(plain_layer(kernel, bias, padding="same", padding_mode="circular"))
+        steps += [nn.ReLU()] if bias is not None else []
+    return nn.Sequential(*steps)
+
+
+def _factors(layer):
+    """(sqrt(2) A, sqrt(2) B, P), P (out,)."""
+    both, out = layer.effective() * math.sqrt(2), len(layer.bias)
+    return both[..., :out], both[..., out:], torch.exp(layer.psi)
+
+
+def _kernel(matrices, size):
+    """The kernel (o, i, H, W) of a circular nn.Conv2d with padding "same" that has the frequency
+    responses (H, W/2 + 1, o, i). The convolution of y_n = sum_m r_m x_{n - m}; nn.Conv2d puts
+    w_j at x_{n + j - before} with (n - 1) // 2 values before the image."""
+    response = torch.fft.irfft2(matrices.permute(2, 3, 0, 1), s=size)
+    rows, columns = (((n - 1) // 2 - torch.arange(n)) % n for n in size)
+    return response[:, :, rows][..., columns].contiguous()

@@ -12,8 +12,9 @@ from ..bounds.dense import exact_norm
 from ..bounds.layer import WithInner, absolute_norm, power_step, without_weight
 from ..bounds.linear import SAFE, U, as_text, gamma, lengths, power_of_two, round_up
 from ..bounds.norm import first_bound
-from ..bounds.registry import register_ours, rounding_by_proof
+from ..bounds.registry import register_ours, register_plain, rounding_by_proof
 from ..bounds.trace import evaluation_copy
+from .structure import padded_channels, plain_layer
 
 
 class SOCConv2d(nn.Module):
@@ -197,3 +198,32 @@ def _soc_rounding(proven):
         total, sizes = total + error, sizes + size
     bias = lengths(layer.bias.detach()[None]).item() * math.sqrt(math.prod(input_shape[1:]))
     return (total + gamma(layer.terms[1] + 3) * sizes) * SAFE, 4 * U * bias
+
+
+class Series(nn.Module):
+    """x + A x + A^2 x / 2! + ... up to A^terms, of a convolution A: one nn.Conv2d, applied `terms`
+    times. No single convolution of a larger kernel is that map: A pads each power with zeros."""
+
+    def __init__(self, convolution, terms):
+        super().__init__()
+        self.convolution, self.terms = convolution, terms
+
+    def forward(self, x):
+        y = power = x
+        for k in range(1, self.terms + 1):
+            power = self.convolution(power) / k
+            y = y + power
+        return y
+
+
+@register_plain(SOCConv2d)
+def _plain(layer, input_shape):
+    """Space to depth, zero channels, the series, then the channels that are kept and their bias:
+    a 1x1 convolution with rows of the identity."""
+    kernel = layer.effective()
+    channels, inputs = len(kernel), layer.in_channels * layer.stride**2
+    steps = [nn.PixelUnshuffle(layer.stride)] if layer.stride > 1 else []
+    steps += [padded_channels(channels - inputs, 3)] if channels > inputs else []
+    steps.append(Series(plain_layer(kernel, padding=layer.kernel_size // 2), layer.terms[1]))
+    kept = torch.eye(layer.out_channels, channels, dtype=kernel.dtype)[:, :, None, None]
+    return nn.Sequential(*steps, plain_layer(kept, layer.bias))

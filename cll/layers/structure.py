@@ -10,13 +10,14 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ..bounds import registry, trace
 from ..bounds.layer import ProvenLayer, absolute_norm, float64_weight, is_linear, without_weight
 from ..bounds.linear import SAFE, TINY, U, as_text, gamma, power_of_two, round_up, tensor_of
 from ..bounds.network import product, prove_chain, sum_of_chains
 from ..bounds.norm import matrix_norm
-from ..bounds.registry import register_ours, register_rounding
+from ..bounds.registry import register_ours, register_plain, register_rounding
 from ..bounds.rounding import at_zero, layer_error
 from ..bounds.torch_layers import batch_norm_scale, bias_length, nothing_rounded, one_lipschitz
 
@@ -271,3 +272,63 @@ def without_autocast(tensor):
     """Autocast off on the tensor's device (the meta device knows no autocast)."""
     kind = tensor.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+# ---------------------------------------------------------------- in operations of torch, to export
+class PlainNormalize(nn.Module):
+    """(x - mean) / std, both of shape (C or 1, 1, ...)."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class Sum(nn.Module):
+    """shortcut(x) + branch(x): `Residual` without a check; shortcut None is the identity."""
+
+    def __init__(self, branch, shortcut=None):
+        super().__init__()
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x):
+        return self.shortcut(x) + self.branch(x)
+
+
+def plain_layer(weight, bias=None, **options):
+    """The nn.Linear or nn.Conv2d with this weight and bias, (out, in) or (out, in, k, k)."""
+    out, inputs, *kernel = weight.shape
+    kind, size = (nn.Conv2d, [tuple(kernel)]) if kernel else (nn.Linear, [])
+    inputs *= options.get("groups", 1)
+    layer = skip_init(kind, inputs, out, *size, bias=bias is not None, **options)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def padded_channels(count, dimensions):
+    """The layer of torch that appends channels of zeros to a sample with so many dimensions."""
+    kind = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[dimensions - 1]
+    return kind((0, 0) * (dimensions - 1) + (0, count), 0.0)
+
+
+@register_plain(PadChannels)
+def _plain_padding(layer, input_shape):
+    return padded_channels(layer.channels - input_shape[0], len(input_shape))
+
+
+@register_plain(Normalize)
+def plain_normalize(layer, input_shape):
+    """Also of a LipschitzNet."""
+    shape = (-1, *[1] * (len(input_shape) - 1))
+    return PlainNormalize(layer.mean.view(shape), layer.std.view(shape))
+
+
+@register_plain(NormalizedLinear | Truncation)
+def _plain_head(layer, input_shape):
+    return plain_layer(layer.rows(), getattr(layer, "bias", None))
