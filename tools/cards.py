@@ -32,8 +32,8 @@ cll.certify(net, (images, labels))  # a radius for each image
 
 ## Accuracy
 
-Percent of {test_size:,} test images: right (clean), and right with a certified radius above 36/255,
-72/255 and 108/255 (CRA).
+Percent of {test_size:,} test images: right (clean), and right with a certified radius above the one
+that a column names (CRA).
 
 {accuracy}
 
@@ -79,7 +79,7 @@ and what float64 rounds off the logits of the image is subtracted. `python -m cl
 What the columns mean, and a word in brackets behind the name of the data, stands in
 [the list of all committed runs](../../../README.md).
 """
-COLUMNS = ("clean", *records.RADII)
+BOUNDS = dict(zip(records.BOUNDS, ("cra", "cra_paper_style", "cra_local"), strict=True))
 RECIPE = ("loss", "optimizer", "epochs", "batch_size", "augmentation", "power_iterations")
 
 
@@ -89,17 +89,19 @@ def table(rows, columns=("", "value")):
 
 def accuracy(record):
     """Clean accuracy and CRA by each bound, under attack where it was attacked, and as printed."""
-    shown = {bound: [records.in_paper_unit(record, column, bound) for column in COLUMNS]
-             for bound in records.BOUNDS}  # fmt: skip
+    radii, shown = record["params"]["radii"], {}
+    for bound, key in BOUNDS.items():
+        if cra := record.get(key):
+            shown[bound] = [100 * value for value in (record["clean"], *map(cra.get, radii))]
     if attack := record.get("attack"):
         for what, key in (("guaranteed", "cra"), (f"right under {attack['method']}", "accuracy")):
-            values = attack["clean"], *(attack[key][radius] for radius in records.RADII.values())
+            values = attack["clean"], *map(attack[key].get, radii)
             shown[f"the first {attack['images']}, {what}"] = [100 * value for value in values]
     if row := record["row"]:
         printed = records.published(f"table{row[1]}")
-        shown[f"printed in the paper (row {row})"] = printed.loc[row, list(COLUMNS)]
+        shown[f"printed in the paper (row {row})"] = printed.loc[row, ["clean", *records.RADII]]
     rows = [(key, *map(records.cell_text, values)) for key, values in shown.items()]
-    return table(rows, ["", *map(records.COLUMNS.get, COLUMNS)])
+    return table(rows, ["", "clean %", *(f"CRA({radius}) %" for radius in radii)])
 
 
 def settings(values, inside=""):
