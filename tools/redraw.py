@@ -5,8 +5,8 @@ and no paths.
     python tools/redraw.py figure4     # one of them
     python tools/redraw.py --smoke     # what the notebook tests compare with: make refs
 
-The first write to outputs/reference/<profile>. Nothing is trained; a run that is not there reads "not
-run". One kernel per core loads PyTorch once, not once per notebook. The last writes to
+The first write to outputs/reference/<profile>. Nothing is trained; a run that is not there reads
+"not run". One kernel per core loads PyTorch once, not once per notebook. The last writes to
 tests/nb_refs, each notebook from an empty outputs folder on one CPU thread, without pictures: nbval
 does not compare them, and their bytes change with every version of matplotlib.
 """
