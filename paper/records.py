@@ -92,17 +92,14 @@ def shortened(result):
     return result["epochs"] < 0.99 * (result["published_epochs"] or result["epochs"])
 
 
-def is_quick(result):
-    """Whether the run trained by the quick recipe, not by the published schedule."""
-    return result.get("recipe") == "quick"
+RECIPES = {"published": "", "quick": "quick recipe", "own": "another recipe"}  # of training
 
 
 def epochs(result):
-    """ "801"; "7 of 801" of a shortened schedule; "64 by the quick recipe"."""
-    if is_quick(result):
-        return f"{result['epochs']} by the quick recipe"
-    whole = f" of {result['published_epochs']}" if shortened(result) else ""
-    return f"{result['epochs']}{whole}"
+    """ "801"; "7 of 801" of a shortened schedule; "64, quick recipe"."""
+    if (by := RECIPES[result.get("recipe", "published")]) or not shortened(result):
+        return f"{result['epochs']}{by and f', {by}'}"
+    return f"{result['epochs']} of {result['published_epochs']}"
 
 
 def _range(numbers):
@@ -116,30 +113,34 @@ def _listed(values):
 
 
 def caption(results, tightness=False):
-    """One line for a table or figure: profile, data source, number of seeds, epochs ("6 of 801"
-    where the schedule was shortened, "quick recipe, 64 epochs" of that), then which networks are
-    smaller than the paper's, that enlarged digits are no CIFAR-10, and "trained in bfloat16";
-    tightness: also that its search was shorter than the published one."""
-    results = list(results)
-    if not results:
+    """One line for a table or figure: profile, data source, number of seeds, epochs ("6 of 801" of a
+    shortened schedule, "quick recipe, 64 epochs"), then which networks are smaller than the paper's,
+    that enlarged digits are no CIFAR-10, and "trained in bfloat16"; tightness: also that its search
+    was shorter than the published one."""
+    if not (results := list(results)):
         return "no finished run"
-    pairs = {(r["name"], r["seed"]) for r in results}
-    counts = collections.Counter(name for name, _ in pairs).values()
-    length = f"{_range([r['epochs'] for r in results])}"
-    if any(shortened(r) and not is_quick(r) for r in results):
-        length += f" of {_range([r['published_epochs'] or r['epochs'] for r in results])}"
-    quick = sum(map(is_quick, results))
-    some = f"{quick} of {len(results)} runs by the " * (quick < len(results))
+    seeds = {(r["name"], r["profile"], r["seed"]) for r in results}
+    counts = collections.Counter(run[:2] for run in seeds).values()
     parts = [
         f"profile {_listed(r['profile'] for r in results)}",
         f"data {_listed(map(data_source, results))}",
         f"{_range(counts)} seed{'s' * (max(counts) > 1)}",
-        f"{some}quick recipe" if quick else "",
-        f"{length} epochs",
+        *_lengths(results),
         *_caveats(results),
         tightness_note(results) if tightness else "",
     ]
     return " · ".join(filter(None, parts))
+
+
+def _lengths(results):
+    """The epochs by each recipe, and of how many runs where there are several."""
+    for name, by in RECIPES.items():
+        if some := [r for r in results if r.get("recipe", "published") == name]:
+            length = _range([r["epochs"] for r in some])
+            if name == "published" and any(map(shortened, some)):
+                length += f" of {_range([r['published_epochs'] or r['epochs'] for r in some])}"
+            runs = f" ({len(some)} of {len(results)} runs)" * (len(some) < len(results))
+            yield f"{by and f'{by}, '}{length} epochs{runs}"
 
 
 def _caveats(results):

@@ -119,10 +119,12 @@ def test_caption_says_which_runs_trained_in_less_than_float32():
 
 def test_caption_names_the_quick_recipe():
     quick = record(profile="quick", recipe="quick", epochs=16)
-    assert caption([quick]) == "profile quick · data cifar10 · 1 seed · quick recipe · 16 epochs"
-    some = caption([quick, record(seed=2, epochs=40)])
-    assert "1 of 2 runs by the quick recipe · 16 to 40 of 801 epochs" in some
-    assert (epochs(quick), epochs(record(epochs=7))) == ("16 by the quick recipe", "7 of 801")
+    assert caption([quick]) == "profile quick · data cifar10 · 1 seed · quick recipe, 16 epochs"
+    some = caption([quick, record(seed=2, epochs=40), record(seed=3, epochs=8, recipe="own")])
+    lengths = "40 of 801 epochs (1 of 3 runs)", "quick recipe, 16 epochs (1 of 3 runs)"
+    assert " · ".join([*lengths, "another recipe, 8 epochs (1 of 3 runs)"]) in some
+    assert "· 1 seed ·" in caption([record(), record(profile="quick", seed=2)])  # of each
+    assert (epochs(quick), epochs(record(epochs=7))) == ("16, quick recipe", "7 of 801")
 
 
 def test_caption_says_to_what_size_digits_were_enlarged():

@@ -97,8 +97,8 @@ def _without_bias(x, weight, rest, options):
 def bfloat16_fault(net, device, batch=16):
     """Why a network should not train in bfloat16 on this device, or None: one convolution of each
     of its shapes, with its gradients, differs from float64 by more than bfloat16 rounds (some
-    releases of PyTorch have wrong kernels), or all together take no less time than in float32 (some
-    have slow ones, and not every processor knows bfloat16)."""
+    releases of PyTorch have wrong kernels), or all together take more than 0.8 of float32's time
+    (some have slow ones, and not every processor knows bfloat16)."""
     torch.manual_seed(0)
     images = torch.rand(batch, *net.input_shape).to(device)
     if images.ndim == 4:
@@ -110,7 +110,7 @@ def bfloat16_fault(net, device, batch=16):
         expected = _convolved(*call, torch.float64)
         for dtype in total:
             times = []
-            for _ in range(4):  # the first one allocates
+            for _ in range(10):  # the first one allocates
                 began = time.perf_counter()
                 found = _convolved(*call, dtype)
                 times.append(time.perf_counter() - began)
@@ -120,8 +120,8 @@ def bfloat16_fault(net, device, batch=16):
         if not error <= 0.02:
             of = " by ".join(str(tuple(t.shape)) for t in call[:2])
             return f"a convolution of {of} is off by {error:.1e} in bfloat16"
-    if not total[torch.bfloat16] < total[torch.float32]:
-        return "its convolutions are no faster in bfloat16 on this device"
+    if not total[torch.bfloat16] < 0.8 * total[torch.float32]:  # else the clock would decide
+        return "its convolutions are hardly faster in bfloat16 on this device"
     return None
 
 

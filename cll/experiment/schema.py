@@ -150,7 +150,8 @@ class Params(Record):
     seed: Annotated[int, Field(ge=0, lt=SEEDS), Number] = 1
     profile: Profile = "paper"
     published_epochs: Count | None = None  # of the published schedule
-    recipe: Literal["published", "quick"] = "published"  # whose schedule, whole or shortened
+    # whose schedule, whole or shortened: the paper's, that of profile quick, or another one
+    recipe: Literal["published", "quick", "own"] = "published"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="before")

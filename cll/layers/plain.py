@@ -37,7 +37,9 @@ def export(model, input_shape=None):
     steps = _plain_chain(net.body, net.input_shape)
     if (net.mean != 0).any() or (net.std != 1).any():
         steps.insert(0, plain_normalize(net, net.input_shape))
-    head = _plain(checked_head(net), ())
+    with torch.no_grad():
+        features = net.body(torch.zeros(1, *net.input_shape, dtype=torch.float64)).shape[1:]
+    head = _plain(checked_head(net, tuple(features)), ())
     return nn.Sequential(*steps, head).eval().requires_grad_(False)
 
 
