@@ -113,7 +113,7 @@ def _listed(values):
 
 
 def caption(results, tightness=False):
-    """One line for a table or figure: profile, data source, seeds, epochs ("6 of 801" of a shortened
+    """One line for a table or figure: profile, data source, seeds, epochs ("6 of 801" of a short
     schedule, "quick recipe, 64 epochs"), then which networks are smaller than the paper's, that
     enlarged digits are no CIFAR-10, and "trained in bfloat16"; tightness: also that its search was
     shorter than the published one."""
