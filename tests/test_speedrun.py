@@ -82,6 +82,13 @@ def test_the_speedrun_names_the_runs_that_are_missing(notebook):
     assert "no finished run" in notebook("speedrun", {})[0]
 
 
+def test_all_recipes_train_one_network_by_one_loss_on_the_same_images():
+    kept = ("model", "size", "head", "activation", "loss", "data", "radii", "input_shape")
+    for profile in experiment.schema.PROFILES:
+        runs = experiment.experiment_params("speedrun", profile)
+        assert len({str([getattr(run, key) for key in kept]) for run in runs}) == 1, profile
+
+
 def test_a_front_holds_what_no_other_point_beats():
     clean, cra = front([70, 72, 72, 74, 60], [50, 48, 47, 49, 50])
     assert clean.tolist() == [70, 74] and cra.tolist() == [50, 49]
