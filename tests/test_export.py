@@ -160,6 +160,8 @@ def test_what_has_no_plain_form_is_refused():
     with pytest.raises(TypeError, match="forward of its own"):
         cll.export(nn.ModuleDict({"only": nn.Linear(2, 3)}), (2,))
     pool = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True, divisor_override=3), nn.Flatten())
+    with pytest.raises(ValueError, match=r"ends in shape \(8,\) and the head takes 4"):
+        cll.export(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (2, 2, 2))
     with pytest.raises(TypeError, match="divisor_override and ceil_mode"):
         cll.export(nn.Sequential(*pool, nn.Linear(12, 2)), (3, 3, 3))
 

@@ -346,3 +346,8 @@ def test_a_linear_head_is_refused():
     net = built("SLL-S", width=0.1, depth=0.15)
     with pytest.raises(ValueError, match="Linear.* is no layer of the official networks"):
         cll.layers.load_official(net, state)
+
+
+def test_a_path_is_no_checkpoint():
+    with pytest.raises(TypeError, match=r"a dict, as torch.load\(path\) gives, not str"):
+        layers.load_official(cll.build("CPL-S", width=0.1, depth=0.1), "checkpoint.pt")

@@ -9,11 +9,11 @@ inside scripts.
 import base64
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import environment  # tools/ is on the path: its files are run as scripts
 import numpy as np
+import pages
 import torch
 from torch import nn
 
@@ -138,7 +138,8 @@ def data_files():
 def build(folder):
     """Write the page into a folder; returns its path."""
     for path in PAGE.iterdir():
-        shutil.copyfile(path, folder / path.name)
+        text = path.read_text(encoding="utf-8")
+        environment.write(folder / path.name, pages.STYLE * (path.suffix == ".css") + text)
     for name, text in data_files().items():
         environment.write(folder / name, text)
     return folder / "certify.html"

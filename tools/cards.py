@@ -37,9 +37,10 @@ that a column names (CRA).
 
 {accuracy}
 
-Local bounds are proofs as well. The paper-style row takes the value that power iteration converges
-to, from below: no proof. K(f) = {K} bounds how fast one logit minus another changes with the image;
-the search for the fastest pair of images reached {tightness} % of it. {note}
+Local bounds, where a row has them, are proofs as well. The paper-style row takes the value that
+power iteration converges to, from below: no proof. K(f) = {K} bounds how fast one logit minus
+another changes with the image; the search for the fastest pair of images reached {tightness} %
+of it. {note}
 
 ## What the certificate means
 

@@ -15,12 +15,13 @@ TABLE = re.compile(r"<table[^>]*>(.*?)</table>", re.DOTALL)
 HEADING = re.compile(r"^# +(.+)$", re.MULTILINE)
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def page(title, body, navigation=""):
     """A whole document. title: plain text; body, navigation: HTML."""
     navigation = f"<nav>{navigation}</nav>" if navigation else ""
-    return PAGE.substitute(title=html.escape(title), body=body, navigation=navigation)
+    return PAGE.substitute(title=html.escape(title), body=body, navigation=navigation, style=STYLE)
 
 
 def heading(nb, default):

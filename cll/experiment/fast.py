@@ -172,7 +172,7 @@ def use_compiled(stack, steps):
     def on_trial(*batch):
         """Chooses between both ways, which from here on is `losses`."""
         try:
-            compiled = _compiled(stack, eager) if whole else _compiled_after_logits(eager)
+            compiled = _compiled(stack, eager) if whole else _compiled_with_gradients(eager)
             error = _difference(stack, compiled, eager, batch)
             if not error <= (1e-3 if program.precision == "float32" else 1e-2):
                 raise RuntimeError(f"a gradient is off by {error:.1e} of its size")
@@ -199,12 +199,12 @@ def _compiled(stack, eager):
     return replayed
 
 
-def _compiled_after_logits(eager):
+def _compiled_with_gradients(eager):
     # "No CUDA runtime is found", it warns: so it is
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     known = torch._inductor.list_options()  # not all releases of PyTorch have all of them
     options = {key: value for key, value in SCALAR.items() if key in known}
-    compiled = torch.compile(_after_logits, dynamic=False, options=options)
+    compiled = torch.compile(_with_gradients, dynamic=False, options=options)
     return functools.partial(eager, after=compiled)
 
 
@@ -230,7 +230,7 @@ def _difference(stack, compiled, eager, batch):
     return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
-def _after_logits(groups, logits, targets, body, rows, values):
+def _with_gradients(groups, logits, targets, body, rows, values):
     """(gradients of the summed losses in logits, body and rows, (loss, correct, K)) of a stack:
     `stack.after_logits` with its backward pass."""
 
@@ -273,7 +273,7 @@ class DenseStack:
         return outputs
 
     @torch.no_grad()
-    def losses(self, images, targets, *values, after=_after_logits):
+    def losses(self, images, targets, *values, after=_with_gradients):
         """(loss (S,), correct (S,), K) of a step and the gradients of weights and biases. after
         may be compiled."""
         weights, biases = self._stacked(self.weights), self._stacked(self.biases)

@@ -8,6 +8,7 @@ tensors there, with "_" for "."; it returns ours.
 
 import inspect
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,11 @@ def load_official(net, state):
     The q of SLL convolutions, which cancels in their code, becomes 0, and the norm of SOC and CPL
     is the one that their network divides by: a CPL checkpoint without one is settled. Kernels of
     LBDN are turned, as their Fourier transform is conjugated. `certify` proves what it gets.
-    Raises ValueError, having changed nothing, for a checkpoint of other layers or sizes.
+    Raises ValueError, having changed nothing, for a checkpoint of other layers or sizes, and
+    TypeError for a state that is no dict.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: a dict, as torch.load(path) gives, not {type(state).__name__}")
     given = {}
     for key, tensor in state.get("model_state_dict", state).items():
         if _AGAIN.match(key):

@@ -7,7 +7,7 @@ from torch import nn
 from ..bounds import registry
 from ..bounds.linear import as_text, exact_arithmetic
 from ..bounds.network import checked_head
-from ..bounds.trace import float64_copy, layer_inputs
+from ..bounds.trace import float64_copy, layer_inputs, trace
 from .classifier import as_lipschitz_net
 from .structure import BatchNormalized, Residual, Sum, plain_layer, plain_normalize
 
@@ -34,13 +34,12 @@ def export(model, input_shape=None):
     for layer in net.modules():
         if hasattr(layer, "frozen"):
             layer.frozen = None  # frozen before the weights became float64
-    steps = _plain_chain(net.body, net.input_shape)
+    places, features = trace(net.body, net.input_shape)
+    head = checked_head(net, features)
+    steps = [_plain(layer, shape) for _, layer, shape in places]
     if (net.mean != 0).any() or (net.std != 1).any():
         steps.insert(0, plain_normalize(net, net.input_shape))
-    with torch.no_grad():
-        features = net.body(torch.zeros(1, *net.input_shape, dtype=torch.float64)).shape[1:]
-    head = _plain(checked_head(net, tuple(features)), ())
-    return nn.Sequential(*steps, head).eval().requires_grad_(False)
+    return nn.Sequential(*steps, _plain(head, features)).eval().requires_grad_(False)
 
 
 @registry.register_plain(nn.AvgPool2d)
@@ -59,18 +58,13 @@ def _plain_pool(layer, input_shape):
     return plain_layer(weight, stride=layer.stride, padding=layer.padding, groups=channels)
 
 
-def _plain_chain(body, input_shape):
-    """Plain layers, in order, of a chain of layers."""
-    return [_plain(layer, shape) for _, layer, shape in layer_inputs(body, input_shape)]
-
-
 def _plain(layer, shape):
     """A layer of a private copy, written plainly: by its registered form, or as it is."""
     if (form := registry.record(layer).plain) is not None:
         return form(layer, shape)
     if registry.is_bounded_as(layer, Residual):
-        parts = (nn.Sequential(*_plain_chain(p, shape)) for p in (layer.branch, layer.shortcut))
-        return Sum(*parts)
+        parts = (layer_inputs(part, shape) for part in (layer.branch, layer.shortcut))
+        return Sum(*(nn.Sequential(*(_plain(one, at) for _, one, at in part)) for part in parts))
     parts = layer if registry.is_bounded_as(layer, BatchNormalized) else [layer]
     if all(type(part).__module__.startswith("torch.nn.") for part in parts):
         if hasattr(layer, "inplace"):
