@@ -235,7 +235,9 @@ def _with_gradients(groups, logits, targets, body, rows, values):
     `stack.after_logits` with its backward pass."""
 
     def total(logits, body, rows):
-        bound = bound_of(body, rows)
+        # pairwise_distances in operations that the compiler can join with the rest into one kernel
+        between = rows.unsqueeze(2) - rows.unsqueeze(1)
+        bound = bound_of(body, rows, torch.linalg.vector_norm(between, dim=3))
         loss, correct = after_logits(groups, logits, targets, bound, values)
         return loss.sum(), (loss, correct, bound.K)
 
@@ -289,8 +291,10 @@ class DenseStack:
         at_weights, at_biases = _backward(at_logits.mT, weights, inputs, orders)
         if self.stack.program.moves_K:
             at_weights[-1] += at_head
-            for at_weight, slope in zip(at_weights, at_body[:, None, None] * slopes, strict=False):
-                at_weight += slope[:, : at_weight.shape[1], : at_weight.shape[2]]
+            for at_weight, u, v in zip(
+                at_weights, slopes * at_body[:, None], self.starts, strict=False
+            ):
+                at_weight.addcmul_(u[:, : at_weight.shape[1], None], v[:, None])
         return *outputs, at_weights + at_biases
 
     def _stacked(self, names):
@@ -299,25 +303,22 @@ class DenseStack:
         return tensors if len(self.stack.runs) > 1 else [t[None] for t in tensors]
 
     def body_lipschitz(self, weights):
-        """As LipschitzNet.body_lipschitz for each run, (S,); and its gradient (layers, S, m, m) in
-        the padded weights, by the envelope theorem."""
+        """As LipschitzNet.body_lipschitz for each run, (S,). By the envelope theorem its gradient
+        in the weight of a layer is u v^T: u (layers, S, m) is returned, v lies in `iterates`."""
         iterations, vectors = self.stack.program.iterations, self._stacked(self.vectors)
         torch._foreach_copy_(self.parts + self.starts, [*weights, *vectors])
-        A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1)
-        square = torch.bmm(A.mT, A)
-        square.diagonal(dim1=1, dim2=2).add_(1e-16)  # see bounds.estimate
-        for _ in range(iterations):
-            v = torch.bmm(v[:, None], square)[:, 0]  # symmetric: a row, the faster product
-            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        v = v.view_as(self.iterates)
-        self.iterates.copy_(v)
+        A, v = self.padded.flatten(0, 1), self.iterates.flatten(0, 1).unsqueeze(1)
+        for _ in range(iterations):  # v is a row: a column would take seven times as long
+            v = torch.bmm(torch.bmm(v, A.mT), A).add_(v, alpha=1e-16)  # see bounds.estimate
+            v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True)
+        self.iterates.copy_(v.view_as(self.iterates))
         torch._foreach_copy_(vectors, self.starts)
         # body = product of ||A v||; d body / d A = body / ||A v|| * u v^T, u = A v / ||A v||
-        u = (self.padded * v.unsqueeze(2)).sum(3)
+        u = torch.bmm(v, A.mT).view_as(self.iterates)
         norms = torch.linalg.vector_norm(u, dim=2)
         body = self.scale * norms.prod(0)
         factors = body / (norms * norms).clamp_min(torch.finfo(u.dtype).tiny)
-        return body, (u * factors.unsqueeze(2)).unsqueeze(3) * v.unsqueeze(2)
+        return body, u * factors.unsqueeze(2)
 
 
 def _perceptron(x, weights, biases):

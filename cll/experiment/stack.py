@@ -27,9 +27,8 @@ def build_network(params, num_classes, input_shape):
     return build(params.model, num_classes, input_shape, *normalisation, **options)
 
 
-def bound_of(body, rows):
+def bound_of(body, rows, distances):
     """The Bound of one run, or of a stack: body 0-dim or (S,), rows (C, D) or (S, C, D)."""
-    distances = pairwise_distances(rows)
     return Bound(body[..., None, None] * distances, body, rows, distances)
 
 
@@ -55,7 +54,8 @@ class Program(nn.Module):
             exact = full_precision(images.device) if tf32 else contextlib.nullcontext()
             with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
                 body = self.net.body_lipschitz(self.iterations, self.through)
-                bound = bound_of(body, head_rows(self.net.head))
+                rows = head_rows(self.net.head)
+                bound = bound_of(body, rows, pairwise_distances(rows))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         # autocast reaches the network only: K and the losses stay in float32
