@@ -17,6 +17,7 @@ FRESH ?=
 PARAMS ?= params/table2/cifar10-4C3F-CLL.yaml
 PYTHON ?=
 VENV ?=
+LOCKED ?=
 WORKERS ?= 2
 RUNS ?=
 COLAB ?= .colab
@@ -29,7 +30,7 @@ sh = '$(subst ','\'',$(1))'
 # ---- paths and values that make cannot pass on are refused before anything is done ---------------
 PATHS := OUT PARAMS VENV NOTEBOOKS COLAB
 RUN := PROFILE SEEDS DEVICE DATA LABEL ROWS JOBS OUT FRESH PARAMS
-VARIABLES := $(sort $(RUN) $(PATHS) PYTHON WORKERS RUNS ITEMS)
+VARIABLES := $(sort $(RUN) $(PATHS) PYTHON LOCKED WORKERS RUNS ITEMS)
 # "command" line, "environment" or "file"
 set_in = $(firstword $(origin $(1)))
 DOLLAR := $$
@@ -64,6 +65,7 @@ GOALS := $(or $(MAKECMDGOALS),help)
 # ---- what each target reads; tools/parameters.py knows what a notebook does ---------------------
 READS_help := $(VARIABLES)
 READS_install :=
+READS_lock :=
 READS_all := $(RUN) ITEMS
 READS_report := PROFILE OUT
 READS_smoke-systems := SEEDS DEVICE DATA LABEL JOBS OUT FRESH
@@ -81,36 +83,39 @@ READS_reference :=
 READS_clean := PROFILE
 $(foreach item,$(ITEMS),$(eval READS_$(item) := $(RUN)))
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(call set_in,$(v))),$(v)))
-COMMON := PYTHON VENV NOTEBOOKS SHARED
+COMMON := PYTHON VENV LOCKED NOTEBOOKS SHARED
 unread = $(if $(filter file,$(origin READS_$(1))),$(filter-out $(READS_$(1)) $(COMMON),$(filter $(VARIABLES),$(GIVEN))))
 # What stands on the command line is meant for the targets there. What stands in the environment, and
 # what `all` hands on (SHARED), is for many.
 ifeq ($(SHARED),)
 $(foreach goal,$(GOALS),$(foreach v,$(call unread,$(goal)),\
-  $(error $(goal) does not read $(v): leave it out ($(goal) reads $(strip $(READS_$(goal)) PYTHON VENV)))))
+  $(error $(goal) does not read $(v): leave it out ($(goal) reads $(strip $(READS_$(goal)) PYTHON VENV LOCKED)))))
 $(foreach v,$(filter-out $(VARIABLES) $(COMMON) SHELL MAKE%,$(GIVEN)),\
   $(warning $(v) is none of the variables of `make help`: it reaches the environment alone))
 endif
 # what a goal needs from pyproject.toml, beyond the base dependencies: an optional group
-NEED := $(if $(filter test test-notebooks lint refs colab,$(GOALS)),test,$(if $(filter lab install,$(GOALS)),all,run))
+NEED := $(if $(filter test test-notebooks lint refs colab,$(GOALS)),test,$(if $(filter lab install lock,$(GOALS)),all,run))
 
 # ---- which Python: PYTHON=, else the active one if it has everything, else .venv ----------------
+# LOCKED: .venv, whatever is active
 CHECK = tools/environment.py missing $(NEED)
 VENV_FOLDER := $(or $(VENV),.venv)
 ACTIVE :=
 ENVIRONMENT :=
 ifeq ($(PYTHON),)
-  ifeq ($(VENV)$(filter-out help clean,$(GOALS)),)
+  ifeq ($(VENV)$(LOCKED)$(filter-out help clean,$(GOALS)),)
     # help and clean need no packages: do not spend time on looking for them
     ACTIVE := $(shell command -v python || command -v python3)
-  else ifeq ($(VENV),)
+  else ifeq ($(VENV)$(LOCKED),)
     ACTIVE := $(shell for p in python python3; do \
       if $$p $(CHECK) >/dev/null 2>&1; then command -v $$p; break; fi; done)
   endif
   override PYTHON := $(or $(ACTIVE),$(VENV_FOLDER)/bin/python)
 endif
 ifeq ($(PYTHON),$(VENV_FOLDER)/bin/python)
-  ENVIRONMENT := $(VENV_FOLDER)/.installed
+  ENVIRONMENT := $(VENV_FOLDER)/$(if $(LOCKED),.locked,.installed)
+else ifneq ($(LOCKED),)
+  $(error LOCKED=$(LOCKED) is for $(VENV_FOLDER), not for PYTHON=$(PYTHON): leave one of them out)
 else ifeq ($(ACTIVE),)
   ENVIRONMENT := has-packages
 endif
@@ -168,6 +173,7 @@ help:
 	  $(call sh,PARAMS=$(PARAMS)) 'for train: the parameters of the run' \
 	  $(call sh,PYTHON=$(PYTHON)) 'the Python in use; if the active one lacks a package, .venv is made' \
 	  $(call sh,VENV=$(VENV)) 'FOLDER: use and make this environment, whatever is active' \
+	  $(call sh,LOCKED=$(LOCKED)) '1: make .venv, or VENV, with the versions of constraints.txt, and use it' \
 	  $(call sh,WORKERS=$(WORKERS)) 'processes that run the tests'
 	@echo
 	@echo 'On the command line they are for the targets there, which refuse what they do not read; in the'
@@ -177,18 +183,23 @@ help:
 	@echo 'they would share the cores or the GPU), -k goes on after a failure.'
 
 # ---- the environment ----------------------------------------------------------------------------
-.PHONY: install has-packages FORCE
+.PHONY: install lock has-packages FORCE
 FORCE:
 
 install: | $(ENVIRONMENT)  ## create .venv, unless the active Python has everything
 	@echo $(call sh,install: $(PYTHON) has everything)
 
+lock: | $(ENVIRONMENT)  ## write constraints.txt, for LOCKED=1: the versions that this Python has
+	@$(PYTHON) tools/environment.py lock
+
 has-packages:
 	@lacking=$$($(PYTHON) $(CHECK) 2>&1) || { echo $(call sh,FAILED: $(PYTHON) lacks) "$$(echo $$lacking | tail -c 300); install them there, or leave PYTHON= out to get .venv" >&2; exit 1; }
 
-# The stamp is written last: an interrupted installation is repaired by the next make.
-$(VENV_FOLDER)/.installed: pyproject.toml
-	@if test -z '$(VENV)' -a -n "$$VIRTUAL_ENV$$CONDA_PREFIX"; then \
+# The stamps are written last: an interrupted installation is repaired by the next make. Locked
+# versions are within the open bounds too, so that they have both stamps.
+$(VENV_FOLDER)/.locked: constraints.txt
+$(VENV_FOLDER)/.installed $(VENV_FOLDER)/.locked: pyproject.toml
+	@if test -z '$(VENV)$(LOCKED)' -a -n "$$VIRTUAL_ENV$$CONDA_PREFIX"; then \
 	  echo "left alone: $${VIRTUAL_ENV:-$$CONDA_PREFIX}, which lacks $$(python $(CHECK) 2>&1 | tail -c 300)"; fi
 	@if ! $(@D)/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	  found=; for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -198,9 +209,10 @@ $(VENV_FOLDER)/.installed: pyproject.toml
 	  echo "making $(@D) with $$($$found --version)"; \
 	  $$found -m venv --clear $(@D) > /dev/null || { echo 'FAILED: $(@D) could not be made' >&2; exit 1; }; fi
 	@echo 'installing into $(@D), once; PyTorch is large, this takes some minutes (progress: $(@D)/install.log)'
-	@$(@D)/bin/python -m pip install --disable-pip-version-check -e '.[all]' > $(@D)/install.log 2>&1 \
+	@rm -f $(@D)/.installed $(@D)/.locked
+	@$(@D)/bin/python -m pip install --disable-pip-version-check $(if $(LOCKED),-c constraints.txt) -e '.[all]' > $(@D)/install.log 2>&1 \
 	  || { echo "FAILED: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log; repeat the command to resume)" >&2; exit 1; }
-	@touch $@
+	@touch $(@D)/.installed $@
 
 # ---- experiments --------------------------------------------------------------------------------
 ASKED := $(if $(SHARED),,$(filter $(RUN),$(GIVEN)))
@@ -264,8 +276,8 @@ test-notebooks: | $(ENVIRONMENT)  ## the notebooks alone: form, and a run compar
 refs: | $(ENVIRONMENT)  ## rewrite tests/nb_refs after a notebook changed; review its diff
 	@$(PYTHON) tools/redraw.py --smoke
 
-badges: | $(ENVIRONMENT)  ## write the Colab badge and the set-up cell of every notebook, from pyproject.toml
-	@$(PYTHON) tools/badges.py $(NOTEBOOKS)/*.ipynb $(REFERENCES)/*.ipynb
+badges: | $(ENVIRONMENT)  ## write the public address of pyproject.toml into notebooks and CITATION.cff
+	@$(PYTHON) tools/badges.py
 
 # an environment with what Colab has; nothing of the kit is installed there
 $(COLAB)/.installed: tests/colab.txt

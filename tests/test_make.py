@@ -35,6 +35,7 @@ def make(tmp_path):
         "FRESH",
         "PARAMS",
         "VENV",
+        "LOCKED",
     ):
         env.pop(name, None)
     decoy = tmp_path / "jupyter" / "kernels" / "python3"  # of another environment: not to be used
@@ -76,9 +77,7 @@ def test_help_names_targets_and_variables(make):
     make.add("picture")
     text = make("PROFILE=smoke", "SEEDS=1-3").stdout
     assert re.search(r"^  picture +Heading of picture$", text, re.M)
-    targets = (
-        "all install test test-notebooks refs badges lint lab bench house colab collect reference"
-    )
+    targets = "all install lock test test-notebooks refs badges lint lab bench house colab collect reference"
     for target in targets.split():
         assert re.search(rf"^  {target} +\S", text, re.M), target
     assert re.search(r"^  PROFILE=smoke +\S", text, re.M)
@@ -206,7 +205,7 @@ def test_a_python_that_is_none_is_named(make, python):
     ["toy ROWS=T2-05", "toy DATA=npz:x", "toy PARAMS=a.yaml", "toy SEEDS=1", "toy RUNS=x"]
     + ["test PROFILE=smoke", "reference SEEDS=1", "report ROWS=T2-05", "lint JOBS=2", "all RUNS=x"]
     + ["smoke-systems PROFILE=paper", "collect DATA=npz:x", "clean OUT=x", "toy report SEEDS=1"]
-    + ["refs ROWS=T1-01", "bench DEVICE=cpu", "colab SEEDS=1", "badges FRESH=1"],
+    + ["refs ROWS=T1-01", "bench DEVICE=cpu", "colab SEEDS=1", "badges FRESH=1", "lock JOBS=2"],
 )
 def test_a_variable_that_a_target_does_not_read_is_an_error(make, goals):
     make.add("toy", "print(profile)")
@@ -269,6 +268,39 @@ def test_finished_target_is_run_again_only_for_new_values(make):
     changed = make("toy", "PROFILE=smoke", "SEEDS=1-3")
     assert "device" in changed.stdout.splitlines()[0]
     assert "seeds [1, 2, 3]" in changed.stdout
+
+
+def test_an_environment_is_made_once_and_again_when_its_versions_change(make, tmp_path):
+    """With open bounds and LOCKED=1, in turn: a locked environment keeps the bounds as well."""
+    venv, log = tmp_path / "venv", tmp_path / "log"
+    python = venv / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in *install*) echo "$*" >> "{log}";; esac\n')
+    python.chmod(0o755)
+
+    def installed(*arguments):
+        log.write_text("")
+        result = make("install", "PYTHON=", f"VENV={venv}", *arguments, out=False)
+        assert result.returncode == 0, result.stderr
+        assert f"install: {python} has everything" in result.stdout
+        return ["-c constraints.txt -e .[all]" in line for line in log.read_text().splitlines()]
+
+    assert installed() == [False] and installed() == []
+    assert installed("LOCKED=1") == [True] and installed("LOCKED=1") == []
+    assert installed() == []
+    os.utime(venv / ".locked", (0, 0))  # constraints.txt changed
+    assert installed("LOCKED=1") == [True]
+    os.utime(venv / ".installed", (0, 0))  # pyproject.toml changed: what is open may go beyond
+    assert installed() == [False] and installed("LOCKED=1") == [True]
+    python.write_text('#!/bin/sh\ncase "$*" in *install*) exit 1;; esac\n')
+    (venv / ".locked").unlink()
+    assert make("install", "PYTHON=", f"VENV={venv}", "LOCKED=1", out=False).returncode != 0
+    assert not (venv / ".locked").exists() and not (venv / ".installed").exists()
+
+
+def test_locked_versions_are_not_asked_of_a_python_that_is_named(make):
+    (line,) = make("install", "LOCKED=1", out=False).stderr.splitlines()
+    assert f"LOCKED=1 is for .venv, not for PYTHON={sys.executable}: leave one of them out" in line
 
 
 def test_a_changed_base_runs_its_notebook_again(make, tmp_path, stand_in, monkeypatch):

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import nbformat
@@ -100,44 +99,6 @@ def test_parameters_cell_declares_what_make_passes(path):
             assert set(passed) | {"profile"} <= set(declared)
             defaults = {key: declared[key] for key in passed}
             assert passed == defaults, "the profiles differ in sizes only"
-
-
-@pytest.mark.parametrize("folder", [ROOT / "notebooks", REFERENCES], ids=["sources", "references"])
-@every_notebook
-def test_badge_and_setup_cell_are_of_this_repository(path, folder):
-    text = (folder / path.name).read_text(encoding="utf-8")
-    assert badges.rewritten(text, path.stem) == text, "run `make badges`"
-
-
-def test_a_fork_changes_one_variable(monkeypatch):
-    monkeypatch.setattr(environment, "repository", lambda: "https://github.com/me/fork")
-    monkeypatch.setattr(environment, "branch", lambda: "v1.0")
-    text = badges.rewritten(NOTEBOOKS[0].read_text(encoding="utf-8"), NOTEBOOKS[0].stem)
-    opens = f"colab.research.google.com/github/me/fork/blob/v1.0/notebooks/{NOTEBOOKS[0].name})"
-    assert opens in text and "cll-kit" not in text
-    assert badges.rewritten(text, NOTEBOOKS[0].stem) == text
-    lines = (line for line in text.splitlines() if "Open In Colab" not in line)
-    with pytest.raises(ValueError, match="0 Colab badges, not one"):
-        badges.rewritten("\n".join(lines), "x")
-
-
-def test_setup_cell_fetches_the_kit_on_colab_alone(monkeypatch):
-    commands = []
-    monkeypatch.setattr(environment, "repository", lambda: "https://example.org/kit")
-    monkeypatch.setattr(environment, "branch", lambda: "v1.0")
-    monkeypatch.setattr(
-        subprocess, "check_call", lambda *a, **options: commands.append((a, options))
-    )
-    monkeypatch.setattr(sys, "path", ["rest"])
-    exec(badges.setup_cell(), {})
-    assert sys.path.pop() == "rest" and not commands
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    exec(badges.setup_cell(), {})
-    assert sys.path[0] == "/content/cll"
-    (((command,), options),) = commands
-    assert options == {"shell": True, "cwd": "/content"}  # and a failure is an error
-    assert "git clone -q --depth 1 -b v1.0 https://example.org/kit cll" in command
-    assert command.startswith("test -d cll || ") and "pip install -qq 'pyautoattack" in command
 
 
 @pytest.mark.parametrize("below", ["", "notebooks"])

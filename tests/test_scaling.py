@@ -70,7 +70,7 @@ def test_notebook_has_the_head_of_the_others():
     assert code[0].source == badges.setup_cell()
     assert [cell.metadata.get("tags") for cell in code].count(["parameters"]) == 1
     assert all(cell.execution_count is None and not cell.outputs for cell in code)
-    assert "/blob/main/benchmarks/scaling.ipynb)" in nb.cells[0].source
+    assert badges.badge("scaling") in nb.cells[0].source
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import: each answer costs a few hundredths of a second, and the file parses on a
 
     python tools/environment.py missing run|test|all   # names what is missing; exit 1 if any
     python tools/environment.py profile                # "paper" with a CUDA device, else "quick"
+    python tools/environment.py lock                   # write constraints.txt: make lock
 """
 
 import importlib.metadata
@@ -16,6 +17,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Distributions whose module has another name.
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pytest-xdist": "xdist", "pillow": "PIL"}
 
+LOCK_HEAD = """\
+# The versions that the tests ran with, for `make install LOCKED=1`; `make lock` writes them, on the
+# oldest Python that the kit supports. What a later Python or another system needs besides is open.
+"""
+
 
 def pyproject():
     """pyproject.toml as a dict."""
@@ -26,8 +32,8 @@ def pyproject():
 
 
 def repository():
-    """URL of the sources; badges, set-up cells and the report lead there."""
-    return pyproject()["project"]["urls"]["Repository"]
+    """URL of the sources, to which `make badges` and the report lead; None while it is not set."""
+    return pyproject()["project"].get("urls", {}).get("Repository")
 
 
 def branch():
@@ -95,6 +101,33 @@ def missing(extra):
     return lacking
 
 
+def locked():
+    """{distribution: version} of all that the extras need, and what those need, as this Python has
+    it; without local tags of a version, such as +cu128, which no registry has."""
+    from packaging.requirements import Requirement
+
+    pins, asked = {}, [Requirement(line) for line in requirements("all")]
+    for requirement in asked:  # which grows
+        found = importlib.metadata.distribution(requirement.name)
+        name = re.sub("[-_.]+", "-", requirement.name).lower()
+        pins[name] = found.version.partition("+")[0]
+        for needed in map(Requirement, found.requires or ()):
+            extras = [{"extra": extra} for extra in ("", *requirement.extras)]
+            if needed.marker is None or any(map(needed.marker.evaluate, extras)):
+                asked += [needed] * (needed not in asked)
+    return pins
+
+
+def lock():
+    """Write constraints.txt. Exits where this is not the oldest Python that the kit supports: a
+    release for that one exists for later ones, but not the other way round."""
+    oldest = pyproject()["project"]["requires-python"].lstrip(">=")
+    if oldest != f"{sys.version_info[0]}.{sys.version_info[1]}":
+        sys.exit(f"FAILED lock: write it with Python {oldest}, whose releases later ones have too")
+    pins = [f"{name}=={version}\n" for name, version in sorted(locked().items())]
+    write(Path(ROOT, "constraints.txt"), LOCK_HEAD + "".join(pins))
+
+
 def cuda_device():
     """True if a CUDA device is visible and the installed PyTorch, if any, is a CUDA build.
 
@@ -119,6 +152,9 @@ def cuda_device():
 def main(arguments):
     if arguments == ["profile"]:
         print("paper" if cuda_device() else "quick")
+        return 0
+    if arguments == ["lock"]:
+        lock()
         return 0
     if len(arguments) == 2 and arguments[0] == "missing":
         lacking = missing(arguments[1])

@@ -107,6 +107,12 @@ def contents(notebooks):
     return f"<ul>\n{chr(10).join(rows)}\n</ul>"
 
 
+def sources():
+    """Where the code is, as HTML."""
+    url = environment.repository()
+    return f'<a href="{url}">Sources</a>' if url else "The sources have no public address yet."
+
+
 def build(folder):
     """Write the site of the results in `folder` (OUT/<profile>); returns the front page's path.
     Raises ValueError where no notebook has finished."""
@@ -126,7 +132,7 @@ def build(folder):
     front = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = front.substitute(
         title=title,
-        sources=environment.repository(),
+        sources=sources(),
         contents=contents(notebooks),
         tables=tables(folder, notebooks),
         claims=claims(folder, notebooks),
