@@ -8,26 +8,20 @@ from cll.experiment.schema import experiment_params, sized_as
 from . import records
 from .records import RADII, cell_text, or_dash, published
 
-ROWS = {  # of table 2, whose runs make the usual choice
-    ("6C2F", "CLL"): "T2-04",
-    ("4C3F", "CLL"): "T2-05",
-    ("4C3F", "GloRo"): "T2-03",
-    ("LipConvNet-20", "CLL"): "T2-07",
-}
-
 
 def runs(profile, seeds=None, data="", label="", **overrides):
-    """(images, two moons): the runs of params/ablation/, after those of the usual choice, which
-    are rows of table 2 in the same size, and the slack sweep. data, label: of the images."""
+    """(images, two moons): the runs of params/ablation/, after those of the usual choice, which are
+    the first row of table 2 with that network, loss and size, and the slack sweep. data, label: of
+    the images."""
     source = {"data": data, "label": label}
     others = experiment_params("ablation", profile, seeds, **overrides, **source)
     table2 = records.runs_beside(others, "table2", profile, **overrides, **source)
     moons = [run for run in others if run.model == "MLP"]
     images = [run for run in others if run.model != "MLP"]
     for run in images[:]:
-        row = ROWS[run.model, run.loss.name]
-        usual = [usual for usual in table2 if (usual.row, usual.seed) == (row, run.seed)]
-        images = sized_as(run, usual) + images
+        key = run.model, run.loss.name, run.seed
+        usual = [other for other in table2 if (other.model, other.loss.name, other.seed) == key]
+        images = sized_as(run, usual[:1]) + images
     return images, records.runs_beside(moons, "slack_sweep", profile, **overrides) + moons
 
 
@@ -70,10 +64,8 @@ def _measures(results):
     """What is measured of one network, {name: function of a record}, and what is printed of it."""
     if results[0]["data"] == "two_moons":
         name = f"CRA {results[0]['epsilon']:g}"
-        moons = published("two_moons").query("status == 'printed'")
-        slack = pd.to_numeric(moons["p_code"], errors="coerce")
-        row = moons[np.isclose(slack, results[0]["p"])]
-        return {name: records.train_cra}, {name: row["cra_printed"].iloc[0] if len(row) else np.nan}
+        printed = records.printed_moons().get(results[0]["p"], {})
+        return {name: records.train_cra}, {name: printed.get("cra", np.nan)}
     measures = records.accuracies("CRA {}")
     rows = [r["row"] for r in results if r.get("row")]
     if not rows:

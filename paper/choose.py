@@ -53,7 +53,6 @@ def display_temperature(table):
 
 
 def temperature_claims(results):
-    """What the paper says of temperature without calibration, see `claims.judge`."""
     table = temperature_table(results)
     gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
     cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2

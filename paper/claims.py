@@ -1,11 +1,12 @@
 """The paper's claims, judged by the runs.
 
-What is said of an exhibit stands in published/tests.csv; how runs show it in the exhibit's file, as
-a function of result records that yields a `records.Test` for each line.
+What is said of an exhibit stands in published/tests.csv, with numbers that must fail the test; how
+runs show it in the exhibit's file: a function of records yields a `records.Test` for each line.
 """
 
 import collections
 import functools
+import json
 import textwrap
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pandas as pd
 import yaml
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+
+from cll.experiment.store import run_dir
 
 from . import choose, formulas, moons, style, sweeps, tables
 from .records import published, shortened
@@ -46,20 +49,20 @@ def judge(exhibit, results):
     under "shape"; None for ON_PRINT: the printed numbers themselves take the place of ours.
     Returns by claim: paper (as printed), here (means over the seeds, guaranteed bound), verdict
     ("not run", "no verdict" and why, or a key of VERDICTS: runs on a shortened schedule can miss
-    what whole ones show, hence "so far"). Raises ValueError for another exhibit.
+    what whole ones show, hence "so far"); in .attrs what `_details` says of each. Raises ValueError
+    for another exhibit, and where a test does not fail on its negative control.
     """
     if exhibit not in CLAIMS:
         raise ValueError(f"no claims about {exhibit!r}; there are: {', '.join(CLAIMS)}")
-    lines, runs, words = [], results or [], said(exhibit)
+    lines, details, runs, words = [], {}, results or [], said(exhibit)
     for test in CLAIMS[exhibit](results):
-        claim, paper = words.get(test.id, ("", ""))
-        claim, paper = test.claim or claim, test.paper or paper
-        if not np.isfinite(test.values).all():
-            here, verdict = "–", "not run"
-        else:
+        line = words.get(test.id, collections.defaultdict(str))
+        claim, paper = test.claim or line["claim"], test.paper or line["paper"]
+        details[claim] = _details(exhibit, test, line, runs)
+        here, verdict = "–", "not run"
+        if np.isfinite(test.values).all():
             write = test.form if callable(test.form) else test.form.format
-            here = write(*test.values)
-            verdict = "holds" if test.holds(*test.values) else "does not hold"
+            here, verdict = write(*test.values), test.verdict(test.values)
             if any(r["data"] == "digits" for r in runs):
                 verdict = "no verdict: digits"
             elif "parameters" in claim and any(r.get("size") for r in runs):
@@ -67,13 +70,38 @@ def judge(exhibit, results):
             elif any(map(shortened, runs)):
                 verdict += " so far"
         lines.append((claim, paper, here, verdict))
-    return pd.DataFrame(lines, columns=["claim", "paper", "here", "verdict"]).set_index("claim")
+    frame = pd.DataFrame(lines, columns=["claim", "paper", "here", "verdict"]).set_index("claim")
+    frame.attrs |= details
+    return frame
 
 
 def said(exhibit):
-    """{id: (what the paper says of an exhibit in our words, what it prints or "")}."""
+    """{id: its line of published/tests.csv, a dict}."""
     lines = published("tests").query("exhibit == @exhibit").fillna("")
-    return dict(zip(lines["id"], zip(lines["claim"], lines["paper"], strict=True), strict=True))
+    return lines.set_index("id").to_dict("index")
+
+
+DETAILS = ["exhibit", "name", "command", "value", "runs", "control"]
+
+
+def _details(exhibit, test, line, results):
+    """DETAILS of a test: its exhibit and name in tests.csv, a line of `said`; what repeats it; the
+    numbers compared, None where a run is missing; the hashes of the runs that it reads, by folder;
+    and its negative control: numbers that must fail it, and what it says of them."""
+    rows = [line["row_id"], *line["rivals"].split()] if line["rivals"] else []
+    command = f"make {NOTEBOOKS.get(exhibit, exhibit)}" + f" ROWS={','.join(rows)}" * bool(rows)
+    value = [float(f"{v:.6g}") if np.isfinite(v) else None for v in test.values]
+    reads = pd.DataFrame(results, columns=["row", "method", "epsilon", "p"])
+    reads = reads.query(line["runs"] or ("row in @rows" if rows else "index >= 0")).index
+    runs = [results[i] for i in reads]
+    runs = {run_dir(r, r["profile"]).as_posix(): r["params_hash"] for r in runs}
+    what, _, numbers = line["control"].rpartition(": ")
+    given = [float(number) for number in numbers.split()]
+    given = np.resize(given, max(len(value), len(given))).tolist()
+    control = {"what": what, "value": given, "verdict": test.verdict(given)} if given else None
+    if control and control["verdict"] == "holds":
+        raise ValueError(f"{exhibit}: {test.id} holds on its negative control, {line['control']}")
+    return dict(zip(DETAILS, (exhibit, test.id, command, value, runs, control), strict=True))
 
 
 @functools.cache
@@ -85,21 +113,24 @@ def cited():
         cites = [test for other in entry.get("of", []) for test in tests[other]]
         for exhibit, names in entry.get("tests", {}).items():
             words = said(exhibit)
-            cites += [(NOTEBOOKS.get(exhibit, exhibit), words[name][0]) for name in names]
+            cites += [(NOTEBOOKS.get(exhibit, exhibit), words[name]["claim"]) for name in names]
         tests[entry["id"]] = list(dict.fromkeys(cites))
     return [(entry["id"], entry["claim"], tests[entry["id"]]) for entry in entries]
 
 
 def read_claims(folder):
     """What the notebooks under a profile's folder judged, from the tables that `save_table` left in
-    <notebook>/claims*.csv and .md: a line per claim, with the caption of its runs under "about"."""
+    <notebook>/claims*.csv, .md and .json: a line per claim, with the caption of its runs under
+    "about", and DETAILS."""
     frames = []
-    for path in sorted(Path(folder).glob("*/claims*.csv")):
+    for path in sorted(Path(folder).glob("*/claims*.json")):
         if path.parent.name != "claims":
-            frame = pd.read_csv(path, keep_default_na=False)
+            frame = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
             _, _, about = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n\n")
+            details = json.loads(path.read_text(encoding="utf-8"))
+            frame = frame.join(pd.DataFrame.from_dict(details, orient="index"), on="claim")
             frames.append(frame.assign(notebook=path.parent.name, about=about.strip()))
-    names = ["notebook", "claim", "paper", "here", "verdict", "about"]
+    names = ["notebook", "claim", "paper", "here", "verdict", "about", *DETAILS]
     return pd.concat(frames)[names] if frames else pd.DataFrame(columns=names)
 
 
@@ -114,16 +145,15 @@ def checklist(left):
     on_print = pd.concat({name: judge(name, None)["verdict"] for name in ON_PRINT})
     on_print = on_print.replace("not run", "–")
     tests = [(name, claim, *test) for name, claim, tests in cited() for test in tests]
-    tests = pd.DataFrame(tests, columns=["id", "of", "notebook", "test"])
-    tests = tests.merge(left, "left", left_on=["notebook", "test"], right_on=["notebook", "claim"])
-    tests["claim"] = tests.pop("of")
-    tests = tests.fillna({"paper": "", "here": "–", "verdict": "not run", "about": ""})
-    keys = tests[["notebook", "test"]].itertuples(index=False, name=None)
-    tests["printed"] = [on_print.get(key, "–") for key in keys]
+    tests = pd.DataFrame(tests, columns=["id", "claim", *(keys := ["notebook", "test"])])
+    tests = tests.merge(left.rename(columns={"claim": "test"}), "left", keys)
+    tests = tests.join(on_print.rename("printed"), keys)
+    absent = {"paper": "", "here": "–", "verdict": "not run", "about": "", "printed": "–"}
+    tests = tests.fillna(absent)
     groups = tests.groupby(["id", "claim"], sort=False)
     joint = {"verdict": groups["verdict"].agg(_joint), "tests": groups["verdict"].agg(_counted)}
     summary = pd.DataFrame(joint | {"printed": groups["printed"].agg(_joint)})
-    columns = ["test", "notebook", "paper", "here", "verdict", "printed", "about"]
+    columns = ["test", "notebook", "paper", "here", "verdict", "printed", "about", *DETAILS]
     return summary.reset_index("claim"), tests.set_index("id")[columns]
 
 

@@ -38,10 +38,8 @@ def runs():
 
 def load(root=REFERENCE):
     """{(method, epsilon, p): (record, plane.Plane)} of the two-moons runs of seed 1 in the profile
-    "paper" that have finished under `root`; p is None for GloRo.
-
-    Raises FileNotFoundError, which says what to run, where none has.
-    """
+    "paper" that have finished under `root`; p is None for GloRo. Raises FileNotFoundError, which
+    says what to run, where none has."""
     if not (results := finished(runs(), root)):
         todo = "`python -m paper.explore` trains them"
         raise FileNotFoundError(f"no finished two-moons run in {root}/runs: {todo}")

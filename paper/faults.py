@@ -194,11 +194,9 @@ def start_of_ones():
 
 
 def convex_potential_stack(depth=85):
-    """CPL layers whose step comes from an underestimated norm, a list; the true norm is 1.
-
-    The biases keep all units active on the path of x = 0, so that each layer is the linear map
-    I - 2 W^T W / (estimate^2 + 1e-4) around it.
-    """
+    """CPL layers whose step comes from an underestimated norm, a list; the true norm is 1. The
+    biases keep all units active on the path of x = 0, so that each layer is the linear map
+    I - 2 W^T W / (estimate^2 + 1e-4) around it."""
     W = torch.eye(10, dtype=torch.float64) * 0.995
     W[0, 0] = 1.0
     estimate = power_iteration(W, torch.ones(10, dtype=torch.float64), 100)

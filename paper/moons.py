@@ -36,12 +36,10 @@ RUNS = {
 
 
 def runs(exhibit, profile, seeds=None, **overrides):
-    """The runs of an exhibit, a list of experiment.Params; overrides: such as device.
-
-    exhibit: "figure1", "figure2", "figure4", "slack_sweep", or of the sweep's notebook
-    "true_margin" (figure 4's column 0.15 over several seeds) and "gradient" (GloRo as published
-    and with its exact gradient). seeds: None takes those of the exhibit, else of the profile.
-    """
+    """The runs of an exhibit, a list of experiment.Params; overrides: such as device. exhibit:
+    "figure1", "figure2", "figure4", "slack_sweep", or of the sweep's notebook "true_margin" (figure
+    4's column 0.15 over several seeds) and "gradient" (GloRo as published and with its exact
+    gradient). seeds: None takes those of the exhibit, else of the profile."""
     experiments, usual, belongs = RUNS[exhibit]
     return [
         run
@@ -65,8 +63,7 @@ def moons_table(results):
     percent (mean, std, min; guaranteed bound), K_f, K_hf, and the published CRA and K_hf with the
     difference of the CRA in points (nan where nothing is printed).
     """
-    printed = records.published("two_moons").query("status == 'printed'")
-    p_code = pd.to_numeric(printed["p_code"], errors="coerce")
+    printed = records.printed_moons()
 
     def method(r):  # figure 4 has the published gradient
         return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
@@ -75,11 +72,10 @@ def moons_table(results):
     lines = records.summary(results, records.BY_MARGIN | {"method": method}, values)
     for line in lines:
         epsilon, p = line["epsilon"], line["p"]
-        row = printed[printed["epsilon"].eq(epsilon) & p_code.sub(p).abs().lt(1e-9 * p)]
+        papers = printed.get(p, {}) if epsilon == TRUE_MARGIN else {}
         line["cra_min"] = min(map(records.train_cra, line["runs"]))
         line["K_hf"] = line["K_f"] if np.isnan(p) else _k_hf(epsilon, p)
-        for ours, theirs in {"cra": "cra_printed", "K_hf": "k_hf_printed"}.items():
-            line[f"{ours}_published"] = float(row[theirs].iloc[0]) if len(row) else np.nan
+        line |= {f"{name}_published": papers.get(name, np.nan) for name in ("cra", "K_hf")}
         line["difference"] = line["cra"] - line["cra_published"]
     names = ["method", "epsilon", "p", "n", "cra", "cra_std", "cra_min", "K_f", "K_hf"]
     names += ["cra_published", "K_hf_published", "difference"]
@@ -184,11 +180,9 @@ def figure1(results, planes):
 
 @style.of_runs
 def figure2(results, planes, methods=("CE", "GloRo", "CLL"), epsilon=TRUE_MARGIN):
-    """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each.
-
-    results, planes: as for `figure4`, one margin. Above: the plane, see `plane.panel`. Below: the
-    outputs, see `_outputs`, with the logistic of scale 1, of CLL K sigma.
-    """
+    """Figure 2: what cross-entropy, GloRo and CLL make of two moons, a column each. results,
+    planes: as for `figure4`, one margin. Above: the plane, see `plane.panel`. Below: the outputs,
+    see `_outputs`, with the logistic of scale 1, of CLL K sigma."""
     first, size = _first(results, planes, "method"), (2.75 * len(methods), 4.2)
     figure, axes = style.subplots(size, 2, len(methods), height_ratios=[1.15, 1], squeeze=False)
     for (above, below), method in zip(axes.T, methods, strict=True):
@@ -270,14 +264,13 @@ def slack_figure(results, planes):
     """Two moons at one margin under falling slack p, a panel each, with K(h o f) and the printed
     CRA. results, planes: as for `figure4`."""
     first = _first(results, planes, "p")
-    printed = records.published("two_moons").query("status == 'printed'").to_dict("records")
-    printed = {float(row["p_code"]): row["cra_printed"] for row in printed}
+    printed = records.printed_moons()
     figure, axes = plane.grid((1, len(first)), (2.5 * len(first), 2.5))
     for ax, p in zip(axes[0], sorted(first, reverse=True), strict=True):
         result, drawn = first[p]
         plane.panel(ax, drawn, result["epsilon"])
         here = f"p = {p:g},  $K^{{(h∘f)}}$ = {_k_hf(result['epsilon'], p):.1f}"
-        ax.set_title(here + (f"\npaper: CRA {printed[p]:.1f} %" if p in printed else ""))
+        ax.set_title(here + (f"\npaper: CRA {printed[p]['cra']:.1f} %" if p in printed else ""))
     return style.titled(figure, style.drawn_caption(results))
 
 
@@ -319,11 +312,11 @@ def figure1_claims(results):
     papers = {"much": printed.loc["high slack"], "little": printed.loc["low slack"]}
     table, slack = shape_table(results), [{"method": "CLL", "p": p} for p in (0.75, 1e-15)]
     for group, (about, (paper, _)) in zip(slack, papers.items(), strict=True):
-        close = functools.partial(records.within_a_point, float(paper))
+        close = functools.partial(records.shows, "close", float(paper))
         yield Test(f"{about}-cra", *_means(table, "cra", group), close, f"{paper}")
     yield Test("smoother", *_means(table, "turns", *slack), operator.lt)
     for group, (about, (_, paper)) in zip(slack, papers.items(), strict=True):
-        near = functools.partial(records.within_a_quarter, float(paper.strip("~")))
+        near = functools.partial(records.shows, "similar", float(paper.strip("~")))
         yield Test(f"{about}-K", *_means(table, "K_hf", group), near, paper)
 
 
@@ -343,7 +336,7 @@ def slack_claims(results):
     table = moons_table(results).dropna(subset=["cra_published"])  # p from large to small
     for line in table.itertuples():
         about, cra, K_hf = f"p = {line.p:g}", line.cra_published, line.K_hf_published
-        close = functools.partial(records.within_a_point, cra)
+        close = functools.partial(records.shows, "close", cra)
         claim = f"{about}: CRA within a point"
         yield Test(f"cra, {about}", "{:.1f}", [line.cra], close, f"{cra:.1f}", claim)
         equal = functools.partial(lambda printed, k: round(k, 1) == printed, K_hf)

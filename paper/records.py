@@ -8,6 +8,7 @@ Published accuracies are in percent; result records (see experiment.run) hold fr
 """
 
 import collections
+import json
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -30,16 +31,22 @@ BOUNDS = ("guaranteed", "paper-style", "local bounds")  # the last only where it
 def published(table):
     """published/<table>.csv as a frame: the printed numbers of "table1", "table2", "figure5" and
     "two_moons"; "pairs": CLL beside the loss that the same network was published with; "tests":
-    what the paper says of an exhibit, and of a table's row the rows that it is compared with (the
-    best of them, column by column), the columns and the relation that must hold in each of them.
-
-    The tables are indexed by row_id ("T2-05"). Raises ValueError for another name.
-    """
+    what the paper says of an exhibit, of a table's row the rows that it is compared with (the best
+    of them, column by column), the columns and the relation that must hold in each of them; runs: a
+    query for the records that the test reads, default all; control: what and which numbers must
+    fail it. Tables are indexed by row_id ("T2-05"). Raises ValueError for another name."""
     files = {path.stem: path for path in (Path(__file__).parent / "published").glob("*.csv")}
     if table not in files:
         raise ValueError(f"no published table {table!r}; there are: {', '.join(sorted(files))}")
     frame = pd.read_csv(files[table])
     return frame.set_index("row_id", drop=False) if table in ("table1", "table2") else frame
+
+
+def printed_moons():
+    """{p: {"cra", "K_hf"}} as printed of CLL on two moons at the true margin."""
+    printed = published("two_moons").query("status == 'printed'")
+    printed = printed.set_index(printed["p_code"].astype(float))[["cra_printed", "k_hf_printed"]]
+    return printed.astype(float).set_axis(["cra", "K_hf"], axis=1).to_dict("index")
 
 
 def uncertain(row):
@@ -267,16 +274,6 @@ def display_lines(lines, index, more):
     return frame.set_index(index)
 
 
-def within_a_point(a, b):
-    """Within a point (of accuracies and tightness in percent)."""
-    return abs(a - b) <= 1
-
-
-def within_a_quarter(a, b):
-    """Within a quarter of the larger (of two Lipschitz constants)."""
-    return abs(a - b) <= 0.25 * max(a, b)
-
-
 class Test(NamedTuple):
     """What `claims.judge` needs of a test of what the paper says: id (its line in tests.csv), form
     (how the numbers are written, a format or a function), values (the numbers, nan where a run is
@@ -290,13 +287,16 @@ class Test(NamedTuple):
     paper: str = ""
     claim: str = ""
 
+    def verdict(self, values):
+        return "holds" if self.holds(*values) else "does not hold"
+
 
 RELATIONS = {  # of numbers of ours and of rivals, in all columns or in any
     "above": (all, operator.gt),
     "not below": (all, operator.ge),
     "below": (all, operator.lt),
-    "close": (all, within_a_point),
-    "similar": (all, within_a_quarter),
+    "close": (all, lambda a, b: abs(a - b) <= 1),  # points, of accuracies and tightness
+    "similar": (all, lambda a, b: abs(a - b) <= 0.25 * max(a, b)),  # Lipschitz constants
     "two points above somewhere": (any, lambda ours, rival: ours - rival >= 1.95),
     "three percent above": (all, lambda a, b: a > b and (b == 0 or round(100 * a / b, 1) >= 103)),
 }
@@ -322,10 +322,13 @@ def markdown(frame):
 
 
 def save_table(raw, shown, path, caption):
-    """Write path.csv (raw numbers) and path.md (the table as shown, with its caption); missing
-    folders are made. Returns `shown`, for display."""
+    """Write path.csv (raw numbers), path.md (the table as shown, with its caption) and, if raw has
+    attrs, path.json (these); missing folders are made. Returns `shown`, for display."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     raw.to_csv(f"{path}.csv", index=any(raw.index.names))
     Path(f"{path}.md").write_text(f"{markdown(shown)}\n{caption}\n", encoding="utf-8")
+    if raw.attrs:
+        text = json.dumps(raw.attrs, indent=1, ensure_ascii=False)
+        Path(f"{path}.json").write_text(f"{text}\n", encoding="utf-8")
     return shown

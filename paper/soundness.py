@@ -42,10 +42,8 @@ def table(gallery):
 @styled
 def fault_overview(gallery, title="computed, not trained"):
     """How many times better than the truth each claim looks, published and ours, on a log scale.
-
     gallery: list of `faults.Fault`. What lies right of 1 is false. Arrows leave the picture: claims
-    of any radius, and our radius 0.
-    """
+    of any radius, and our radius 0."""
     figure, ax = subplots((7.4, 0.235 * len(gallery) + 0.9))
     left, right = 0.2, 3e4
     ax.axvspan(1, right, color=RED, alpha=0.07, lw=0)
@@ -81,11 +79,9 @@ def fault_overview(gallery, title="computed, not trained"):
 
 @styled
 def fault_margins(gallery, title="computed, not trained"):
-    """The margin of the predicted class on the way from a point to its counter-example.
-
-    gallery: list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0
-    the prediction has changed; red: the ball that the published logic certifies.
-    """
+    """The margin of the predicted class on the way from a point to its counter-example. gallery:
+    list of `faults.Fault` of kind "radius", a panel each. Where the black line is below 0 the
+    prediction has changed; red: the ball that the published logic certifies."""
     figure, axes = subplots((2.45 * len(gallery), 2.7), 1, len(gallery))
     for ax, fault in zip(axes, gallery, strict=True):
         network, x, other = fault.witness

@@ -41,15 +41,13 @@ def of_runs(function):
     @styled
     @functools.wraps(function)
     def drawn(runs, *more, **options):
-        return function(runs, *more, **options) if len(runs) else not_run_figure(caption([]))
+        if len(runs):
+            return function(runs, *more, **options)
+        figure = Figure(figsize=(6.4, 1.2))
+        figure.text(0.5, 0.4, "not run", ha="center")
+        return titled(figure, caption([]))
 
     return drawn
-
-
-def not_run_figure(title):
-    figure = Figure(figsize=(6.4, 1.2))
-    figure.text(0.5, 0.4, "not run", ha="center")
-    return titled(figure, title)
 
 
 def drawn_caption(results):
@@ -107,11 +105,9 @@ class Picture:
 
 @styled
 def save(figure, path, alt):
-    """Write path.png and path.pdf and return the picture for display, with its alt text.
-
-    path: without suffix; missing folders are made. alt: what the picture shows, in words. The
-    files carry no date, so that equal figures are equal files.
-    """
+    """Write path.png and path.pdf and return the picture for display, with its alt text. path:
+    without suffix; missing folders are made. alt: what the picture shows, in words. The files carry
+    no date, so that equal figures are equal files."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(f"{path}.png")

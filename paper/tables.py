@@ -22,8 +22,7 @@ def runs(table, profile, seeds=None, rows="", data="", label="", **overrides):
     seeds: None takes those of the profile. rows: row ids, as text "T2-05,T2-07" or a list; empty:
     all of them. data, label: a source that replaces the runs' own, and its name. Where the label
     names a data set of the tables, as "cifar10 (recovered)" does, the other data sets' runs keep
-    their own. overrides: of parameters, such as device. Raises ValueError for a row that the table
-    has not.
+    their own. overrides: of parameters, such as device. Raises ValueError for an unknown row.
     """
     every = experiment_params(table, profile, seeds, **overrides)
     rows = rows.replace(",", " ").split() if isinstance(rows, str) else rows
@@ -193,19 +192,23 @@ def attack_check(table):
 def _every_pair(table, frame, columns, shows):
     """(form, values, holds, paper) of a `records.Test` of all pairs of a table: a pair that lacks a
     number leaves no verdict, unless the paper does not print it."""
-    judged = {}
+    pairs, values = [], []
     for pair in published("pairs").query("table == @table").to_dict("records"):
         keys = itertools.product(columns, (pair["ours"], pair["baseline"]))
         cells = frame.loc[[(row, column) for column, row in keys]]
         if cells["published"].notna().all() and not cells["uncertain"].any():
-            known = np.isfinite(cells["mean"]).all()
-            judged[pair["pair"]] = float(shows(*cells["mean"])) if known else np.nan
+            pairs.append(pair["pair"])
+            values += [*cells["mean"]]
 
-    def counted(*shown):
-        failing = ", ".join(pair for pair, yes in zip(judged, shown, strict=True) if not yes)
-        return f"{sum(shown):.0f} of {len(shown)}" + f" (not {failing})" * bool(failing)
+    def shown(numbers):
+        return [shows(*of_pair) for of_pair in np.reshape(numbers, (-1, 2 * len(columns)))]
 
-    return counted, list(judged.values()), lambda *shown: all(shown), "consistently"
+    def counted(*numbers):
+        failing = [pair for pair, yes in zip(pairs, shown(numbers), strict=True) if not yes]
+        count = f"{len(pairs) - len(failing)} of {len(pairs)}"
+        return count + f" (not {', '.join(failing)})" * bool(failing)
+
+    return counted, values, lambda *numbers: all(shown(numbers)), "consistently"
 
 
 def _row_and_rivals(frame, ours, rivals, columns, shows):
@@ -221,7 +224,6 @@ def _row_and_rivals(frame, ours, rivals, columns, shows):
 
 
 def table_claims(table, results):
-    """What the paper says of "table1" or "table2", see `claims.judge`."""
     frame = comparison_table(results or [], table)
     if results is None:  # the printed numbers are judged, where they are sure
         frame["mean"] = frame["published"].mask(frame["uncertain"])
@@ -245,8 +247,7 @@ def table_claims(table, results):
         cra = frame["mean"].xs("cra_108", level="column")
         pairs = ("T2-15", "T2-14"), ("T2-13", "T2-12"), ("T2-17", "T2-16")
         gains = [cra[ours] - cra[baseline] for ours, baseline in pairs]
-        form = "{:+.1f}, {:+.1f}, {:+.1f}"
-        yield Test("largest-gain", form, gains, lambda *g: g[0] == max(g))
+        yield Test("largest-gain", "{:+.1f}, {:+.1f}, {:+.1f}", gains, lambda *g: g[0] == max(g))
 
 
 # the panels of tables 1 and 2: the first letters of a network's name

@@ -37,6 +37,7 @@ def record(row="T2-05", seed=1, clean=0.776, **changes):
         "row": row,
         "seed": seed,
         "profile": "paper",
+        "params_hash": f"{seed:064x}",
         "model": printed["model"],
         "method": loss.get(printed["method"], printed["method"]),
         "data": printed["dataset"].lower().replace("r-", "r"),

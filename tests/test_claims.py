@@ -1,9 +1,30 @@
 """The paper's claims: ids, the checklist, and its picture."""
 
-import pytest
+import json
+import operator
+import re
+import shutil
 
-from paper.claims import CLAIMS, checklist, cited, claims_figure, judge, read_claims, said
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from paper import records
+from paper.claims import (
+    CLAIMS,
+    ON_PRINT,
+    VERDICTS,
+    checklist,
+    cited,
+    claims_figure,
+    judge,
+    read_claims,
+    said,
+)
 from paper.records import save_table
+
+REFERENCE = ROOT / "outputs" / "reference"
 
 
 def test_claims_figure_counts_the_tests_of_each_claim():
@@ -78,3 +99,142 @@ def test_claims_of_an_exhibit_have_ids_of_their_own(exhibit):
     assert set(said(exhibit)) == set(ids), "published/tests.csv has a line for each, and no other"
     judged = judge(exhibit, [])
     assert all(judged.index) and all(judged["paper"])
+
+
+@pytest.mark.parametrize("exhibit", CLAIMS)
+def test_every_test_fails_on_its_negative_control(exhibit):
+    printed = [judge(exhibit, None)] if exhibit in ON_PRINT else []
+    for judged in [judge(exhibit, []), *printed]:
+        assert list(judged.attrs) == list(judged.index)
+        for claim, test in judged.attrs.items():
+            control = test["control"]
+            assert control["what"] and control["value"], claim
+            assert control["verdict"] == "does not hold", claim
+            assert len(control["value"]) >= len(test["value"]), claim
+
+
+def test_a_test_that_cannot_fail_is_an_error(monkeypatch):
+    always = [records.Test("cra", "{} vs {}", [1, 2], lambda *values: True)]
+    monkeypatch.setitem(CLAIMS, "convergence", lambda results: always)
+    with pytest.raises(ValueError, match="convergence: cra holds on its negative control, in as "):
+        judge("convergence", [])
+
+
+@pytest.mark.parametrize("weaker", [(any, operator.gt), (all, operator.ge)])
+def test_a_relation_that_grew_weaker_is_an_error(monkeypatch, weaker):
+    monkeypatch.setitem(records.RELATIONS, "above", weaker)
+    for exhibit in ("table1", "table2", "figure5"):
+        with pytest.raises(ValueError, match="holds on its negative control"):
+            judge(exhibit, [])
+
+
+@pytest.fixture(scope="module")
+def told():
+    """outputs/reference/claims.json and its tests, each once for a claim that it is of."""
+    text = (REFERENCE / "claims.json").read_text(encoding="utf-8")
+    told = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+    return told, [test for claim in told["claims"] for test in claim["tests"]]
+
+
+TEXTS = ("test", "notebook", "verdict", "printed", "about", "exhibit", "name", "command", "here")
+
+
+def test_claims_json_has_its_form(told):
+    claims, tests = told
+    assert set(claims) == {"profile", "claims"} and claims["profile"] == "paper"
+    assert [(c["id"], c["claim"], len(c["tests"])) for c in claims["claims"]] == [
+        (name, claim, sum(1 + (notebook == "lambda_sweep") for notebook, _ in of))
+        for name, claim, of in cited()
+    ]
+    kinds = [*VERDICTS, "not run"]
+    for claim in claims["claims"]:
+        assert set(claim) == {"id", "claim", "verdict", "tests", "printed"}
+        assert claim["verdict"] in kinds
+    for test in tests:
+        assert set(test) == {*TEXTS, "paper", "value", "runs", "control"}
+        assert all(isinstance(test[key], str) and test[key] for key in TEXTS)
+        assert said(test["exhibit"])[test["name"]]["claim"] == test["test"]
+        assert all(v is None or isinstance(v, float) for v in test["value"])
+        assert (None in test["value"]) == (test["verdict"] == "not run")
+        command = re.fullmatch(r"make (\w+)( ROWS=[T\d,-]+)? PROFILE=paper", test["command"])
+        assert command[1] == test["notebook"]
+        control = test["control"]
+        assert set(control) == {"what", "value", "verdict"}
+        assert control["verdict"] == "does not hold" and test["verdict"] in kinds
+        assert all(isinstance(v, float) for v in control["value"])
+
+
+SHAPE = {"shape": {"turns": 1.0, "output": 1.0, "tails": 1.0, "inside": 1}}  # made up
+
+
+def committed_record(folder):
+    return json.loads((REFERENCE / folder / "result.json").read_text(encoding="utf-8"))
+
+
+def test_every_run_of_claims_json_is_committed(told):
+    _, tests = told
+    named = {folder: digest for test in tests for folder, digest in test["runs"].items()}
+    assert len(named) > 30
+    for folder, digest in named.items():
+        record = committed_record(folder)
+        assert record["params_hash"] == digest
+        assert (
+            folder == f"{record['profile']}/runs/{record['name']}-seed{record['seed']}-{digest[:6]}"
+        )
+    for test in tests:
+        assert test["runs"] or test["verdict"] == "not run" or "computed" in test["about"]
+
+
+def test_the_runs_of_a_test_and_no_others_give_its_values(told):
+    checked = set()
+    for test in told[1]:
+        if not test["runs"] or None in test["value"]:
+            continue
+        runs = [committed_record(folder) | SHAPE for folder in test["runs"]]
+        (again,) = (t for t in CLAIMS[test["exhibit"]](runs) if t.id == test["name"])
+        if again.id == "smoother" or again.id.partition("-")[2] in SHAPE["shape"]:
+            assert np.isfinite(again.values).all()  # of these the picture would be needed
+            continue
+        assert list(again.values) == pytest.approx(test["value"], rel=1e-5), test["test"]
+        assert test["verdict"].removesuffix(" so far") == again.verdict(again.values)
+        checked.add((test["exhibit"], test["name"]))
+    assert len(checked) >= 20
+
+
+MEASURED = ("clean", "cra", "train_cra", "K_f", "K_hf", "tightness")
+
+
+@pytest.mark.parametrize("exhibit", ["figure4", "true_margin", "table2"])
+def test_with_the_numbers_of_cll_and_gloro_exchanged_nothing_holds_that_held(told, exhibit):
+    """The control of the whole way from records to verdicts, on the committed runs."""
+    own = [test for test in told[1] if test["exhibit"] == exhibit]
+    runs = [committed_record(f) for f in dict.fromkeys(f for test in own for f in test["runs"])]
+    by = {(r["method"], r["epsilon"], r["seed"]): r for r in runs}
+    exchanged = []
+    for r in runs:
+        rival = "GloRo" if r["method"] == "CLL" else "CLL"
+        other = by.get((rival, r["epsilon"], r["seed"]), r)
+        exchanged.append(r | {key: other[key] for key in MEASURED if key in other})
+    before, after = judge(exhibit, runs)["verdict"], judge(exhibit, exchanged)["verdict"]
+    held = before[before.str.startswith("holds")]
+    assert len(held) >= 3
+    assert set(after[held.index].str.removesuffix(" so far")) == {"does not hold"}
+
+
+def test_claims_json_is_what_the_notebook_shows_and_writes(told, tmp_path, monkeypatch):
+    """From the tables that the other notebooks left, byte for byte."""
+    for path in (REFERENCE / "paper").glob("*/claims*.*"):
+        if path.parent.name != "claims":
+            (tmp_path / "paper" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "paper" / path.parent.name)
+    monkeypatch.setenv("CLL_OUTPUTS", str(tmp_path))
+    space = {}
+    for cell in nbformat.read(ROOT / "notebooks" / "claims.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace('profile = "smoke"', 'profile = "paper"'), space)
+    written = (tmp_path / "paper" / "claims" / "claims.json").read_bytes()
+    assert written == (REFERENCE / "claims.json").read_bytes()
+    claims, tests = told
+    assert list(space["summary"]["verdict"]) == [claim["verdict"] for claim in claims["claims"]]
+    done = [(t["test"], t["verdict"]) for t in tests if t["here"] != "–"]
+    assert list(space["shown"][["test", "verdict"]].itertuples(index=False, name=None)) == done
