@@ -137,7 +137,7 @@ def judged(claims):
 def numbers(folder):
     """The table that the paper prints as this exhibit, ours beside it, as HTML; "" of another."""
     if folder.name in ("table1", "table2"):
-        return rows(pd.read_csv(folder / f"{folder.name}.csv"))
+        return rows(pd.read_csv(folder / f"{folder.name}.csv", dtype={"data": str}))
     if folder.name != "figure5":
         return ""
     gains = sweeps.display_gains(pd.read_csv(folder / "gains.csv"))
