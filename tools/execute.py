@@ -254,7 +254,7 @@ def run(options):
             nb = interruptible(execute, notebook, partial, parameters, log)
             os.replace(partial, out / f"{name}.ipynb")
             body = pages.notebook_body(nb)
-            environment.write(out / f"{name}.html", pages.page(pages.heading(nb, name), body))
+            environment.write(out / f"{name}.html", pages.page(pages.opening(nb, name)[0], body))
         log.end_line()
         new = [p.name for p in sorted(out.iterdir()) if p.is_file() and p.name not in INTERNAL]
         new = [f for f in new if f != f"{name}.html" and (out / f).stat().st_mtime >= started]

@@ -24,13 +24,16 @@ def page(title, body, navigation=""):
     return PAGE.substitute(title=html.escape(title), body=body, navigation=navigation, style=STYLE)
 
 
-def heading(nb, default):
-    """The text of a notebook's first heading."""
+def opening(nb, default):
+    """The text of a notebook's first heading, and the paragraph below it as HTML."""
+    import mistune
+
     for cell in nb.cells:
         found = HEADING.search(cell.source) if cell.cell_type == "markdown" else None
         if found:
-            return found[1].strip()
-    return default
+            paragraph = cell.source[found.end() :].strip().partition("\n\n")[0]
+            return found[1].strip(), mistune.html(typeset(paragraph)).strip()
+    return default, ""
 
 
 def notebook_body(nb):

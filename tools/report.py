@@ -2,115 +2,248 @@
 
     python tools/report.py outputs/smoke
 
-The front page has tables, claims, figures and what they were made on; behind it stand a page for
-each notebook, and one on which committed networks certify in the browser. No page asks another host
-for anything, so that the folder can be mailed, put behind any web server or opened as a file.
+The front page shows the paper's exhibits in the paper's order, then the other notebooks: what each
+ran on above its numbers, the published values beside ours. Behind it stand a page for each
+notebook, and one on which committed networks certify in the browser. No page asks another host for
+anything, so that the folder can be mailed, put behind any web server or opened as a file.
 """
 
 import base64
+import collections
 import html
+import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
-from string import Template
 
 import browser  # tools/ is on the path: this file is run as a script
 import environment
+import hero
 import nbformat
 import pages
 import pandas as pd
 from PIL import Image
 
-from paper.records import epochs
+from paper import sweeps, tables
+from paper.claims import read_claims
+from paper.records import CLASSES, epochs, plain_name
 
-THUMBNAIL = 560  # pixels of width, for twice the width at which it is shown
+PAPER = "figure1 figure2 figure3 table1 table2 figure4 figure5".split()  # in the paper's order
+BESIDE = "slack_sweep aol_mapping convergence lambda_sweep temperature choose_eps_p seeds".split()
+HEADINGS = {
+    "paper": "The paper's figures and tables",
+    "supplement": "From its poster and supplement",
+    "beyond": "Beyond the paper",
+}
+KNOWN_DATA = {"twomoons", *map(plain_name, CLASSES)}  # which the paper used
+LINKED = ("certify_your_model", "quickstart", "claims", "figure3", "soundness")  # from the top
+SOURCES = Path(environment.ROOT) / "notebooks"
+NONE = "no finished run"
+MARKS = (
+    '<p class="soft">In brackets: the difference from the paper. ?: not legible in its sources.</p>'
+)
+CAPTION = re.compile(rf"^(?:profile .+|computed, not trained|{NONE})$", re.MULTILINE)
+DATA = re.compile(r" · data ([^·\n]+)")
 
 
 def finished(folder):
-    """{name: executed notebook}, of those that ran to the end, in the order of their names."""
-    paths = sorted(path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name)
+    """{name: executed notebook}, of those that ran to the end: the paper's order, then by name."""
+    paths = [path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name]
+    order = {name: i for i, name in enumerate(PAPER + BESIDE)}
+    paths.sort(key=lambda path: (order.get(path.stem, len(order)), path.stem))
     return {path.stem: nbformat.read(path, 4) for path in paths}
 
 
-def section(heading, path):
-    """A heading, and as HTML the table and the lines below it of a file by paper.save_table."""
-    import mistune
-
-    table, _, notes = path.read_text(encoding="utf-8").partition("\n\n")
-    render = mistune.create_markdown(plugins=["table"])
-    notes = notes.replace("\n", "\n\n")
-    return f"{heading}\n{pages.scrolling(render(table))}\n{render(notes)}"
+def group(name):
+    return "paper" if name in PAPER else "supplement" if name in BESIDE else "beyond"
 
 
-def tables(folder, notebooks):
-    """The tables of the paper."""
-    names = sorted(notebooks.keys() & {"table1", "table2"})
-    headings = [f'<h2 id="{name}">Table {name[-1]}</h2>' for name in names]
-    return "\n".join(map(section, headings, (folder / n / f"{n}.md" for n in names)))
+def captions(folder, nb):
+    """What a notebook's numbers were made on: lines of its tables' files and of what it printed."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))]
+    texts += [out.get("text", "") for cell in nb.cells for out in cell.get("outputs", [])]
+    found = set(CAPTION.findall("\n".join(texts)))
+    whole = [c for c in found if not any(c != other and other.startswith(c) for other in found)]
+    return sorted(c for c in whole if c != NONE or found == {NONE})
 
 
-def claims(folder, notebooks):
-    """What the paper says and whether the runs show it, of every notebook that judges it."""
-    parts = []
-    for name in notebooks:
-        for path in sorted((folder / name).glob("claims*.md")):
-            about = f"{name}{path.stem.removeprefix('claims').replace('_', ', ')}"
-            parts.append(section(f'<h3><a href="{name}.html">{about}</a></h3>', path))
+def other_data(captions):
+    """Names of the data in captions that the paper did not use, as a set."""
+    named = ", ".join(map(str.strip, DATA.findall("\n".join(captions)))).split(", ")
+    return {name for name in named if name and plain_name(name) not in KNOWN_DATA}
+
+
+def picture(nb, path):
+    """Write the first picture that a notebook shows; returns it as HTML, "" where it shows none."""
+    for output in (out for cell in nb.cells for out in cell.get("outputs", [])):
+        if png := output.get("data", {}).get("image/png"):
+            about = output.metadata.get("image/png", {})
+            with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+                width = about.get("width", image.width)
+                size = f'width="{width}" height="{round(width * image.height / image.width)}"'
+                image.convert("RGB").quantize(128).save(path, optimize=True)
+            alt = html.escape(about.get("alt", path.stem))
+            image = f'<img src="{path.name}" {size} loading="lazy" alt="{alt}">'
+            return f'<a class="picture" href="{path.name}">{image}</a>'
+    return ""
+
+
+def table(frame, **options):
+    with pd.option_context("display.max_colwidth", None):
+        return pages.scrolling(frame.to_html(border=0, index=False, **options))
+
+
+def rows(comparison):
+    """Table 1 or 2 as HTML: ours, guaranteed, over the published values, with the data that a row
+    ran on; then rows that have not run. comparison: the frame of `tables.comparison_table`."""
+    data = comparison.drop_duplicates("row_id").set_index("row_id")
+    data = data["data"].fillna(data["dataset"]).map(html.escape)
+    shown = tables.display_table(comparison)
+    source = shown.index.get_level_values("source")
+    ours = shown[source == "here, guaranteed"].droplevel("source")
+    printed = shown[~source.str.startswith("here")].droplevel("source")
+    both = ours + '<br><span class="soft">paper ' + printed.loc[ours.index] + "</span>"
+    both = both.drop(columns="seeds").assign(seeds=ours["seeds"])
+
+    def named(frame):
+        names = [f'{method}, {model}<br><span class="soft">{row}, {data[row]}</span>'
+                 for row, _, model, method in frame.index]  # fmt: skip
+        frame.insert(0, "loss, network", names)
+        return table(frame, escape=False)
+
+    parts = [named(both) + MARKS] if len(both) else []
+    rest = printed.drop(index=ours.index, columns="seeds")
+    if len(rest):
+        summary = f"<summary>Published, not run here: {len(rest)} rows</summary>"
+        parts.append(f"<details{' open' * both.empty}>{summary}{named(rest)}</details>")
     return "\n".join(parts)
 
 
-def gallery(folder, notebooks, report):
-    """Thumbnails of the figures that the notebooks show, with their alt texts."""
+def judged(claims):
+    """What the paper says and whether the runs show it, as HTML. claims: lines of `read_claims`."""
+    ran = claims[claims["verdict"] != "not run"]
     parts = []
+    if len(ran):
+        shown = table(ran[["claim", "paper", "here", "verdict"]])
+        shown = re.sub(r"<td>(holds|does not)", r'<td class="\1">\1', shown)
+        parts.append(shown.replace('class="wide"', 'class="wide claims"'))
+    if more := len(claims) - len(ran):
+        parts.append(f'<p class="soft">Not run: {more} of {len(claims)} tests.</p>')
+    return "\n".join(parts)
+
+
+def numbers(folder):
+    """The table that the paper prints as this exhibit, ours beside it, as HTML; "" of another."""
+    if folder.name in ("table1", "table2"):
+        return rows(pd.read_csv(folder / f"{folder.name}.csv", dtype={"data": str}))
+    if folder.name != "figure5":
+        return ""
+    gains = sweeps.display_gains(pd.read_csv(folder / "gains.csv"))
+    return table(gains.sort_index().reset_index(names=["value", "source"]))
+
+
+def exhibit(folder, nb, report, claims):
+    """A notebook on the front page, as HTML: heading, what it is about, what it ran on, then its
+    numbers, picture and verdicts. folder: its own. claims: its lines of `read_claims`."""
+    name, about = folder.name, captions(folder, nb)
+    title, lead = pages.opening(nb, name)
+    title = f'<a href="{name}.html">{html.escape(title)}</a>'
+    if others := ", ".join(sorted(other_data(about))):
+        title += f' <span class="other">on {html.escape(others)}, not the paper\'s data</span>'
+    seconds = nb.metadata.get("papermill", {}).get("duration")
+    lines = [html.escape(line) for line in about]
+    lines += [f"computed in {environment.duration(seconds)}"] if seconds else []
+    parts = [f'<section class="exhibit" id="{name}">\n<h3>{title}</h3>', lead]
+    parts += [f'<p class="caption">{"<br>".join(lines)}</p>', numbers(folder)]
+    if about != [NONE]:
+        beside = f"<div>{judged(claims)}</div>" if len(claims) else ""
+        parts.append(f'<div class="beside">{picture(nb, report / f"{name}.png")}{beside}</div>')
+    return "\n".join([*filter(None, parts), "</section>"])
+
+
+def exhibits(folder, notebooks, report):
+    """All notebooks under their headings, and which of the paper's are missing, as HTML."""
+    claims, groups = read_claims(folder), collections.defaultdict(list)
     for name, nb in notebooks.items():
-        saved = {path.read_bytes(): path for path in (folder / name).glob("*.png")}
-        for output in (out for cell in nb.cells for out in cell.get("outputs", [])):
-            png = base64.b64decode(output.get("data", {}).get("image/png", ""))
-            if png not in saved:
-                continue
-            title = saved[png].stem
-            alt = output["metadata"].get("image/png", {}).get("alt", title)
-            file = f"{name}-{title}.png"
-            with Image.open(saved[png]) as picture:
-                picture.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
-                picture.convert("RGB").quantize(128).save(report / file, optimize=True)
-            image = f'<img src="{file}" loading="lazy" alt="{html.escape(alt)}">'
-            caption = f"<figcaption>{name}: {title}</figcaption>"
-            parts.append(f'<figure><a href="{name}.html">{image}</a>{caption}</figure>')
-    return f'<div class="gallery">{"".join(parts)}</div>'
+        own = claims[claims["notebook"] == name]
+        groups[group(name)].append(exhibit(folder / name, nb, report, own))
+    missing = ", ".join(f"<code>make {name}</code>" for name in PAPER if name not in notebooks)
+    if missing:
+        groups["paper"].append(f'<p class="soft">Not in this report: {missing}.</p>')
+    parts = []
+    for key, heading in HEADINGS.items():
+        if groups[key]:
+            parts += [f'<h2 id="{key}">{heading}</h2>\n<div class="{key}">', *groups[key], "</div>"]
+    return "\n".join(parts)
+
+
+def verdicts(path):
+    """How many of the paper's claims hold, from the summary of claims.ipynb if there is one."""
+    if not path.exists():
+        return ""
+    counts = pd.read_csv(path)["verdict"].str.removesuffix(" so far").value_counts()
+    words = {"holds": "hold", "does not hold": "do not hold", "not run": "have not been run"}
+    return f"Of {counts.sum()} claims " + ", ".join(
+        f"{counts.get(verdict, 0)} {said}" for verdict, said in words.items()
+    )
+
+
+def link(name, notebooks):
+    """Where to read a notebook, as HTML: its page, or the command that runs it."""
+    if name in notebooks:
+        title, _ = pages.opening(notebooks[name], name)
+        return f'<a href="{name}.html">{html.escape(title)}</a>'
+    title, _ = pages.opening(nbformat.read(SOURCES / f"{name}.ipynb", 4), name)
+    return f"{html.escape(title)}: <code>make {name}</code>"
 
 
 def provenance(folder):
-    """What was trained, on what, with which code: one row per finished run."""
-    rows = []
+    """What was trained, on what, with which code: a frame, one line per finished run."""
+    lines = []
     for path in sorted(folder.glob("runs/*/result.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         where = r["trained"]
-        row = {"run": r["name"], "seed": r["seed"], "data": r["data"], "epochs": epochs(r)}
-        row |= {"seconds": f"{r['seconds']:.0f}", "device": where["device"]}
+        line = {"run": r["name"], "seed": r["seed"], "data": r["data"], "epochs": epochs(r)}
+        line |= {"seconds": f"{r['seconds']:.0f}", "device": where["device"]}
         revision, _, changes = where["git_revision"].partition(" ")
-        row |= {"torch": r["versions"]["torch"], "revision": revision[:10]}
-        row["revision"] += " + changes" * bool(changes)
-        rows.append(row | {"trained": where["date"][:10]})
-    with pd.option_context("display.max_colwidth", None):
-        return pages.scrolling(pd.DataFrame(rows).to_html(border=0, index=False))
-
-
-def contents(notebooks):
-    rows = []
-    for name, nb in notebooks.items():
-        seconds = nb.metadata.get("papermill", {}).get("duration") or 0
-        title = html.escape(pages.heading(nb, name))
-        rows.append(f'<li><a href="{name}.html">{title}</a> <span class="soft">{name}, '
-                    f"{environment.duration(seconds)}</span></li>")  # fmt: skip
-    return f"<ul>\n{chr(10).join(rows)}\n</ul>"
+        line |= {"torch": r["versions"]["torch"], "revision": revision[:10]}
+        line["revision"] += " + changes" * bool(changes)
+        lines.append(line | {"trained": where["date"][:10]})
+    return pd.DataFrame(lines)
 
 
 def sources():
     """Where the code is, as HTML."""
     url = environment.repository()
     return f'<a href="{url}">Sources</a>' if url else "The sources have no public address yet."
+
+
+def front(folder, notebooks, report):
+    """The front page as HTML."""
+    runs = provenance(folder)
+    jumps = [f'<a href="#{name}">{name[:-1].capitalize()} {name[-1]}</a>'
+             for name in notebooks if name in PAPER]  # fmt: skip
+    others = set().union(*(other_data(captions(folder / n, nb)) for n, nb in notebooks.items()))
+    notice = (
+        f'<p class="notice">In this report {html.escape(", ".join(sorted(others)))} stand in for '
+        "data of the paper, as the headings say: such numbers show that the machinery works, not "
+        "what the paper found.</p>"
+    )
+    text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return pages.typeset(text).format(
+        **{name: link(name, notebooks) for name in LINKED},
+        profile=html.escape(folder.name),
+        sources=sources(),
+        hero=hero.figure(),
+        jumps=", ".join(jumps) or "none here yet",
+        verdicts=verdicts(folder / "claims" / "summary.csv"),
+        notice=notice if others else "",
+        exhibits=exhibits(folder, notebooks, report),
+        runs=len(runs),
+        provenance=table(runs),
+    )
 
 
 def build(folder):
@@ -124,22 +257,12 @@ def build(folder):
     shutil.rmtree(report, ignore_errors=True)
     report.mkdir()
     for name, nb in notebooks.items():
-        title = pages.heading(nb, name)
-        back = '<a href="index.html">All results</a>'
+        title, _ = pages.opening(nb, name)
+        back = f'<a href="index.html#{name}">All results</a>'
         environment.write(report / f"{name}.html", pages.page(title, pages.notebook_body(nb), back))
     browser.build(report)
     title = f"Certified robust models with CLL: results of profile {folder.name}"
-    front = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    body = front.substitute(
-        title=title,
-        sources=sources(),
-        contents=contents(notebooks),
-        tables=tables(folder, notebooks),
-        claims=claims(folder, notebooks),
-        gallery=gallery(folder, notebooks, report),
-        provenance=provenance(folder),
-    )
-    environment.write(report / "index.html", pages.page(title, body))
+    environment.write(report / "index.html", pages.page(title, front(folder, notebooks, report)))
     return report / "index.html"
 
 
