@@ -210,7 +210,9 @@ $(VENV_FOLDER)/.installed $(VENV_FOLDER)/.locked: pyproject.toml
 	  $$found -m venv --clear $(@D) > /dev/null || { echo 'FAILED: $(@D) could not be made' >&2; exit 1; }; fi
 	@echo 'installing into $(@D), once; PyTorch is large, this takes some minutes (progress: $(@D)/install.log)'
 	@rm -f $(@D)/.installed $(@D)/.locked
-	@$(@D)/bin/python -m pip install --disable-pip-version-check $(if $(LOCKED),-c constraints.txt) -e '.[all]' > $(@D)/install.log 2>&1 \
+	@began=$$(date +%s); \
+	  $(@D)/bin/python -m pip install --disable-pip-version-check $(if $(LOCKED),-c constraints.txt) -e '.[all]' > $(@D)/install.log 2>&1 \
+	  && echo "installed in $$(($$(date +%s) - began)) s" \
 	  || { echo "FAILED: $$(grep ERROR $(@D)/install.log | head -n 1) (full log: $(@D)/install.log; repeat the command to resume)" >&2; exit 1; }
 	@touch $(@D)/.installed $@
 
