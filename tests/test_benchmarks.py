@@ -78,7 +78,7 @@ def test_works_take_turns_as_often_as_each_other_and_the_first_round_does_not_co
 
         return work
 
-    monkeypatch.setattr(clock, "seconds", lambda work: -now[0] + (work(), now[0])[1])
+    monkeypatch.setattr(clock, "seconds", lambda work, _: -now[0] + (work(), now[0])[1])
     works = {"ours": lasting("ours", 1.0), "theirs": lasting("theirs", 3.0)}
     medians = clock.in_turns(5, works, between=lambda: calls.append("|"))
     assert medians == {"ours": 1.0, "theirs": 3.0}
