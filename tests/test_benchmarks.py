@@ -13,6 +13,7 @@ import cll
 from cll.experiment.stack import Stack
 
 sys.path.insert(0, str(cll.ROOT / "benchmarks"))
+import attack  # noqa: E402
 import baseline  # noqa: E402
 import clock  # noqa: E402
 import gpu  # noqa: E402
@@ -68,6 +69,25 @@ def test_the_baseline_certifies_as_the_package_does():
     torch.testing.assert_close(theirs, expected, rtol=1e-2, atol=1e-6)
 
 
+def test_certified_by_K_then_with_local_bounds_then_under_attack_then_clean():
+    line = attack.row(cll.reference.names()["moons-CE-seed1"], 24, "apgd")
+    for cell in (line["at r"], line["at 0.25"]):
+        shares = [*map(float, cell.split(" ≤ ")), line["clean %"]]
+        assert len(shares) == 4 and shares == sorted(shares)
+    usual, more, *_ = map(float, line["at r"].split(" ≤ "))
+    assert 40 < usual <= 50 < more  # r is a median: half of the points are certified beyond it
+
+
+def test_a_false_certificate_is_an_error():
+    net, data = cll.load_reference("moons-CE-seed1"), cll.data.load("two_moons", seed=1)
+    images, targets = data.test_images[:8], data.test_targets[:8]
+    result, radii, _ = attack.certified(net, images, targets, ["0.1"])
+    assert attack.attacked(net, images, result, [radii["r"]], "apgd").all()
+    false = result._replace(radius={"local": torch.full((8,), 1.0, dtype=torch.float64)})
+    with pytest.raises(RuntimeError, match="^8 certificates are broken"):
+        attack.attacked(net, images, false, [radii["r"]], "apgd")
+
+
 def test_works_take_turns_as_often_as_each_other_and_the_first_round_does_not_count(monkeypatch):
     now, calls = [0.0], []
 
@@ -78,7 +98,7 @@ def test_works_take_turns_as_often_as_each_other_and_the_first_round_does_not_co
 
         return work
 
-    monkeypatch.setattr(clock, "seconds", lambda work: -now[0] + (work(), now[0])[1])
+    monkeypatch.setattr(clock, "seconds", lambda work, _: -now[0] + (work(), now[0])[1])
     works = {"ours": lasting("ours", 1.0), "theirs": lasting("theirs", 3.0)}
     medians = clock.in_turns(5, works, between=lambda: calls.append("|"))
     assert medians == {"ours": 1.0, "theirs": 3.0}
