@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -91,6 +92,20 @@ def test_all_recipes_train_one_network_by_one_loss_on_the_same_images():
     for profile in experiment.schema.PROFILES:
         runs = experiment.experiment_params("speedrun", profile)
         assert len({str([getattr(run, key) for key in kept]) for run in runs}) == 1, profile
+
+
+def test_what_holds_a_long_run_is_its_fit_and_not_the_lag_of_K():
+    """As the notebook says of the committed runs of the quick recipe."""
+    gaps = {16: [], 80: []}
+    for path in (ROOT / "outputs/reference").glob("*/runs/cifar10-4C3F-*/result.json"):
+        record = json.loads(path.read_text())
+        last = pd.read_csv(path.with_name("curve.csv")).iloc[-1]
+        if record.get("recipe") == "quick" and record["method"] == "CLL":
+            assert record["K_f"] * 0.98 < last["K"] <= record["K_f"]
+            if (record["epsilon"], record["p"]) == (0.15, 0.3) and record["epochs"] in gaps:
+                gaps[record["epochs"]].append(last["train_accuracy"] - record["clean"])
+    assert min(map(len, gaps.values())) >= 3
+    assert max(gaps[16]) < 0.02 and 0.045 < min(gaps[80]) and max(gaps[80]) < 0.06
 
 
 def test_a_front_holds_what_no_other_point_beats():

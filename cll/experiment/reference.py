@@ -23,13 +23,14 @@ def records(root=REFERENCE):
 
 def names(root=REFERENCE):
     """{name of a committed network: folder of its run}: "<name>-seed<k>", with "<profile>/" in
-    front of it where profile paper, or a longer schedule, has the same name, and with its hash
-    where that is not enough."""
-    folders = {}
+    front of it where profile paper, or a longer schedule, has runs of that name, whatever their
+    seeds, and with its hash where that is not enough."""
+    folders, owners = {}, {}
     runs = records(root).items()
     for folder, record in sorted(runs, key=lambda r: (r[1]["profile"] != "paper", -r[1]["epochs"])):
         name, profile = f"{record['name']}-seed{record['seed']}", record["profile"]
-        for candidate in (name, f"{profile}/{name}", f"{profile}/{folder.name}"):
+        bare = [name] * (owners.setdefault(record["name"], profile) == profile)
+        for candidate in (*bare, f"{profile}/{name}", f"{profile}/{folder.name}"):
             if folders.setdefault(candidate, folder) is folder:
                 break
     return folders
