@@ -60,6 +60,9 @@ ITEMS := $(sort $(basename $(notdir $(wildcard $(NOTEBOOKS)/*.ipynb))))
 ifneq ($(strip $(foreach item,$(ITEMS),$(call unfit,$(item)))),)
 $(error ITEMS=$(ITEMS) are no names of notebooks: write names with blanks between, such as figure1 figure4)
 endif
+ifneq ($(filter-out 1,$(LOCKED)),)
+$(error LOCKED=$(LOCKED) is not known: write 1, or leave it out)
+endif
 GOALS := $(or $(MAKECMDGOALS),help)
 
 # ---- what each target reads; tools/parameters.py knows what a notebook does ---------------------
@@ -209,7 +212,8 @@ $(VENV_FOLDER)/.installed $(VENV_FOLDER)/.locked: pyproject.toml
 	  echo "making $(@D) with $$($$found --version)"; \
 	  $$found -m venv --clear $(@D) > /dev/null || { echo 'FAILED: $(@D) could not be made' >&2; exit 1; }; fi
 	@echo 'installing into $(@D), once; PyTorch is large, this takes some minutes (progress: $(@D)/install.log)'
-	@rm -f $(@D)/.installed $(@D)/.locked
+	@$(if $(LOCKED),,if test -e $(@D)/.locked; then echo '$(@D) leaves the versions of constraints.txt; LOCKED=1 takes them again'; fi;) \
+	  rm -f $(@D)/.installed $(@D)/.locked
 	@began=$$(date +%s); \
 	  $(@D)/bin/python -m pip install --disable-pip-version-check $(if $(LOCKED),-c constraints.txt) -e '.[all]' > $(@D)/install.log 2>&1 \
 	  && echo "installed in $$(($$(date +%s) - began)) s" \

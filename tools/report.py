@@ -183,11 +183,13 @@ def verdicts(path):
     """How many of the paper's claims hold, from the summary of claims.ipynb if there is one."""
     if not path.exists():
         return ""
-    counts = pd.read_csv(path)["verdict"].str.removesuffix(" so far").value_counts()
-    words = {"holds": "hold", "does not hold": "do not hold", "not run": "have not been run"}
-    return f"Of {counts.sum()} claims " + ", ".join(
-        f"{counts.get(verdict, 0)} {said}" for verdict, said in words.items()
+    counts = pd.read_csv(path)["verdict"].value_counts()
+    words = {"holds": "hold", "holds so far": "hold so far", "does not hold": "do not hold"}
+    words |= {"does not hold so far": "do not so far", "not run": "have not been run"}
+    said = ", ".join(
+        f"{counts[verdict]} {words[verdict]}" for verdict in words if verdict in counts
     )
+    return f"Of {counts.sum()} claims {said}"
 
 
 def link(name, notebooks):
@@ -256,6 +258,7 @@ def build(folder):
     report = folder / "report"
     shutil.rmtree(report, ignore_errors=True)
     report.mkdir()
+    print(f"report: writing {len(notebooks) + 2} pages, some seconds for each", flush=True)
     for name, nb in notebooks.items():
         title, _ = pages.opening(nb, name)
         back = f'<a href="index.html#{name}">All results</a>'
