@@ -21,7 +21,7 @@ def runs(profile, seeds=None, data="", label="", **overrides):
     for run in images[:]:
         key = run.model, run.loss.name, run.seed
         usual = [other for other in table2 if (other.model, other.loss.name, other.seed) == key]
-        images = sized_as(run, usual[:1]) + images
+        images = sized_as([run], usual[:1]) + images
     return images, records.runs_beside(moons, "slack_sweep", profile, **overrides) + moons
 
 

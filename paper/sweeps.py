@@ -32,7 +32,7 @@ def runs(exhibit, profile, seeds=None, **overrides):
     "lambda_sweep" or "convergence". seeds: None takes the profile's. overrides: of parameters."""
     sweep = experiment_params(exhibit, profile, seeds, **overrides)
     table2 = records.runs_beside(sweep, "table2", profile, **overrides)
-    return sweep + sized_as(sweep[0], [run for run in table2 if run.row in ROWS[exhibit]])
+    return sweep + sized_as(sweep, [run for run in table2 if run.row in ROWS[exhibit]])
 
 
 def lambda_runs(profile, seeds=None, data="", label="", **overrides):

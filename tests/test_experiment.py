@@ -657,21 +657,27 @@ class TestSnapshots:
 def test_sized_as_another_keeps_the_loss_and_reads_finished_runs():
     small = experiment.load_params(DIGITS)
     table = experiment.load_params(DIGITS | {"attack": {"images": 10}, "name": "row"})
-    (same,) = experiment.sized_as(small, [table])
+    (same,) = experiment.sized_as([small], [table])
     assert same.hash() == table.hash() and same.attack is None
     longer = table.model_copy(update={"epochs": 9, "seed": 3})
-    (resized,) = experiment.sized_as(small, [longer])
+    (resized,) = experiment.sized_as([small], [longer])
     assert (resized.epochs, resized.seed, resized.name) == (small.epochs, 3, "row")
 
 
 @pytest.mark.parametrize("name", ["figure5", "front", "lambda_sweep"])
 def test_sweeps_share_the_finished_runs_of_table2(name):
-    """In quick sweeps are shorter than tables."""
-    first, *_ = experiment.experiment_params(name, "paper")
+    """In quick sweeps are shorter than tables, and a loss may have a rate of its own."""
+    sweep = experiment.experiment_params(name, "paper")
     table = experiment.experiment_params("table2", "paper", seeds=[1])
     rows = [run for run in table if run.row in ("T2-03", "T2-05")]
-    shared = experiment.sized_as(first, rows)
+    shared = experiment.sized_as(sweep, rows)
     assert [run.hash() for run in shared] == [run.hash() for run in rows]
+    quick = experiment.experiment_params(name, "quick")
+    sized = experiment.sized_as(quick, experiment.experiment_params("table2", "quick"))
+    rates = {run.loss.name: run.optimizer.lr for run in quick}
+    assert {run.optimizer.lr for run in sized if run.row == "T2-03"} == {
+        rates.get("GloRo", rates["CLL"])
+    }
 
 
 def test_outputs_on_google_drive(tmp_path, monkeypatch):

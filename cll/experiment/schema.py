@@ -337,9 +337,15 @@ SIZES += ("augmentation", "tightness", "data", "label")
 SCHEDULE = ("epochs", "optimizer", "precision", "tightness")
 
 
-def sized_as(other, runs, **changes):
-    """The runs with the data, size and schedule of another, and no attack: a table's runs among
-    those of a sweep. Where those are equal already, as in profile paper, these are
-    the table's finished runs: an attack is no part of a run's identity."""
-    same = {key: getattr(other, key) for key in SIZES} | {"attack": None} | changes
-    return [run.model_copy(update=same) for run in runs]
+def sized_as(sweep, runs, **changes):
+    """The runs with the data, size and schedule of a sweep, and no attack: a table's runs among
+    those of a sweep, each as the first run there with its loss, which may have a rate of its own,
+    or else as the first. Where those are equal already, as in profile paper, these are the table's
+    finished runs: an attack is no part of a run's identity."""
+    first = {run.loss.name: run for run in reversed(sweep)}
+    sized = []
+    for run in runs:
+        other = first.get(run.loss.name, sweep[0])
+        same = {key: getattr(other, key) for key in SIZES} | {"attack": None} | changes
+        sized.append(run.model_copy(update=same))
+    return sized
