@@ -56,9 +56,9 @@ def figure3_claims(results):
     epsilon, p, K = np.transpose(printed_constants())
     equal = (1 / _sigma(epsilon, p)).round(1) == K
     yield Test("printed", "{:.0f}", [equal.sum()], lambda n: n == len(K), f"{len(K)}")
-    slack = np.geomspace(1e-6, 0.9, 60)
-    constants = 1 / _sigma(TRUE_MARGIN, slack)
-    yield Test("falls", "{0:.1f} to {59:.1f}", constants, lambda *k: all(np.diff(k) < 0))
+    constants = 1 / _sigma(TRUE_MARGIN, slack := np.geomspace(1e-6, 0.9, 60))
+    ends = lambda *k: f"{k[0]:.1f} to {k[-1]:.1f}"  # noqa: E731
+    yield Test("falls", ends, constants, lambda *k: all(np.diff(k) < 0))
     product = slack * constants
     yield Test("p-inverse", "factor {:.0f}", [product.max() / product.min()], lambda r: r <= 2)
     margins = np.geomspace(0.01, 2, 60)

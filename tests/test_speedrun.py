@@ -125,9 +125,12 @@ def test_fronts_are_compared_where_both_reach():
 def test_the_front_needs_two_settings_of_each_loss_to_compare(notebook):
     runs = {"CLL": [0.54], "eps0.10-p0.3": [0.52], "GloRo-exact": [0.52]}
     lines, _ = notebook("front", runs)
-    assert len(lines) == 6 and lines[-1].startswith(
+    missing = [line for line in lines if line.startswith("to run: ")]
+    assert len(missing) == 15 and "to run: cifar10-4C3F-GloRo-exact-eps0.60, seed 1" in missing
+    assert len(lines) == 6 + 15 and lines[-1].startswith(
         "CRA at 108/255 over clean accuracy in percent: "
     )
+    assert lines[-1].endswith("reaches 70.0 (1 of 6 settings)")
     assert "no comparison, which needs two settings of each loss; CLL reaches 70.0" in lines[-1]
     lines, space = notebook("front", runs | {"GloRo-exact-eps0.10": [0.53]})
     assert "CLL's front lies above from 70.0 to 70.0 (by up to 1.0)" in lines[-1]

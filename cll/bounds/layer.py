@@ -266,8 +266,11 @@ def power_step(square, v):
 
 
 def pairwise_distances(W):
-    """||w_i - w_j|| of the rows of W: (C, D) -> (C, C), differentiable, with zero gradient on the
-    diagonal and for equal rows. From differences: inner products would lose close rows."""
+    """||w_i - w_j|| of the rows of W: (C, D) -> (C, C), or of many, (..., C, D); differentiable,
+    with zero gradient on the diagonal and for equal rows. From differences: inner products would
+    lose close rows."""
+    if torch.compiler.is_compiling():  # cdist would cut what is compiled into three kernels
+        return torch.linalg.vector_norm(W.unsqueeze(-2) - W.unsqueeze(-3), dim=-1)
     return torch.cdist(W, W, compute_mode="donot_use_mm_for_euclid_dist")
 
 

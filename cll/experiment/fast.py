@@ -235,9 +235,7 @@ def _with_gradients(groups, logits, targets, body, rows, values):
     `stack.after_logits` with its backward pass."""
 
     def total(logits, body, rows):
-        # pairwise_distances in operations that the compiler can join with the rest into one kernel
-        between = rows.unsqueeze(2) - rows.unsqueeze(1)
-        bound = bound_of(body, rows, torch.linalg.vector_norm(between, dim=3))
+        bound = bound_of(body, rows)
         loss, correct = after_logits(groups, logits, targets, bound, values)
         return loss.sum(), (loss, correct, bound.K)
 

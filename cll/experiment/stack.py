@@ -27,8 +27,9 @@ def build_network(params, num_classes, input_shape):
     return build(params.model, num_classes, input_shape, *normalisation, **options)
 
 
-def bound_of(body, rows, distances):
+def bound_of(body, rows):
     """The Bound of one run, or of a stack: body 0-dim or (S,), rows (C, D) or (S, C, D)."""
+    distances = pairwise_distances(rows)
     return Bound(body[..., None, None] * distances, body, rows, distances)
 
 
@@ -54,8 +55,7 @@ class Program(nn.Module):
             exact = full_precision(images.device) if tf32 else contextlib.nullcontext()
             with exact, torch.set_grad_enabled(self.moves_K and torch.is_grad_enabled()):
                 body = self.net.body_lipschitz(self.iterations, self.through)
-                rows = head_rows(self.net.head)
-                bound = bound_of(body, rows, pairwise_distances(rows))
+                bound = bound_of(body, head_rows(self.net.head))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         # autocast reaches the network only: K and the losses stay in float32
