@@ -141,7 +141,8 @@ TEXTS = ("test", "notebook", "verdict", "printed", "about", "exhibit", "name", "
 
 def test_claims_json_has_its_form(told):
     claims, tests = told
-    assert set(claims) == {"profile", "claims"} and claims["profile"] == "paper"
+    assert set(claims) == {"form", "profile", "claims"}
+    assert claims["form"] == 1 and claims["profile"] == "paper"
     assert [(c["id"], c["claim"], len(c["tests"])) for c in claims["claims"]] == [
         (name, claim, sum(1 + (notebook == "lambda_sweep") for notebook, _ in of))
         for name, claim, of in cited()

@@ -25,6 +25,8 @@ CARD = """# {key}
 image classifier whose answers come with certified radii. Epochs: {epochs}; seed {seed}.
 
 ```python
+import cll, torch
+
 net = torch.hub.load("path/to/checkout", "{key}", source="local")
 net = cll.load_reference("{name}")  # the same network
 cll.certify(net, (images, labels))  # a radius for each image

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from . import linear
 from .linear import METHODS, PROOFS, as_text, exact_arithmetic, pair, round_down, round_up
 from .norm import enclose, matrix_norm
-from .registry import mend, record, refuse_overridden
+from .registry import AS_LAYERS, mend, record, refuse_overridden
 from .trace import body_output_shape, evaluation_copy, float64_copy
 
 
@@ -106,7 +106,10 @@ def layer_lipschitz(layer, input_shape, method):
     """
     bound = record(layer).bound
     if bound is None:
-        raise TypeError(f"no Lipschitz bound known for {as_text(layer)}: {mend(type(layer))}")
+        parts = f"{AS_LAYERS}, or " if any(True for _ in layer.children()) else ""
+        raise TypeError(
+            f"no Lipschitz bound known for {as_text(layer)}: {parts}{mend(type(layer))}"
+        )
     return bound(layer, input_shape, method)
 
 

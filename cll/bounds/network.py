@@ -289,8 +289,9 @@ def checked_head(model, features=None):
         with evaluation(head):  # to look at a weight that is computed may change it in training
             check_attributes(head)
     if features not in (None, (head.in_features,)):
+        mends = "end the body with nn.Flatten()", "give the input_shape that it was made for"
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
-            "end the body with nn.Flatten() or change the head"
+            f"{mends[len(features) == 1]} or change the head"
         )
     return head

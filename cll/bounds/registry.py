@@ -183,8 +183,7 @@ def refuse_foreign(model):
         return
     if _known_type(type(model)) is None:
         advice = (
-            "write the model as nn.Sequential, with cll.Residual(branch, shortcut) for skip "
-            "connections, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
+            f"{AS_LAYERS}, or as cll.LipschitzNet(body, head, input_shape, input_std, input_mean), "
             "and register the bounds of your own layers with cll.bounds.register"
         )
         raise TypeError(
@@ -192,6 +191,9 @@ def refuse_foreign(model):
             f"{mend(type(model), advice)}"
         )
     refuse_overridden(model)
+
+
+AS_LAYERS = "write it as nn.Sequential, with cll.Residual(branch, shortcut) for skip connections"
 
 
 def mend(kind, otherwise=None):
@@ -208,8 +210,11 @@ def mend(kind, otherwise=None):
             "export it to layers of torch.nn (torchlip: model.vanilla_export()), write cll's own "
             f"in its place, or register its bound with @cll.bounds.register({name})"
         )
+    instead = ""
+    if name.startswith(("GroupNorm", "LayerNorm", "RMSNorm", "InstanceNorm")):
+        instead = "take BatchNorm, which divides by numbers that are fixed after training, or "
     function = "a function (layer, input_shape, method)"
-    return otherwise or f"register one with @cll.bounds.register({name}) on {function}"
+    return otherwise or f"{instead}register one with @cll.bounds.register({name}) on {function}"
 
 
 def _is_torchs_own(name, method):

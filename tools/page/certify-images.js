@@ -3,6 +3,7 @@
 
 const byId = (id) => document.getElementById(id);
 const opened = {}; // promises of networks, by name
+const CLEAR = 4; // of the digits: one that everybody reads, shown at the start
 const PEN = 4.5, SIDE = 32; // of the bitmap whose 4 x 4 blocks are the pixels of a digit
 let current = null; // {network, x, answer, direction} of the image that is shown
 let turns = 0; // images chosen so far
@@ -195,7 +196,8 @@ function startImages() {
     answerFor("cifar10", x, "the middle of your picture, as 32 by 32 pixels");
   };
   showDrawing();
-  byId("digits").firstElementChild.click();
+  byId("digits").children[CLEAR].click();
+  addEventListener("pointerup", () => byId("answer").classList.add("stays"), { once: true });
 }
 
 startImages();
