@@ -54,7 +54,7 @@ def display_temperature(table):
 
 def temperature_claims(results):
     table = temperature_table(results)
-    gloro, cll = (table[table["method"] == method] for method in ("GloRo", "CLL"))
+    gloro, cll = table[table["t"].notna()], table[table["t"].isna()]
     cra, clean = np.ptp(gloro[["cra", "clean"]], axis=0) if len(gloro) > 2 else [np.nan] * 2
     slope = records.power_law(gloro["t"], gloro["K_f"])[0] if len(gloro) > 2 else np.nan
     slack = np.ptp(cll["cra"]) if len(cll) > 2 else np.nan
@@ -91,7 +91,7 @@ def temperature_figure(table, title):
     system along, one that does not leaves it where it is. Right: K(f) of GloRo against its
     temperature, with the line K(f) ∝ t."""
     figure, (left, right) = style.subplots((6.4, 2.9), 1, 2)
-    cll, gloro = (table[table["method"] == method] for method in ("CLL", "GloRo"))
+    cll, gloro = table[table["t"].isna()], table[table["t"].notna()]
     for runs, name, knob, look in ((cll, "CLL", "p", "o"), (gloro, "GloRo", "t", "^")):
         look = {"fmt": look, "ms": 5, "lw": 1, "color": BLUE if knob == "p" else ORANGE}
         label = f"{name}, {len(runs)} values of {knob}"

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from cll.experiment.store import run_dir
 
 from . import choose, formulas, moons, style, sweeps, tables
-from .records import published, shortened
+from .records import method, published, shortened
 from .style import BLUE, RED
 
 CLAIMS = {
@@ -91,7 +91,8 @@ def _details(exhibit, test, line, results):
     rows = [line["row_id"], *line["rivals"].split()] if line["rivals"] else []
     command = f"make {NOTEBOOKS.get(exhibit, exhibit)}" + f" ROWS={','.join(rows)}" * bool(rows)
     value = [float(f"{v:.6g}") if np.isfinite(v) else None for v in test.values]
-    reads = pd.DataFrame(results, columns=["row", "method", "epsilon", "p"])
+    reads = pd.DataFrame(results, columns=["row", "epsilon", "p"])
+    reads["method"] = [*map(method, results)]
     reads = reads.query(line["runs"] or ("row in @rows" if rows else "index >= 0")).index
     runs = [results[i] for i in reads]
     runs = {run_dir(r, r["profile"]).as_posix(): r["params_hash"] for r in runs}

@@ -64,12 +64,8 @@ def moons_table(results):
     difference of the CRA in points (nan where nothing is printed).
     """
     printed = records.printed_moons()
-
-    def method(r):  # figure 4 has the published gradient
-        return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
-
     values = {"cra": records.train_cra, "K_f": operator.itemgetter("K_f")}
-    lines = records.summary(results, records.BY_MARGIN | {"method": method}, values)
+    lines = records.summary(results, records.BY_MARGIN, values)
     for line in lines:
         epsilon, p = line["epsilon"], line["p"]
         papers = printed.get(p, {}) if epsilon == TRUE_MARGIN else {}

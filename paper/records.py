@@ -234,7 +234,12 @@ def accuracies(name, radii=None):
     return values
 
 
-BY_MARGIN = {key: operator.itemgetter(key) for key in ("method", "epsilon", "p")}
+def method(r):
+    """ "CLL", "GloRo", ...; "GloRo, exact gradient" where it is not that of figures and tables."""
+    return r["method"] + ", exact gradient" * (r["params"]["loss"].get("gradient") == "exact")
+
+
+BY_MARGIN = {"method": method} | {key: operator.itemgetter(key) for key in ("epsilon", "p")}
 CONSTANTS = {key: operator.itemgetter(key) for key in ("K_f", "K_hf")}
 
 

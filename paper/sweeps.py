@@ -7,32 +7,36 @@ import operator
 import numpy as np
 import pandas as pd
 
-from cll.experiment.schema import experiment_params, sized_as
+from cll.experiment.schema import experiment_params, load_runs, sized_as
 from cll.losses import cll_scale
 
 from . import records, style
 from .records import TRUE_MARGIN, Test, cell_text, or_dash, published, same_data
-from .style import BLUE, GREEN, ORANGE
+from .style import BLUE, GREEN, ORANGE, RED
 
 CURVES = {  # of the methods that figures 5 and D1 compare
     "CLL": {"color": BLUE, "ls": "-", "marker": "o", "ms": 4},
     "GloRo": {"color": ORANGE, "ls": "--", "marker": "s", "ms": 4},
+    "GloRo, exact gradient": {"color": RED, "ls": ":", "marker": "v", "ms": 4},
 }
 CLEAN = {"color": GREEN, "ls": "-.", "marker": "^", "ms": 4}  # clean accuracy, beside CRA
 OPEN = {"ls": "", "mfc": "white", "zorder": 3, "clip_on": False}  # the paper's values
 
 
-# rows of table 2 that belong to a sweep; where that table is finished they are read
-ROWS = {"figure5": ("T2-03", "T2-05"), "convergence": ()}
-ROWS |= dict.fromkeys(("lambda_sweep", "front"), ("T2-05",))
+# runs of other experiments that belong to a sweep as well; where they are finished they are read
+SHARED = {"figure5": "table2/CLL table2/GloRo ablation/GloRo-exact", "lambda_sweep": "table2/CLL"}
+SHARED["front"] = "table2/CLL figure5/CLL-p0.05 figure5/CLL-p0.6 figure5/CLL-eps0.25 "
+SHARED["front"] += "figure5/GloRo-exact-eps0.25 ablation/GloRo-exact"
 
 
 def runs(exhibit, profile, seeds=None, **overrides):
-    """The image runs of params/<exhibit>/ and of ROWS. exhibit: "figure5", "front",
+    """The image runs of params/<exhibit>/ and those SHARED with it. exhibit: "figure5", "front",
     "lambda_sweep" or "convergence". seeds: None takes the profile's. overrides: of parameters."""
     sweep = experiment_params(exhibit, profile, seeds, **overrides)
-    table2 = records.runs_beside(sweep, "table2", profile, **overrides)
-    return sweep + sized_as(sweep, [run for run in table2 if run.row in ROWS[exhibit]])
+    seeds = sorted({run.seed for run in sweep})
+    names = SHARED.get(exhibit, "").replace("/", "/cifar10-4C3F-").split()
+    shared = [load_runs(f"params/{name}.yaml", profile, seeds, **overrides) for name in names]
+    return sweep + sized_as(sweep, sum(shared, []))
 
 
 def lambda_runs(profile, seeds=None, data="", label="", **overrides):
@@ -134,12 +138,6 @@ def snapshot_table(results):
     return pd.DataFrame(lines, columns=names).groupby(["method", "epoch"], as_index=False).mean()
 
 
-def display_snapshots(table):
-    """The frame of `snapshot_table` for reading."""
-    shown = table.set_index(["method", "epoch"]).map("{:.1f}".format)
-    return shown.set_axis(["clean %", "CRA(ε) %", "K(f)", "tightness %"], axis=1)
-
-
 def reached(epochs, values, share=0.95):
     """The first epoch at which values (in order of epochs) are at `share` of their last one."""
     values = np.asarray(values, float)
@@ -182,10 +180,10 @@ def figure5(results):
     _margin_curves(axes, table, published("figure5").query("panel == 'eps_sweep_table' and @same"))
     style.log_scale(axes[2])
     titles = ["slack, CLL at ε = 0.15", "certified accuracy", "K", "tightness"]
-    names = ["accuracy (%)", "CRA at the trained ε (%)", "Lipschitz constant", "tightness (%)"]
+    names = ["accuracy (%)", "CRA at the trained ε (%)", "$K^{(f)}$", "tightness (%)"]
     for ax, title, name in zip(axes, titles, names, strict=True):
         ax.set(title=title, ylabel=name, xlabel="training margin ε", xlim=(0, 1.4))
-        ax.margins(y=0.35)  # room for the legend
+        ax.margins(y=0.5)  # room for the legend
         if ax is not axes[2]:
             ax.set_ylim(0)
         ax.legend(loc="best", labelspacing=0.2, handlelength=2.4)
@@ -201,10 +199,12 @@ def _margin_curves(axes, table, printed):
     columns = ("cra", "cra_at_eps"), ("K_f", "k_f"), ("tightness", "tightness")
     for method, curve in CURVES.items():
         ours, paper = (frame[frame["method"] == method] for frame in (sweep, printed))
+        if not len(ours) + len(paper):
+            continue
         mark = OPEN | {"marker": curve["marker"], "mec": curve["color"], "mfc": "none"}
         mark["ms"] = 8 if method == "CLL" else 5
         for ax, (column, as_printed) in zip(axes[1:], columns, strict=True):
-            label = f"{method}, $K^{{(f)}}$" if column == "K_f" else method
+            label = method if column != "K_f" else None  # as in the panels beside it
             ax.plot(ours["epsilon"], ours[column], label=label, **curve)
             if len(paper):
                 ax.plot(paper["epsilon"], paper[as_printed], **mark)
@@ -213,9 +213,8 @@ def _margin_curves(axes, table, printed):
             law = [1 / float(cll_scale(float(e), 0.3)) for e in at]
             axes[2].plot(at, law, color=BLUE, ls=":", label="CLL, $K^{(h∘f)}$")
         paper = paper.dropna(subset=["clean", "p"])  # at the margin of the left panel, with slack
-        if len(paper):
-            axes[0].plot(paper["p"], paper["clean"], **OPEN, marker="^", mec=GREEN, ms=6)
-            axes[0].plot(paper["p"], paper["cra_at_eps"], **mark)
+        axes[0].plot(paper["p"], paper["clean"], **OPEN, marker="^", mec=GREEN, ms=6)
+        axes[0].plot(paper["p"], paper["cra_at_eps"], **mark)
 
 
 def accuracies(ax, table, over, margin):
@@ -327,8 +326,7 @@ def lambda_claims(results):
     table = table if len(table) > 2 else table[:0]
     lam, K = table["lambda"].to_numpy(), table["K_f"].to_numpy()
     yield Test("any-K", "{:.1f} to {:.1f}", K[[0, -1]] if len(K) else [np.nan], operator.gt)
-    slope = records.power_law(lam, K)[0]
-    yield Test("law", "{:.2f}", [slope], lambda b: abs(b + 0.5) <= 0.1)
+    yield Test("law", "{:.2f}", [records.power_law(lam, K)[0]], lambda b: abs(b + 0.5) <= 0.1)
     decades = 0.0 if len(K) else np.nan
     for i, j in itertools.combinations(range(len(K)), 2):
         if np.ptp(table.loc[i:j, ["clean", "cra"]], axis=0).max() <= 1:

@@ -1,6 +1,7 @@
 """Pictures of sweeps show what the runs say."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from exhibits import line, snapshots, sweep_record, texts
 
@@ -32,11 +33,23 @@ def test_figure5_draws_both_methods_and_the_papers_values_on_its_data_only():
     assert "open marks" not in texts(digits).replace("\xa0", " ")
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
     alone = figure5([sweep_record(data="digits")]).axes[1]  # one method alone is drawn, too
-    assert len(line(alone, "CLL")[0]) == 1 and len(line(alone, "GloRo")[0]) == 0
+    assert [item.get_label() for item in alone.get_lines()] == ["CLL"]
     search = {"method": "optimized", "pairs": 512, "steps": 250}
     short = sweep_record(params=runs[0]["params"] | {"tightness": search})
     assert "a search of 512 pairs" in texts(figure5([short])).replace("\xa0", " ")
     assert "a search of" not in texts(figure).replace("\xa0", " ")
+
+
+def test_figure5_keeps_gloro_with_the_exact_gradient_apart(as_printed):
+    exact = sweep_record("GloRo", 0.5, cra=0.9)
+    exact["params"]["loss"] = {"gradient": "exact"}
+    figure = figure5([*as_printed, exact])
+    assert line(figure.axes[1], "GloRo, exact")[1] == pytest.approx([90])
+    assert list(line(figure.axes[1], "GloRo")[0]) == list(EPSILONS)
+    runs = [r | {"name": f"run-{i}", "params_hash": f"{i:064x}"} for i, r in enumerate(as_printed)]
+    judged, without = judge("figure5", [*runs, exact | {"name": "exact"}]), judge("figure5", runs)
+    pd.testing.assert_frame_equal(judged, without)
+    assert judged.attrs == without.attrs  # the claims read the same runs
 
 
 def test_convergence_is_drawn_over_the_epochs():
