@@ -140,9 +140,9 @@ def snapshot_table(results):
 
 def reached(epochs, values, share=0.95):
     """The first epoch at which values (in order of epochs) are at `share` of their last one."""
-    values = np.asarray(values, float)
-    there = np.flatnonzero(values >= share * values[-1]) if len(values) else []
-    return float(np.asarray(epochs)[there[0]]) if len(there) else np.nan
+    values = [*values]
+    there = (e for e, v in zip(epochs, values, strict=True) if v >= share * values[-1])
+    return float(next(there, np.nan))
 
 
 def front(clean, cra):

@@ -93,22 +93,22 @@ def display_table(comparison):
 
     "paper" as printed (? marks an uncertain cell, "literature" a row that the paper took from
     elsewhere, "this kit" one of which it prints nothing), then our mean ± std over the seeds with
-    each bound; in brackets the difference from the printed value. A row that was not run says so in
-    one line.
+    each bound, "on" other data than the row's where it was; in brackets the difference from the
+    printed value. A row that was not run says so in one line.
     """
     lines, index = {}, ["row_id", "dataset", "model", "method"]
     for about, row in comparison.groupby(index, sort=False):
-        bounds, n = dict(list(row.groupby("bound", sort=False))), row["n"].iloc[0]
+        bounds, (n, data) = dict(list(row.groupby("bound", sort=False))), row[["n", "data"]].iloc[0]
         printed = ["", *map(_printed, bounds[BOUNDS[0]].to_dict("records"))]
+        source = "paper (literature)" if row["literature"].iloc[0] else "paper"
         if set(printed[1:]) == {"–"}:
             source = "this kit, not in the paper"
-        else:
-            source = "paper (literature)" if row["literature"].iloc[0] else "paper"
         lines[*about, source] = printed
         if not n:
             lines[*about, "here"] = ["0", *["not run"] * len(COLUMNS)]
+        on = f" on {data}" * (records.plain_name(str(data)) != records.plain_name(about[1]))
         for bound, cells in bounds.items() if n else ():
-            source = f"here, {bound}" + " (guaranteed)" * (bound == "local bounds")
+            source = f"here{on}, {bound}" + " (guaranteed)" * (bound == "local bounds")
             cells = cells[["mean", "std", "difference"]].to_numpy()
             lines[*about, source] = [str(n), *itertools.starmap(cell_text, cells)]
     index = pd.MultiIndex.from_tuples(lines, names=["row", *index[1:], "source"])

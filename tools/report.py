@@ -102,7 +102,7 @@ def rows(comparison):
     data = data["data"].fillna(data["dataset"]).map(html.escape)
     shown = tables.display_table(comparison)
     source = shown.index.get_level_values("source")
-    ours = shown[source == "here, guaranteed"].droplevel("source")
+    ours = shown[source.str.endswith(", guaranteed")].droplevel("source")
     printed = shown[~source.str.startswith("here")].droplevel("source")
     both = ours + '<br><span class="soft">paper ' + printed.loc[ours.index] + "</span>"
     both = both.drop(columns="seeds").assign(seeds=ours["seeds"])
