@@ -53,11 +53,13 @@ async function answerFor(name, x, what, button = null) {
   if (!network || turn !== turns) return; // or another image was chosen meanwhile
   const answer = certify(network, x), { y, rival, radius } = answer, word = network.classes;
   const milliseconds = Math.ceil(performance.now() - start);
-  const slope = marginGradient(network, x, y, rival), length = Math.hypot(...slope);
-  current = { network, x, answer, direction: slope.map((value) => -value / (length || 1)) };
   byId("answer").textContent = radius > 0
     ? `${word[y]}: no image within distance ${roundedDown(radius)} of this one gets another answer.`
     : `${word[y]}: nothing is certified here, the margin is within the rounding error.`;
+  await new Promise((done) => setTimeout(done)); // the answer is seen before the rest is computed
+  if (turn !== turns) return;
+  const slope = marginGradient(network, x, y, rival), length = Math.hypot(...slope);
+  current = { network, x, answer, direction: slope.map((value) => -value / (length || 1)) };
   byId("radius").textContent = roundedDown(radius);
   byId("rival").textContent = word[rival];
   byId("margin").textContent = signed(answer.margin, 4);

@@ -93,8 +93,9 @@ function convolve({ weight, inputs, outputs, kernel, stride, padding }, x, y, tr
 
 /* A network from what the builder wrote: its weights, one layer after the other, are base64. */
 function openNetwork(data) {
-  const text = atob(data.weights), bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  const bytes = Uint8Array.fromBase64 // of browsers since 2025
+    ? Uint8Array.fromBase64(data.weights)
+    : Uint8Array.from(atob(data.weights), (byte) => byte.charCodeAt(0));
   const numbers = new Float64Array(new Float32Array(bytes.buffer)); // little-endian, as browsers are
   let used = 0;
   const next = (count) => numbers.subarray(used, (used += count));
