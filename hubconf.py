@@ -7,7 +7,7 @@ cll.reference.images() names them all; README.md in the folder of its run is the
 
 import cll
 
-dependencies = ["torch"]
+dependencies = ["torch", "numpy", "safetensors"]
 
 
 def _entry(name):

@@ -200,6 +200,7 @@ def console(page, profile):
     """What Chromium says about a page while it loads it: its document, and messages of the console.
     Requests that the page's policy forbids are among these."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += ["--virtual-time-budget=60000"]  # until scripts wait for nothing
     done = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
         capture_output=True,

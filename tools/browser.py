@@ -9,6 +9,7 @@ inside scripts.
 import base64
 import functools
 import json
+import zlib
 from pathlib import Path
 
 import environment  # tools/ is on the path: its files are run as scripts
@@ -22,12 +23,13 @@ from cll.bounds.layer import ProvenLayer
 from cll.bounds.network import normalisation, prove
 from cll.bounds.rounding import margin_error
 from cll.certify.run_folder import read_record
-from cll.data.sources import DataNotFound
 from cll.experiment import reference
 from cll.layers.activations import MaxMin
 from paper.records import data_source, epochs
 
 PAGE = Path(__file__).with_name("page")
+# test images of CIFAR-10 (Krizhevsky 2009), with their place in the test set
+PHOTOGRAPHS = Path(__file__).with_name("cifar10.npz")
 DIGITS, CIFAR10 = "digits-4C3F-CLL-seed1", "quick/cifar10-4C3F-CLL-seed1"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 MOONS = "moons-CLL-{}p{}-seed1"
@@ -60,6 +62,14 @@ def network(name, classes, low, high):
     exact = np.concatenate(weights).astype("<f4", casting="equiv")  # refuses other than float32
     page["weights"] = base64.b64encode(exact.tobytes()).decode()
     return page, record
+
+
+def deflated(page):
+    """A network of the page with its weights as `inflated` of the page reads them: bytes of equal
+    significance together, which deflate to five sixths."""
+    numbers = np.frombuffer(base64.b64decode(page["weights"]), np.uint8).reshape(-1, 4)
+    packed = zlib.compress(np.ascontiguousarray(numbers.T).tobytes())
+    return page | {"weights": None, "deflated": base64.b64encode(packed).decode()}
 
 
 def described(layer, shape):
@@ -99,15 +109,18 @@ def moons():
     return {"epsilons": EPSILONS, "ps": SLACKS, "networks": networks, "points": points}
 
 
-def offered(name, **options):
-    """The first test images of a data set, to be picked; none where it is not on this machine."""
-    try:
-        data = cll.data.load(name, download=False, **options)
-    except DataNotFound:
-        return []
-    images, targets = data.test_images[:OFFERED], data.test_targets[:OFFERED].tolist()
-    images = [base64.b64encode(x.numpy().tobytes()).decode() for x in images]
-    return [{"pixels": x, "target": y} for x, y in zip(images, targets, strict=True)]
+def offered(images, targets):
+    """Test images (N, C, H, W), uint8, and their classes as the page reads them, to be picked."""
+    images = [base64.b64encode(x.tobytes()).decode() for x in images]
+    return [{"pixels": x, "target": y} for x, y in zip(images, targets.tolist(), strict=True)]
+
+
+def images():
+    """{network: images to be picked}: the first digits, and of CIFAR-10 the first of each class."""
+    digits = cll.data.load("digits", input_shape=(1, 8, 8))
+    first = digits.test_images[:OFFERED].numpy(), digits.test_targets[:OFFERED]
+    with np.load(PHOTOGRAPHS) as file:
+        return {"digits": offered(*first), "cifar10": offered(file["images"], file["targets"])}
 
 
 def about(r):
@@ -127,9 +140,8 @@ def data_files():
     digits, digits_record = network(DIGITS, list("0123456789"), 0, 1)
     cifar10, cifar10_record = network(CIFAR10, CIFAR10_CLASSES, 0, 1)
     digits["about"], cifar10["about"] = about(digits_record), about(cifar10_record)
-    large = f"NETWORKS.cifar10 = {json.dumps(cifar10)};\n"
-    images = {"digits": offered("digits", input_shape=(1, 8, 8)), "cifar10": offered("cifar10")}
-    values = {"NETWORKS": {"digits": digits}, "IMAGES": images, "MOONS": moons()}
+    large = f"NETWORKS.cifar10 = {json.dumps(deflated(cifar10))};\n"
+    values = {"NETWORKS": {"digits": digits}, "IMAGES": images(), "MOONS": moons()}
     values["CIFAR10"] = {"classes": CIFAR10_CLASSES, "megabytes": round(len(large) / 1e6)}
     small = "".join(f"const {key} = {json.dumps(value)};\n" for key, value in values.items())
     return {"certify-data.js": small, "certify-cifar10.js": large}

@@ -70,9 +70,10 @@ def captions(folder, nb):
 
 
 def other_data(captions):
-    """Names of the data in captions that the paper did not use, as a set."""
+    """Names of the data in captions that the paper did not use, parts of its data among them."""
     named = ", ".join(map(str.strip, DATA.findall("\n".join(captions)))).split(", ")
-    return {name for name in named if name and plain_name(name) not in KNOWN_DATA}
+    others = (name.endswith(" classes)") or plain_name(name) not in KNOWN_DATA for name in named)
+    return {name for name, other in zip(named, others, strict=True) if name and other}
 
 
 def picture(nb, path):
@@ -189,7 +190,7 @@ def verdicts(path):
     said = ", ".join(
         f"{counts[verdict]} {words[verdict]}" for verdict in words if verdict in counts
     )
-    return f"Of {counts.sum()} claims {said}"
+    return f"Of {counts.sum()} claims {said}."
 
 
 def link(name, notebooks):

@@ -19,7 +19,8 @@ async function read(name) {
       Object.assign(script, { src: `certify-${name}.js`, onload: resolve, onerror: reject });
       document.head.append(script);
     });
-  return openNetwork(NETWORKS[name]);
+  const data = NETWORKS[name];
+  return data.deflated ? openNetwork(data, await inflated(data.deflated)) : openNetwork(data);
 }
 
 /* Pixels (C, H, W) in [0, 1] as a picture; one channel is ink on paper. */
@@ -79,15 +80,29 @@ async function answerFor(name, x, what, button = null) {
 
 const signed = (value, digits) => value.toFixed(digits).replace("-", "−");
 
-/* The image at the chosen distance, in the direction in which the margin falls fastest at x. Pixels
-   stay in [0, 1], which brings the image nearer. Where nothing is certified, steps are of 0.1. */
+/* x moved in a direction until it is this far away, or as far as pixels in [0, 1] let it be. */
+function movedBy(distance, x, direction) {
+  distance *= 1 - 1e-12; // for the rounding of lengths
+  const at = (t) => x.map((v, i) => Math.min(1, Math.max(0, v + t * direction[i])));
+  const length = (there) => Math.hypot(...there.map((v, i) => v - x[i]));
+  let [low, high] = [0, distance];
+  while (length(at(high)) < distance && high < 1e3) [low, high] = [high, 2 * high];
+  for (let step = 0; step < 40; step++) {
+    const middle = (low + high) / 2;
+    [low, high] = length(at(middle)) < distance ? [middle, high] : [low, middle];
+  }
+  return at(low);
+}
+
+/* The image at the chosen distance, in the direction in which the margin falls fastest at x. Where
+   nothing is certified, steps are of 0.1. */
 function showChanged() {
   const { network, x, answer, direction } = current, { classes, shape } = network;
   const multiple = Number(byId("multiple").value), distance = multiple * (answer.radius || 0.1);
-  const changed = x.map((v, i) => Math.min(1, Math.max(0, v + distance * (1 - 1e-12) * direction[i])));
+  const changed = movedBy(distance, x, direction);
   const there = certify(network, changed), change = changed.map((v, i) => v - x[i]);
   const most = change.reduce((a, b) => Math.max(a, Math.abs(b)), 0), factor = 0.5 / (most || 0.5);
-  const same = there.y === answer.y, far = roundedDown(distance);
+  const same = there.y === answer.y, far = roundedDown(Math.hypot(...change) * (1 + 1e-12));
   const promise = distance <= answer.radius ? "as it must be"
     : same ? "though nothing promises it" : "as it may be beyond the radius";
   const moved = answer.radius > 0 ? `${multiple.toFixed(2)} × the certified radius` : far;

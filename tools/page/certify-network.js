@@ -91,11 +91,23 @@ function convolve({ weight, inputs, outputs, kernel, stride, padding }, x, y, tr
         }
 }
 
-/* A network from what the builder wrote: its weights, one layer after the other, are base64. */
-function openNetwork(data) {
-  const bytes = Uint8Array.fromBase64 // of browsers since 2025
-    ? Uint8Array.fromBase64(data.weights)
-    : Uint8Array.from(atob(data.weights), (byte) => byte.charCodeAt(0));
+/* The bytes behind base64. */
+const decoded = (text) => Uint8Array.fromBase64 // of browsers since 2025
+  ? Uint8Array.fromBase64(text)
+  : Uint8Array.from(atob(text), (byte) => byte.charCodeAt(0));
+
+/* The bytes of weights that were deflated: first bytes of all numbers, then second ones, and so on. */
+async function inflated(text) {
+  const packed = new Blob([decoded(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const planes = new Uint8Array(await new Response(packed).arrayBuffer()), n = planes.length / 4;
+  const bytes = new Uint8Array(planes.length);
+  for (let i = 0; i < n; i++)
+    for (let k = 0; k < 4; k++) bytes[4 * i + k] = planes[k * n + i];
+  return bytes;
+}
+
+/* A network from what the builder wrote. bytes: its weights, one layer after the other. */
+function openNetwork(data, bytes = decoded(data.weights)) {
   const numbers = new Float64Array(new Float32Array(bytes.buffer)); // little-endian, as browsers are
   let used = 0;
   const next = (count) => numbers.subarray(used, (used += count));
