@@ -17,9 +17,10 @@ def radii(n=200, seed=0):
 
 def line(ax, label):
     """The data of the only line whose label starts so, or of that with just this label."""
-    found = {item.get_label(): item for item in ax.get_lines()}
-    (name,) = [label] if label in found else [name for name in found if name.startswith(label)]
-    return found[name].get_data()
+    lines = ax.get_lines()
+    same = [item for item in lines if item.get_label() == label]
+    (found,) = same or [item for item in lines if item.get_label().startswith(label)]
+    return found.get_data()
 
 
 def texts(figure):

@@ -929,6 +929,29 @@ def test_an_activation_that_expands_may_work_in_place():
         assert tables[0]["upper"].iloc[1] == tables[1]["upper"].iloc[1] > 1
 
 
+def test_refusals_name_what_to_write_instead():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    def refused(error, *layers):
+        with pytest.raises(error) as raised:
+            cll.lipschitz_matrix(nn.Sequential(*layers), input_shape=(2, 4, 4))
+        return str(raised.value)
+
+    end = nn.Flatten(), nn.Linear(32, 3)
+    skip = "write it as nn.Sequential, with cll.Residual(branch, shortcut)"
+    assert f"for Block: {skip}" in refused(TypeError, Block(), *end)
+    assert "take BatchNorm" in refused(TypeError, nn.GroupNorm(1, 2), *end)
+    assert "cll.bounds.register(Block)" in refused(TypeError, Block(), *end)
+    assert "give the input_shape" in refused(ValueError, nn.Flatten(), nn.Linear(50, 3))
+    assert "end the body with nn.Flatten()" in refused(ValueError, nn.ReLU(), nn.Linear(32, 3))
+
+
 def test_what_runs_its_parts_in_another_order_is_refused():
     class Twice(nn.Sequential):
         def __iter__(self):

@@ -210,6 +210,13 @@ def console(page, profile):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def test_a_part_of_the_papers_data_is_other_data():
+    caption = "profile quick · data {} · 1 seed"
+    named = "cifar10 (recovered)", "digits", "tiny-imagenet", "tiny-imagenet (20 of 200 classes)"
+    others = report.other_data([caption.format(", ".join(named))])
+    assert others == {"digits", "tiny-imagenet (20 of 200 classes)"}
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_a_browser_has_nothing_to_complain_about(results, tmp_path):
     for page in sorted(report.build(results).parent.glob("*.html")):

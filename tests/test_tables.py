@@ -104,6 +104,15 @@ def test_seed_table_has_the_rows_that_were_run():
     assert seed_table(comparison_table([])).empty
 
 
+def test_lines_name_other_data_than_the_rows():
+    sources = {}
+    for data in ("digits", "cifar10 (recovered)"):
+        shown = display_table(comparison_table([record(data=data)], rows=["T2-05"]))
+        sources[data] = [*shown.index.get_level_values("source")]
+    assert sources["digits"][1:] == ["here on digits, guaranteed", "here on digits, paper-style"]
+    assert sources["cifar10 (recovered)"][1:] == ["here, guaranteed", "here, paper-style"]
+
+
 def test_one_seed_has_no_std():
     frame = comparison_table([record()], rows=["T2-05"])
     assert frame["std"].isna().all()

@@ -40,8 +40,10 @@ OFFERED, DRAWN = 20, 300  # images to pick; points of two moons
 ABOVE = 1 + 2**-6
 
 
-def network(name, classes, low, high):
-    """(a committed network as the page reads it, its record). low, high: range of each input."""
+def network(name, classes, low, high, deflate=False):
+    """(a committed network as the page reads it, its record). low, high: range of each input.
+    deflate: its weights as `inflated` of the page reads them, bytes of equal significance together,
+    which takes a sixth off; reading takes longer."""
     net, record = cll.load_reference(name), read_record(reference.names()[name])
     proof = prove(net)
     std, mean = normalisation(net)
@@ -60,16 +62,11 @@ def network(name, classes, low, high):
     rounding = margin_error(proof, largest, torch.arange(C)) * ABOVE
     page |= {"K": proof.K.tolist(), "rounding": rounding.tolist(), "layers": layers}
     exact = np.concatenate(weights).astype("<f4", casting="equiv")  # refuses other than float32
-    page["weights"] = base64.b64encode(exact.tobytes()).decode()
+    numbers = exact.tobytes()
+    if deflate:
+        numbers = zlib.compress(exact.view("u1").reshape(-1, 4).T.tobytes())
+    page["deflated" if deflate else "weights"] = base64.b64encode(numbers).decode()
     return page, record
-
-
-def deflated(page):
-    """A network of the page with its weights as `inflated` of the page reads them: bytes of equal
-    significance together, which deflate to five sixths."""
-    numbers = np.frombuffer(base64.b64decode(page["weights"]), np.uint8).reshape(-1, 4)
-    packed = zlib.compress(np.ascontiguousarray(numbers.T).tobytes())
-    return page | {"weights": None, "deflated": base64.b64encode(packed).decode()}
 
 
 def described(layer, shape):
@@ -138,9 +135,9 @@ def about(r):
 def data_files():
     """{file: text} of the data that the page reads, as scripts: from a file nothing else loads."""
     digits, digits_record = network(DIGITS, list("0123456789"), 0, 1)
-    cifar10, cifar10_record = network(CIFAR10, CIFAR10_CLASSES, 0, 1)
+    cifar10, cifar10_record = network(CIFAR10, CIFAR10_CLASSES, 0, 1, deflate=True)
     digits["about"], cifar10["about"] = about(digits_record), about(cifar10_record)
-    large = f"NETWORKS.cifar10 = {json.dumps(deflated(cifar10))};\n"
+    large = f"NETWORKS.cifar10 = {json.dumps(cifar10)};\n"
     values = {"NETWORKS": {"digits": digits}, "IMAGES": images(), "MOONS": moons()}
     values["CIFAR10"] = {"classes": CIFAR10_CLASSES, "megabytes": round(len(large) / 1e6)}
     small = "".join(f"const {key} = {json.dumps(value)};\n" for key, value in values.items())

@@ -289,9 +289,11 @@ def checked_head(model, features=None):
         with evaluation(head):  # to look at a weight that is computed may change it in training
             check_attributes(head)
     if features not in (None, (head.in_features,)):
-        mends = "end the body with nn.Flatten()", "give the input_shape that it was made for"
+        mended = "give the input_shape that it was made for"
+        if len(features) > 1:
+            mended = "end the body with nn.Flatten()"
         raise ValueError(
             f"the body ends in shape {features} and the head takes {head.in_features} features: "
-            f"{mends[len(features) == 1]} or change the head"
+            f"{mended} or change the head"
         )
     return head
