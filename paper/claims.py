@@ -33,18 +33,21 @@ CLAIMS = {
     "figure5": sweeps.figure5_claims,
     "slack_sweep": moons.slack_claims,
     "true_margin": moons.true_margin_claims,
+    "gradient": moons.gradient_claims,
     "convergence": sweeps.convergence_claims,
     "lambda_sweep": sweeps.lambda_claims,
     "temperature": choose.temperature_claims,
 }
-NOTEBOOKS = {"true_margin": "slack_sweep"}  # exhibits that a notebook of another name judges
+# exhibits that a notebook of another name judges
+NOTEBOOKS = {"true_margin": "slack_sweep", "gradient": "slack_sweep"}
 ON_PRINT = ("table1", "table2", "figure5")  # also judged on the paper's own numbers
 
 
 def judge(exhibit, results):
     """What the paper says about an exhibit, and whether these runs show it.
 
-    exhibit: a key of CLAIMS; "true_margin" is figure 4's column 0.15; "figure3" and "aol_mapping"
+    exhibit: a key of CLAIMS; "true_margin" is figure 4's column 0.15, "gradient" figure 4
+        against GloRo with the exact gradient; "figure3" and "aol_mapping"
     are algebra and need no results. results: records; of figures 1 and 2 with their `moons.shape`
     under "shape"; None for ON_PRINT: the printed numbers themselves take the place of ours.
     Returns by claim: paper (as printed), here (means over the seeds, guaranteed bound), verdict
@@ -122,14 +125,17 @@ def cited():
 def read_claims(folder):
     """What the notebooks under a profile's folder judged, from the tables that `save_table` left in
     <notebook>/claims*.csv, .md and .json: a line per claim, with the caption of its runs under
-    "about", and DETAILS."""
-    frames = []
-    for path in sorted(Path(folder).glob("*/claims*.json")):
+    "about", and DETAILS. For what "paper" lacks, those of "quick" beside it."""
+    places, frames = [Path(folder)], []
+    places += [places[0].with_name("quick")] * (places[0].name == "paper")
+    left = {p.relative_to(at): p for at in reversed(places) for p in at.glob("*/claims*.json")}
+    for _, path in sorted(left.items()):
         if path.parent.name != "claims":
             frame = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
             _, _, about = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n\n")
             details = json.loads(path.read_text(encoding="utf-8"))
             frame = frame.join(pd.DataFrame.from_dict(details, orient="index"), on="claim")
+            frame["command"] += f" PROFILE={path.parts[-3]}"
             frames.append(frame.assign(notebook=path.parent.name, about=about.strip()))
     names = ["notebook", "claim", "paper", "here", "verdict", "about", *DETAILS]
     return pd.concat(frames)[names] if frames else pd.DataFrame(columns=names)

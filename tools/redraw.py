@@ -27,7 +27,7 @@ REFERENCE = execute.ROOT / "outputs" / "reference"
 # they train what no run is committed of, or the reader's own
 OTHERS = {"certify_your_model", "quickstart", "train", "train_your_own"}
 LAST = "claims"  # reads what the others judged
-QUICK = {"front"}  # drawn from runs of profile quick; all others from those of paper
+QUICK = {"front", "seeds", "table2"}  # drawn from profile quick, all others from paper
 PICTURES = ("image/png", "image/svg+xml", "application/pdf")
 # notebook: the few rows that nbval repeats; make runs them whole
 ROWS = {"table1": "T1-07,T1-09", "table2": "T2-08,T2-09,T2-11"}
