@@ -33,28 +33,24 @@ CLAIMS = {
     "figure5": sweeps.figure5_claims,
     "slack_sweep": moons.slack_claims,
     "true_margin": moons.true_margin_claims,
-    "gradient": moons.gradient_claims,
+    "gradient": functools.partial(moons.figure4_claims, rival="GloRo, exact gradient"),
     "convergence": sweeps.convergence_claims,
     "lambda_sweep": sweeps.lambda_claims,
     "temperature": choose.temperature_claims,
 }
-# exhibits that a notebook of another name judges
-NOTEBOOKS = {"true_margin": "slack_sweep", "gradient": "slack_sweep"}
+NOTEBOOKS = {"true_margin": "slack_sweep", "gradient": "slack_sweep"}  # named otherwise
 ON_PRINT = ("table1", "table2", "figure5")  # also judged on the paper's own numbers
 
 
 def judge(exhibit, results):
     """What the paper says about an exhibit, and whether these runs show it.
 
-    exhibit: a key of CLAIMS; "true_margin" is figure 4's column 0.15, "gradient" figure 4
-        against GloRo with the exact gradient; "figure3" and "aol_mapping"
-    are algebra and need no results. results: records; of figures 1 and 2 with their `moons.shape`
-    under "shape"; None for ON_PRINT: the printed numbers themselves take the place of ours.
-    Returns by claim: paper (as printed), here (means over the seeds, guaranteed bound), verdict
-    ("not run", "no verdict" and why, or a key of VERDICTS: runs on a shortened schedule can miss
-    what whole ones show, hence "so far"); in .attrs what `_details` says of each. Raises ValueError
-    for another exhibit, and where a test does not fail on its negative control.
-    """
+    exhibit: a key of CLAIMS. results: records, of figures 1 and 2 with their `moons.shape` under
+    "shape"; algebra needs none; None for ON_PRINT: the printed numbers are judged.
+    Returns by claim: paper (as printed), here (means over seeds, guaranteed bound), verdict ("not
+    run", "no verdict" and why, or a key of VERDICTS: "so far" of shortened runs); in .attrs what
+    `_details` says of each. Raises ValueError for another exhibit, and where a test does not fail
+    on its negative control."""
     if exhibit not in CLAIMS:
         raise ValueError(f"no claims about {exhibit!r}; there are: {', '.join(CLAIMS)}")
     lines, details, runs, words = [], {}, results or [], said(exhibit)
@@ -124,10 +120,10 @@ def cited():
 
 def read_claims(folder):
     """What the notebooks under a profile's folder judged, from the tables that `save_table` left in
-    <notebook>/claims*.csv, .md and .json: a line per claim, with the caption of its runs under
-    "about", and DETAILS. For what "paper" lacks, those of "quick" beside it."""
-    places, frames = [Path(folder)], []
-    places += [places[0].with_name("quick")] * (places[0].name == "paper")
+    <notebook>/claims*.csv, .md and .json, and for what "paper" lacks under "quick" beside it: a
+    line per claim, with the caption of its runs under "about", and DETAILS."""
+    places, frames = [folder := Path(folder)], []
+    places += [folder.with_name("quick")] * (folder.name == "paper")
     left = {p.relative_to(at): p for at in reversed(places) for p in at.glob("*/claims*.json")}
     for _, path in sorted(left.items()):
         if path.parent.name != "claims":

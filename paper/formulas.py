@@ -74,7 +74,6 @@ def _claims_at_random(count=500):
     ends = scipy.special.expit(-epsilon / sigma), scipy.special.expit(epsilon / sigma)
     tails = np.abs([ends[0] - p / 2, ends[1] - (1 - p / 2)]).max()
     yield Test("tails", "{:.0e}", [tails], lambda e: e < 1e-12)
-
     setting = {"epsilon": torch.tensor(epsilon), "p": torch.tensor(p), "reduction": "none"}
 
     def losses(f, K):  # of samples of class 1

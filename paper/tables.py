@@ -59,8 +59,8 @@ def comparison_table(results, table="table2", rows=None):
     results: result records. rows: row ids in the order wanted, default all of the table.
     Returns a line per published row, bound (of BOUNDS) and column, with literature (whether the
     paper took the row from elsewhere), n (seeds), mean, std (ddof 1), published, uncertain,
-    difference (ours - published; nan if the cell is uncertain or not printed, or if the data are
-    not the paper's). Accuracies and tightness in percent. A row that was not run has n = 0.
+    difference (ours - published; nan if the cell is uncertain or not printed, the data are others,
+    or the tightness search was shorter). In percent but for K. A row that was not run has n = 0.
     """
     lines = []
     for _, row in _rows(table, rows).iterrows():
@@ -71,13 +71,14 @@ def comparison_table(results, table="table2", rows=None):
         for key in ("data", "profile", "epochs"):
             about[key] = ", ".join(sorted({str(r[key]) for r in runs}))
         local = any(r.get("cra_local") for r in runs)
+        unlike = uncertain(row) | {"tightness"} if records.tightness_note(runs) else uncertain(row)
         for bound in BOUNDS if local else BOUNDS[:2]:
             for column in COLUMNS:
                 values = np.array([records.in_paper_unit(r, column, bound) for r in runs], float)
                 mean, unsure = values.mean() if runs else np.nan, column in uncertain(row)
                 line = about | {"bound": bound, "column": column, "n": len(runs)}
                 line |= {"mean": mean, "std": records.seed_std(values), "published": row[column]}
-                difference = mean - row[column] if comparable and not unsure else np.nan
+                difference = mean - row[column] if comparable and column not in unlike else np.nan
                 lines.append(line | {"uncertain": unsure, "difference": difference})
     return pd.DataFrame(lines)
 

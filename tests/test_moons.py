@@ -207,5 +207,8 @@ def test_each_exhibit_names_its_runs():
     assert {run.loss.name for run in moons.runs("figure2", "paper")} == {"CE", "GloRo", "CLL"}
     teaser = moons.runs("figure1", "paper", device="cpu")
     assert {run.loss.name for run in teaser} == {"CLL"} and min(r.loss.p for r in teaser) == 1e-15
-    gradients = {run.loss.gradient for run in moons.runs("gradient", "paper")}
-    assert gradients == {"exact", "published"}
+    runs = moons.runs("gradient", "paper")
+    gradients = {(getattr(r.loss, "gradient", r.loss.name), r.loss.epsilon) for r in runs}
+    margins = {0.10, 0.15, 0.20, 0.25}
+    assert gradients == {(g, m) for g in ("CLL", "exact", "published") for m in margins}
+    assert len(runs) == 5 * len(gradients)

@@ -193,7 +193,7 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     root = tmp_path / "reference"
     root.mkdir()
     own = {"row": "T2-05", "data": "npz:/home/me/c10.npz", "label": "cifar10 (recovered)"}
-    change(source, row="T2-05", p=0.3, model="4C3F", cra_local=None)
+    record = change(source, row="T2-05", p=0.3, model="4C3F", cra_local=None)
     collect.collect(rename(source, **own), root)
     named = "cifar10 (recovered) (2 of 10 classes)"  # two moons in disguise
     assert f"data {named} · 1 seed · " in collect.rows(root)
@@ -204,13 +204,37 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     assert [line["source"] for line in here] == ["here, guaranteed", "here, paper-style"]
     assert all(line["seeds"] == "1" and line["clean %"] != "–" for line in here)
     *_, line = collect.summary(root).strip().splitlines()
-    what, epochs, seeds, ours, printed = line.strip("| ").split(" | ")
-    assert what.startswith(f"4C3F on {named}, CLL ε = 0.15 (T2-05): clean / CRA 36/255")
+    what, epochs, minutes, seeds, ours, printed = line.strip("| ").split(" | ")
+    assert what.startswith(f"4C3F on {named}, CLL, ε = 0.15 (T2-05): clean / CRA 36/255")
     assert epochs.endswith(" of 1001") and seeds == "1" and printed.split(" / ")[1] == "61.4"
+    assert minutes == f"{record['cpu_seconds'] / 60:.2g}"
     assert ours.split(" / ")[0] == here[0]["clean %"]
     listing = collect.listing(root)
     assert "| cifar10 (recovered) " in listing and " of 1001 | yes |" in listing
     assert "--data npz:c10.npz --label 'cifar10 (recovered)'" in listing
+
+
+@pytest.mark.parametrize(
+    ("recipes", "kept"),
+    [
+        (("published", "quick"), "long"),
+        (("quick", "quick"), "long"),
+        (("quick", "published"), "both"),
+        (("published", "published"), "long"),
+    ],
+)
+def test_tables_leave_out_what_a_longer_run_of_the_row_replaces(source, tmp_path, recipes, kept):
+    """A shortened published schedule, and a shorter run of the same recipe."""
+    root, other = tmp_path / "reference", shutil.copytree(source, tmp_path / "runs" / "other")
+    root.mkdir()
+    epochs = json.loads((source / "result.json").read_text())["epochs"]
+    of_row = {"row": "T2-05", "p": 0.3, "model": "4C3F", "cra_local": None}
+    change(source, **of_row, recipe=recipes[0])
+    change(other, **of_row, recipe=recipes[1], epochs=epochs + 1)
+    collect.collect(source, root)
+    collect.collect(rename(other, epochs=epochs + 1), root)
+    lengths = [runs[0]["epochs"] for runs, _ in collect.row_runs(root)]
+    assert lengths == ([epochs + 1] if kept == "long" else [epochs, epochs + 1])
 
 
 def damage_radii(folder):

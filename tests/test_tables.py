@@ -144,6 +144,15 @@ def test_uncertain_cells_are_shown_but_never_compared():
     assert shown.loc[("T2-03", "CIFAR-10", "4C3F", "GloRo", "here, guaranteed"), "K(h∘f)"] == "7.4"
 
 
+def test_tightness_of_a_shorter_search_is_not_compared():
+    for pairs, compared in ((4000, True), (128, False)):
+        search = {"method": "optimized", "pairs": pairs, "steps": 1000}
+        frame = comparison_table([record(params={"tightness": search, "loss": {}})], rows=["T2-05"])
+        assert cells(frame, "tightness")["mean"] == pytest.approx(79)
+        assert math.isnan(cells(frame, "tightness")["difference"]) != compared
+        assert not math.isnan(cells(frame, "clean")["difference"])
+
+
 def test_rows_without_a_run_say_so():
     frame = comparison_table([record("T2-05")], rows=["T2-04", "T2-05"])
     assert (frame[frame["row_id"] == "T2-04"]["n"] == 0).all()

@@ -35,13 +35,12 @@ from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, records
 from cll.experiment.store import CERTIFIER
 from paper.moons import display_moons, moons_table
-from paper.records import RADII, caption, data_source, epochs, markdown, plain_name
+from paper.records import RADII, caption, data_source, epochs, markdown, method, or_dash, plain_name
 from paper.tables import comparison_table, display_table
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
 README, LISTING = ROOT / "README.md", REFERENCE / "README.md"
 BEGIN, END = "<!-- written by make collect -->\n", "<!-- end of runs -->\n"
-EXACT = {"cifar10-4C3F-GloRo-exact": "T2-03"}  # trained as that row, but for the gradient
 
 
 def size(folder):
@@ -182,17 +181,21 @@ def listing(root=REFERENCE):
     return markdown(pd.DataFrame(lines)) + total
 
 
-def row_runs(root, more=()):
-    """Pairs (committed runs of a table row that differ in the seed alone, their comparison_table).
-    more: {name of other runs: the row with which they go}."""
+def row_runs(root):
+    """Pairs (committed runs of a table row that differ in the seed alone, their comparison_table),
+    without those that longer ones of the row replace: of the same recipe, or any for a published
+    schedule that was shortened."""
     groups = {}
     for record in records(root).values():
-        if row := record["row"] or dict(more).get(record["name"]):
+        if row := record["row"]:
             same = [record.get(key) for key in ("name", "profile", "epochs", "data", "size")]
-            groups.setdefault(json.dumps([row, *same]), []).append(record | {"row": row})
+            groups.setdefault(json.dumps([row, *same]), []).append(record)
     for _, runs in sorted(groups.items()):
-        row = runs[0]["row"]
-        yield runs, comparison_table(runs, f"table{row[1]}", [row])
+        row, length = runs[0]["row"], runs[0]["epochs"]
+        of_row = [of[0] for of in groups.values() if of[0]["row"] == row]
+        longer = [of.get("recipe", "published") for of in of_row if of["epochs"] > length]
+        if not longer or runs[0].get("recipe", "published") not in {*longer, "published"}:
+            yield runs, comparison_table(runs, f"table{row[1]}", [row])
 
 
 def slack_runs(root):
@@ -213,27 +216,33 @@ def rows(root=REFERENCE):
     return "\n" + "\n".join(parts) + "\n"
 
 
+def minutes(runs):
+    """CPU minutes of a run's training, the mean; a dash where an early version kept none."""
+    return or_dash(".2g", np.mean([r.get("cpu_seconds") or np.nan for r in runs]) / 60)
+
+
 def summary(root=REFERENCE):
     """A line for each row of the tables and each slack of two moons with committed runs: ours, by
     the guaranteed bound, beside the printed numbers."""
     lines, radii = [], list(RADII.values())
-    for runs, table in row_runs(root, EXACT):
-        first, exact = runs[0], runs[0]["name"] in EXACT
+    for runs, table in row_runs(root):
+        first = runs[0]
         shown = display_table(table.assign(difference=np.nan))
         shown = shown[["clean %", *map("CRA {} %".format, radii)]].agg(" / ".join, axis=1)
         what = f"{first['model']} on {data_source(first)}" + ", reduced size" * ("size" in first)
-        what += f", {first['method']} ε = {first['epsilon']:g}"
-        what += " with the exact gradient" if exact else f" ({first['row']})"
+        what += f", {method(first)}, ε = {first['epsilon']:g} ({first['row']})"
         what += f": clean / CRA {' / '.join(radii)} %"
-        paper = "–" if exact else shown.iloc[0]  # the first line, above ours
-        lines.append((what, epochs(first), len(runs), shown.iloc[1], paper))
+        paper = "–" if set(shown.iloc[0]) <= {*"–/ "} else shown.iloc[0]  # above ours
+        lines.append((what, epochs(first), minutes(runs), len(runs), shown.iloc[1], paper))
     if moons := slack_runs(root):
         shown = display_moons(moons_table(moons).assign(difference=np.nan)).reset_index()
         for slack in shown.to_dict("records"):
             what = f"two moons, {slack['method']} ε = {slack['ε']}, p = {slack['p']}"
             what, ours = f"{what}: CRA of the training points %", slack["CRA % (train)"]
-            lines.append((what, epochs(moons[0]), slack["seeds"], ours, slack["paper"]))
-    columns = ["run", "epochs", "seeds", "ours", "paper"]
+            same = [r for r in moons if f"{r['p']:g}" == slack["p"]]
+            about = epochs(moons[0]), minutes(same), slack["seeds"]
+            lines.append((what, *about, ours, slack["paper"]))
+    columns = ["run", "epochs", "CPU minutes", "seeds", "ours", "paper"]
     return f"\n{markdown(pd.DataFrame(lines, columns=columns))}\n"
 
 
