@@ -20,7 +20,7 @@ def runs(profile, seeds=None, data="", label="", **overrides):
     images = [run for run in others if run.model != "MLP"]
     for run in images[:]:
         key = run.model, run.loss.name, run.seed
-        usual = [other for other in table2 if (other.model, other.loss.name, other.seed) == key]
+        usual = [o for o in table2 if (o.model, o.loss.name, o.seed) == key and o.loss != run.loss]
         images = sized_as([run], usual[:1]) + images
     return images, records.runs_beside(moons, "slack_sweep", profile, **overrides) + moons
 

@@ -286,7 +286,7 @@ def _by_method(table, column, *methods, **where):
 def true_margin_claims(results, rival="GloRo"):
     cra = functools.partial(_by_method, moons_table(results), "cra", epsilon=TRUE_MARGIN)
     yield Test("kept", *cra("CLL"), lambda a: a >= 99.9)
-    yield Test("lost", *cra(rival), lambda b: b < 100)
+    yield Test("lost", *cra(rival), lambda b: b < 99.9)
     yield Test("more", *cra("CLL", rival), operator.gt)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from exhibits import ablated, moons_record, record
 
+from paper import ablation
 from paper.ablation import ablation_table, display_ablation
 
 
@@ -21,6 +22,16 @@ def test_ablation_of_a_loss_without_slack_is_a_network_of_its_own():
     assert list(gloro.index) == [
         ("–", "gradient = published (usual)"), ("–", "gradient = exact"), ("–", "paper")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])
+def test_each_choice_on_images_stands_beside_one_usual_run(profile):
+    images, _ = ablation.runs(profile, [1])
+    usual = {run.row: run.loss for run in images if run.row}
+    assert list(usual) == ["T2-07", "T2-04", "T2-03", "T2-05"]
+    assert usual["T2-03"].gradient == "published"
+    choices = [run.loss for run in images if not run.row]
+    assert len(choices) == len(usual) and not any(loss in usual.values() for loss in choices)
 
 
 def test_ablation_compares_with_the_usual_choice():
