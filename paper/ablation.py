@@ -10,9 +10,8 @@ from .records import RADII, cell_text, or_dash, published
 
 
 def runs(profile, seeds=None, data="", label="", **overrides):
-    """(images, two moons): the runs of params/ablation/, after those of the usual choice, which are
-    the first row of table 2 with that network, loss and size, and the slack sweep. data, label: of
-    the images."""
+    """(images, two moons): the runs of params/ablation/, after those of the usual choice, a row of
+    table 2 and the slack sweep. data, label: of the images."""
     source = {"data": data, "label": label}
     others = experiment_params("ablation", profile, seeds, **overrides, **source)
     table2 = records.runs_beside(others, "table2", profile, **overrides, **source)

@@ -49,21 +49,23 @@ def judge(exhibit, results):
     "shape"; algebra needs none; None for ON_PRINT: the printed numbers are judged.
     Returns by claim: paper (as printed), here (means over seeds, guaranteed bound), verdict ("not
     run", "no verdict" and why, or a key of VERDICTS: "so far" of shortened runs); in .attrs what
-    `_details` says of each. Raises ValueError for another exhibit, and where a test does not fail
-    on its negative control."""
+    `_details` says of each. ValueError: another exhibit, or a test that its control passes."""
     if exhibit not in CLAIMS:
         raise ValueError(f"no claims about {exhibit!r}; there are: {', '.join(CLAIMS)}")
     lines, details, runs, words = [], {}, results or [], said(exhibit)
     for test in CLAIMS[exhibit](results):
         line = words.get(test.id, collections.defaultdict(str))
         claim, paper = test.claim or line["claim"], test.paper or line["paper"]
-        details[claim] = _details(exhibit, test, line, runs)
+        own = _reads(line, runs)
+        details[claim] = _details(exhibit, test, line, own)
         here, verdict = "–", "not run"
         if np.isfinite(test.values).all():
             write = test.form if callable(test.form) else test.form.format
             here, verdict = write(*test.values), test.verdict(test.values)
             if any(r["data"] == "digits" for r in runs):
                 verdict = "no verdict: digits"
+            elif line["rows"] and len({str(r.get("size")) for r in own}) > 1:
+                verdict = "no verdict: networks of different size"
             elif "parameters" in claim and any(r.get("size") for r in runs):
                 verdict = "no verdict: reduced size"
             elif any(map(shortened, runs)):
@@ -75,26 +77,34 @@ def judge(exhibit, results):
 
 
 def said(exhibit):
-    """{id: its line of published/tests.csv, a dict}."""
+    """{id: its line of published/tests.csv, a dict, with the rows of a table that it compares}."""
     lines = published("tests").query("exhibit == @exhibit").fillna("")
+    compared = (lines["row_id"] + " " + lines["rivals"]).str.split()
+    lines["rows"] = compared.where(lines["rivals"] != "", "")
     return lines.set_index("id").to_dict("index")
+
+
+def _reads(line, results):
+    """The records that a test reads, by its line of `said`."""
+    frame = pd.DataFrame(results, columns=["row", "epsilon", "p"])
+    frame["method"], rows = [*map(method, results)], line["rows"]
+    query = line["runs"] or ("row in @rows" if rows else "index >= 0")
+    return [results[i] for i in frame.query(query).index]
 
 
 DETAILS = ["exhibit", "name", "command", "value", "runs", "control"]
 
 
-def _details(exhibit, test, line, results):
+def _details(exhibit, test, line, reads):
     """DETAILS of a test: its exhibit and name in tests.csv, a line of `said`; what repeats it; the
     numbers compared, None where a run is missing; the hashes of the runs that it reads, by folder;
     and its negative control: numbers that must fail it, and what it says of them."""
-    rows = [line["row_id"], *line["rivals"].split()] if line["rivals"] else []
-    command = f"make {NOTEBOOKS.get(exhibit, exhibit)}" + f" ROWS={','.join(rows)}" * bool(rows)
+    command = f"make {NOTEBOOKS.get(exhibit, exhibit)}"
+    if rows := line["rows"]:
+        seeds = ",".join(map(str, sorted({r["seed"] for r in reads})))
+        command += f" ROWS={','.join(rows)}" + f" SEEDS={seeds}" * bool(seeds)
     value = [float(f"{v:.6g}") if np.isfinite(v) else None for v in test.values]
-    reads = pd.DataFrame(results, columns=["row", "epsilon", "p"])
-    reads["method"] = [*map(method, results)]
-    reads = reads.query(line["runs"] or ("row in @rows" if rows else "index >= 0")).index
-    runs = [results[i] for i in reads]
-    runs = {run_dir(r, r["profile"]).as_posix(): r["params_hash"] for r in runs}
+    runs = {run_dir(r, r["profile"]).as_posix(): r["params_hash"] for r in reads}
     what, _, numbers = line["control"].rpartition(": ")
     given = [float(number) for number in numbers.split()]
     given = np.resize(given, max(len(value), len(given))).tolist()
@@ -120,11 +130,11 @@ def cited():
 
 def read_claims(folder):
     """What the notebooks under a profile's folder judged, from the tables that `save_table` left in
-    <notebook>/claims*.csv, .md and .json, and for what "paper" lacks under "quick" beside it: a
-    line per claim, with the caption of its runs under "about", and DETAILS."""
-    places, frames = [folder := Path(folder)], []
-    places += [folder.with_name("quick")] * (folder.name == "paper")
-    left = {p.relative_to(at): p for at in reversed(places) for p in at.glob("*/claims*.json")}
+    <notebook>/claims*.csv, .md and .json, and for files that "paper" lacks those of "quick" beside
+    it: a line per claim, with the caption of its runs under "about", and DETAILS."""
+    folder, frames = Path(folder).resolve(), []
+    places = [folder.with_name("quick")] * (folder.name == "paper") + [folder]
+    left = {p.relative_to(at): p for at in places for p in at.glob("*/claims*.json")}
     for _, path in sorted(left.items()):
         if path.parent.name != "claims":
             frame = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)

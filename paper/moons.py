@@ -1,5 +1,4 @@
-"""Two moons, CLL against its rivals, figures 1, 2 and 4 and the slack panel of the poster: runs,
-tables, pictures, claims."""
+"""Two moons, CLL against its rivals: figures 1, 2 and 4, and the slack panel of the poster."""
 
 import functools
 import operator
@@ -36,8 +35,7 @@ RUNS = {
 
 
 def runs(exhibit, profile, seeds=None, **overrides):
-    """The experiment.Params of an exhibit of RUNS; seeds: None takes its own, else the profile's;
-    overrides: such as device."""
+    """The experiment.Params of one of RUNS; seeds: None takes its own, else the profile's."""
     experiments, usual, belongs = RUNS[exhibit]
     return [
         run
@@ -234,8 +232,7 @@ def figure4(results, planes, methods=("CLL", "GloRo")):
     """Figure 4: a row per method, a column per target margin, on the training points.
 
     results: result records of two-moons runs; planes: of their networks, in the same order. Of
-    several seeds the first one given is drawn; a combination that was not run leaves an empty panel
-    that says so.
+    several seeds the first one given is drawn; a panel says so where a combination was not run.
     """
     first = _first(results, planes, "method", "epsilon")
     margins = sorted({epsilon for _, epsilon in first})
@@ -272,8 +269,7 @@ DIGITS = {"cra": 2, "turns": 2, "tails": 2, "inside": 0}  # of a number in a cla
 
 
 def _means(table, column, *groups):
-    """(format, numbers): of each group, {column: value} of lines of a table, the mean of a column;
-    nan where no such run is."""
+    """(format, numbers): of each group, {column: value} of lines, the mean of a column, or nan."""
     lines = (table.loc[(table[list(g)] == pd.Series(g)).all(axis=1), column] for g in groups)
     form = f"{{:.{DIGITS.get(column, 1)}f}}"
     return " vs ".join([form] * len(groups)), [line.astype(float).mean() for line in lines]

@@ -39,8 +39,7 @@ def network_table(certificates):
 
 @styled
 def training_curves(curve, result):
-    """Loss, training accuracy and K over the epochs of one run: the frame of its curve.csv, and its
-    record."""
+    """Loss, training accuracy and K over the epochs of a run, from its curve.csv and record."""
     figure, axes = subplots((9, 2.8), 1, 3)
     columns = {
         "training loss (nats)": curve["loss"],

@@ -62,8 +62,7 @@ def plain_name(name):
 
 
 def same_data(result, dataset):
-    """Whether the run saw the paper's data; a label may add a remark: "cifar10 (recovered)". Some
-    of Tiny-ImageNet's classes are another task."""
+    """Whether the run saw the paper's data, all classes of it; a label may add "(recovered)"."""
     classes = result.get("num_classes", CLASSES.get(dataset))
     return plain_name(result["data"]) == plain_name(dataset) and classes == CLASSES.get(dataset)
 
@@ -180,9 +179,8 @@ def tightness_note(results):
         for t in (r["params"]["tightness"] for r in results)
         if t and t["method"] == "optimized" and (t["pairs"] < 4000 or t["steps"] < 1000)
     ]
-    listed = " or ".join(dict.fromkeys(searches))
-    note = f"tightness: a search of {listed}, not 4000 x 1000 as published; longer finds more"
-    return note if searches else ""
+    note = "tightness: a search of {}, not 4000 x 1000 as published; longer finds more"
+    return note.format(" or ".join(dict.fromkeys(searches))) * bool(searches)
 
 
 def cell_text(mean, std=np.nan, difference=np.nan, digits=1):
@@ -257,8 +255,7 @@ def first_of_each(keys, results, things):
 
 
 def power_law(x, y):
-    """(exponent, factor) of y = factor * x^exponent, by least squares of the logarithms; nan with
-    fewer than two values of x."""
+    """(exponent, factor) of y = factor * x^exponent, least squares of logarithms; nan of one x."""
     if pd.Series(x).nunique() < 2:
         return np.nan, np.nan
     exponent, factor = np.polyfit(np.log(x), np.log(y), 1)

@@ -169,9 +169,8 @@ def compare_fronts(ours, rival):
 
 @style.of_runs
 def figure5(results):
-    """Figure 5: slack sweep (left), CRA over the margin (the numbers of the paper's table), K and
-    tightness over the margin. Means over the seeds of `runs`; what is missing leaves a gap. Open
-    marks: what the paper prints."""
+    """Figure 5: the slack sweep; CRA, K and tightness over the margin. Means over the seeds; what
+    is missing leaves a gap. Open marks: what the paper prints."""
     table = sweep_table(results)
     same = all(same_data(r, "CIFAR-10") for r in results)
     figure, axes = style.subplots((10, 3.1), 1, 4)
@@ -225,8 +224,7 @@ def accuracies(ax, table, over, margin):
 
 @style.of_runs
 def convergence_figure(results):
-    """Figure D1: tightness, CRA at the training margin and K while CLL and GloRo train, means over
-    the seeds of runs with snapshots."""
+    """Figure D1: tightness, CRA and K while CLL and GloRo train, of runs with snapshots."""
     table = snapshot_table(results)
     figure, axes = style.subplots((9, 2.9), 1, 3)
     margin = f"CRA at ε = {results[0]['epsilon']:g} (%)"

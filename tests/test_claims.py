@@ -93,6 +93,24 @@ def test_checklist_reads_what_the_notebooks_left(tmp_path):
     assert len(read_claims(tmp_path)) == len(judge("figure3", [])) + 2 * len(good)
 
 
+def test_what_paper_lacks_is_read_from_quick(tmp_path, monkeypatch):
+    frame = judge("figure3", [])
+    for profile, notebook in (("quick", "figure3"), ("paper", "figure3"), ("quick", "table2")):
+        save_table(frame, frame, tmp_path / profile / notebook / "claims", f"of {profile}")
+
+    def told(folder):
+        frame = read_claims(folder)
+        return {*zip(frame["notebook"], frame["about"], strict=True)}
+
+    quick = {("figure3", "of quick"), ("table2", "of quick")}
+    assert told(tmp_path / "paper") == {("figure3", "of paper"), ("table2", "of quick")}
+    assert told(tmp_path / "quick") == quick
+    ends = read_claims(tmp_path / "paper")["command"].str.rpartition(" ")[2]
+    assert set(ends) == {"PROFILE=paper", "PROFILE=quick"}
+    monkeypatch.chdir(tmp_path / "quick")
+    assert told(".") == quick
+
+
 @pytest.mark.parametrize("exhibit", CLAIMS)
 def test_claims_of_an_exhibit_have_ids_of_their_own(exhibit):
     ids = [test.id for test in CLAIMS[exhibit]([])]
@@ -158,8 +176,10 @@ def test_claims_json_has_its_form(told):
         assert said(test["exhibit"])[test["name"]]["claim"] == test["test"]
         assert all(v is None or isinstance(v, float) for v in test["value"])
         assert (None in test["value"]) == (test["verdict"] == "not run")
-        command = re.fullmatch(r"make (\w+)( ROWS=[T\d,-]+)? PROFILE=paper", test["command"])
+        form = r"make (\w+)( ROWS=[T\d,-]+( SEEDS=[\d,]+)?)? PROFILE=(paper|quick)"
+        command = re.fullmatch(form, test["command"])
         assert command[1] == test["notebook"]
+        assert {folder.partition("/")[0] for folder in test["runs"]} <= {command[4]}
         control = test["control"]
         assert set(control) == {"what", "value", "verdict"}
         assert control["verdict"] == "does not hold" and test["verdict"] in kinds
@@ -211,12 +231,11 @@ def test_with_the_numbers_of_cll_and_gloro_exchanged_nothing_holds_that_held(tol
     """The control of the whole way from records to verdicts, on the committed runs."""
     own = [test for test in told[1] if test["exhibit"] == exhibit]
     runs = [committed_record(f) for f in dict.fromkeys(f for test in own for f in test["runs"])]
-    by = {(r["method"], r["epsilon"], r["seed"]): r for r in runs}
-    exchanged = []
-    for r in runs:
-        rival = "GloRo" if r["method"] == "CLL" else "CLL"
-        other = by.get((rival, r["epsilon"], r["seed"]), r)
-        exchanged.append(r | {key: other[key] for key in MEASURED if key in other})
+    by = {(records.method(r), r["model"], r["epsilon"], r["seed"]): r for r in runs}
+    rivals = [("GloRo" if key[0] == "CLL" else "CLL", *key[1:]) for key in by]
+    pairs = [(r, by[rival]) for r, rival in zip(by.values(), rivals, strict=True) if rival in by]
+    runs = [r for r, _ in pairs]
+    exchanged = [r | {key: o[key] for key in MEASURED if key in o} for r, o in pairs]
     before, after = judge(exhibit, runs)["verdict"], judge(exhibit, exchanged)["verdict"]
     held = before[before.str.startswith("holds")]
     assert len(held) >= 3

@@ -207,7 +207,7 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     what, epochs, minutes, seeds, ours, printed = line.strip("| ").split(" | ")
     assert what.startswith(f"4C3F on {named}, CLL, ε = 0.15 (T2-05): clean / CRA 36/255")
     assert epochs.endswith(" of 1001") and seeds == "1" and printed.split(" / ")[1] == "61.4"
-    assert minutes == f"{record['cpu_seconds'] / 60:.2g}"
+    assert minutes == f"{record['cpu_seconds'] / 60:.1f}"
     assert ours.split(" / ")[0] == here[0]["clean %"]
     listing = collect.listing(root)
     assert "| cifar10 (recovered) " in listing and " of 1001 | yes |" in listing
@@ -215,26 +215,41 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipes", "kept"),
+    ("recipes", "changed", "kept"),
     [
-        (("published", "quick"), "long"),
-        (("quick", "quick"), "long"),
-        (("quick", "published"), "both"),
-        (("published", "published"), "long"),
+        (("published", "quick"), {}, 1),
+        (("quick", "quick"), {}, 1),
+        (("quick", "published"), {}, 2),
+        (("published", "published"), {}, 1),
+        (("quick", "quick"), {"size": {"width": 0.5}}, 2),
+        (("quick", "quick"), {"data": "my images"}, 2),
+        (("published", "quick"), "whole", 2),
     ],
 )
-def test_tables_leave_out_what_a_longer_run_of_the_row_replaces(source, tmp_path, recipes, kept):
-    """A shortened published schedule, and a shorter run of the same recipe."""
+def test_tables_leave_out_what_a_longer_run_of_the_row_replaces(
+    source, tmp_path, recipes, changed, kept
+):
+    """A shortened published schedule, and a shorter run of the same recipe, on the same data and
+    size."""
     root, other = tmp_path / "reference", shutil.copytree(source, tmp_path / "runs" / "other")
     root.mkdir()
     epochs = json.loads((source / "result.json").read_text())["epochs"]
     of_row = {"row": "T2-05", "p": 0.3, "model": "4C3F", "cra_local": None}
-    change(source, **of_row, recipe=recipes[0])
+    published = {"published_epochs": epochs} if changed == "whole" else {}
+    change(source, **of_row, recipe=recipes[0], **published)
     change(other, **of_row, recipe=recipes[1], epochs=epochs + 1)
     collect.collect(source, root)
-    collect.collect(rename(other, epochs=epochs + 1), root)
+    long = collect.collect(rename(other, epochs=epochs + 1), root)
+    change(long, **({} if changed == "whole" else changed))
     lengths = [runs[0]["epochs"] for runs, _ in collect.row_runs(root)]
-    assert lengths == ([epochs + 1] if kept == "long" else [epochs, epochs + 1])
+    assert sorted(lengths) == [epochs, epochs + 1][-kept:]
+
+
+def test_minutes_are_read_without_exponents():
+    runs = [{"cpu_seconds": 6000}, {"cpu_seconds": 8000}]
+    assert collect.minutes(runs) == "117" and collect.minutes(runs[:1]) == "100"
+    assert collect.minutes([{"cpu_seconds": 11}]) == "0.2"
+    assert collect.minutes([{}]) == "–"
 
 
 def damage_radii(folder):

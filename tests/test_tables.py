@@ -144,6 +144,21 @@ def test_uncertain_cells_are_shown_but_never_compared():
     assert shown.loc[("T2-03", "CIFAR-10", "4C3F", "GloRo", "here, guaranteed"), "K(h∘f)"] == "7.4"
 
 
+def test_local_lip_b_is_judged_on_the_bounds_that_it_trains_for():
+    claim, local = "4C3F: CLL certifies more than Local-Lip-B's 6C2F", {"36/255": 0.65}
+    verdicts = {}
+    for name, changes in (
+        ("global", {}),
+        ("local", {"cra_local": local}),
+        ("smaller", {"cra_local": local, "size": {"width": 0.25}}),
+    ):
+        rival = record("T2-01", **{"cra": {"36/255": 0.5}, **changes})
+        verdicts[name] = judge("table2", [record("T2-05"), rival]).loc[claim]
+    assert list(verdicts["global"][["here", "verdict"]]) == ["60.0 vs 50.0", "holds"]
+    assert list(verdicts["local"][["here", "verdict"]]) == ["60.0 vs 65.0", "does not hold"]
+    assert verdicts["smaller"]["verdict"] == "no verdict: networks of different size"
+
+
 def test_tightness_of_a_shorter_search_is_not_compared():
     for pairs, compared in ((4000, True), (128, False)):
         search = {"method": "optimized", "pairs": pairs, "steps": 1000}

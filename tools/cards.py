@@ -102,7 +102,8 @@ def accuracy(record):
             shown[f"the first {attack['images']}, {what}"] = [100 * value for value in values]
     if row := record["row"]:
         printed = records.published(f"table{row[1]}")
-        shown[f"printed in the paper (row {row})"] = printed.loc[row, ["clean", *records.RADII]]
+        printed = printed.loc[row, ["clean", *records.RADII]]
+        shown |= {f"printed in the paper (row {row})": printed} if printed.notna().any() else {}
     rows = [(key, *map(records.cell_text, values)) for key, values in shown.items()]
     return table(rows, ["", "clean %", *(f"CRA({radius}) %" for radius in radii)])
 
@@ -146,7 +147,8 @@ def card(key, name, folder):
     precision = record.get("trained", {}).get("precision") or params["precision"]
     recipe = {part: params[part] for part in RECIPE} | {"precision": precision}
     return CARD.format(
-        **{k: record[k] for k in ("model", "parameters", "method", "seed", "test_size")},
+        **{k: record[k] for k in ("model", "parameters", "seed", "test_size")},
+        method=records.method(record),
         key=key,
         name=name,
         data=records.data_source(record),

@@ -35,7 +35,17 @@ from cll.experiment import reference
 from cll.experiment.reference import REFERENCE, WEIGHTS, records
 from cll.experiment.store import CERTIFIER
 from paper.moons import display_moons, moons_table
-from paper.records import RADII, caption, data_source, epochs, markdown, method, or_dash, plain_name
+from paper.records import (
+    RADII,
+    caption,
+    data_source,
+    epochs,
+    markdown,
+    method,
+    or_dash,
+    plain_name,
+    shortened,
+)
 from paper.tables import comparison_table, display_table
 
 LIMIT, WEIGHTS_LIMIT, SMALL = 120e6, 12e6, 1e6  # bytes: of the folder, of one run's weights
@@ -183,19 +193,25 @@ def listing(root=REFERENCE):
 
 def row_runs(root):
     """Pairs (committed runs of a table row that differ in the seed alone, their comparison_table),
-    without those that longer ones of the row replace: of the same recipe, or any for a published
-    schedule that was shortened."""
+    without those that are `_replaced`."""
     groups = {}
     for record in records(root).values():
         if row := record["row"]:
-            same = [record.get(key) for key in ("name", "profile", "epochs", "data", "size")]
+            same = [record.get(key) for key in ("data", "size", "name", "profile", "epochs")]
             groups.setdefault(json.dumps([row, *same]), []).append(record)
     for _, runs in sorted(groups.items()):
-        row, length = runs[0]["row"], runs[0]["epochs"]
-        of_row = [of[0] for of in groups.values() if of[0]["row"] == row]
-        longer = [of.get("recipe", "published") for of in of_row if of["epochs"] > length]
-        if not longer or runs[0].get("recipe", "published") not in {*longer, "published"}:
+        if not any(_replaced(runs[0], other) for other, *_ in groups.values()):
+            row = runs[0]["row"]
             yield runs, comparison_table(runs, f"table{row[1]}", [row])
+
+
+def _replaced(run, other):
+    """Whether another run of its row, data and size is longer and by the same recipe, or by any if
+    this one shortens the published schedule."""
+    alike = all(run.get(key) == other.get(key) for key in ("row", "data", "size"))
+    recipes = [r.get("recipe", "published") for r in (run, other)]
+    cut = recipes[0] == "published" and shortened(run)
+    return alike and other["epochs"] > run["epochs"] and (cut or recipes[0] == recipes[1])
 
 
 def slack_runs(root):
@@ -218,7 +234,8 @@ def rows(root=REFERENCE):
 
 def minutes(runs):
     """CPU minutes of a run's training, the mean; a dash where an early version kept none."""
-    return or_dash(".2g", np.mean([r.get("cpu_seconds") or np.nan for r in runs]) / 60)
+    mean = np.mean([r.get("cpu_seconds") or np.nan for r in runs]) / 60
+    return or_dash(".0f" if mean >= 10 else ".1f", mean)
 
 
 def summary(root=REFERENCE):

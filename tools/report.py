@@ -117,7 +117,7 @@ def rows(comparison):
     parts = [named(both) + MARKS] if len(both) else []
     rest = printed.drop(index=ours.index, columns="seeds")
     if len(rest):
-        summary = f"<summary>Published, not run here: {len(rest)} rows</summary>"
+        summary = f"<summary>Not run here: {len(rest)} rows</summary>"
         parts.append(f"<details{' open' * both.empty}>{summary}{named(rest)}</details>")
     return "\n".join(parts)
 
@@ -167,6 +167,7 @@ def exhibit(folder, nb, report, claims):
 def exhibits(folder, notebooks, report):
     """All notebooks under their headings, and which of the paper's are missing, as HTML."""
     claims, groups = read_claims(folder), collections.defaultdict(list)
+    claims = claims[claims["command"].str.endswith(f"PROFILE={folder.resolve().name}")]
     for name, nb in notebooks.items():
         own = claims[claims["notebook"] == name]
         groups[group(name)].append(exhibit(folder / name, nb, report, own))
