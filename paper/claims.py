@@ -128,12 +128,11 @@ def cited():
     return [(entry["id"], entry["claim"], tests[entry["id"]]) for entry in entries]
 
 
-def read_claims(folder):
+def read_claims(*folders):
     """What the notebooks under a profile's folder judged, from the tables that `save_table` left in
-    <notebook>/claims*.csv, .md and .json, and for files that "paper" lacks those of "quick" beside
-    it: a line per claim, with the caption of its runs under "about", and DETAILS."""
-    folder, frames = Path(folder).resolve(), []
-    places = [folder.with_name("quick")] * (folder.name == "paper") + [folder]
+    <notebook>/claims*.csv, .md and .json, of several folders the first that has the file: a line
+    per claim, with the caption of its runs under "about", and DETAILS."""
+    places, frames = [Path(folder).resolve() for folder in reversed(folders)], []
     left = {p.relative_to(at): p for at in places for p in at.glob("*/claims*.json")}
     for _, path in sorted(left.items()):
         if path.parent.name != "claims":

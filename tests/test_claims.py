@@ -98,14 +98,16 @@ def test_what_paper_lacks_is_read_from_quick(tmp_path, monkeypatch):
     for profile, notebook in (("quick", "figure3"), ("paper", "figure3"), ("quick", "table2")):
         save_table(frame, frame, tmp_path / profile / notebook / "claims", f"of {profile}")
 
-    def told(folder):
-        frame = read_claims(folder)
+    def told(*folders):
+        frame = read_claims(*folders)
         return {*zip(frame["notebook"], frame["about"], strict=True)}
 
     quick = {("figure3", "of quick"), ("table2", "of quick")}
-    assert told(tmp_path / "paper") == {("figure3", "of paper"), ("table2", "of quick")}
+    both = tmp_path / "paper", tmp_path / "quick"
+    assert told(*both) == {("figure3", "of paper"), ("table2", "of quick")}
+    assert told(both[0]) == {("figure3", "of paper")}, "a report shows a profile's own"
     assert told(tmp_path / "quick") == quick
-    ends = read_claims(tmp_path / "paper")["command"].str.rpartition(" ")[2]
+    ends = read_claims(*both)["command"].str.rpartition(" ")[2]
     assert set(ends) == {"PROFILE=paper", "PROFILE=quick"}
     monkeypatch.chdir(tmp_path / "quick")
     assert told(".") == quick

@@ -249,7 +249,7 @@ def summary(root=REFERENCE):
         what = f"{first['model']} on {data_source(first)}" + ", reduced size" * ("size" in first)
         what += f", {method(first)}, ε = {first['epsilon']:g} ({first['row']})"
         what += f": clean / CRA {' / '.join(radii)} %"
-        paper = "–" if set(shown.iloc[0]) <= {*"–/ "} else shown.iloc[0]  # above ours
+        paper = shown.iloc[0] if table["published"].notna().any() else "–"  # above ours
         lines.append((what, epochs(first), minutes(runs), len(runs), shown.iloc[1], paper))
     if moons := slack_runs(root):
         shown = display_moons(moons_table(moons).assign(difference=np.nan)).reset_index()
