@@ -294,23 +294,22 @@ def figure5_claims(results):
         gains[["GloRo", "CLL"]] = gains[["GloRo_published", "CLL_published"]]
     grid = published("figure5").query("panel == 'slack_sweep_4C3F_left'")["p"]
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], 0.15)]
-    slack = [slack.loc[np.isclose(slack["p"], p), ["clean", "cra"]].mean() for p in grid]
-    clean, cra = zip(*slack, strict=True)
+    slack = slack.groupby(slack["p"].round(4))[["clean", "cra"]].mean().reindex(grid)
     form = ", ".join(["{:.1f}"] * len(grid))
-    yield Test("slack-clean", form, clean, lambda *c: c[-1] < c[0])
-    yield Test("slack-cra", form, cra, lambda *c: max(c) > c[0])
+    yield Test("slack-clean", form, slack["clean"].to_numpy(), lambda *c: c[-1] < c[0])
+    yield Test("slack-cra", form, slack["cra"].to_numpy(), lambda *c: max(c) > c[0])
 
     printed = ", ".join(f"{gain:+.1f}" for gain in gains["gain_published"])
-    form, pairs = ", ".join(["{:.1f} vs {:.1f}"] * len(gains)), gains[["CLL", "GloRo"]]
-    gain = functools.partial(records.shows, "three percent above")
-    above = functools.partial(records.shows, "above")
-    yield Test("gain", form, pairs.to_numpy().ravel(), gain, printed)
+    form = ", ".join(["{:.1f} vs {:.1f}"] * len(gains))
+    more, above = (functools.partial(records.shows, by) for by in ("three percent above", "above"))
     for rival, end in (("GloRo", ""), ("GloRo, exact gradient", "-exact")):
         keys = [(method, epsilon) for epsilon in gains["epsilon"] for method in ("CLL", rival)]
         pairs = over_margin(table).reindex(keys)
+        if rival == "GloRo":  # as printed, where that is judged
+            pairs["cra"] = gains[["CLL", "GloRo"]].to_numpy().ravel()
+        yield Test("gain" + end, form, pairs["cra"].to_numpy(), more, printed * (not end))
         for column in ("K_f", "K_hf", "tightness"):
             yield Test(column + end, form, pairs[column].to_numpy(), above)
-    yield Test("gain-exact", form, pairs["cra"].to_numpy(), gain)
 
 
 def convergence_claims(results):
