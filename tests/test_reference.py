@@ -194,7 +194,7 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     root.mkdir()
     own = {"row": "T2-05", "data": "npz:/home/me/c10.npz", "label": "cifar10 (recovered)"}
     record = change(source, row="T2-05", p=0.3, model="4C3F", cra_local=None)
-    collect.collect(rename(source, **own), root)
+    folder = collect.collect(rename(source, **own), root)
     named = "cifar10 (recovered) (2 of 10 classes)"  # two moons in disguise
     assert f"data {named} · 1 seed · " in collect.rows(root)
     assert re.search(r"· \d+ of 1001 epochs", collect.rows(root))
@@ -212,6 +212,8 @@ def test_a_shortened_schedule_says_so_in_the_tables(source, tmp_path):
     listing = collect.listing(root)
     assert "| cifar10 (recovered) " in listing and " of 1001 | yes |" in listing
     assert "--data npz:c10.npz --label 'cifar10 (recovered)'" in listing
+    change(folder, size={"width": 0.5})  # such a run is in the long table alone
+    assert "T2-05" in collect.rows(root) and "T2-05" not in collect.summary(root)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_figure5_as_printed_holds_and_differs_from_itself_by_nothing(as_printed)
     assert list(gains["gain"].round(1)) == [3.1, 4.0, 3.1, 6.3, 6.1, 3.0]
     assert list(gains["epsilon"]) == list(EPSILONS)
     shown = display_gains(gains)
-    assert list(shown.loc["relative gain %", "ε = 0.75"]) == ["+6.3", "+6.3"]
+    assert list(shown.loc["CLL's relative gain on GloRo, %", "ε = 0.75"]) == ["+6.3", "+6.3"]
 
 
 def test_figure5_claims_fail_where_they_should(as_printed):

@@ -10,7 +10,7 @@ A run is taken if its files agree with each other (`check`) before and after the
 and refused if it is a smoke run, if it was certified by an older version, or if its data are the
 user's own and not named as a data set of the paper (LABEL). Runs on such a named copy are committed
 as runs on that data set, under that label, so that the notebooks find them.
-Weights above a megabyte are kept of rows of the tables alone, one seed each.
+Weights above a megabyte are kept of rows of the tables alone, one seed each, at full size.
 """
 
 import fnmatch
@@ -69,7 +69,7 @@ def collect(source, root=REFERENCE):
         raise ValueError(f"{source.name}: without published_epochs nobody sees a short schedule")
     record = named(record, source)
     weights = source / WEIGHTS
-    most = WEIGHTS_LIMIT if record["row"] and record["seed"] == 1 else SMALL
+    of_row = record["row"] and record["seed"] == 1 and "size" not in record
     runs = experiment.run_dir(record, root / record["profile"])
     with tempfile.TemporaryDirectory(dir=root) as new:
         new = Path(new) / runs.name
@@ -80,7 +80,7 @@ def collect(source, root=REFERENCE):
         (new / "result.json").write_text(json.dumps(record, indent=1))
         curve = pd.read_csv(source / "curve.csv")
         curve.to_csv(new / "curve.csv", index=False, float_format="%.6g")
-        if weights.stat().st_size <= most:
+        if weights.stat().st_size <= (WEIGHTS_LIMIT if of_row else SMALL):
             shutil.copyfile(weights, new / WEIGHTS)
         check(new)
         total = size(root) - (size(runs) if runs.exists() else 0)
@@ -239,15 +239,17 @@ def minutes(runs):
 
 
 def summary(root=REFERENCE):
-    """A line for each row of the tables and each slack of two moons with committed runs: ours, by
-    the guaranteed bound, beside the printed numbers."""
+    """A line for each row of the tables, but for networks of reduced size, and each slack of two
+    moons with committed runs: ours, by the guaranteed bound, beside the printed numbers."""
     lines, radii = [], list(RADII.values())
     for runs, table in row_runs(root):
         first = runs[0]
+        if "size" in first:
+            continue
         shown = display_table(table.assign(difference=np.nan))
         shown = shown[["clean %", *map("CRA {} %".format, radii)]].agg(" / ".join, axis=1)
-        what = f"{first['model']} on {data_source(first)}" + ", reduced size" * ("size" in first)
-        what += f", {method(first)}, ε = {first['epsilon']:g} ({first['row']})"
+        what = f"{first['model']} on {data_source(first)}, {method(first)}, "
+        what += f"ε = {first['epsilon']:g} ({first['row']})"
         what += f": clean / CRA {' / '.join(radii)} %"
         paper = shown.iloc[0] if table["published"].notna().any() else "–"  # above ours
         lines.append((what, epochs(first), minutes(runs), len(runs), shown.iloc[1], paper))
