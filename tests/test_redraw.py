@@ -77,7 +77,7 @@ def test_runs_that_are_missing_are_not_trained(some):
     assert any("text/html" in o.get("data", {}) for o in outputs)
     claims = (root / "paper" / "figure4" / "claims.md").read_text()
     assert "| holds |" in claims and "| not run |" in claims
-    assert "not run" in (root / "paper" / "figure5" / "figure5.md").read_text()
+    assert "not run" in (root / "quick" / "figure5" / "figure5.md").read_text()
     first = (root / "paper" / "figure4" / "figure4.ipynb").read_bytes()
     assert run("figure4").returncode == 0
     assert (root / "paper" / "figure4" / "figure4.ipynb").read_bytes() == first
