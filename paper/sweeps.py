@@ -96,16 +96,16 @@ def display_sweep(table):
 
 def gain_table(table):
     """The table of figure 5 from the frame of `sweep_table`: CRA(epsilon) of CURVES at each printed
-    margin in percent, CLL's relative gain on each of its RIVALS in percent, and all as printed. A
-    margin at which one of the two was not run has nan there."""
+    margin and CLL's relative gain on its RIVALS, in percent, ours and printed; nan: not run."""
     printed = published("figure5").query("panel == 'eps_sweep_table'")
     printed = printed.set_index(["method", "epsilon"])["cra_at_eps"]
     gains = pd.DataFrame(index=printed["CLL"].index)
-    for end, cra in (("", over_margin(table)["cra"]), ("_published", printed)):
-        cra = cra.unstack("method").reindex(index=gains.index, columns=[*CURVES])
+    ours = over_margin(table)["cra"].unstack("method").reindex(columns=[*CURVES])
+    for end, cra in (("", ours), ("_published", printed.unstack("method"))):
         gains = gains.join(cra.add_suffix(end))
-        for rival, kind in RIVALS.items():
-            gains[f"gain{kind}{end}"] = 100 * (cra["CLL"] / cra[rival].replace(0, np.nan) - 1)
+        for rival in cra.columns.intersection([*RIVALS]):
+            base = gains[rival + end].replace(0, np.nan)
+            gains[f"gain{RIVALS[rival]}{end}"] = 100 * (gains["CLL" + end] / base - 1)
     return gains.reset_index()
 
 
@@ -122,9 +122,9 @@ def display_gains(gains):
     lines = {}
     for name, heading in rows.items():
         form = "+.1f" if "gain" in name else ".1f"
-        ends = {"here": "", "paper": "_published"} if "exact" not in name else {"here": ""}
-        for where, end in ends.items():
-            lines[heading, where] = [or_dash(form, value) for value in gains[name + end]]
+        for where, end in (("here", ""), ("paper", "_published")):
+            if name + end in gains:
+                lines[heading, where] = [or_dash(form, value) for value in gains[name + end]]
     index = pd.MultiIndex.from_tuples(lines, names=["", "source"])
     return pd.DataFrame(lines.values(), index, [f"ε = {epsilon:g}" for epsilon in gains["epsilon"]])
 
@@ -292,7 +292,7 @@ def figure5_claims(results):
     table = sweep_table(results or [])
     gains = gain_table(table)
     if results is None:  # the printed numbers are judged
-        gains[[*CURVES]] = gains[[f"{method}_published" for method in CURVES]]
+        gains[["GloRo", "CLL"]] = gains[["GloRo_published", "CLL_published"]]
     grid = published("figure5").query("panel == 'slack_sweep_4C3F_left'")["p"]
     slack = table[(table["method"] == "CLL") & np.isclose(table["epsilon"], 0.15)]
     slack = slack.groupby(slack["p"].round(4))[["clean", "cra"]].mean().reindex(grid)

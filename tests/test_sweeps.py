@@ -49,8 +49,8 @@ def test_figure5_keeps_gloro_with_the_exact_gradient_apart(as_printed):
     runs = [r | {"name": f"run-{i}", "params_hash": f"{i:064x}"} for i, r in enumerate(as_printed)]
     judged, without = judge("figure5", [*runs, exact | {"name": "exact"}]), judge("figure5", runs)
     pd.testing.assert_frame_equal(judged, without)  # one margin alone gives no verdict
-    read = [name for name, of in judged.attrs.items() if of["runs"] != without.attrs[name]["runs"]]
-    assert len(read) == 4 and all("with the exact gradient" in name for name in read)
+    changed = [name for name, of in judged.attrs.items() if of != without.attrs[name]]
+    assert len(changed) == 4 and all("with the exact gradient" in name for name in changed)
 
 
 def test_convergence_is_drawn_over_the_epochs():
@@ -106,6 +106,8 @@ def test_figure5_as_printed_holds_and_differs_from_itself_by_nothing(as_printed)
     assert list(gains["epsilon"]) == list(EPSILONS)
     shown = display_gains(gains)
     assert list(shown.loc["CLL's relative gain on GloRo, %", "ε = 0.75"]) == ["+6.3", "+6.3"]
+    exact = shown.loc["CLL's relative gain on GloRo, exact gradient, %"]
+    assert list(exact.index) == ["here"] and set(exact.loc["here"]) == {"–"}
 
 
 def test_figure5_claims_fail_where_they_should(as_printed):
